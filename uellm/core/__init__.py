@@ -1,0 +1,1 @@
+"""Plain data and errors that everything else is written in. Standard library only."""

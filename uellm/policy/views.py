@@ -1,0 +1,226 @@
+"""What a policy may look at, and what it may decide.
+
+Times are seconds since the epoch by Redis TIME; durations are seconds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from uellm.core.request import Promise, ResourceProfile, Slo
+
+# ---- level one: the scheduler ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedView:
+    """A request that waits in the scheduler.
+
+    Attributes:
+        request_id: its id.
+        slo: when it is needed.
+        profile: what it will need.
+        tenant: whose it is.
+        max_tokens: cap on its answer.
+        refusable: its caller asked to be refused when its deadline cannot be met.
+        resume_tokens: output tokens already logged by an earlier attempt; to be prefilled.
+        attempt: earlier starts; 0 for a new request.
+    """
+
+    request_id: str
+    slo: Slo
+    profile: ResourceProfile
+    tenant: str = "local"
+    max_tokens: int = 0
+    refusable: bool = False
+    resume_tokens: int = 0
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """The waiting requests of one model, oldest first.
+
+    Attributes:
+        waiting: all of them.
+        unpromised: ids of those that have not been given a promise yet.
+    """
+
+    waiting: Sequence[QueuedView]
+    unpromised: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class InFlightView:
+    """A request that was dispatched and has not ended, as its scheduler knows it."""
+
+    request_id: str
+    dispatched_at: float
+    prompt_tokens: int
+    output_p50: float
+    output_p90: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """A replica that takes requests.
+
+    Attributes:
+        replica: its id.
+        epoch: the placement it runs under.
+        slots: most sequences that run at once.
+        in_flight: dispatched and not ended.
+        kv_tokens_total: KV room in all.
+        prefill_seconds_per_token: estimated or reported.
+        decode_step_seconds: estimated or reported, of a step at the present batch.
+        reported_at: when the replica last reported; 0 if it has not.
+    """
+
+    replica: str
+    epoch: int
+    slots: int
+    in_flight: Sequence[InFlightView]
+    kv_tokens_total: int
+    prefill_seconds_per_token: float
+    decode_step_seconds: float
+    reported_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Send a batch to a replica. The ids are in the policy's order."""
+
+    replica: str
+    epoch: int
+    request_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """End a request at admission, or because it expired while it waited.
+
+    Attributes:
+        request_id: whose.
+        expired: its deadline has passed; otherwise it was found infeasible.
+        message: why, in plain words.
+        promise: carries the earliest feasible finish, when one is known.
+    """
+
+    request_id: str
+    expired: bool
+    message: str
+    promise: Promise | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchDecision:
+    """What a scheduler is to carry out, and when to ask again.
+
+    Attributes:
+        dispatches: batches to send now.
+        promises: new or materially changed promises, by request id.
+        refusals: requests to end.
+        order: ids of the requests that go on waiting, first to go first.
+        reconsider_at: ask again at this time even if nothing happens, or None.
+    """
+
+    dispatches: tuple[Dispatch, ...] = ()
+    promises: dict[str, Promise] = field(default_factory=dict)
+    refusals: tuple[Refusal, ...] = ()
+    order: tuple[str, ...] = ()
+    reconsider_at: float | None = None
+
+
+class DispatchPolicy(Protocol):
+    """A policy of level one. Implementations hold settings, never state."""
+
+    name: str
+
+    def dispatch(
+        self, queue: QueueView, replicas: Sequence[ReplicaView], now: float
+    ) -> DispatchDecision:
+        """Decide. Pure and deterministic."""
+        ...
+
+
+# ---- level two: the engine ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceView:
+    """A sequence in the engine.
+
+    Attributes:
+        request_id: its id.
+        slo: when it is needed.
+        profile: what it will need.
+        prompt_tokens: tokens to prefill in all, earlier output included.
+        computed_tokens: tokens whose KV is in the cache.
+        output_tokens: tokens generated in this engine.
+        max_output_tokens: most that it may still generate from where it started here.
+        rank: place in the scheduler's order.
+        arrived_at: when it reached the engine.
+        preemptions: how often it was preempted here.
+    """
+
+    request_id: str
+    slo: Slo
+    profile: ResourceProfile
+    prompt_tokens: int
+    computed_tokens: int
+    output_tokens: int
+    max_output_tokens: int
+    rank: int
+    arrived_at: float
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """An engine between two steps.
+
+    Attributes:
+        running: sequences with a slot, in order of admission.
+        waiting: sequences without one, oldest first.
+        slots: most sequences that run at once.
+        kv_tokens_free: KV room left.
+        kv_tokens_total: KV room in all.
+        max_chunk_tokens: most tokens that one step may compute.
+    """
+
+    running: Sequence[SequenceView]
+    waiting: Sequence[SequenceView]
+    slots: int
+    kv_tokens_free: int
+    kv_tokens_total: int
+    max_chunk_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepDecision:
+    """What an engine is to do in its next step.
+
+    Attributes:
+        admit: ids to give a slot, in order.
+        preempt: ids to take it from; they wait again and are recomputed.
+        hand_back: waiting ids to return to the scheduler.
+        chunk_tokens: most prefill tokens in this step, over all sequences.
+        reconsider_when: waiting work that no slot or KV room is left for is looked at again when
+            at least this many KV tokens are free; None: at the next arrival or finish.
+    """
+
+    admit: tuple[str, ...] = ()
+    preempt: tuple[str, ...] = ()
+    hand_back: tuple[str, ...] = ()
+    chunk_tokens: int = 0
+    reconsider_when: int | None = None
+
+
+class StepPolicy(Protocol):
+    """A policy of level two. Implementations hold settings, never state."""
+
+    name: str
+
+    def step(self, engine: EngineView, now: float) -> StepDecision:
+        """Decide. Pure and deterministic."""
+        ...

@@ -1,0 +1,1 @@
+"""Generated from ``protos/uellm/v1``: do not edit."""
