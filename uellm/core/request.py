@@ -53,7 +53,7 @@ class QuantileFunction:
     def __init__(self, levels: Sequence[float], values: Sequence[float]) -> None:
         if len(levels) != len(values) or not levels:
             raise ValueError(f"{len(levels)} levels and {len(values)} values: equal, not 0")
-        if not 0 < levels[0] or not levels[-1] < 1 or any(a >= b for a, b in pairwise(levels)):
+        if not levels[0] > 0 or not levels[-1] < 1 or any(a >= b for a, b in pairwise(levels)):
             raise ValueError("levels must ascend strictly within (0, 1)")
         if any(a > b for a, b in pairwise(values)):
             raise ValueError("values must not descend")

@@ -489,6 +489,7 @@ class StepReport(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     HANDED_BACK_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    ADMITTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]:
         """Sequences that got tokens or ended."""
@@ -501,16 +502,23 @@ class StepReport(_message.Message):
     def report(self) -> _queue_pb2.ReplicaReport:
         """How the replica is doing."""
 
+    @_builtins.property
+    def admitted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sequences that got a slot. Said before the step computes, so that a crash in it is known to
+        have been theirs.
+        """
+
     def __init__(
         self,
         *,
         outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
         handed_back: _abc.Iterable[_builtins.str] | None = ...,
         report: _queue_pb2.ReplicaReport | None = ...,
+        admitted: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handed_back", b"handed_back", "outputs", b"outputs", "report", b"report"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "handed_back", b"handed_back", "outputs", b"outputs", "report", b"report"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -274,6 +274,7 @@ class ModelProfile(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
     STORED_DTYPE_FIELD_NUMBER: _builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
     embed_bytes: _builtins.int
     """The embedding."""
     head_bytes: _builtins.int
@@ -290,6 +291,8 @@ class ModelProfile(_message.Message):
     """For instance "LlamaForCausalLM"."""
     stored_dtype: _builtins.str
     """Dtype of the stored weights."""
+    hidden_size: _builtins.int
+    """Width of the residual stream."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerProfile]:
         """One per layer."""
@@ -306,10 +309,11 @@ class ModelProfile(_message.Message):
         vocab_size: _builtins.int = ...,
         architecture: _builtins.str = ...,
         stored_dtype: _builtins.str = ...,
+        hidden_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes_per_token", b"activation_bytes_per_token", "architecture", b"architecture", "embed_bytes", b"embed_bytes", "head_bytes", b"head_bytes", "layers", b"layers", "max_tokens", b"max_tokens", "stored_dtype", b"stored_dtype", "tied", b"tied", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes_per_token", b"activation_bytes_per_token", "architecture", b"architecture", "embed_bytes", b"embed_bytes", "head_bytes", b"head_bytes", "hidden_size", b"hidden_size", "layers", b"layers", "max_tokens", b"max_tokens", "stored_dtype", b"stored_dtype", "tied", b"tied", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

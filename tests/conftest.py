@@ -1,0 +1,31 @@
+"""Fixtures that every kind of test shares."""
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from redis.asyncio import Redis
+
+from uellm.embedded import EmbeddedRedis
+from uellm.streams.connection import connect
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[EmbeddedRedis]:
+    """A real server for the whole run of one test process."""
+    with EmbeddedRedis() as server:
+        yield server
+
+
+@pytest.fixture
+async def redis(redis_server: EmbeddedRedis) -> AsyncIterator[Redis]:
+    """A client of an empty server."""
+    client = connect(redis_server.url)
+    await client.flushall()
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def redis_url(redis: Redis, redis_server: EmbeddedRedis) -> str:
+    """The address of an empty server."""
+    return redis_server.url

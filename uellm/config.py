@@ -1,0 +1,159 @@
+"""Settings: from the command line, the environment, then a TOML file, in this order.
+
+A common setting ``x`` is read from ``UELLM_X``; a service's own ``y`` from ``UELLM_<ROLE>_Y``,
+which also overrides a common one for that service alone. In the file named by ``UELLM_CONFIG``
+common settings stand at the top and a service's own in the table of its name. A name that nothing
+reads is an error, not a silence.
+"""
+
+import difflib
+import os
+import socket
+import tomllib
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from uellm.core.errors import ConfigurationError
+
+ROLES = ("gateway", "profiler", "scheduler", "deployer", "worker")
+# Read by the command line, not by a service.
+CLIENT_VARIABLES = {"CONFIG", "HOME", "SERVER"}
+
+
+class ServiceSettings(BaseSettings):
+    """What every service is told. Frozen; read once, in ``__main__``."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+    role: ClassVar[str] = ""
+
+    redis_url: str = Field("redis://localhost:6379/0", description="The mesh's Redis.")
+    host: str = Field("0.0.0.0", description="Address that the gRPC server binds to.")
+    port: int = Field(0, ge=0, le=65535, description="Port of the gRPC server; 0: any free one.")
+    advertise_host: str = Field(
+        "", description="Host name or address that others reach this service by; empty: found out."
+    )
+    service_id: str = Field(
+        "", description="Unique name of this service among its role; empty: role, host, process."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log lines that are written."
+    )
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto: console on a terminal, JSON lines elsewhere."
+    )
+    otel_exporter: Literal["none", "console", "otlp"] = Field(
+        "none",
+        description="Where spans go; otlp reads OpenTelemetry's OTEL_EXPORTER_OTLP_* variables.",
+    )
+    otel_file: str = Field(
+        "",
+        description="With the console exporter: a file that spans are appended to as JSON lines.",
+    )
+    drain_seconds: float = Field(
+        20.0, ge=0, description="Longest time that running work is given after SIGTERM."
+    )
+    lease_seconds: float = Field(
+        5.0, gt=0, description="After this silence a service, an owner or a holder counts as gone."
+    )
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Read the settings of a service; ``overrides`` that are None are left out.
+
+        Raises:
+            ConfigurationError: naming each wrong setting, where it was set and what is allowed.
+        """
+        check_environment(cls.role)
+        try:
+            return cls(**{name: value for name, value in overrides.items() if value is not None})
+        except ValidationError as error:
+            lines = [
+                f"{'.'.join(map(str, problem['loc']))} = {problem['input']!r}: {problem['msg']}"
+                for problem in error.errors()
+            ]
+            raise ConfigurationError(
+                f"settings of {cls.role}: " + "; ".join(lines) + " (docs/configuration.md)",
+                field=".".join(map(str, error.errors()[0]["loc"])),
+            ) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Own prefix over common prefix over file."""
+        del env_settings, dotenv_settings, file_secret_settings
+        own = EnvSettingsSource(settings_cls, env_prefix=f"UELLM_{cls.role.upper()}_")
+        common = EnvSettingsSource(ServiceSettings, env_prefix="UELLM_")
+        shared = InitSettingsSource(settings_cls, common())
+        return (init_settings, own, shared, InitSettingsSource(settings_cls, _read_file(cls.role)))
+
+    @property
+    def advertised_host(self) -> str:
+        """The host that others reach this service by."""
+        if self.advertise_host:
+            return self.advertise_host
+        if self.host not in {"0.0.0.0", "::", "[::]"}:
+            return self.host
+        return socket.gethostname()
+
+    @property
+    def identity(self) -> str:
+        """The name of this service among its role."""
+        return self.service_id or f"{self.role}-{socket.gethostname()}-{os.getpid()}"
+
+
+def check_environment(role: str) -> None:
+    """Refuse variables that nothing reads.
+
+    Raises:
+        ConfigurationError: naming the variable and the closest one that exists.
+    """
+    settings = next((s for s in _subclasses(ServiceSettings) if s.role == role), ServiceSettings)
+    common = {name.upper() for name in ServiceSettings.model_fields} | CLIENT_VARIABLES
+    own = {f"{role.upper()}_{name.upper()}" for name in settings.model_fields}
+    others = tuple(f"{other.upper()}_" for other in ROLES if other != role)
+    for variable in sorted(os.environ):
+        name = variable.removeprefix("UELLM_")
+        if name == variable or name in common or name in own or name.startswith(others):
+            continue
+        close = difflib.get_close_matches(name, sorted(common | own), n=1)
+        hint = f"; did you mean UELLM_{close[0]}?" if close else ""
+        raise ConfigurationError(
+            f"{variable}: no such setting{hint} (docs/configuration.md)", field=variable
+        )
+
+
+def _subclasses(cls: type[ServiceSettings]) -> list[type[ServiceSettings]]:
+    return [cls, *(s for child in cls.__subclasses__() for s in _subclasses(child))]
+
+
+def _read_file(role: str) -> dict[str, Any]:
+    name = os.environ.get("UELLM_CONFIG", "")
+    if not name:
+        return {}
+    try:
+        content = tomllib.loads(Path(name).read_text())
+    except OSError as error:
+        raise ConfigurationError(f"UELLM_CONFIG: {error}", field="UELLM_CONFIG") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"UELLM_CONFIG: {name}: {error}", field="UELLM_CONFIG") from None
+    common = {key: value for key, value in content.items() if key not in ROLES}
+    unknown = sorted(common.keys() - ServiceSettings.model_fields.keys())
+    if unknown:
+        raise ConfigurationError(f"{name}: no such setting: {unknown[0]}", field=unknown[0])
+    own: dict[str, Any] = content.get(role, {})
+    return common | own

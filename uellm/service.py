@@ -1,0 +1,259 @@
+"""How every service runs: telemetry, Redis, server, SERVING; and on SIGTERM the way back.
+
+The order of going is uvicorn's: say so (NOT_SERVING, off the registry), take no new work, finish
+or hand back what runs, then close. A second signal forces.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from uellm import logs
+from uellm.config import ServiceSettings
+from uellm.core.errors import ConfigurationError, UellmError
+from uellm.rpc import SERVER_OPTIONS, ErrorInterceptor
+from uellm.streams.clock import RedisClock
+from uellm.streams.connection import UNREACHABLE, RedisClient, check, connect
+from uellm.streams.registry import RENEW_SECONDS, Registry, ServiceAddress
+from uellm.telemetry import Telemetry
+
+_log = logs.logger("service")
+RETRY_SECONDS = 0.5
+
+
+class Context:
+    """What the runner gives a service's application.
+
+    Attributes:
+        identity: the service's name among its role.
+        address: where others reach its gRPC server.
+        redis: the mesh's Redis.
+        registry: who else is there.
+        clock: Redis TIME.
+    """
+
+    def __init__(self, settings: ServiceSettings, redis: RedisClient, address: str) -> None:
+        self.identity = settings.identity
+        self.address = address
+        self.redis = redis
+        self.registry = Registry(redis)
+        self.clock = RedisClock(redis)
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run ``work`` beside the server. If it fails, the service fails."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) and not self.failed.done():
+            self.failed.set_exception(error)
+
+    async def repeat(self, step: Callable[[], Awaitable[None]], name: str) -> None:
+        """Call ``step`` for ever; while Redis is away, log once and go on trying."""
+        away = False
+        while True:
+            try:
+                await step()
+            except UNREACHABLE as error:
+                if not away:
+                    _log.warning("Redis does not answer; trying on", loop=name, error=str(error))
+                away = True
+                await asyncio.sleep(RETRY_SECONDS)
+            else:
+                away = False
+
+    async def stop_tasks(self) -> None:
+        """Cancel everything spawned and wait for it."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Application(Protocol):
+    """One service: what it serves and does beside serving."""
+
+    service_names: tuple[str, ...]
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Add the servicers."""
+        ...
+
+    async def start(self) -> None:
+        """Start background work; the server is not serving yet."""
+        ...
+
+    async def drain(self) -> None:
+        """Take no new work; finish or hand back what runs."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of everything."""
+        ...
+
+
+async def _bind(server: grpc.aio.Server, settings: ServiceSettings) -> int:
+    address = f"{settings.host}:{settings.port}"
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError:
+        raise ConfigurationError(
+            f"cannot listen on {address}: the port is taken or the address is not this host's; "
+            f"set UELLM_{settings.role.upper()}_PORT (0: any free one)",
+            field="port",
+        ) from None
+
+
+async def _keep_registered(context: Context, role: str) -> None:
+    async def renew() -> None:
+        service = ServiceAddress(role, context.identity, context.address, os.getpid())
+        await context.registry.register(service)
+        await context.clock.sync()
+        await asyncio.sleep(RENEW_SECONDS)
+
+    await context.repeat(renew, "registration")
+
+
+def _interceptors(telemetry: Telemetry) -> list[grpc.aio.ServerInterceptor]:
+    interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
+    if telemetry.enabled:
+        from opentelemetry.instrumentation.grpc import aio_server_interceptor  # noqa: PLC0415
+
+        interceptors.insert(0, aio_server_interceptor())
+    return interceptors
+
+
+async def serve(
+    settings: ServiceSettings,
+    build: Callable[[Context], Application],
+    *,
+    stop: asyncio.Event | None = None,
+    ready: Callable[[str], None] | None = None,
+    interceptors: tuple[grpc.aio.ServerInterceptor, ...] = (),
+) -> None:
+    """Run a service until a signal, ``stop``, or a failure of its own.
+
+    Args:
+        settings: the service's settings.
+        build: makes the application; called once Redis answers and the port is known.
+        stop: set it to drain and end, as SIGTERM does.
+        ready: called with the address once the service is SERVING.
+        interceptors: server interceptors of the service's own.
+
+    Raises:
+        ConfigurationError: if it cannot start as it was told to.
+    """
+    telemetry = Telemetry(
+        settings.role, settings.identity, settings.otel_exporter, settings.otel_file
+    )
+    redis = connect(settings.redis_url)
+    stopping = stop or asyncio.Event()
+    try:
+        await check(redis, settings.redis_url)
+        server = grpc.aio.server(
+            interceptors=[*_interceptors(telemetry), *interceptors], options=SERVER_OPTIONS
+        )
+        port = await _bind(server, settings)
+        context = Context(settings, redis, f"{settings.advertised_host}:{port}")
+        await context.clock.sync(force=True)
+        application = build(context)
+        with _signals(stopping):
+            await _run(settings, context, application, server, stopping, ready)
+    finally:
+        await redis.aclose()
+        telemetry.close()
+
+
+async def _run(
+    settings: ServiceSettings,
+    context: Context,
+    application: Application,
+    server: grpc.aio.Server,
+    stopping: asyncio.Event,
+    ready: Callable[[str], None] | None,
+) -> None:
+    application.add_to(server)
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    names = (*application.service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    try:
+        await application.start()
+        await server.start()
+        for name in ("", *application.service_names):
+            await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        registration = context.spawn(_keep_registered(context, settings.role), "registration")
+        _log.info("serving", address=context.address, identity=context.identity)
+        if ready is not None:
+            ready(context.address)
+        waiting: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
+        await asyncio.wait({waiting, context.failed}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if context.failed.done():
+            _log.error("a background task failed", exc_info=context.failed.exception())
+        _log.info("draining", seconds=settings.drain_seconds)
+        await servicer.enter_graceful_shutdown()
+        registration.cancel()
+        await _quietly(context.registry.unregister(settings.role, context.identity), 2.0)
+        await _quietly(application.drain(), settings.drain_seconds)
+        await server.stop(settings.drain_seconds)
+    finally:
+        await context.stop_tasks()
+        await application.close()
+        await server.stop(0)
+    if context.failed.done():
+        await context.failed
+
+
+async def _quietly(work: Coroutine[Any, Any, None], seconds: float) -> None:
+    try:
+        await asyncio.wait_for(work, seconds)
+    except (TimeoutError, UellmError, *UNREACHABLE) as error:
+        _log.warning("not finished before stopping", error=str(error) or type(error).__name__)
+
+
+class _signals:
+    """SIGTERM and SIGINT set ``stopping``; a second one ends the process at once."""
+
+    def __init__(self, stopping: asyncio.Event) -> None:
+        self._stopping = stopping
+        self._loop = asyncio.get_running_loop()
+
+    def _handle(self) -> None:
+        if self._stopping.is_set():
+            os._exit(1)
+        self._stopping.set()
+
+    def __enter__(self) -> None:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(name, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            self._loop.remove_signal_handler(name)
+
+
+def main(
+    settings_class: type[ServiceSettings],
+    start: Callable[[Any], Coroutine[Any, Any, None]],
+) -> None:
+    """The whole of a service's ``__main__``: settings, logs, run; errors as one line."""
+    try:
+        settings = settings_class.load()
+        logs.configure(settings.identity, settings.log_level, settings.log_format)
+        asyncio.run(start(settings))
+    except ConfigurationError as error:
+        sys.stderr.write(f"uellm {settings_class.role}: {error.message}\n")
+        raise SystemExit(2) from None

@@ -1,0 +1,64 @@
+"""One way to reach Redis, with the settings that the queue protocol needs."""
+
+from typing import Any, TypeAlias
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from uellm.core.errors import ConfigurationError
+
+# redis-py types every reply as the union of all its modes; this project uses one (bytes).
+RedisClient: TypeAlias = Any
+
+# Longer than any blocking read, which would otherwise be taken for a lost connection.
+SOCKET_TIMEOUT_SECONDS = 10.0
+BLOCK_MS = 2000
+
+UNREACHABLE = (RedisConnectionError, RedisTimeoutError, OSError)
+"""What a call raises when Redis is away: whether it took effect is then unknown."""
+
+
+def connect(url: str) -> RedisClient:
+    """A client without automatic retries.
+
+    redis-py retries by default, and a lost reply then adds an entry twice. Only callers know
+    which of their calls may be repeated.
+
+    Raises:
+        ConfigurationError: if ``url`` is not a Redis URL.
+    """
+    try:
+        return Redis.from_url(
+            url,
+            retry=Retry(NoBackoff(), 0),
+            retry_on_error=[],
+            socket_timeout=SOCKET_TIMEOUT_SECONDS,
+            socket_connect_timeout=3.0,
+            socket_keepalive=True,
+            health_check_interval=0,
+            decode_responses=False,
+        )
+    except ValueError as error:
+        raise ConfigurationError(
+            f"UELLM_REDIS_URL: {error}; for instance redis://localhost:6379/0",
+            field="redis_url",
+        ) from None
+
+
+async def check(redis: RedisClient, url: str) -> None:
+    """Fail unless Redis answers.
+
+    Raises:
+        ConfigurationError: naming the address and the remedy.
+    """
+    try:
+        await redis.ping()
+    except (RedisError, OSError) as error:
+        raise ConfigurationError(
+            f"no Redis at {url.rsplit('@', 1)[-1]} ({error}); start one, or set UELLM_REDIS_URL",
+            field="redis_url",
+        ) from None

@@ -1,0 +1,97 @@
+"""Names of everything in Redis.
+
+Every key that one script touches carries the tag ``{model}``: all of a model lives in one slot.
+A request's id carries the model too, so that it alone is enough to find the request anywhere.
+"""
+
+import re
+import secrets
+import time
+from dataclasses import dataclass
+
+from uellm.core.errors import InvalidArgumentError
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+_REQUEST_ID = re.compile(r"(?P<model>[A-Za-z0-9][A-Za-z0-9._/-]{0,127}):[0-9a-z]{26}")
+_BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
+
+SERVICES = "uellm:services"
+DEPLOYMENTS = "uellm:deployments"
+
+
+def new_request_id(model: str) -> str:
+    """A fresh id: the model, then a ULID in lower case (48 bits of time, 80 random)."""
+    value = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
+    return f"{model}:{''.join(_BASE32[value >> shift & 31] for shift in range(125, -1, -5))}"
+
+
+def model_of(request_id: str) -> str:
+    """The model that a request id names.
+
+    Raises:
+        InvalidArgumentError: if it is not an id that ``new_request_id`` could have made.
+    """
+    match = _REQUEST_ID.fullmatch(request_id)
+    if match is None:
+        raise InvalidArgumentError(
+            "request_id is not one that this mesh gave out (<model>:<26 characters>)",
+            field="request_id",
+        )
+    return match["model"]
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of one model; see docs/queues.md for what each holds."""
+
+    model: str
+
+    @property
+    def prefix(self) -> str:
+        """What every key of the model starts with."""
+        return f"uellm:{{{self.model}}}:"
+
+    @property
+    def requests(self) -> str:
+        """Stream of requests that wait for the scheduler; group ``scheduler``."""
+        return f"{self.prefix}requests"
+
+    @property
+    def completions(self) -> str:
+        """Stream of CompletionEvents, trimmed; readers keep their own place."""
+        return f"{self.prefix}completions"
+
+    @property
+    def dead(self) -> str:
+        """Stream of requests given up."""
+        return f"{self.prefix}dead"
+
+    @property
+    def leases(self) -> str:
+        """Sorted set: when the holder of each dispatched request must have renewed, in ms."""
+        return f"{self.prefix}leases"
+
+    @property
+    def owner(self) -> str:
+        """Hash: which scheduler owns the model, its token, until when."""
+        return f"{self.prefix}owner"
+
+    def request(self, request_id: str) -> str:
+        """Hash: the record of a request."""
+        return f"{self.prefix}request:{request_id}"
+
+    def log(self, request_id: str) -> str:
+        """Stream of LogChunks; an entry's id is the offset behind its tokens."""
+        return f"{self.prefix}log:{request_id}"
+
+    def batches(self, replica: str) -> str:
+        """Stream of BatchEntries for a replica; group ``leader``."""
+        return f"{self.prefix}batches:{replica}"
+
+    def replica(self, replica: str) -> str:
+        """Hash: a replica's route and its latest report."""
+        return f"{self.prefix}replica:{replica}"
+
+    def frames(self, gateway: str) -> str:
+        """Stream of Frames that wake a gateway; trimmed, gone with the gateway."""
+        return f"{self.prefix}frames:{gateway}"

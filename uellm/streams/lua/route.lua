@@ -1,0 +1,16 @@
+-- Points the route of a replica to an epoch. Older epochs are refused, so that a deployer that
+-- lost touch cannot undo a newer one's work.
+-- ARGV: replica, epoch, state, ReplicaReport to start from or ''
+-- Returns 1, or 0 if a newer epoch is routed.
+local key = P .. 'replica:' .. ARGV[1]
+local current = tonumber(redis.call('HGET', key, 'epoch') or 0)
+if tonumber(ARGV[2]) < current then
+  return 0
+end
+redis.call('HSET', key, 'epoch', ARGV[2], 'state', ARGV[3])
+if ARGV[4] ~= '' then
+  redis.call('HSET', key, 'report', ARGV[4], 'reported_ms', now_ms())
+end
+-- Wakes the scheduler, which reads this stream for finished work.
+redis.call('XADD', P .. 'completions', 'MAXLEN', '~', '20000', '*', 'route', ARGV[1])
+return 1

@@ -1,0 +1,248 @@
+"""What travels through a model's queues, as the scripts take and give it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from uellm.core.errors import NotFoundError
+from uellm.v1 import common_pb2, inference_pb2, queue_pb2
+
+RETENTION_SECONDS = 3600
+TERMINAL = frozenset({"DONE", "FAILED", "CANCELLED", "EXPIRED", "DEAD"})
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much may wait before new requests are refused."""
+
+    waiting_requests: int = 10_000
+    waiting_tokens: int = 20_000_000
+    tenant_requests: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """A request to accept; ``content_hash`` tells apart two uses of one idempotency key."""
+
+    request_id: str
+    tenant: str
+    scope: str
+    payload: queue_pb2.RequestPayload
+    entry: queue_pb2.RequestEntry
+    idempotency_key: str = ""
+    content_hash: str = ""
+    gateway: str = ""
+    cost_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptResult:
+    """What came of it: ``status`` is ok, existing, mismatch, depth, tokens or tenant."""
+
+    status: str
+    request_id: str
+    accepted_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedEntry:
+    """A request as read from ``requests``."""
+
+    entry: queue_pb2.RequestEntry
+    generation: int
+    offset: int
+    accepted_at: float
+    attempts: int
+    strikes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchMessage:
+    """An entry of ``batches:<replica>``: a request to run, or one to drop (``entry`` is None)."""
+
+    entry_id: str
+    epoch: int
+    request_id: str
+    entry: queue_pb2.BatchEntry | None
+    cancelled_generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The engine admitted a request."""
+
+    request_id: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """The engine generated tokens."""
+
+    request_id: str
+    generation: int
+    tokens: inference_pb2.Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The engine ended a request. The script adds the exact token count to both messages."""
+
+    request_id: str
+    generation: int
+    state: str
+    finished: inference_pb2.Finished
+    completion: queue_pb2.CompletionEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A request's record."""
+
+    request_id: str
+    state: str
+    generation: int
+    tokens: int
+    tenant: str
+    adapter: str
+    accepted_at: float
+    dispatched_at: float | None
+    first_token_at: float | None
+    attempts: int
+    replica: str
+    batch: str
+    entry: queue_pb2.RequestEntry
+    payload: queue_pb2.RequestPayload
+    promise: common_pb2.Promise | None
+    finished: inference_pb2.Finished | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is final."""
+        return self.state in TERMINAL
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRoute:
+    """Where a replica's route points, and its latest report."""
+
+    replica: str
+    epoch: int
+    state: str
+    report: queue_pb2.ReplicaReport
+    reported_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reaped:
+    """What a reap did: ``grace`` means that it only renewed leases, after a silence."""
+
+    requeued: tuple[str, ...] = ()
+    given_up: tuple[tuple[str, int], ...] = ()
+    grace: bool = False
+
+
+def parse_record(request_id: str, raw: Mapping[bytes, bytes]) -> Record:
+    """A record from its hash."""
+
+    def text(name: str) -> str:
+        return raw.get(name.encode(), b"").decode()
+
+    def seconds(name: str) -> float | None:
+        value = text(name)
+        return int(value) / 1000 if value else None
+
+    promise, finished = raw.get(b"promise"), raw.get(b"finished")
+    return Record(
+        request_id=request_id,
+        state=text("state"),
+        generation=int(text("generation")),
+        tokens=int(text("tokens")),
+        tenant=text("tenant"),
+        adapter=text("adapter"),
+        accepted_at=int(text("accepted_ms")) / 1000,
+        dispatched_at=seconds("dispatched_ms"),
+        first_token_at=seconds("first_token_ms"),
+        attempts=int(text("attempts")),
+        replica=text("replica"),
+        batch=text("batch"),
+        entry=queue_pb2.RequestEntry.FromString(raw.get(b"entry", b"")),
+        payload=queue_pb2.RequestPayload.FromString(raw.get(b"payload", b"")),
+        promise=common_pb2.Promise.FromString(promise) if promise else None,
+        finished=inference_pb2.Finished.FromString(finished) if finished else None,
+    )
+
+
+def parse_queued(fields: Mapping[bytes, bytes]) -> QueuedEntry:
+    """A waiting request from its stream fields."""
+    return QueuedEntry(
+        entry=queue_pb2.RequestEntry.FromString(fields[b"payload"]),
+        generation=int(fields[b"generation"]),
+        offset=int(fields[b"offset"]),
+        accepted_at=int(fields[b"accepted_ms"]) / 1000,
+        attempts=int(fields[b"attempts"]),
+        strikes=int(fields[b"strikes"]),
+    )
+
+
+def parse_batch(entry_id: bytes, fields: Mapping[bytes, bytes]) -> BatchMessage:
+    """A batch message from its stream fields."""
+    cancelled = fields[b"type"] == b"cancel"
+    return BatchMessage(
+        entry_id=entry_id.decode(),
+        epoch=int(fields[b"epoch"]),
+        request_id=fields[b"id"].decode(),
+        entry=None if cancelled else queue_pb2.BatchEntry.FromString(fields[b"payload"]),
+        cancelled_generation=int(fields[b"generation"]) if cancelled else 0,
+    )
+
+
+def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+    """The fields of a stream entry as scripts return them: names and values in turn."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def not_found(request_id: str) -> NotFoundError:
+    """The error for an id that names nothing this tenant may see."""
+    return NotFoundError(
+        f"no request {request_id}: it never was, its result was kept for its time, or it is "
+        "another tenant's",
+        field="request_id",
+        reason="REQUEST_NOT_FOUND",
+    )
+
+
+def operation_arguments(operation: Start | Append | Finish) -> list[Any]:
+    """An operation as ``append.lua`` takes it: six arguments."""
+    match operation:
+        case Start(request_id, generation):
+            return ["start", request_id, generation, 0, b"", b""]
+        case Append(request_id, generation, tokens):
+            count = len(tokens.ids)
+            return [
+                "tokens",
+                request_id,
+                generation,
+                tokens.offset,
+                tokens.SerializeToString(),
+                count,
+            ]
+        case Finish(request_id, generation, state, finished, completion):
+            return [
+                "finish",
+                request_id,
+                generation,
+                state,
+                finished.SerializeToString(),
+                completion.SerializeToString(),
+            ]
+
+
+def stream_entries(streams: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    """The entries of the one stream asked for, whichever protocol version answered."""
+    if not streams:
+        return []
+    if isinstance(streams, dict):
+        (entries,) = streams.values()
+        return list(entries[0]) if entries and isinstance(entries[0], list) else list(entries)
+    return list(streams[0][1])

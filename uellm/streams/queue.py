@@ -1,0 +1,100 @@
+"""One model's queues and records: the typed face of the Lua scripts.
+
+Who calls what: gateways ``accept``, ``watch``, ``cancel`` and read logs and frames; the model's
+scheduler ``own``s it, reads ``requests``, ``promise``s, ``dispatch``es, ``reap``s and ``finish``es;
+a replica's leader reads ``batches`` and ``append``s; the deployer ``route``s.
+
+A call that raises a connection error may or may not have taken effect. ``accept`` (same id),
+``append``, ``dispatch``, ``finish``, ``cancel``, ``hand_back``, ``promise``, ``route`` and
+``watch`` may all be repeated: a second run finds the first one's effect and does nothing more.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from uellm.core.errors import AbortedError
+from uellm.streams.connection import RedisClient
+from uellm.streams.keys import Keys
+from uellm.streams.messages import Record, ReplicaRoute, not_found, parse_record
+from uellm.streams.scripts import Scripts
+from uellm.v1 import queue_pb2
+
+
+class ModelQueue:
+    """The queues and records of one model."""
+
+    def __init__(self, redis: RedisClient, model: str, scripts: Scripts | None = None) -> None:
+        self.keys = Keys(model)
+        self.model = model
+        self._redis = redis
+        self._scripts = scripts or Scripts(redis)
+
+    async def _run(self, script: str, *arguments: Any) -> list[Any]:
+        return await self._scripts(script, self.keys.prefix, *arguments)
+
+    def _fenced(self, reply: list[Any]) -> list[Any]:
+        if reply[0] == b"stale":
+            raise AbortedError(f"another holder took over {self.model}")
+        return reply
+
+    async def record(self, request_id: str) -> Record:
+        """A request's record.
+
+        Raises:
+            NotFoundError: if there is none.
+        """
+        raw = await self._redis.hgetall(self.keys.request(request_id))
+        if not raw:
+            raise not_found(request_id)
+        return parse_record(request_id, raw)
+
+    async def records(self, request_ids: Sequence[str]) -> list[Record | None]:
+        """Several records in one round trip; None where there is none."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for request_id in request_ids:
+            pipeline.hgetall(self.keys.request(request_id))
+        return [
+            parse_record(request_id, raw) if raw else None
+            for request_id, raw in zip(request_ids, await pipeline.execute(), strict=True)
+        ]
+
+    async def routes(self, replicas: Iterable[str]) -> dict[str, ReplicaRoute]:
+        """Routes and reports of those of ``replicas`` that have any."""
+        names = list(replicas)
+        pipeline = self._redis.pipeline(transaction=False)
+        for name in names:
+            pipeline.hmget(self.keys.replica(name), ["epoch", "state", "report", "reported_ms"])
+        routes = {}
+        for name, (epoch, state, report, reported) in zip(
+            names, await pipeline.execute(), strict=True
+        ):
+            if epoch is not None:
+                routes[name] = ReplicaRoute(
+                    replica=name,
+                    epoch=int(epoch),
+                    state=state.decode(),
+                    report=queue_pb2.ReplicaReport.FromString(report or b""),
+                    reported_at=int(reported or 0) / 1000,
+                )
+        return routes
+
+    async def route(
+        self, replica: str, epoch: int, state: str, report: queue_pb2.ReplicaReport | None = None
+    ) -> bool:
+        """Point a replica's route to an epoch; returns False if a newer one is routed."""
+        await ensure_group(self._redis, self.keys.batches(replica), "leader")
+        (taken,) = await self._run(
+            "route", replica, epoch, state, report.SerializeToString() if report else b""
+        )
+        return bool(taken)
+
+
+async def ensure_group(redis: RedisClient, stream: str, group: str) -> None:
+    """Create a consumer group at 0, stream included: nothing that waits is skipped."""
+    try:
+        await redis.xgroup_create(stream, group, id="0", mkstream=True)
+    except ResponseError as error:
+        if "BUSYGROUP" not in str(error):
+            raise

@@ -1,0 +1,157 @@
+"""A scheduler's side of a model's queues."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from uellm.streams.messages import (
+    RETENTION_SECONDS,
+    Finish,
+    QueuedEntry,
+    Reaped,
+    pairs,
+    parse_queued,
+    stream_entries,
+)
+from uellm.streams.queue import ModelQueue, ensure_group
+from uellm.v1 import common_pb2, queue_pb2
+
+
+class SchedulerQueue(ModelQueue):
+    """A scheduler's side of a model's queues."""
+
+    async def own(self, scheduler: str, lease_ms: int) -> int:
+        """Take or renew the model's lease; returns the fencing token, or 0 if another holds it.
+
+        With ``lease_ms`` 0 the lease is let go.
+        """
+        token, _ = await self._run("own", scheduler, lease_ms)
+        return int(token)
+
+    async def ensure_requests_group(self) -> None:
+        """Create the schedulers' group, at 0: work accepted before it existed is not skipped."""
+        await ensure_group(self._redis, self.keys.requests, "scheduler")
+
+    async def read_requests(
+        self, consumer: str, count: int, block_ms: int | None, *, pending: bool = False
+    ) -> list[QueuedEntry]:
+        """New requests, or with ``pending`` those read before and not dispatched since."""
+        streams = await self._redis.xreadgroup(
+            "scheduler",
+            consumer,
+            {self.keys.requests: "0" if pending else ">"},
+            count,
+            None if pending else block_ms,
+        )
+        return [parse_queued(fields) for _, fields in stream_entries(streams) if fields]
+
+    async def claim(self, token: int, consumer: str, count: int) -> list[QueuedEntry]:
+        """Take over requests that other schedulers read and did not dispatch.
+
+        Raises:
+            AbortedError: if ``token`` is no longer the owner's.
+        """
+        reply = self._fenced(await self._run("claim", token, consumer, count))
+        return [parse_queued(pairs(fields)) for _, fields in reply[1]]
+
+    async def promise(self, token: int, promises: Mapping[str, common_pb2.Promise]) -> None:
+        """Record promises and tell their gateways.
+
+        Raises:
+            AbortedError: if ``token`` is no longer the owner's.
+        """
+        arguments: list[Any] = []
+        for request_id, promise in promises.items():
+            arguments += [request_id, promise.SerializeToString()]
+        self._fenced(await self._run("promise", token, *arguments))
+
+    async def dispatch(
+        self,
+        token: int,
+        replica: str,
+        epoch: int,
+        lease_ms: int,
+        batch_id: str,
+        entries: Sequence[queue_pb2.BatchEntry],
+    ) -> list[bool] | None:
+        """Send a batch to a replica; each entry carries its record's generation plus one.
+
+        Returns which of the entries were sent (the others had been cancelled or moved), or None
+        if the replica is not routed to under ``epoch``.
+
+        Raises:
+            AbortedError: if ``token`` is no longer the owner's.
+        """
+        arguments: list[Any] = []
+        for entry in entries:
+            arguments += [entry.request_id, entry.generation - 1, entry.SerializeToString()]
+        reply = self._fenced(
+            await self._run("dispatch", token, replica, epoch, lease_ms, batch_id, *arguments)
+        )
+        return None if reply[0] == b"unrouted" else [bool(sent) for sent in reply[1]]
+
+    async def reap(
+        self, token: int, lease_ms: int, *, most_gap_ms: int, most_strikes: int, most: int = 500
+    ) -> Reaped:
+        """Take requests back from holders that are gone.
+
+        Raises:
+            AbortedError: if ``token`` is no longer the owner's.
+        """
+        reply = self._fenced(
+            await self._run("reap", token, lease_ms, most_gap_ms, most_strikes, most)
+        )
+        if reply[0] == b"grace":
+            return Reaped(grace=True)
+        return Reaped(
+            requeued=tuple(request_id.decode() for request_id in reply[1]),
+            given_up=tuple(
+                (request_id.decode(), generation) for request_id, generation in reply[2]
+            ),
+        )
+
+    async def finish(
+        self,
+        token: int,
+        finish: Finish,
+        *,
+        dead_reason: str = "",
+        retention_seconds: int = RETENTION_SECONDS,
+    ) -> bool:
+        """End a request that no replica holds; returns False if it had moved on.
+
+        Raises:
+            AbortedError: if ``token`` is no longer the owner's.
+        """
+        reply = self._fenced(
+            await self._run(
+                "finish",
+                token,
+                finish.request_id,
+                finish.generation,
+                finish.state,
+                finish.finished.SerializeToString(),
+                finish.completion.SerializeToString(),
+                retention_seconds,
+                dead_reason,
+            )
+        )
+        return bool(reply[0] == b"ok")
+
+    async def read_completions(
+        self, after: str, count: int, block_ms: int | None
+    ) -> tuple[str, list[queue_pb2.CompletionEvent]]:
+        """What finished since ``after``; returns the place to go on from, and the events."""
+        streams = await self._redis.xread({self.keys.completions: after}, count, block_ms)
+        entries = stream_entries(streams)
+        events = [
+            queue_pb2.CompletionEvent.FromString(fields[b"payload"])
+            for _, fields in entries
+            if b"payload" in fields
+        ]
+        return (entries[-1][0].decode() if entries else after), events
+
+    async def dispatched(self) -> list[str]:
+        """Ids of all requests that were dispatched and have not ended."""
+        return [
+            request_id.decode() for request_id in await self._redis.zrange(self.keys.leases, 0, -1)
+        ]

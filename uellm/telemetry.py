@@ -1,0 +1,117 @@
+"""Traces: one from the client's call to the last token, across gRPC and Redis.
+
+W3C trace context travels in gRPC metadata and, as ``traceparent``, in stream payloads. With the
+exporter off every span is a no-op.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from opentelemetry import propagate, trace
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import (
+    BatchSpanProcessor,
+    ConsoleSpanExporter,
+    SimpleSpanProcessor,
+    SpanExporter,
+)
+
+from uellm import __version__
+
+tracer = trace.get_tracer("uellm", __version__)
+
+
+def _console(file: str) -> tuple[SpanExporter, IO[str] | None]:
+    if not file:
+        return ConsoleSpanExporter(), None
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    out = path.open("a", buffering=1)
+    return ConsoleSpanExporter(
+        out=out, formatter=lambda span: span.to_json(indent=None) + "\n"
+    ), out
+
+
+class Telemetry:
+    """The tracing of one process.
+
+    Args:
+        service: the service's role.
+        instance: its name among the role.
+        exporter: none, console or otlp.
+        file: with console, where to; empty: standard output.
+    """
+
+    def __init__(self, service: str, instance: str, exporter: str, file: str = "") -> None:
+        self._provider: TracerProvider | None = None
+        self._out: IO[str] | None = None
+        if exporter == "none":
+            return
+        resource = Resource.create(
+            {
+                "service.name": f"uellm-{service}",
+                "service.instance.id": instance,
+                "service.version": __version__,
+            }
+        )
+        self._provider = TracerProvider(resource=resource)
+        if exporter == "console":
+            spans, self._out = _console(file)
+            self._provider.add_span_processor(SimpleSpanProcessor(spans))
+        else:
+            # Imported here: it is slow to import and only needed with a collector.
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415
+                OTLPSpanExporter,
+            )
+
+            self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        trace.set_tracer_provider(self._provider)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether spans go anywhere."""
+        return self._provider is not None
+
+    def close(self) -> None:
+        """Flush what is left."""
+        if self._provider is not None:
+            self._provider.shutdown()
+        if self._out is not None:
+            self._out.close()
+
+
+def traceparent() -> str:
+    """The present span's W3C context, or "" outside any."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return carrier.get("traceparent", "")
+
+
+def context_of(parent: str) -> Context:
+    """The context that a ``traceparent`` names."""
+    return propagate.extract({"traceparent": parent} if parent else {})
+
+
+@contextmanager
+def span(
+    name: str,
+    *,
+    parent: str = "",
+    links: Sequence[str] = (),
+    **attributes: str | int | float | bool,
+) -> Iterator[trace.Span]:
+    """A span below ``parent`` (a traceparent; else the present one), linked to others."""
+    contexts = (
+        trace.get_current_span(context_of(link)).get_span_context() for link in links if link
+    )
+    with tracer.start_as_current_span(
+        name,
+        context=context_of(parent) if parent else None,
+        links=[trace.Link(context) for context in contexts if context.is_valid],
+        attributes=attributes,
+    ) as current:
+        yield current
