@@ -1,0 +1,1 @@
+"""A worker: an agent that owns devices, and the child processes that compute on them."""

@@ -1,0 +1,234 @@
+"""The main program of a child process: one stage of one replica.
+
+A thread reads the agent's commands into the inbox, and ends the process when the agent is gone,
+whatever the engine computes at that moment. The main thread is the engine.
+"""
+
+import logging
+import os
+import socket
+import threading
+
+from uellm_worker.engine.capacity import Capacity, Prepared
+from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError
+from uellm_worker.engine.group import Group, Rendezvous, join
+from uellm_worker.engine.inbox import Inbox, Item, PeerLost, ResultArrived, StepAnnounced
+from uellm_worker.engine.instant import InstantEngine
+from uellm_worker.engine.loop import EngineLoop
+from uellm_worker.engine.policies import step_policy
+from uellm_worker.engine.runner import Engine, Member
+from uellm_worker.engine.wire import ChildChannel
+
+from uellm.core.errors import UellmError
+from uellm.v1.engine_pb2 import (
+    CommitShard,
+    EngineCommand,
+    EngineEvent,
+    LoadProgress,
+    PrepareShard,
+    ShardFailed,
+    ShardLeft,
+    ShardPrepared,
+    ShardServing,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Child:
+    """The state machine of a child: empty, prepared, serving; after a failure, prepared again.
+
+    Args:
+        channel: to the agent.
+        inbox: what the agent and the peers say.
+        engine: computes.
+    """
+
+    def __init__(self, channel: ChildChannel, inbox: Inbox, engine: Engine) -> None:
+        self._channel = channel
+        self._inbox = inbox
+        self._engine = engine
+        self._command: PrepareShard | None = None
+        self._prepared: Prepared | None = None
+        self._rendezvous: Rendezvous | None = None
+        self._group: Group | None = None
+        self._member: Member | None = None
+        self._loop: EngineLoop | None = None
+
+    def run(self) -> None:
+        """Serve until the process ends."""
+        stalled = False
+        while True:
+            busy = self._loop is not None and self._loop.busy and not stalled
+            item = self._inbox.take(block=not busy)
+            if item is not None:
+                stalled = False
+                self._guard(item)
+            else:
+                stalled = not self._guard(None)
+
+    def _guard(self, item: Item | None) -> bool:
+        """Handle an item, or step; turn whatever is raised into an event.
+
+        Returns:
+            False if a step found nothing to do.
+        """
+        try:
+            return self._step() if item is None else self._handle(item)
+        except LeaveRequestedError:
+            self._leave()
+        except PeerLostError as error:
+            self._fail("PEER_LOST", str(error))
+        except UellmError as error:
+            self._fail("LOAD_FAILED", error.message)
+        except MemoryError as error:
+            self._fail("OUT_OF_MEMORY", str(error) or "no host memory left")
+        except Exception as error:
+            _log.exception("the stage failed")
+            reason = "OUT_OF_MEMORY" if type(error).__name__ == "OutOfMemoryError" else "INTERNAL"
+            self._fail(reason, f"{type(error).__name__}: {error}")
+        return True
+
+    # ---- commands and news ---------------------------------------------------------------------
+
+    def _handle(self, item: Item) -> bool:
+        match item:
+            case StepAnnounced():
+                if self._member is not None:
+                    self._member.follow(item.meta)
+            case PeerLost():
+                raise PeerLostError(item.message)
+            case ResultArrived():
+                _log.warning("a result that no step waits for")
+            case _:
+                self._obey(item)
+        return True
+
+    def _obey(self, command: EngineCommand) -> None:
+        match command.WhichOneof("command"):
+            case "prepare":
+                self._prepare(command.prepare)
+            case "commit":
+                self._commit(command.commit)
+            case "add" if self._loop is not None:
+                self._loop.add(command.add)
+            case "drop" if self._loop is not None:
+                self._loop.drop(command.drop)
+            case "add" | "drop":
+                _log.info("a sequence's command crossed the end of its generation")
+            case "leave":
+                self._leave()
+                self._channel.send(EngineEvent(left=ShardLeft()))
+            case other:
+                _log.warning("an unknown command: %s", other)
+
+    def _prepare(self, command: PrepareShard) -> None:
+        self._leave()
+        self._prepared = None
+        self._command = command
+        self._inbox.generation = command.assignment.generation
+        prepared = self._engine.prepare(command, self._progress)
+        event = ShardPrepared(kept_bytes=prepared.kept_bytes, total_bytes=prepared.total_bytes)
+        assignment = command.assignment
+        if assignment.stage_index == 0 and assignment.stage_count > 1:
+            self._rendezvous = Rendezvous(command.bind_host, advertised_host(command))
+            event.rendezvous = self._rendezvous.address
+        self._prepared = prepared
+        self._channel.send(EngineEvent(prepared=event))
+
+    def _commit(self, commit: CommitShard) -> None:
+        if self._prepared is None or self._command is None:
+            raise RuntimeError("a commit without a prepared stage; send prepare first")
+        assignment = self._command.assignment
+        if commit.generation != self._inbox.generation:
+            raise RuntimeError(
+                f"a commit for generation {commit.generation}, "
+                f"while generation {self._inbox.generation} is prepared"
+            )
+        capacity = self._prepared.capacity
+        if assignment.stage_count > 1:
+            self._group = self._form_group(self._command, capacity, commit.rendezvous)
+            capacity = self._group.capacity
+        self._member = self._engine.join(self._group, self._inbox)
+        if assignment.stage_index == 0:
+            self._loop = EngineLoop(
+                self._member,
+                step_policy(commit.policy),
+                capacity,
+                self._prepared.vocabulary,
+                epoch=assignment.generation,
+            )
+        self._channel.send(EngineEvent(serving=ShardServing(generation=commit.generation)))
+
+    def _form_group(self, command: PrepareShard, capacity: Capacity, rendezvous: str) -> Group:
+        if self._rendezvous is not None:
+            offer = self._engine.offer(command.bind_host)
+            return self._rendezvous.form(command.assignment, capacity, offer, self._inbox)
+        return join(
+            rendezvous,
+            command.assignment,
+            capacity,
+            command.bind_host,
+            advertised_host(command),
+            self._inbox,
+        )
+
+    def _progress(self, loaded_bytes: int, total_bytes: int) -> None:
+        progress = LoadProgress(loaded_bytes=loaded_bytes, total_bytes=total_bytes)
+        self._channel.send(EngineEvent(progress=progress))
+
+    def _step(self) -> bool:
+        report = self._loop.step() if self._loop is not None else None
+        if report is not None:
+            self._channel.send(EngineEvent(step=report))
+        return report is not None
+
+    # ---- ends ----------------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        """Drop peers and sequences; keep the weights."""
+        self._loop = None
+        self._inbox.generation = 0
+        for part in (self._rendezvous, self._group, self._member):
+            if part is not None:
+                part.close()
+        self._rendezvous = self._group = self._member = None
+
+    def _fail(self, reason: str, message: str) -> None:
+        suspects = self._loop.suspects if self._loop is not None else ()
+        self._leave()
+        failed = ShardFailed(reason=reason, message=message, suspects=suspects)
+        self._channel.send(EngineEvent(failed=failed))
+
+
+def advertised_host(command: PrepareShard) -> str:
+    """The address that the other stages reach this one by."""
+    if command.bind_host not in ("", "0.0.0.0", "::"):
+        return command.bind_host
+    for peer in command.assignment.peers:
+        if peer.stage == command.assignment.stage_index and peer.host:
+            return peer.host
+    return socket.gethostname()
+
+
+def new_engine(name: str, step_seconds: float) -> Engine:
+    """The engine of that name; torch is imported for "shard" only."""
+    if name == "instant":
+        return InstantEngine(step_seconds)
+    from uellm_worker.engine.shard_engine import ShardEngine  # noqa: PLC0415
+
+    return ShardEngine()
+
+
+def serve(sock: socket.socket, engine: Engine) -> None:
+    """Serve an agent over a connected socket; does not return."""
+    channel, inbox = ChildChannel(sock), Inbox()
+
+    def read_commands() -> None:
+        while (command := channel.receive()) is not None:
+            inbox.put(command)
+        # No agent, no purpose; the engine may be deep in a step, so it is not asked.
+        os._exit(0)
+
+    threading.Thread(target=read_commands, name="commands", daemon=True).start()
+    Child(channel, inbox, engine).run()

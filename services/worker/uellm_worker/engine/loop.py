@@ -1,0 +1,316 @@
+"""The engine loop of a replica: between two steps, the policy decides who computes what.
+
+Sequences wait for a slot, prefill their tokens in chunks under the step's budget, then decode one
+token a step together with everyone else. The loop does no I/O: the child process hands it
+commands and sends the reports it returns.
+"""
+
+import heapq
+import time
+from bisect import insort
+from collections.abc import Callable
+
+from uellm_worker.engine.capacity import Capacity, Vocabulary
+from uellm_worker.engine.plan import Admission, Chunk, StepPlan, StepResult
+from uellm_worker.engine.reports import StepMeter
+from uellm_worker.engine.runner import Runner
+from uellm_worker.engine.sequences import Sequence, SequenceError, sequence_from_command
+
+from uellm.policy.views import EngineView, StepDecision, StepPolicy
+from uellm.v1.common_pb2 import (
+    FINISH_REASON_FAILED,
+    FINISH_REASON_LENGTH,
+    FINISH_REASON_STOP,
+    FINISH_REASON_UNSPECIFIED,
+    FinishReason,
+)
+from uellm.v1.engine_pb2 import AddSequence, DropSequence, SequenceOutput, StepReport
+from uellm.v1.inference_pb2 import Failure, TokenLogprobs
+from uellm.v1.queue_pb2 import ReplicaReport
+
+MAX_CHUNK_TOKENS = 512
+"""Most tokens that one step computes: keeps a step short enough for those that decode."""
+
+
+class EngineLoop:
+    """The sequences of one generation of a replica.
+
+    Args:
+        runner: computes the steps.
+        policy: decides before each of them.
+        capacity: what all stages can hold.
+        vocabulary: the model's.
+        epoch: the generation, for the reports.
+        now: seconds since the epoch.
+
+    Attributes:
+        suspects: requests of the step under way, or of the one that raised.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        policy: StepPolicy,
+        capacity: Capacity,
+        vocabulary: Vocabulary,
+        epoch: int = 0,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._runner = runner
+        self._policy = policy
+        self._capacity = capacity
+        self._vocabulary = vocabulary
+        self._epoch = epoch
+        self._now = now
+        self._max_chunk_tokens = max(MAX_CHUNK_TOKENS, 2 * capacity.slots)
+        self._running: list[Sequence] = []
+        self._waiting: list[Sequence] = []
+        self._by_id: dict[str, Sequence] = {}
+        self._free_slots = list(range(capacity.slots))
+        self._admitted: list[Sequence] = []
+        self._outputs: list[SequenceOutput] = []
+        self._handed_back: list[str] = []
+        self._meter = StepMeter()
+        self.suspects: tuple[str, ...] = ()
+
+    # ---- commands ------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """A step may have something to do."""
+        return bool(self._by_id or self._outputs)
+
+    def add(self, command: AddSequence) -> None:
+        """Take in a sequence; one of the same request is replaced."""
+        self._remove(self._by_id.get(command.request_id))
+        try:
+            sequence = sequence_from_command(command, self._capacity, self._vocabulary, self._now())
+        except SequenceError as error:
+            self._outputs.append(
+                SequenceOutput(
+                    request_id=command.request_id,
+                    generation=command.generation,
+                    finish=FINISH_REASON_FAILED,
+                    failure=Failure(reason=error.reason, message=str(error)),
+                )
+            )
+            return
+        if sequence.full:
+            self._outputs.append(_output(sequence, finish=FINISH_REASON_LENGTH))
+            return
+        self._by_id[sequence.request_id] = sequence
+        self._wait(sequence)
+
+    def drop(self, command: DropSequence) -> None:
+        """Forget a sequence; its slot is free at once. Others than the one named stay."""
+        sequence = self._by_id.get(command.request_id)
+        if sequence is not None and sequence.generation == command.generation:
+            self._remove(sequence)
+
+    # ---- steps ---------------------------------------------------------------------------------
+
+    def step(self) -> StepReport | None:
+        """Ask the policy, compute one step, report; None when there was nothing to do."""
+        computed = False
+        if self._waiting or self._running:
+            decision = self._policy.step(self._view(), self._now())
+            self._apply(decision)
+            computed = self._compute(decision.chunk_tokens)
+        if not (computed or self._outputs or self._handed_back):
+            return None
+        report = StepReport(
+            outputs=self._outputs, handed_back=self._handed_back, report=self._report()
+        )
+        self._outputs, self._handed_back = [], []
+        return report
+
+    def _view(self) -> EngineView:
+        return EngineView(
+            running=[sequence.view() for sequence in self._running],
+            waiting=[sequence.view() for sequence in self._waiting],
+            slots=self._capacity.slots,
+            kv_tokens_free=self._kv_free(),
+            kv_tokens_total=self._capacity.kv_tokens,
+            max_chunk_tokens=self._max_chunk_tokens,
+        )
+
+    def _apply(self, decision: StepDecision) -> None:
+        """Carry out a decision. What no longer fits the facts is left out.
+
+        The policy is asked before every step, so its ``reconsider_when`` is always kept.
+        """
+        for request_id in decision.preempt:
+            sequence = self._by_id.get(request_id)
+            if sequence is not None and sequence.slot >= 0:
+                self._preempt(sequence)
+        for request_id in decision.hand_back:
+            sequence = self._by_id.get(request_id)
+            if sequence is not None and sequence.slot < 0:
+                self._remove(sequence)
+                self._handed_back.append(request_id)
+        for request_id in decision.admit:
+            sequence = self._by_id.get(request_id)
+            if sequence is not None and sequence.slot < 0 and self._free_slots:
+                self._waiting.remove(sequence)
+                sequence.seat(heapq.heappop(self._free_slots))
+                self._running.append(sequence)
+                self._admitted.append(sequence)
+
+    def _compute(self, chunk_tokens: int) -> bool:
+        """Compute one step of what runs; False if nothing can."""
+        self._make_room()
+        parts = self._parts(chunk_tokens)
+        if not parts:
+            return False
+        admitted = [s for s in self._admitted if s.slot >= 0]
+        plan = StepPlan(
+            step=self._meter.step,
+            chunks=tuple(
+                Chunk(
+                    slot=sequence.slot,
+                    start=sequence.computed_tokens,
+                    count=count,
+                    sample=sequence.computed_tokens + count == len(sequence.tokens),
+                )
+                for sequence, count in parts
+            ),
+            admissions=tuple(Admission(s.slot, s.prompt_tokens, s.sampling) for s in admitted),
+            token_ids=tuple(
+                token
+                for s, count in parts
+                for token in s.tokens[s.computed_tokens : s.computed_tokens + count]
+            ),
+        )
+        self.suspects = tuple(sequence.request_id for sequence, _ in parts)
+        started = time.perf_counter()
+        result = self._runner.run(plan)
+        elapsed = time.perf_counter() - started
+        self._admitted.clear()
+        decodes = [sequence for sequence, _ in parts if sequence.decoding]
+        self._meter.add(
+            elapsed,
+            plan.rows - len(decodes),
+            len(decodes),
+            sum(len(sequence.tokens) for sequence in decodes),
+            result.seconds,
+        )
+        self._absorb(parts, result)
+        self.suspects = ()
+        return True
+
+    def _make_room(self) -> None:
+        """Preempt whoever got a slot last until every decode has room for its token.
+
+        One sequence alone always fits: its limit is within the KV room.
+        """
+        while len(self._running) > 1:
+            decodes = sum(sequence.decoding for sequence in self._running)
+            if self._kv_free() >= max(decodes, 1):
+                return
+            self._preempt(self._running[-1])
+
+    def _parts(self, chunk_tokens: int) -> list[tuple[Sequence, int]]:
+        """Who computes how many tokens: decodes in slot order, then prefill by admission."""
+        decodes = sorted((s for s in self._running if s.decoding), key=lambda s: s.slot)
+        parts = [(sequence, 1) for sequence in decodes]
+        budget = min(
+            chunk_tokens,
+            self._max_chunk_tokens - len(decodes),
+            self._kv_free() - len(decodes),
+        )
+        for sequence in self._running:
+            if sequence.decoding or budget <= 0:
+                continue
+            count = min(budget, len(sequence.tokens) - sequence.computed_tokens)
+            parts.append((sequence, count))
+            budget -= count
+        return parts
+
+    def _absorb(self, parts: list[tuple[Sequence, int]], result: StepResult) -> None:
+        """Give each sequence its token, and end those that are done."""
+        tokens = iter(result.token_ids)
+        logprobs = iter(result.logprobs)
+        for sequence, count in parts:
+            sequence.computed_tokens += count
+            if sequence.computed_tokens == len(sequence.tokens):
+                self._take_token(sequence, next(tokens), next(logprobs, None))
+
+    def _take_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
+        if token < 0:
+            failure = Failure(
+                reason="LOGITS_NOT_FINITE",
+                message="the model's logits are not finite; a wider dtype may help",
+            )
+            self._finish(_output(sequence, finish=FINISH_REASON_FAILED, failure=failure), sequence)
+            return
+        if token in self._vocabulary.eos_ids:
+            self._finish(_output(sequence, finish=FINISH_REASON_STOP), sequence)
+            return
+        sequence.tokens.append(token)
+        output = _output(sequence, token_ids=(token,))
+        if logprobs is not None:
+            output.logprobs.append(logprobs)
+        if sequence.full:
+            output.finish = FINISH_REASON_LENGTH
+            self._finish(output, sequence)
+        else:
+            self._outputs.append(output)
+
+    # ---- bookkeeping ---------------------------------------------------------------------------
+
+    def _finish(self, output: SequenceOutput, sequence: Sequence) -> None:
+        self._outputs.append(output)
+        self._remove(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        """Put a sequence among the waiting, oldest first."""
+        insort(self._waiting, sequence, key=lambda s: s.arrived_at)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a slot; what was computed in it will be computed again."""
+        self._running.remove(sequence)
+        heapq.heappush(self._free_slots, sequence.slot)
+        sequence.unseat()
+        self._wait(sequence)
+
+    def _remove(self, sequence: Sequence | None) -> None:
+        """Forget a sequence, wherever it is."""
+        if sequence is None:
+            return
+        del self._by_id[sequence.request_id]
+        if sequence.slot >= 0:
+            self._running.remove(sequence)
+            heapq.heappush(self._free_slots, sequence.slot)
+            sequence.slot = -1
+        else:
+            self._waiting.remove(sequence)
+
+    def _kv_free(self) -> int:
+        """KV room left, in tokens."""
+        return self._capacity.kv_tokens - sum(s.computed_tokens for s in self._running)
+
+    def _report(self) -> ReplicaReport:
+        return self._meter.report(
+            epoch=self._epoch,
+            kv_tokens_free=self._kv_free(),
+            kv_tokens_total=self._capacity.kv_tokens,
+            running=len(self._by_id),
+            waiting=len(self._waiting),
+            slots=self._capacity.slots,
+        )
+
+
+def _output(
+    sequence: Sequence,
+    token_ids: tuple[int, ...] = (),
+    finish: "FinishReason.ValueType" = FINISH_REASON_UNSPECIFIED,
+    failure: Failure | None = None,
+) -> SequenceOutput:
+    """An output of a sequence."""
+    return SequenceOutput(
+        request_id=sequence.request_id,
+        generation=sequence.generation,
+        token_ids=token_ids,
+        finish=finish,
+        failure=failure,
+    )

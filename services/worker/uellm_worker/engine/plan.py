@@ -1,0 +1,148 @@
+"""One step as it travels between stages: which slots, which positions, and what came of it.
+
+A plan names no token: ids are needed on stage 0 alone, and the sampling parameters of a sequence
+travel once, when it is given a slot.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from uellm.v1.common_pb2 import Sampling
+from uellm.v1.inference_pb2 import TokenLogprobs
+
+_PLAN = struct.Struct("!QIII")
+_CHUNK = struct.Struct("!III?")
+_ADMISSION = struct.Struct("!III")
+_RESULT = struct.Struct("!II?")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one sequence that a step computes.
+
+    Attributes:
+        slot: where its KV cache lies.
+        start: position of the first token; those before it are in the cache.
+        count: how many tokens.
+        sample: a token follows the last of them.
+    """
+
+    slot: int
+    start: int
+    count: int
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A sequence that was given a slot in this step.
+
+    Attributes:
+        slot: the slot; whoever had it before is gone.
+        prompt_tokens: where its answer starts; position 0 of the answer is behind it.
+        sampling: how its tokens are chosen.
+    """
+
+    slot: int
+    prompt_tokens: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step computes.
+
+    Attributes:
+        step: counts the steps of a generation.
+        chunks: in row order: decodes by slot, then prefill chunks.
+        admissions: new owners of slots.
+        token_ids: inputs of all chunks, one after another; stage 0 only.
+        seconds: what the stages before this one took to compute it.
+    """
+
+    step: int
+    chunks: tuple[Chunk, ...]
+    admissions: tuple[Admission, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    seconds: tuple[float, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Tokens in all."""
+        return sum(chunk.count for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of a step.
+
+    Attributes:
+        token_ids: one per chunk that samples, in plan order; -1 where the logits are not finite.
+        logprobs: one per token, or empty when no sequence asked for any.
+        seconds: what each stage took, in stage order.
+    """
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs | None] = ()
+    seconds: Sequence[float] = field(default_factory=tuple)
+
+
+def encode_plan(plan: StepPlan) -> bytes:
+    """A plan without its token ids."""
+    parts = [_PLAN.pack(plan.step, len(plan.chunks), len(plan.admissions), len(plan.seconds))]
+    parts += [_CHUNK.pack(c.slot, c.start, c.count, c.sample) for c in plan.chunks]
+    parts.append(struct.pack(f"!{len(plan.seconds)}d", *plan.seconds))
+    for admission in plan.admissions:
+        sampling = admission.sampling.SerializeToString()
+        parts.append(_ADMISSION.pack(admission.slot, admission.prompt_tokens, len(sampling)))
+        parts.append(sampling)
+    return b"".join(parts)
+
+
+def decode_plan(data: bytes) -> StepPlan:
+    """The inverse of ``encode_plan``."""
+    step, num_chunks, num_admissions, num_seconds = _PLAN.unpack_from(data)
+    offset = _PLAN.size
+    chunks = tuple(
+        Chunk(*_CHUNK.unpack_from(data, offset + i * _CHUNK.size)) for i in range(num_chunks)
+    )
+    offset += num_chunks * _CHUNK.size
+    seconds = struct.unpack_from(f"!{num_seconds}d", data, offset)
+    offset += num_seconds * 8
+    admissions = []
+    for _ in range(num_admissions):
+        slot, prompt_tokens, length = _ADMISSION.unpack_from(data, offset)
+        offset += _ADMISSION.size
+        sampling = Sampling.FromString(data[offset : offset + length])
+        admissions.append(Admission(slot, prompt_tokens, sampling))
+        offset += length
+    return StepPlan(step, chunks, tuple(admissions), seconds=seconds)
+
+
+def encode_result(result: StepResult) -> bytes:
+    """A result as the last stage sends it to the first."""
+    count = len(result.token_ids)
+    parts = [
+        _RESULT.pack(count, len(result.seconds), bool(result.logprobs)),
+        struct.pack(f"!{count}q{len(result.seconds)}d", *result.token_ids, *result.seconds),
+    ]
+    for logprobs in result.logprobs:
+        # One byte more than the length, so that "none" and "empty" stay apart.
+        body = b"" if logprobs is None else b"+" + logprobs.SerializeToString()
+        parts += [struct.pack("!I", len(body)), body]
+    return b"".join(parts)
+
+
+def decode_result(data: bytes) -> StepResult:
+    """The inverse of ``encode_result``."""
+    count, num_seconds, has_logprobs = _RESULT.unpack_from(data)
+    values = struct.unpack_from(f"!{count}q{num_seconds}d", data, _RESULT.size)
+    offset = _RESULT.size + 8 * (count + num_seconds)
+    logprobs: list[TokenLogprobs | None] = []
+    for _ in range(count if has_logprobs else 0):
+        (length,) = struct.unpack_from("!I", data, offset)
+        body = data[offset + 4 : offset + 4 + length]
+        logprobs.append(TokenLogprobs.FromString(body[1:]) if body else None)
+        offset += 4 + length
+    return StepResult(values[:count], logprobs, values[count:])

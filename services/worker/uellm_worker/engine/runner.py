@@ -1,0 +1,67 @@
+"""What the engine loop and the child process need of whatever computes a stage."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from uellm_worker.engine.capacity import Prepared
+from uellm_worker.engine.group import Group
+from uellm_worker.engine.inbox import Inbox
+from uellm_worker.engine.plan import StepPlan, StepResult
+
+from uellm.v1.engine_pb2 import PrepareShard
+
+Progress = Callable[[int, int], None]
+"""Called with (loaded bytes, total bytes) while weights are read."""
+
+
+class Runner(Protocol):
+    """Computes steps for the loop, on stage 0, with or without further stages behind it."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute one step.
+
+        Raises:
+            PeerLostError: a stage behind this one is gone.
+            LeaveRequestedError: the agent asked to leave while the step was under way.
+        """
+        ...
+
+
+class Member(Runner, Protocol):
+    """A stage that has joined its peers: ``run`` on stage 0, ``follow`` on the others."""
+
+    def follow(self, meta: bytes) -> None:
+        """Compute the step that the stage before announced, and pass it on.
+
+        Raises:
+            PeerLostError: another stage is gone.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up the data plane; the weights stay."""
+        ...
+
+
+class Engine(Protocol):
+    """What a child can be: the shard engine, or its instant double."""
+
+    def prepare(self, command: PrepareShard, progress: Progress) -> Prepared:
+        """Load a stage, keeping what an earlier one has in common with it.
+
+        Raises:
+            ModelFilesError: the checkpoint is missing, broken or of a kind that is not served.
+        """
+        ...
+
+    def offer(self, bind_host: str) -> str:
+        """On stage 0 of several: what the others need to join the data plane, opened now."""
+        ...
+
+    def join(self, group: Group | None, inbox: Inbox) -> Member:
+        """Join the data plane; ``group`` is None for a replica of one stage.
+
+        Raises:
+            PeerLostError: the others did not come.
+        """
+        ...

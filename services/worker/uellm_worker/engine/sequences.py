@@ -1,0 +1,176 @@
+"""A sequence in the engine, from the command that brought it to its last token."""
+
+from dataclasses import dataclass, field
+
+from uellm_worker.engine.capacity import Capacity, Vocabulary
+
+from uellm.convert import profile_from_proto, slo_from_proto
+from uellm.core.request import QuantileFunction, ResourceProfile, Slo
+from uellm.policy.views import SequenceView
+from uellm.v1.common_pb2 import Sampling
+from uellm.v1.engine_pb2 import AddSequence
+
+
+class SequenceError(Exception):
+    """A sequence that cannot be served; the others go on.
+
+    Attributes:
+        reason: a constant in UPPER_SNAKE_CASE.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A sequence and how far it is.
+
+    Attributes:
+        request_id: its id.
+        generation: the holder's generation of the request, for the agent.
+        tokens: prompt, tokens logged by earlier holders, tokens generated here.
+        prompt_tokens: how many of them are prompt; the answer starts behind.
+        given_tokens: how many of them came with the command.
+        limit_tokens: most that ``tokens`` may grow to.
+        sampling: how tokens are chosen.
+        slo: when it is needed.
+        profile: what it will need.
+        rank: place in the scheduler's order.
+        arrived_at: when it came, seconds since the epoch.
+        slot: where its KV cache lies, or -1 while it waits.
+        computed_tokens: tokens whose KV is in the cache.
+        prefill_tokens: tokens to prefill since it was last given a slot.
+        preemptions: how often its slot was taken.
+    """
+
+    request_id: str
+    generation: int
+    tokens: list[int]
+    prompt_tokens: int
+    given_tokens: int
+    limit_tokens: int
+    sampling: Sampling
+    slo: Slo
+    profile: ResourceProfile
+    rank: int
+    arrived_at: float
+    slot: int = -1
+    computed_tokens: int = 0
+    prefill_tokens: int = 0
+    preemptions: int = 0
+    _waiting_view: SequenceView | None = field(default=None, init=False)
+
+    @property
+    def decoding(self) -> bool:
+        """The prompt is done; each step computes the newest token."""
+        return self.computed_tokens >= self.prefill_tokens
+
+    @property
+    def full(self) -> bool:
+        """No further token is wanted or fits."""
+        return len(self.tokens) >= self.limit_tokens
+
+    def seat(self, slot: int) -> None:
+        """Give it a slot; all of it is to be prefilled."""
+        self.slot, self.prefill_tokens = slot, len(self.tokens)
+
+    def unseat(self) -> None:
+        """Take its slot and what was computed in it."""
+        self.slot, self.computed_tokens, self.prefill_tokens = -1, 0, 0
+        self.preemptions += 1
+        self._waiting_view = None
+
+    def view(self) -> SequenceView:
+        """What the policy sees. Kept while it waits: nothing changes then."""
+        if self._waiting_view is not None and self.slot < 0:
+            return self._waiting_view
+        view = SequenceView(
+            request_id=self.request_id,
+            slo=self.slo,
+            profile=self.profile,
+            prompt_tokens=self.prefill_tokens or len(self.tokens),
+            computed_tokens=self.computed_tokens,
+            output_tokens=len(self.tokens) - self.given_tokens,
+            max_output_tokens=self.limit_tokens - self.given_tokens,
+            rank=self.rank,
+            arrived_at=self.arrived_at,
+            preemptions=self.preemptions,
+        )
+        if self.slot < 0:
+            self._waiting_view = view
+        return view
+
+
+def _check(command: AddSequence, capacity: Capacity, vocabulary: Vocabulary) -> None:
+    """Raise SequenceError for what this engine cannot serve."""
+    room = min(capacity.max_tokens, capacity.kv_tokens)
+    sampling = command.sampling
+    if command.adapter:
+        raise SequenceError(
+            "ADAPTER_NOT_FOUND",
+            f"adapter {command.adapter!r} is not loaded here; ask without an adapter",
+        )
+    if not 0 < command.prompt_tokens <= len(command.token_ids):
+        raise SequenceError(
+            "PROMPT_INVALID",
+            f"{command.prompt_tokens} prompt tokens of {len(command.token_ids)} given: "
+            "at least one, at most all",
+        )
+    if max(command.token_ids) >= vocabulary.size:
+        raise SequenceError(
+            "TOKEN_OUT_OF_VOCABULARY",
+            f"token {max(command.token_ids)} with a vocabulary of {vocabulary.size}; "
+            "tokenize with the model's own tokenizer",
+        )
+    if len(command.token_ids) > room:
+        raise SequenceError(
+            "CONTEXT_EXCEEDED",
+            f"{len(command.token_ids)} tokens, and the context holds {room}; shorten the prompt",
+        )
+    if not sampling.temperature >= 0:
+        raise SequenceError("SAMPLING_INVALID", f"temperature {sampling.temperature}: 0 or more")
+    if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
+        raise SequenceError("SAMPLING_INVALID", f"top_p {sampling.top_p}: above 0, at most 1")
+
+
+def _profile(command: AddSequence, limit_tokens: int) -> ResourceProfile:
+    """The command's profile; without one, the longest answer is expected."""
+    if command.profile.output_tokens.levels:
+        try:
+            return profile_from_proto(command.profile)
+        except ValueError as error:
+            raise SequenceError("PROFILE_INVALID", f"output_tokens: {error}") from error
+    longest = float(max(limit_tokens - len(command.token_ids), 1))
+    return ResourceProfile(
+        prompt_tokens=command.prompt_tokens, output_tokens=QuantileFunction((0.5,), (longest,))
+    )
+
+
+def sequence_from_command(
+    command: AddSequence, capacity: Capacity, vocabulary: Vocabulary, arrived_at: float
+) -> Sequence:
+    """The sequence that a command asks for.
+
+    Raises:
+        SequenceError: if it cannot be served here.
+    """
+    _check(command, capacity, vocabulary)
+    limit = min(capacity.max_tokens, capacity.kv_tokens)
+    if command.sampling.HasField("max_tokens"):
+        limit = min(limit, command.prompt_tokens + command.sampling.max_tokens)
+    given = len(command.token_ids)
+    return Sequence(
+        request_id=command.request_id,
+        generation=command.generation,
+        tokens=list(command.token_ids),
+        prompt_tokens=command.prompt_tokens,
+        given_tokens=given,
+        limit_tokens=limit,
+        sampling=command.sampling,
+        slo=slo_from_proto(command.slo, command.accepted_seconds),
+        profile=_profile(command, limit),
+        rank=command.rank,
+        arrived_at=arrived_at,
+    )
