@@ -1,0 +1,165 @@
+"""What a model needs, read from its config and its tensor headers: no weights, no torch.
+
+Bytes are those of the compute dtype, whatever dtype is stored.
+"""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from uellm.core.errors import InvalidArgumentError, ModelFilesError
+from uellm.core.model import LayerProfile, ModelProfile
+from uellm.models.files import CONFIG, read_json, tensor_files
+from uellm.models.safetensors import TensorInfo, read_header
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Compute dtypes and the size of one number."""
+
+_STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+_POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions)\.weight$")
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
+# Masks and frequencies that old checkpoints carry; they are computed, not loaded.
+_BUFFER = re.compile(r"\.(?:attn|attention)\.(?:masked_)?bias$|rotary_emb\.inv_freq$")
+
+
+def read_profile(directory: Path, dtype: str) -> ModelProfile:
+    """Read a model's needs.
+
+    FLOPs count two for every weight of a layer and token: right for dense models, too many for
+    mixtures of experts, of which a token uses a part.
+
+    Args:
+        directory: as ``uellm.models.files.resolve`` gives it.
+        dtype: compute dtype: float32, bfloat16 or float16.
+
+    Raises:
+        InvalidArgumentError: for another dtype.
+        ModelFilesError: naming the file and the key or tensor that is missing.
+    """
+    size = dtype_bytes(dtype)
+    config = _Config(directory / CONFIG)
+    num_layers = config.number("num_hidden_layers", "n_layer")
+    hidden = config.number("hidden_size", "n_embd")
+    heads = config.number("num_attention_heads", "n_head")
+    kv_heads = config.number("num_key_value_heads", default=heads)
+    head_dim = config.number("head_dim", default=hidden // heads)
+    parts = _Parts(directory, num_layers)
+    tied = parts.head == 0 or config.flag("tie_word_embeddings")
+    if not parts.head and not config.flag("tie_word_embeddings", default=True):
+        raise ModelFilesError(
+            f"{directory / CONFIG} says tie_word_embeddings = false, but the weights hold no "
+            "lm_head.weight; download them again"
+        )
+    kv_bytes = 2 * kv_heads * head_dim * size
+    return ModelProfile(
+        layers=tuple(
+            LayerProfile(elements * size, kv_bytes, 2.0 * elements) for elements in parts.layers
+        ),
+        embed_bytes=(parts.embedding + parts.positions) * size,
+        head_bytes=((parts.head or parts.embedding) + parts.rest) * size,
+        tied=tied,
+        activation_bytes_per_token=hidden * size,
+        max_tokens=config.number("max_position_embeddings", "n_positions", "n_ctx"),
+        vocab_size=config.number("vocab_size"),
+        hidden_size=hidden,
+        architecture=config.architecture,
+        stored_dtype=parts.stored_dtype,
+    )
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one number.
+
+    Raises:
+        InvalidArgumentError: unless ``dtype`` is a compute dtype.
+    """
+    if dtype not in DTYPE_BYTES:
+        raise InvalidArgumentError(
+            f"dtype {dtype!r} is not offered; use one of {', '.join(DTYPE_BYTES)}", field="dtype"
+        )
+    return DTYPE_BYTES[dtype]
+
+
+class _Config:
+    """config.json, whose keys have different names in different families."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._content: dict[str, Any] = read_json(path, "name a directory that holds a model")
+
+    def number(self, *names: str, default: int | None = None) -> int:
+        """The positive whole number under the first of ``names`` that is there."""
+        for name in names:
+            value = self._content.get(name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ModelFilesError(
+                    f"{self._path}: {name} = {value!r} is not a positive whole number"
+                )
+            return value
+        if default is None:
+            raise ModelFilesError(
+                f"{self._path} has no {names[0]}"
+                + (f" (nor {', '.join(names[1:])})" if names[1:] else "")
+                + "; it does not describe a decoder that can be placed"
+            )
+        return default
+
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        """Whether something is switched on."""
+        value = self._content.get(name)
+        return default if value is None else bool(value)
+
+    @property
+    def architecture(self) -> str:
+        """Its first architecture, or its model type."""
+        names = self._content.get("architectures") or [self._content.get("model_type", "")]
+        return str(names[0])
+
+
+class _Parts:
+    """Elements of a checkpoint's tensors, by the part of the model they belong to."""
+
+    def __init__(self, directory: Path, num_layers: int) -> None:
+        self.layers = [0] * num_layers
+        self.embedding = self.positions = self.head = self.rest = 0
+        dtypes: Counter[str] = Counter()
+        for path in tensor_files(directory):
+            for name, tensor in read_header(path).items():
+                if not _BUFFER.search(name):
+                    dtypes[tensor.dtype] += tensor.elements
+                    self._add(name, tensor)
+        empty = next((i for i, elements in enumerate(self.layers) if not elements), None)
+        if empty is not None:
+            raise ModelFilesError(
+                f"{directory / CONFIG} describes {num_layers} layers, but the weights hold none "
+                f"of layer {empty} (tensors named …layers.{empty}.… or …h.{empty}.…)"
+            )
+        # Tied weights are stored once, under either name.
+        self.embedding = self.embedding or self.head
+        if not self.embedding:
+            raise ModelFilesError(
+                f"the weights in {directory} hold no token embedding (embed_tokens.weight or "
+                "wte.weight)"
+            )
+        most = dtypes.most_common(1)[0][0]
+        self.stored_dtype = _STORED.get(most, most)
+
+    def _add(self, name: str, tensor: TensorInfo) -> None:
+        layer = _LAYER.search(name)
+        if layer is not None:
+            # Layers behind the last are extras, such as those of speculative heads.
+            if int(layer[1]) < len(self.layers):
+                self.layers[int(layer[1])] += tensor.elements
+        elif _EMBEDDING.search(name):
+            self.embedding += tensor.elements
+        elif _POSITIONS.search(name):
+            self.positions += tensor.elements
+        elif _HEAD.search(name):
+            self.head += tensor.elements
+        else:
+            self.rest += tensor.elements
