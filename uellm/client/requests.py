@@ -1,0 +1,58 @@
+"""Requests from plain arguments."""
+
+from collections.abc import Sequence
+
+from uellm.convert import duration
+from uellm.v1 import common_pb2, inference_pb2
+
+Turn = tuple[str, str]
+"""A turn of a conversation: role and text."""
+
+
+def new_request(
+    model: str,
+    prompt: str | Sequence[Turn],
+    *,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    deadline_seconds: float | None = None,
+    ttft_seconds: float | None = None,
+    refuse: bool = False,
+) -> inference_pb2.GenerateRequest:
+    """A request for one answer.
+
+    Args:
+        model: a served model's name.
+        prompt: text that is taken verbatim, or the turns of a conversation, oldest first, for the
+            model's chat template.
+        max_tokens: most tokens to generate; None: the context that is left.
+        temperature: 0 or None is greedy.
+        seed: keys the generator of a sampled answer.
+        stop: the answer ends before the first of these.
+        deadline_seconds: when the whole answer is needed, counted from acceptance.
+        ttft_seconds: when the first token is needed, counted from acceptance.
+        refuse: have it refused if the deadline cannot be met; else it is done as well as can be.
+    """
+    request = inference_pb2.GenerateRequest(
+        model=model,
+        sampling=common_pb2.Sampling(
+            max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop
+        ),
+        on_infeasible=(
+            common_pb2.ON_INFEASIBLE_REFUSE if refuse else common_pb2.ON_INFEASIBLE_BEST_EFFORT
+        ),
+    )
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.chat.messages.extend(
+            inference_pb2.ChatMessage(role=role, content=[inference_pb2.ContentPart(text=text)])
+            for role, text in prompt
+        )
+    if deadline_seconds is not None:
+        request.slo.deadline.CopyFrom(duration(deadline_seconds))
+    if ttft_seconds is not None:
+        request.slo.ttft.CopyFrom(duration(ttft_seconds))
+    return request
