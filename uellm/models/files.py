@@ -22,7 +22,8 @@ GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # What a download fetches: these, and never the code or pickles that lie beside them.
-PATTERNS = ("*.json", "*.safetensors", "*.jinja", "LICENSE*", "README.md")
+WANTED = ("*.json", "model*.safetensors", "*.jinja", "LICENSE*")
+UNWANTED = ("*/*",)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
@@ -248,7 +249,8 @@ def _resolve_hub(
                 hub_id,
                 revision=revision or None,
                 cache_dir=cache_dir,
-                allow_patterns=list(PATTERNS),
+                allow_patterns=list(WANTED),
+                ignore_patterns=list(UNWANTED),
                 local_files_only=local,
                 endpoint=os.environ.get("HF_ENDPOINT") or None,
                 etag_timeout=5,
@@ -275,8 +277,9 @@ def _resolve_hub(
     try:
         directory = fetch(local=False)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        # The first line says which; the others are links and advice for its website.
-        what = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        # Its first two lines say what; the others are advice for its website.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        what = " ".join(lines[:2]) or type(error).__name__
         raise ModelFilesError(
             f"{at} could not be downloaded: {what}; check the name, HF_TOKEN for a gated model and "
             "HF_ENDPOINT, or name a directory",
