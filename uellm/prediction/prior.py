@@ -1,0 +1,181 @@
+"""Running quantiles of recent output lengths: what is expected before anything is known better.
+
+Lengths are pooled by cell (model, adapter, sampling regime, prompt-length band). A cell with few
+observations leans on its model's pool, and a model with few on a broad default; how much is said
+by the constants below.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+from statistics import NormalDist
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from uellm.core.request import LEVELS, QuantileFunction
+from uellm.prediction.interface import CompletionFacts, PredictionRequest
+
+CELL_WINDOW = 256
+"""Latest observations that a cell keeps."""
+MODEL_WINDOW = 1024
+"""Latest observations that a model's pool keeps."""
+MODEL_WEIGHT = 16.0
+"""How many of a cell's own observations its model's pool counts as."""
+DEFAULT_WEIGHT = 8.0
+"""How many of a model's observations the default counts as."""
+DEFAULT_MEDIAN_TOKENS = 150.0
+"""Median of the default: chat answers of small models; quantiles .1, .9, .99: 32, 698, 2446."""
+DEFAULT_SIGMA = 1.2
+"""Spread of the default's logarithm: a factor of 3.3 either way covers two thirds."""
+MOST_CELLS = 2048
+MOST_MODELS = 256
+_LONGEST_BAND = 14
+
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+Cell = tuple[str, str, str, int]
+"""Model, adapter, sampling regime, prompt-length band."""
+Key = TypeVar("Key", Cell, str)
+
+
+@cache
+def default_lengths() -> Floats:
+    """The default as 32 equally likely lengths: log-normal, see the constants."""
+    standard = NormalDist()
+    normal = np.array([standard.inv_cdf((i + 0.5) / 32) for i in range(32)])
+    lengths: Floats = np.maximum(1.0, DEFAULT_MEDIAN_TOKENS * np.exp(DEFAULT_SIGMA * normal))
+    return lengths
+
+
+def band_of(prompt_tokens: int) -> int:
+    """The prompt-length band: one per power of two, the last for everything from 8192 on."""
+    return min(max(prompt_tokens, 1).bit_length(), _LONGEST_BAND)
+
+
+@dataclass(slots=True)
+class Window:
+    """The latest lengths of a pool, oldest overwritten first."""
+
+    size: int
+    lengths: Floats = field(init=False)
+    censored: Flags = field(init=False)
+    seen: int = 0
+
+    def __post_init__(self) -> None:
+        self.lengths = np.zeros(self.size)
+        self.censored = np.zeros(self.size, dtype=np.bool_)
+
+    def add(self, length: int, censored: bool) -> None:
+        """Take one observation."""
+        place = self.seen % self.size
+        self.lengths[place] = length
+        self.censored[place] = censored
+        self.seen += 1
+
+    @property
+    def kept(self) -> int:
+        """How many are kept."""
+        return min(self.seen, self.size)
+
+
+def weighted_quantiles(lengths: Floats, censored: Flags, weights: Floats) -> Floats:
+    """Kaplan-Meier quantiles at ``LEVELS`` of weighted, right-censored lengths.
+
+    A censored length counts as "at least": it is at risk up to itself and its mass moves to the
+    longer ones. What is left beyond the longest length is put there.
+    """
+    # At equal lengths the ended come first: a censored one is at risk there still.
+    order = np.lexsort((censored, lengths))
+    lengths, weights = lengths[order], weights[order]
+    at_risk = np.cumsum(weights[::-1])[::-1]
+    ended = np.where(censored[order], 0.0, weights)
+    survival = np.cumprod(1.0 - ended / at_risk)
+    survival[-1] = 0.0
+    places = np.searchsorted(1.0 - survival, np.array(LEVELS) - 1e-9)
+    quantiles: Floats = lengths[np.minimum(places, len(lengths) - 1)]
+    return quantiles
+
+
+class Prior:
+    """See the module. Its state is bounded; the least recently taught pools are forgotten."""
+
+    name = "running-quantiles"
+    version = "1"
+
+    def __init__(self) -> None:
+        self._cells: dict[Cell, Window] = {}
+        self._models: dict[str, Window] = {}
+        self._answers: dict[Cell, tuple[int, int, Floats]] = {}
+
+    def observe(self, facts: CompletionFacts) -> None:
+        """Learn from one completion; one that was cut before its first token teaches nothing."""
+        if facts.output_tokens <= 0:
+            return
+        cell = (facts.model, facts.adapter, facts.regime, band_of(facts.prompt_tokens))
+        forgotten = _teach(self._cells, cell, CELL_WINDOW, MOST_CELLS, facts)
+        if forgotten is not None:
+            self._answers.pop(forgotten, None)
+        _teach(self._models, facts.model, MODEL_WINDOW, MOST_MODELS, facts)
+
+    def predict(self, request: PredictionRequest) -> QuantileFunction:
+        """See ``uellm.prediction.interface.Predictor``."""
+        cell = (request.model, request.adapter, request.regime, band_of(request.prompt_tokens))
+        values = self._quantiles(cell)
+        most = float(request.max_tokens) if request.max_tokens > 0 else float("inf")
+        return QuantileFunction(LEVELS, np.clip(values, 1.0, max(1.0, most)).tolist())
+
+    def describe(self, model: str) -> QuantileFunction:
+        """Output length over everything that the model's pool remembers."""
+        return QuantileFunction(LEVELS, _mixture(None, self._models.get(model)).tolist())
+
+    def observations(self, model: str) -> int:
+        """Completions learnt from."""
+        window = self._models.get(model)
+        return window.seen if window else 0
+
+    def _quantiles(self, cell: Cell) -> Floats:
+        own, pool = self._cells.get(cell), self._models.get(cell[0])
+        seen = (own.seen if own else 0, pool.seen if pool else 0)
+        known = self._answers.get(cell)
+        if known is not None and known[:2] == seen:
+            return known[2]
+        values = _mixture(own, pool)
+        if own is not None:
+            self._answers[cell] = (*seen, values)
+        return values
+
+
+def _teach(
+    pools: dict[Key, Window], key: Key, size: int, most: int, facts: CompletionFacts
+) -> Key | None:
+    """Add an observation to a pool; returns the key of the pool forgotten to make room."""
+    # Taken out and put back, so that the dictionary's order is that of last use.
+    window = pools.pop(key, None) or Window(size)
+    window.add(facts.output_tokens, facts.censored)
+    pools[key] = window
+    if len(pools) <= most:
+        return None
+    forgotten = next(iter(pools))
+    del pools[forgotten]
+    return forgotten
+
+
+def _mixture(own: Window | None, pool: Window | None) -> Floats:
+    default = default_lengths()
+    pooled = pool.kept if pool else 0
+    trust = pooled / (pooled + DEFAULT_WEIGHT)
+    lengths = [default]
+    censored = [np.zeros(len(default), dtype=np.bool_)]
+    weights = [np.full(len(default), MODEL_WEIGHT * (1 - trust) / len(default))]
+    for window, weight in (
+        (pool, MODEL_WEIGHT * trust / pooled if pooled else 0.0),
+        (own, 1.0),
+    ):
+        if window is not None and window.kept:
+            lengths.append(window.lengths[: window.kept])
+            censored.append(window.censored[: window.kept])
+            weights.append(np.full(window.kept, weight))
+    return weighted_quantiles(
+        np.concatenate(lengths), np.concatenate(censored), np.concatenate(weights)
+    )
