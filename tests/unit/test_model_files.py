@@ -116,43 +116,52 @@ def test_a_reference_with_another_digest_is_refused(tmp_path: Path) -> None:
         files.resolve_ref(ModelRef(name="m", source=str(directory), digest="0" * 64))
 
 
+def _resolve_hub_id(hub_id: str, endpoint: str, home: Path, *, allow_download: bool) -> str:
+    """What ``resolve`` gives or says, in a process that was started with this hub and cache."""
+    code = (
+        "import sys\n"
+        "from uellm.models import files\n"
+        "try: print(files.resolve(sys.argv[1], allow_download=sys.argv[2] == 'True'))\n"
+        "except files.ModelFilesError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, hub_id, str(allow_download)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)},
+    )
+    return done.stdout.strip()
+
+
 def test_a_hub_id_is_downloaded_only_on_demand_and_then_served_from_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     directory = write_checkpoint(tmp_path / "model", shards=2)
     (directory / "modeling_evil.py").write_text("raise SystemExit")
-    cache = tmp_path / "cache"
+    home = tmp_path / "home"
     with hub_with("org/name", directory) as (endpoint, asked):
-        monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-        with pytest.raises(ModelFilesError, match="hf download org/name"):
-            files.resolve("org/name", cache_dir=cache)
+        refusal = _resolve_hub_id("org/name", endpoint, home, allow_download=False)
+        assert "hf download org/name" in refusal
         assert not asked
-        found = files.resolve("org/name", allow_download=True, cache_dir=cache)
+        found = Path(_resolve_hub_id("org/name", endpoint, home, allow_download=True))
         assert found.name == COMMIT
         assert files.digest(found) == files.digest(directory)
         assert not (found / "modeling_evil.py").exists()
-        with pytest.raises(ModelFilesError, match="org/other could not be downloaded"):
-            files.resolve("org/other", allow_download=True, cache_dir=cache)
-        before = len(asked)
-        assert files.resolve("org/name", cache_dir=cache) == found
-        assert len(asked) == before
-    assert files.resolve("org/name", allow_download=True, cache_dir=cache) == found
+        refusal = _resolve_hub_id("org/other", endpoint, home, allow_download=True)
+        assert "org/other could not be downloaded" in refusal
+    assert _resolve_hub_id("org/name", endpoint, home, allow_download=True) == str(found)
 
 
-def test_a_download_that_was_cut_short_is_completed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_that_was_cut_short_is_completed(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model")
-    cache = tmp_path / "cache"
+    home = tmp_path / "home"
     with hub_with("org/name", directory) as (endpoint, _):
-        monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-        found = files.resolve("org/name", allow_download=True, cache_dir=cache)
+        found = Path(_resolve_hub_id("org/name", endpoint, home, allow_download=True))
         (found / "model.safetensors").unlink()
-        with pytest.raises(ModelFilesError):
-            files.resolve("org/name", cache_dir=cache)
-        assert files.resolve("org/name", allow_download=True, cache_dir=cache) == found
+        refusal = _resolve_hub_id("org/name", endpoint, home, allow_download=False)
+        assert "has no model.safetensors" in refusal
+        assert _resolve_hub_id("org/name", endpoint, home, allow_download=True) == str(found)
 
 
 def test_a_directory_needs_neither_hub_client_nor_torch(tmp_path: Path) -> None:
