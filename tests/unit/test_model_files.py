@@ -160,7 +160,8 @@ def test_a_download_that_was_cut_short_is_completed(tmp_path: Path) -> None:
         found = Path(_resolve_hub_id("org/name", endpoint, home, allow_download=True))
         (found / "model.safetensors").unlink()
         refusal = _resolve_hub_id("org/name", endpoint, home, allow_download=False)
-        assert "has no model.safetensors" in refusal
+        # Which of the two depends on whether the hub client keeps a list of what belongs there.
+        assert "has no model.safetensors" in refusal or "not in the hub cache" in refusal
         assert _resolve_hub_id("org/name", endpoint, home, allow_download=True) == str(found)
 
 
