@@ -1,5 +1,8 @@
 """A gateway's side of a model's queues."""
 
+from redis.exceptions import OutOfMemoryError
+
+from uellm.core.errors import ResourceExhaustedError
 from uellm.streams.messages import (
     RETENTION_SECONDS,
     AcceptResult,
@@ -15,28 +18,22 @@ from uellm.v1 import inference_pb2, queue_pb2
 class GatewayQueue(ModelQueue):
     """A gateway's side of a model's queues."""
 
-    async def accept(
-        self, request: NewRequest, limits: Limits, retention_seconds: int = RETENTION_SECONDS
-    ) -> AcceptResult:
-        """Make a request durable, once per idempotency key."""
-        status, request_id, accepted_ms = await self._run(
-            "accept",
-            request.request_id,
-            request.tenant,
-            request.scope,
-            request.entry.adapter,
-            request.idempotency_key,
-            request.content_hash,
-            request.gateway,
-            request.cost_tokens,
-            limits.waiting_requests,
-            limits.waiting_tokens,
-            limits.tenant_requests,
-            retention_seconds,
-            request.payload.SerializeToString(),
-            request.entry.SerializeToString(),
-            request.entry.traceparent,
-        )
+    async def accept(self, request: NewRequest, limits: Limits) -> AcceptResult:
+        """Make a request durable, once per idempotency key.
+
+        Raises:
+            ResourceExhaustedError: if Redis has no memory left for it.
+        """
+        try:
+            status, request_id, accepted_ms = await self._run(
+                "accept", *_accept_arguments(request, limits)
+            )
+        except OutOfMemoryError:
+            raise ResourceExhaustedError(
+                "Redis is at its memory limit; waiting requests free some as they end",
+                reason="QUEUE_MEMORY",
+                retry_after_seconds=5.0,
+            ) from None
         return AcceptResult(status.decode(), request_id.decode(), accepted_ms / 1000)
 
     async def watch(self, request_id: str, tenant: str, gateway: str) -> str:
@@ -82,20 +79,9 @@ class GatewayQueue(ModelQueue):
             raise not_found(request_id)
         return str(state.decode())
 
-    async def read_log(self, request_id: str, next_offset: int) -> list[queue_pb2.LogChunk]:
-        """The logged chunks that hold tokens from ``next_offset`` on, in order."""
-        start = f"{next_offset + 1}-0"
-        entries = await self._redis.xrange(self.keys.log(request_id), min=start)
-        return [queue_pb2.LogChunk.FromString(fields[b"payload"]) for _, fields in entries]
-
     async def open_frames(self, gateway: str, ttl_seconds: int) -> None:
         """Keep a gateway's frame stream for a while; without one, no frames are written."""
-        key = self.keys.frames(gateway)
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            if not await self._redis.exists(key):
-                pipeline.xadd(key, {"payload": b""}, maxlen=1000, approximate=True)
-            pipeline.expire(key, ttl_seconds)
-            await pipeline.execute()
+        await self._run("open_frames", gateway, ttl_seconds)
 
     async def close_frames(self, gateway: str) -> None:
         """Drop a gateway's frame stream."""
@@ -109,3 +95,22 @@ class GatewayQueue(ModelQueue):
         entries = stream_entries(streams)
         frames = [queue_pb2.Frame.FromString(fields[b"payload"]) for _, fields in entries]
         return (entries[-1][0].decode() if entries else after), frames
+
+
+def _accept_arguments(request: NewRequest, limits: Limits) -> list[str | int | bytes]:
+    return [
+        request.request_id,
+        request.tenant,
+        request.scope,
+        request.entry.adapter,
+        request.idempotency_key,
+        request.content_hash,
+        request.gateway,
+        request.cost_tokens,
+        limits.waiting_requests,
+        limits.waiting_tokens,
+        limits.tenant_requests,
+        request.payload.SerializeToString(),
+        request.entry.SerializeToString(),
+        request.entry.traceparent,
+    ]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from uellm.streams.connection import RedisClient
 from uellm.streams.messages import (
     RETENTION_SECONDS,
     Append,
@@ -11,29 +12,37 @@ from uellm.streams.messages import (
     Start,
     operation_arguments,
     parse_batch,
-    stream_entries,
 )
 from uellm.streams.queue import ModelQueue
+from uellm.streams.reading import GroupReader
+from uellm.streams.scripts import Scripts
 from uellm.v1 import queue_pb2
 
 
 class LeaderQueue(ModelQueue):
     """A replica leader's side of a model's queues."""
 
+    def __init__(self, redis: RedisClient, model: str, scripts: Scripts | None = None) -> None:
+        super().__init__(redis, model, scripts)
+        self._batches: dict[str, GroupReader] = {}
+
     async def read_batches(
         self, replica: str, epoch: int, count: int, block_ms: int | None, *, pending: bool = False
     ) -> list[BatchMessage]:
-        """New entries for a replica, or with ``pending`` those read before and not finished."""
-        streams = await self._redis.xreadgroup(
-            "leader",
-            str(epoch),
-            {self.keys.batches(replica): "0" if pending else ">"},
-            count,
-            None if pending else block_ms,
+        """New entries for a replica, at most ``count``.
+
+        With ``pending``: all that were read under this epoch before and are not finished.
+        After a call that failed, and after Redis lost its data, an entry may come twice, with the
+        same generation. A group that is gone is created again, at 0.
+        """
+        stream = self.keys.batches(replica)
+        reader = self._batches.setdefault(stream, GroupReader(self._redis, stream, "leader"))
+        entries = await (
+            reader.read_pending(str(epoch), count)
+            if pending
+            else reader.read(str(epoch), count, block_ms)
         )
-        return [
-            parse_batch(entry_id, fields) for entry_id, fields in stream_entries(streams) if fields
-        ]
+        return [parse_batch(entry_id, fields) for entry_id, fields in entries if fields]
 
     async def drop_batch_entries(self, replica: str, entry_ids: Sequence[str]) -> None:
         """Acknowledge entries that need no more work: cancellations, other epochs' leftovers."""
@@ -56,10 +65,17 @@ class LeaderQueue(ModelQueue):
     ) -> list[str]:
         """Say everything that one engine step has to say, at once.
 
-        Returns the ids of requests that this holder has lost (ended or taken over).
+        A call whose reply was lost may be repeated with the same operations, in the same order;
+        others may follow them in the same call. What took effect the first time, the end of a
+        request included, is neither done again nor reported as lost. ``renew`` names requests
+        that this replica holds under ``epoch``; leases of others are left alone.
+
+        Returns the ids of requests that this holder has lost: they ended by another hand or were
+        taken over. Operations on them had no effect.
 
         Raises:
             AbortedError: if the replica is no longer routed to under ``epoch``.
+            ValueError: if an Append has no tokens.
         """
         arguments: list[Any] = [len(renew), *renew]
         for operation in operations:

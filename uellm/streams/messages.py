@@ -77,7 +77,10 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """The engine generated tokens."""
+    """The engine generated tokens: at least one, since the log is addressed by offset.
+
+    Text that was held back goes with the last token.
+    """
 
     request_id: str
     generation: int
@@ -219,6 +222,8 @@ def operation_arguments(operation: Start | Append | Finish) -> list[Any]:
             return ["start", request_id, generation, 0, b"", b""]
         case Append(request_id, generation, tokens):
             count = len(tokens.ids)
+            if count == 0:
+                raise ValueError(f"Append to {request_id} without tokens: at least one")
             return [
                 "tokens",
                 request_id,

@@ -6,18 +6,18 @@ a replica's leader reads ``batches`` and ``append``s; the deployer ``route``s.
 
 A call that raises a connection error may or may not have taken effect. ``accept`` (same id),
 ``append``, ``dispatch``, ``finish``, ``cancel``, ``hand_back``, ``promise``, ``route`` and
-``watch`` may all be repeated: a second run finds the first one's effect and does nothing more.
+``watch`` may all be repeated as they were: a second run finds the first one's effect, does nothing
+more and answers as the first would have. Reads may be repeated too: see ``reading``.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from redis.exceptions import ResponseError
-
 from uellm.core.errors import AbortedError
 from uellm.streams.connection import RedisClient
 from uellm.streams.keys import Keys
 from uellm.streams.messages import Record, ReplicaRoute, not_found, parse_record
+from uellm.streams.reading import ensure_group
 from uellm.streams.scripts import Scripts
 from uellm.v1 import queue_pb2
 
@@ -60,6 +60,12 @@ class ModelQueue:
             for request_id, raw in zip(request_ids, await pipeline.execute(), strict=True)
         ]
 
+    async def read_log(self, request_id: str, next_offset: int) -> list[queue_pb2.LogChunk]:
+        """The logged chunks that hold tokens from ``next_offset`` on, in order."""
+        start = f"{next_offset + 1}-0"
+        entries = await self._redis.xrange(self.keys.log(request_id), min=start)
+        return [queue_pb2.LogChunk.FromString(fields[b"payload"]) for _, fields in entries]
+
     async def routes(self, replicas: Iterable[str]) -> dict[str, ReplicaRoute]:
         """Routes and reports of those of ``replicas`` that have any."""
         names = list(replicas)
@@ -89,12 +95,3 @@ class ModelQueue:
             "route", replica, epoch, state, report.SerializeToString() if report else b""
         )
         return bool(taken)
-
-
-async def ensure_group(redis: RedisClient, stream: str, group: str) -> None:
-    """Create a consumer group at 0, stream included: nothing that waits is skipped."""
-    try:
-        await redis.xgroup_create(stream, group, id="0", mkstream=True)
-    except ResponseError as error:
-        if "BUSYGROUP" not in str(error):
-            raise

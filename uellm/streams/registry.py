@@ -1,6 +1,7 @@
 """Who is there: services by role, under a lease, and the deployments they serve.
 
-This is the mesh's only discovery. An address that is not renewed is gone after its lease.
+This is the mesh's only discovery. An address that is not renewed is gone after its lease. What
+writes here is a script, because scripts may be allowed to write when Redis is full.
 """
 
 import json
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 from uellm.streams.connection import RedisClient
 from uellm.streams.keys import DEPLOYMENTS, SERVICES
+from uellm.streams.scripts import Scripts
 from uellm.v1 import topology_pb2
 
 LEASE_SECONDS = 5.0
@@ -37,17 +39,14 @@ class Registry:
 
     def __init__(self, redis: RedisClient) -> None:
         self._redis = redis
+        self._scripts = Scripts(redis)
 
     async def register(self, service: ServiceAddress, lease_seconds: float = LEASE_SECONDS) -> None:
         """Register a service, or renew its registration."""
         facts = json.dumps({"address": service.address, "pid": service.pid})
-        key = _key(service.role)
-        seconds, microseconds = await self._redis.time()
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            expires = seconds + microseconds / 1e6 + lease_seconds
-            pipeline.zadd(f"{key}:leases", {service.service_id: expires})
-            pipeline.hset(key, service.service_id, facts)
-            await pipeline.execute()
+        await self._scripts(
+            "register", _key(service.role), service.service_id, facts, lease_seconds
+        )
 
     async def unregister(self, role: str, service_id: str) -> None:
         """Remove a service that is going away."""
@@ -79,7 +78,7 @@ class Registry:
 
     async def publish(self, deployment: topology_pb2.Deployment) -> None:
         """Publish a deployment for gateways and schedulers to route by."""
-        await self._redis.hset(DEPLOYMENTS, deployment.name, deployment.SerializeToString())
+        await self._scripts("publish", DEPLOYMENTS, deployment.name, deployment.SerializeToString())
 
     async def withdraw(self, name: str) -> None:
         """Remove a deployment."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from uellm.streams.connection import RedisClient
 from uellm.streams.messages import (
     RETENTION_SECONDS,
     Finish,
@@ -12,12 +13,18 @@ from uellm.streams.messages import (
     parse_queued,
     stream_entries,
 )
-from uellm.streams.queue import ModelQueue, ensure_group
+from uellm.streams.queue import ModelQueue
+from uellm.streams.reading import GroupReader, ensure_group
+from uellm.streams.scripts import Scripts
 from uellm.v1 import common_pb2, queue_pb2
 
 
 class SchedulerQueue(ModelQueue):
     """A scheduler's side of a model's queues."""
+
+    def __init__(self, redis: RedisClient, model: str, scripts: Scripts | None = None) -> None:
+        super().__init__(redis, model, scripts)
+        self._requests = GroupReader(redis, self.keys.requests, "scheduler")
 
     async def own(self, scheduler: str, lease_ms: int) -> int:
         """Take or renew the model's lease; returns the fencing token, or 0 if another holds it.
@@ -34,23 +41,34 @@ class SchedulerQueue(ModelQueue):
     async def read_requests(
         self, consumer: str, count: int, block_ms: int | None, *, pending: bool = False
     ) -> list[QueuedEntry]:
-        """New requests, or with ``pending`` those read before and not dispatched since."""
-        streams = await self._redis.xreadgroup(
-            "scheduler",
-            consumer,
-            {self.keys.requests: "0" if pending else ">"},
-            count,
-            None if pending else block_ms,
+        """New requests, at most ``count``.
+
+        With ``pending``: all that this consumer had read before and that still wait.
+        After a call that failed, and after Redis lost its data, a request may come twice, with the
+        same generation. A group that is gone is created again, at 0.
+        """
+        entries = await (
+            self._requests.read_pending(consumer, count)
+            if pending
+            else self._requests.read(consumer, count, block_ms)
         )
-        return [parse_queued(fields) for _, fields in stream_entries(streams) if fields]
+        return [parse_queued(fields) for _, fields in entries if fields]
 
     async def claim(self, token: int, consumer: str, count: int) -> list[QueuedEntry]:
         """Take over requests that other schedulers read and did not dispatch.
 
+        To be called every second or so, not only once: a predecessor that was blocked in a read
+        when it lost the model may still have been given requests.
+
         Raises:
             AbortedError: if ``token`` is no longer the owner's.
         """
-        reply = self._fenced(await self._run("claim", token, consumer, count))
+        try:
+            reply = self._fenced(await self._run("claim", token, consumer, count))
+        except BaseException:
+            # The reply may have been lost, and with it requests that are now this consumer's.
+            self._requests.forget()
+            raise
         return [parse_queued(pairs(fields)) for _, fields in reply[1]]
 
     async def promise(self, token: int, promises: Mapping[str, common_pb2.Promise]) -> None:

@@ -20,9 +20,12 @@ NAMES = (
     "dispatch",
     "finish",
     "hand_back",
+    "open_frames",
     "own",
     "promise",
+    "publish",
     "reap",
+    "register",
     "route",
     "watch",
 )

@@ -3,6 +3,7 @@
 local P = KEYS[1]
 
 local TERMINAL = { DONE = true, FAILED = true, CANCELLED = true, EXPIRED = true, DEAD = true }
+local HELD = { LEASED = true, RUNNING = true }
 
 local function now_ms()
   local t = redis.call('TIME')
@@ -33,6 +34,14 @@ local TOKENS, PROMISE, FINISHED = 3, 4, 5
 
 local function record_key(id)
   return P .. 'request:' .. id
+end
+
+-- Tenants' names may hold the separator; two tenants never share a key.
+local function idempotency_key(tenant, key)
+  local escaped = string.gsub(tenant, '[%%:]', function(c)
+    return string.format('%%%02X', string.byte(c))
+  end)
+  return P .. 'idem:' .. escaped .. ':' .. key
 end
 
 -- Reads fields of a record into a table; absent ones are nil.
@@ -90,7 +99,7 @@ end
 
 -- What finish and requeue need of a record.
 local STANDING = { 'state', 'generation', 'tokens', 'tenant', 'queue_entry', 'batch_entry',
-  'replica', 'epoch', 'subs', 'cost', 'strikes', 'progress' }
+  'replica', 'epoch', 'subs', 'cost', 'strikes', 'progress', 'idem' }
 
 -- The one way to a terminal state. Acknowledges first: that succeeds whatever else fails.
 -- `finished` is a serialised Finished, `completion` a serialised CompletionEvent; the token
@@ -107,6 +116,9 @@ local function finish(id, r, state, finished, completion, retention_seconds)
   redis.call('HDEL', key, 'payload')
   redis.call('EXPIRE', key, retention_seconds)
   redis.call('EXPIRE', P .. 'log:' .. id, retention_seconds)
+  if r.idem and r.idem ~= '' then
+    redis.call('EXPIRE', idempotency_key(r.tenant, r.idem), retention_seconds)
+  end
   if r.state == 'QUEUED' then
     redis.call('HINCRBY', P .. 'load', 'queued_tokens', -tonumber(r.cost))
   end
@@ -118,18 +130,25 @@ local function finish(id, r, state, finished, completion, retention_seconds)
     'payload', completion .. field_varint(6, tokens))
 end
 
--- Back to the scheduler's queue, fenced against the holder it had.
+-- True if the holder of `generation` itself ended it so: a call that is repeated, not lost.
+local function ended_as(r, generation, state)
+  return r ~= nil and r.state == state and tonumber(r.generation) == tonumber(generation) + 1
+    and TERMINAL[state] == true
+end
+
+-- Back to the scheduler's queue, fenced against the holder it had. New tokens clear its strikes.
 local function requeue(id, r)
   leave_batch(r)
+  local strikes = tonumber(r.tokens) > tonumber(r.progress) and 0 or r.strikes
   redis.call('ZREM', P .. 'leases', id)
   local key = record_key(id)
   local generation = tonumber(r.generation) + 1
   local kept = redis.call('HMGET', key, 'entry', 'accepted_ms', 'attempts')
   local entry_id = redis.call('XADD', P .. 'requests', '*', 'type', 'request', 'id', id,
     'payload', kept[1], 'generation', generation, 'offset', r.tokens, 'accepted_ms', kept[2],
-    'attempts', kept[3], 'strikes', r.strikes)
+    'attempts', kept[3], 'strikes', strikes)
   redis.call('HSET', key, 'state', 'QUEUED', 'generation', generation, 'queue_entry', entry_id,
-    'batch_entry', '', 'replica', '', 'epoch', 0, 'strikes', r.strikes)
+    'batch_entry', '', 'replica', '', 'epoch', 0, 'strikes', strikes)
   redis.call('HINCRBY', P .. 'load', 'queued_tokens', tonumber(r.cost))
 end
 

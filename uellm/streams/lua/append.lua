@@ -5,6 +5,7 @@
 --     'tokens', id, generation, offset,       Tokens,   number of tokens
 --     'finish', id, generation, state,        Finished, CompletionEvent
 -- Returns {'stale'} (the epoch is no longer routed) or {'ok', ids that this holder has lost}.
+-- May be repeated as it was: what the first call did is found and is not done, or lost, again.
 local replica, epoch, report, lease, retention = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]),
   ARGV[5]
 if not routed(replica, epoch) then
@@ -14,40 +15,66 @@ local now = now_ms()
 if report ~= '' then
   redis.call('HSET', P .. 'replica:' .. replica, 'report', report, 'reported_ms', now)
 end
+
+local lost, noticed = {}, {}
+local function lose(id)
+  if lost[id] == nil then
+    noticed[#noticed + 1] = id
+  end
+  lost[id] = true
+end
+
 local renewals = tonumber(ARGV[6])
 for i = 7, 6 + renewals do
-  redis.call('ZADD', P .. 'leases', 'XX', now + lease, ARGV[i])
-end
-local lost, is_lost = {}, {}
-local function lose(id)
-  if not is_lost[id] then
-    is_lost[id] = true
-    lost[#lost + 1] = id
+  local id = ARGV[i]
+  local held = redis.call('HMGET', record_key(id), 'state', 'replica', 'epoch')
+  if HELD[held[1]] and held[2] == replica and held[3] == epoch then
+    redis.call('ZADD', P .. 'leases', 'XX', now + lease, id)
+  else
+    lose(id)
   end
 end
+
+-- Appends to a request's log; false if other tokens stand there.
+local function log_tokens(id, r, generation, offset, tokens, count)
+  local after = tonumber(offset) + tonumber(count)
+  -- The entry's id is the offset behind it: Redis itself refuses to log a token twice.
+  local key, entry_id = P .. 'log:' .. id, after .. '-0'
+  local chunk = field_varint(1, tonumber(generation)) .. field_bytes(2, tokens)
+  if r.tokens ~= offset then
+    local there = redis.call('XRANGE', key, entry_id, entry_id)[1]
+    return there ~= nil and there[2][2] == chunk
+  end
+  redis.call('XADD', key, entry_id, 'payload', chunk)
+  redis.call('HSET', record_key(id), 'state', 'RUNNING', 'tokens', after)
+  if offset == '0' then
+    redis.call('HSET', record_key(id), 'first_token_ms', now)
+  end
+  push_event(r.subs, id, tonumber(generation), TOKENS, tokens)
+  return true
+end
+
 for i = 7 + renewals, #ARGV, 6 do
   local op, id, generation = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   local r = read_standing(id)
-  if not r or r.generation ~= generation or TERMINAL[r.state] or is_lost[id] then
+  if op == 'finish' and ended_as(r, generation, ARGV[i + 3]) then
+    lost[id] = false
+  elseif lost[id] or not r or r.generation ~= generation or not HELD[r.state] then
     lose(id)
   elseif op == 'start' then
     redis.call('HSET', record_key(id), 'state', 'RUNNING')
-  elseif op == 'tokens' then
-    local offset, tokens, count = ARGV[i + 3], ARGV[i + 4], tonumber(ARGV[i + 5])
-    if r.tokens ~= offset then
-      lose(id)
-    else
-      local after = tonumber(offset) + count
-      -- The entry's id is the offset behind it: Redis itself refuses to log a token twice.
-      redis.call('XADD', P .. 'log:' .. id, after .. '-0', 'payload',
-        field_varint(1, tonumber(generation)) .. field_bytes(2, tokens))
-      redis.call('HSET', record_key(id), 'state', 'RUNNING', 'tokens', after)
-      redis.call('HSETNX', record_key(id), 'first_token_ms', now)
-      push_event(r.subs, id, tonumber(generation), TOKENS, tokens)
-    end
   elseif op == 'finish' then
     finish(id, r, ARGV[i + 3], ARGV[i + 4], ARGV[i + 5], retention)
+  elseif not log_tokens(id, r, generation, ARGV[i + 3], ARGV[i + 4], ARGV[i + 5]) then
+    lose(id)
   end
 end
 flush_frames()
-return { 'ok', lost }
+
+local still_lost = {}
+for _, id in ipairs(noticed) do
+  if lost[id] then
+    still_lost[#still_lost + 1] = id
+  end
+end
+return { 'ok', still_lost }

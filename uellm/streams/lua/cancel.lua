@@ -10,7 +10,7 @@ if TERMINAL[r.state] then
   return { r.state }
 end
 finish(id, r, 'CANCELLED', ARGV[3], ARGV[4], ARGV[5])
-if r.replica and r.replica ~= '' then
+if HELD[r.state] and routed(r.replica, r.epoch) then
   -- Its leader would notice at its next append; this frees the slot at once.
   redis.call('XADD', P .. 'batches:' .. r.replica, '*', 'type', 'cancel', 'id', id,
     'epoch', r.epoch, 'generation', r.generation)

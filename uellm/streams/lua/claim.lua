@@ -1,12 +1,18 @@
--- Takes over requests that another scheduler read and did not dispatch.
+-- Takes over requests that another scheduler read and did not dispatch. To be called now and
+-- then, not only once: a predecessor that was blocked in a read may still be given entries.
 -- ARGV: owner token, consumer, most entries
 -- Returns {'stale'} or {'ok', entries as XCLAIM gives them}.
 if not owns(ARGV[1]) then
   return { 'stale' }
 end
 local stream, me, most = P .. 'requests', ARGV[2], tonumber(ARGV[3])
+local consumers = redis.pcall('XINFO', 'CONSUMERS', stream, 'scheduler')
+if consumers.err then
+  -- No stream, or no group on it: nobody has read anything.
+  return { 'ok', {} }
+end
 local taken = {}
-for _, info in ipairs(redis.call('XINFO', 'CONSUMERS', stream, 'scheduler')) do
+for _, info in ipairs(consumers) do
   local consumer = {}
   for i = 1, #info, 2 do
     consumer[info[i]] = info[i + 1]
@@ -16,8 +22,9 @@ for _, info in ipairs(redis.call('XINFO', 'CONSUMERS', stream, 'scheduler')) do
       redis.call('XGROUP', 'DELCONSUMER', stream, 'scheduler', consumer.name)
     elseif #taken < most then
       local ids = {}
+      -- At most as many as Lua can pass to one call.
       for _, pending in ipairs(redis.call('XPENDING', stream, 'scheduler', '-', '+',
-        most - #taken, consumer.name)) do
+        math.min(most - #taken, 1000), consumer.name)) do
         ids[#ids + 1] = pending[1]
       end
       if #ids > 0 then

@@ -7,6 +7,10 @@ if not owns(ARGV[1]) then
 end
 local id = ARGV[2]
 local r = read_standing(id)
+if ended_as(r, ARGV[3], ARGV[4]) then
+  -- The same call again, after its reply was lost.
+  return { 'ok' }
+end
 if not r or r.generation ~= ARGV[3] or TERMINAL[r.state] then
   return { 'lost' }
 end

@@ -6,12 +6,16 @@ if not routed(ARGV[1], ARGV[2]) then
 end
 local returned = {}
 for i = 3, #ARGV, 2 do
-  local r = read_standing(ARGV[i])
-  if r and r.generation == ARGV[i + 1] and (r.state == 'LEASED' or r.state == 'RUNNING') then
-    requeue(ARGV[i], r)
-    returned[#returned + 1] = 1
-  else
-    returned[#returned + 1] = 0
+  local id, generation = ARGV[i], ARGV[i + 1]
+  local r = read_standing(id)
+  local back = 0
+  if r and r.generation == generation and HELD[r.state] then
+    requeue(id, r)
+    back = 1
+  elseif r and r.state == 'QUEUED' and tonumber(r.generation) == tonumber(generation) + 1 then
+    -- The same call again, after its reply was lost.
+    back = 1
   end
+  returned[#returned + 1] = back
 end
 return { 'ok', returned }

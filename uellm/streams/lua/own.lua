@@ -1,6 +1,7 @@
 -- Takes or renews the lease of a model's scheduler.
 -- ARGV: scheduler, lease in ms (0: let it go)
--- Returns {token or 0, holder}. The token rises with every change of holder.
+-- Returns {token or 0, holder}. The token rises with every change of holder; it starts from the
+-- time, so that a token from before Redis lost its data is never given out again.
 local me, lease = ARGV[1], tonumber(ARGV[2])
 local key = P .. 'owner'
 local now = now_ms()
@@ -17,7 +18,7 @@ if holder ~= me and expires > now and expires <= now + 2 * lease then
   return { 0, holder }
 end
 if holder ~= me then
-  token = token + 1
+  token = math.max(token + 1, now)
 end
 redis.call('HSET', key, 'holder', me, 'token', token, 'until', now + lease)
 return { token, me }

@@ -37,14 +37,11 @@ for _, id in ipairs(redis.call('ZRANGE', leases, 0, -1)) do
     end
     if epochs[r.replica] ~= r.epoch or tonumber(redis.call('ZSCORE', leases, id)) <= now then
       r = read_standing(id)
-      local strikes = tonumber(r.strikes)
-      if tonumber(r.tokens) > tonumber(r.progress) then
-        strikes = 0
-      elseif r.state == 'RUNNING' then
-        strikes = strikes + 1
+      local progressed = tonumber(r.tokens) > tonumber(r.progress)
+      if r.state == 'RUNNING' and not progressed then
+        r.strikes = tonumber(r.strikes) + 1
       end
-      r.strikes = strikes
-      if strikes >= most_strikes then
+      if not progressed and tonumber(r.strikes) >= most_strikes then
         dead[#dead + 1] = { id, tonumber(r.generation) }
       else
         requeue(id, r)

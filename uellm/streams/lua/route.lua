@@ -2,10 +2,20 @@
 -- lost touch cannot undo a newer one's work.
 -- ARGV: replica, epoch, state, ReplicaReport to start from or ''
 -- Returns 1, or 0 if a newer epoch is routed.
-local key = P .. 'replica:' .. ARGV[1]
+local key, batches = P .. 'replica:' .. ARGV[1], P .. 'batches:' .. ARGV[1]
 local current = tonumber(redis.call('HGET', key, 'epoch') or 0)
-if tonumber(ARGV[2]) < current then
+local epoch = tonumber(ARGV[2])
+if epoch < current then
   return 0
+end
+if epoch > current then
+  -- Whoever was told to drop something is gone, read or unread; `reap` sees to the requests.
+  for _, entry in ipairs(redis.call('XRANGE', batches, '-', '+')) do
+    if entry[2][2] == 'cancel' then
+      redis.call('XACK', batches, 'leader', entry[1])
+      redis.call('XDEL', batches, entry[1])
+    end
+  end
 end
 redis.call('HSET', key, 'epoch', ARGV[2], 'state', ARGV[3])
 if ARGV[4] ~= '' then
