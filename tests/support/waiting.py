@@ -1,0 +1,34 @@
+"""Waiting for a condition instead of for time."""
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def eventually(
+    predicate: Callable[[], T | Awaitable[T]], timeout: float = 5.0, interval: float = 0.01
+) -> T:
+    """What ``predicate`` returns as soon as that is true; it may be a coroutine function.
+
+    An AssertionError that it raises counts as not yet, and is the error if time runs out.
+
+    Raises:
+        AssertionError: if it did not come true within ``timeout`` seconds.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    while True:
+        failure: AssertionError | None = None
+        try:
+            result = predicate()
+            value = await result if inspect.isawaitable(result) else result
+            if value:
+                return value
+        except AssertionError as error:
+            failure = error
+        if loop.time() >= deadline:
+            raise failure or AssertionError(f"not within {timeout} s: {predicate}")
+        await asyncio.sleep(interval)
