@@ -45,11 +45,13 @@ class Prepared:
     Attributes:
         capacity: room for sequences.
         vocabulary: the model's.
+        device: "cpu", or "cuda:" and something that no other device in the world has.
         kept_bytes: weights that an earlier generation had left.
         total_bytes: weights in all.
     """
 
     capacity: Capacity
     vocabulary: Vocabulary
+    device: str = "cpu"
     kept_bytes: int = 0
     total_bytes: int = 0

@@ -9,16 +9,6 @@ import os
 import socket
 import threading
 
-from uellm_worker.engine.capacity import Capacity, Prepared
-from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError
-from uellm_worker.engine.group import Group, Rendezvous, join
-from uellm_worker.engine.inbox import Inbox, Item, PeerLost, ResultArrived, StepAnnounced
-from uellm_worker.engine.instant import InstantEngine
-from uellm_worker.engine.loop import EngineLoop
-from uellm_worker.engine.policies import step_policy
-from uellm_worker.engine.runner import Engine, Member
-from uellm_worker.engine.wire import ChildChannel
-
 from uellm.core.errors import UellmError
 from uellm.v1.engine_pb2 import (
     CommitShard,
@@ -31,6 +21,15 @@ from uellm.v1.engine_pb2 import (
     ShardPrepared,
     ShardServing,
 )
+from uellm_worker.engine.capacity import Prepared
+from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError
+from uellm_worker.engine.group import Group, Rendezvous, join
+from uellm_worker.engine.inbox import Inbox, Item, PeerLost, ResultArrived, StepAnnounced
+from uellm_worker.engine.instant import InstantEngine
+from uellm_worker.engine.loop import EngineLoop
+from uellm_worker.engine.policies import step_policy
+from uellm_worker.engine.runner import Engine, Member
+from uellm_worker.engine.wire import ChildChannel
 
 _log = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ class Child:
             )
         capacity = self._prepared.capacity
         if assignment.stage_count > 1:
-            self._group = self._form_group(self._command, capacity, commit.rendezvous)
+            self._group = self._form_group(self._command, self._prepared, commit.rendezvous)
             capacity = self._group.capacity
         self._member = self._engine.join(self._group, self._inbox)
         if assignment.stage_index == 0:
@@ -160,14 +159,14 @@ class Child:
             )
         self._channel.send(EngineEvent(serving=ShardServing(generation=commit.generation)))
 
-    def _form_group(self, command: PrepareShard, capacity: Capacity, rendezvous: str) -> Group:
+    def _form_group(self, command: PrepareShard, prepared: Prepared, rendezvous: str) -> Group:
         if self._rendezvous is not None:
             offer = self._engine.offer(command.bind_host)
-            return self._rendezvous.form(command.assignment, capacity, offer, self._inbox)
+            return self._rendezvous.form(command.assignment, prepared, offer, self._inbox)
         return join(
             rendezvous,
             command.assignment,
-            capacity,
+            prepared,
             command.bind_host,
             advertised_host(command),
             self._inbox,

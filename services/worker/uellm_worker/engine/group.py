@@ -16,12 +16,11 @@ import threading
 import time
 from typing import Any
 
-from uellm_worker.engine.capacity import Capacity
+from uellm.v1.topology_pb2 import ShardAssignment
+from uellm_worker.engine.capacity import Capacity, Prepared
 from uellm_worker.engine.errors import PeerLostError
 from uellm_worker.engine.inbox import Inbox, PeerLost, ResultArrived, StepAnnounced
 from uellm_worker.engine.links import Kind, Link, connect, listen, wait_readable
-
-from uellm.v1.topology_pb2 import ShardAssignment
 
 JOIN_SECONDS = 30.0
 """How long a stage waits for the others."""
@@ -38,6 +37,7 @@ class Group:
         assignment: of this stage.
         links: to the peers, by stage.
         capacity: what all stages can hold.
+        devices: of all stages, in order.
         offer: what stage 0 offers for joining the data plane.
         leader_host: where stage 0 is.
         inbox: where news go.
@@ -48,12 +48,14 @@ class Group:
         assignment: ShardAssignment,
         links: dict[int, Link],
         capacity: Capacity,
+        devices: list[str],
         offer: str,
         leader_host: str,
         inbox: Inbox,
     ) -> None:
         self.assignment = assignment
         self.capacity = capacity
+        self.devices = devices
         self.offer = offer
         self.leader_host = leader_host
         self._links = links
@@ -144,7 +146,7 @@ class Rendezvous:
         self.address = host_port(advertised_host, self._listener)
 
     def form(
-        self, assignment: ShardAssignment, capacity: Capacity, offer: str, inbox: Inbox
+        self, assignment: ShardAssignment, prepared: Prepared, offer: str, inbox: Inbox
     ) -> Group:
         """Wait for all other stages, and tell them about each other.
 
@@ -155,6 +157,8 @@ class Rendezvous:
         deadline = time.monotonic() + JOIN_SECONDS
         links: dict[int, Link] = {}
         addresses: dict[int, str] = {}
+        capacity = prepared.capacity
+        devices = [prepared.device] * assignment.stage_count
         try:
             while len(links) < assignment.stage_count - 1:
                 link, hello = _accept(self._listener, assignment.generation, deadline, inbox)
@@ -163,15 +167,20 @@ class Rendezvous:
                     continue
                 links[link.stage] = link
                 addresses[link.stage] = hello["address"]
+                devices[link.stage] = hello["device"]
                 capacity = capacity.at_most(Capacity(*hello["capacity"]))
-            limits = (capacity.slots, capacity.max_tokens, capacity.kv_tokens)
-            welcome = {"addresses": addresses, "capacity": limits, "offer": offer}
+            welcome = {
+                "addresses": addresses,
+                "capacity": _limits(capacity),
+                "devices": devices,
+                "offer": offer,
+            }
             for link in links.values():
                 link.send(Kind.WELCOME, json.dumps(welcome).encode())
         except BaseException:
             _close(links)
             raise
-        return Group(assignment, links, capacity, offer, self._host, inbox)
+        return Group(assignment, links, capacity, devices, offer, self._host, inbox)
 
     def close(self) -> None:
         """Stop listening."""
@@ -181,7 +190,7 @@ class Rendezvous:
 def join(
     rendezvous: str,
     assignment: ShardAssignment,
-    capacity: Capacity,
+    prepared: Prepared,
     bind_host: str,
     advertised_host: str,
     inbox: Inbox,
@@ -202,7 +211,8 @@ def join(
                 "stage": stage,
                 "generation": generation,
                 "address": host_port(advertised_host, listener),
-                "capacity": (capacity.slots, capacity.max_tokens, capacity.kv_tokens),
+                "capacity": _limits(prepared.capacity),
+                "device": prepared.device,
             }
             links[0].send(Kind.HELLO, json.dumps(hello).encode())
             welcome = json.loads(links[0].expect(Kind.WELCOME, deadline, inbox))
@@ -221,7 +231,12 @@ def join(
             raise
     host = rendezvous.rpartition(":")[0].strip("[]")
     agreed = Capacity(*welcome["capacity"])
-    return Group(assignment, links, agreed, welcome["offer"], host, inbox)
+    return Group(assignment, links, agreed, welcome["devices"], welcome["offer"], host, inbox)
+
+
+def _limits(capacity: Capacity) -> tuple[int, int, int]:
+    """A capacity for JSON."""
+    return capacity.slots, capacity.max_tokens, capacity.kv_tokens
 
 
 def host_port(host: str, listener: socket.socket) -> str:

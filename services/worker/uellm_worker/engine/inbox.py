@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Lock
 
-from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError
-
 from uellm.v1.engine_pb2 import EngineCommand
+from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError
 
 
 @dataclass(frozen=True, slots=True)

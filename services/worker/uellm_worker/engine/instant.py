@@ -8,15 +8,14 @@ import json
 import time
 from pathlib import Path
 
+from uellm.core.errors import ModelFilesError
+from uellm.v1.engine_pb2 import PrepareShard
 from uellm_worker.engine.capacity import Capacity, Prepared, Vocabulary
 from uellm_worker.engine.group import Group
 from uellm_worker.engine.inbox import Inbox
 from uellm_worker.engine.plan import Admission, StepPlan, StepResult
 from uellm_worker.engine.randomness import instant_token
 from uellm_worker.engine.runner import Progress
-
-from uellm.core.errors import ModelFilesError
-from uellm.v1.engine_pb2 import PrepareShard
 
 DEFAULT_VOCAB_SIZE = 32000
 """Of a model directory without a config."""

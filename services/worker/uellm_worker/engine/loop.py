@@ -10,12 +10,6 @@ import time
 from bisect import insort
 from collections.abc import Callable
 
-from uellm_worker.engine.capacity import Capacity, Vocabulary
-from uellm_worker.engine.plan import Admission, Chunk, StepPlan, StepResult
-from uellm_worker.engine.reports import StepMeter
-from uellm_worker.engine.runner import Runner
-from uellm_worker.engine.sequences import Sequence, SequenceError, sequence_from_command
-
 from uellm.policy.views import EngineView, StepDecision, StepPolicy
 from uellm.v1.common_pb2 import (
     FINISH_REASON_FAILED,
@@ -27,6 +21,11 @@ from uellm.v1.common_pb2 import (
 from uellm.v1.engine_pb2 import AddSequence, DropSequence, SequenceOutput, StepReport
 from uellm.v1.inference_pb2 import Failure, TokenLogprobs
 from uellm.v1.queue_pb2 import ReplicaReport
+from uellm_worker.engine.capacity import Capacity, Vocabulary
+from uellm_worker.engine.plan import Admission, Chunk, StepPlan, StepResult
+from uellm_worker.engine.reports import StepMeter
+from uellm_worker.engine.runner import Runner
+from uellm_worker.engine.sequences import Sequence, SequenceError, sequence_from_command
 
 MAX_CHUNK_TOKENS = 512
 """Most tokens that one step computes: keeps a step short enough for those that decode."""
@@ -67,6 +66,7 @@ class EngineLoop:
         self._waiting: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._free_slots = list(range(capacity.slots))
+        self._tainted: set[int] = set()
         self._admitted: list[Sequence] = []
         self._outputs: list[SequenceOutput] = []
         self._handed_back: list[str] = []
@@ -174,7 +174,10 @@ class EngineLoop:
                 )
                 for sequence, count in parts
             ),
-            admissions=tuple(Admission(s.slot, s.prompt_tokens, s.sampling) for s in admitted),
+            admissions=tuple(
+                Admission(s.slot, s.prompt_tokens, s.sampling, s.slot in self._tainted)
+                for s in admitted
+            ),
             token_ids=tuple(
                 token
                 for s, count in parts
@@ -185,6 +188,7 @@ class EngineLoop:
         started = time.perf_counter()
         result = self._runner.run(plan)
         elapsed = time.perf_counter() - started
+        self._tainted.difference_update(sequence.slot for sequence in admitted)
         self._admitted.clear()
         decodes = [sequence for sequence, _ in parts if sequence.decoding]
         self._meter.add(
@@ -237,6 +241,7 @@ class EngineLoop:
 
     def _take_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         if token < 0:
+            self._tainted.add(sequence.slot)
             failure = Failure(
                 reason="LOGITS_NOT_FINITE",
                 message="the model's logits are not finite; a wider dtype may help",

@@ -13,7 +13,7 @@ from uellm.v1.inference_pb2 import TokenLogprobs
 
 _PLAN = struct.Struct("!QIII")
 _CHUNK = struct.Struct("!III?")
-_ADMISSION = struct.Struct("!III")
+_ADMISSION = struct.Struct("!III?")
 _RESULT = struct.Struct("!II?")
 
 
@@ -42,11 +42,13 @@ class Admission:
         slot: the slot; whoever had it before is gone.
         prompt_tokens: where its answer starts; position 0 of the answer is behind it.
         sampling: how its tokens are chosen.
+        scrub: what lies in the slot may not be finite.
     """
 
     slot: int
     prompt_tokens: int
     sampling: Sampling
+    scrub: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,8 @@ def encode_plan(plan: StepPlan) -> bytes:
     parts.append(struct.pack(f"!{len(plan.seconds)}d", *plan.seconds))
     for admission in plan.admissions:
         sampling = admission.sampling.SerializeToString()
-        parts.append(_ADMISSION.pack(admission.slot, admission.prompt_tokens, len(sampling)))
-        parts.append(sampling)
+        head = (admission.slot, admission.prompt_tokens, len(sampling), admission.scrub)
+        parts += [_ADMISSION.pack(*head), sampling]
     return b"".join(parts)
 
 
@@ -112,10 +114,10 @@ def decode_plan(data: bytes) -> StepPlan:
     offset += num_seconds * 8
     admissions = []
     for _ in range(num_admissions):
-        slot, prompt_tokens, length = _ADMISSION.unpack_from(data, offset)
+        slot, prompt_tokens, length, scrub = _ADMISSION.unpack_from(data, offset)
         offset += _ADMISSION.size
         sampling = Sampling.FromString(data[offset : offset + length])
-        admissions.append(Admission(slot, prompt_tokens, sampling))
+        admissions.append(Admission(slot, prompt_tokens, sampling, scrub))
         offset += length
     return StepPlan(step, chunks, tuple(admissions), seconds=seconds)
 

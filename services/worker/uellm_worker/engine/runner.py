@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from uellm.v1.engine_pb2 import PrepareShard
 from uellm_worker.engine.capacity import Prepared
 from uellm_worker.engine.group import Group
 from uellm_worker.engine.inbox import Inbox
 from uellm_worker.engine.plan import StepPlan, StepResult
-
-from uellm.v1.engine_pb2 import PrepareShard
 
 Progress = Callable[[int, int], None]
 """Called with (loaded bytes, total bytes) while weights are read."""

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from uellm_worker.engine.capacity import Capacity, Vocabulary
-
 from uellm.convert import profile_from_proto, slo_from_proto
 from uellm.core.request import QuantileFunction, ResourceProfile, Slo
 from uellm.policy.views import SequenceView
 from uellm.v1.common_pb2 import Sampling
 from uellm.v1.engine_pb2 import AddSequence
+from uellm_worker.engine.capacity import Capacity, Vocabulary
 
 
 class SequenceError(Exception):

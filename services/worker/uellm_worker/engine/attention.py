@@ -1,0 +1,271 @@
+"""Attention over a slot cache, for packed steps of many sequences.
+
+A step's tokens come as one row ``[1, T]``: decodes first, then prefill chunks. The function below
+is registered with transformers, so that the models' own layers call it with rotated queries and
+keys. It writes keys and values into ``[slots, kv_heads, max_tokens, head_dim]`` and attends each
+sequence to its own slot: decodes of neighbouring slots together, prefill chunks one by one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from uellm_worker.engine.plan import Chunk
+
+ATTENTION = "uellm"
+"""Name of the attention function."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRun:
+    """Decodes of neighbouring slots: rows ``row`` on, slots ``slot`` on, ``count`` of each.
+
+    Attributes:
+        longest: tokens of the longest sequence, the present one included.
+        positions: ``[count]``, of the present tokens.
+        even: all are equally long, so that nothing is to be masked.
+    """
+
+    row: int
+    slot: int
+    count: int
+    longest: int
+    positions: torch.Tensor
+    even: bool
+
+
+class PackedStep:
+    """Which row of a step belongs where. Shared by all layers.
+
+    Args:
+        chunks: in row order.
+        device: of the cache.
+
+    Attributes:
+        slots: ``[T]``, each row's slot.
+        positions: ``[T]``, each row's position in its sequence.
+        samples: rows that a token is chosen from.
+    """
+
+    def __init__(self, chunks: tuple[Chunk, ...], device: torch.device) -> None:
+        slots: list[int] = []
+        positions: list[int] = []
+        samples: list[int] = []
+        runs: list[list[Chunk]] = []
+        self.prefills: list[tuple[int, Chunk]] = []
+        for chunk in chunks:
+            if self.prefills or chunk.count > 1 or chunk.start == 0:
+                self.prefills.append((len(slots), chunk))
+            elif runs and runs[-1][-1].slot + 1 == chunk.slot:
+                runs[-1].append(chunk)
+            else:
+                runs.append([chunk])
+            slots += [chunk.slot] * chunk.count
+            positions += range(chunk.start, chunk.start + chunk.count)
+            if chunk.sample:
+                samples.append(len(slots) - 1)
+        self.slots = torch.tensor(slots, device=device)
+        self.positions = torch.tensor(positions, device=device)
+        self.samples = torch.tensor(samples, dtype=torch.long, device=device)
+        self.runs: list[DecodeRun] = []
+        row = 0
+        for run in runs:
+            starts = [chunk.start for chunk in run]
+            longest = max(starts) + 1
+            self.runs.append(
+                DecodeRun(
+                    row=row,
+                    slot=run[0].slot,
+                    count=len(run),
+                    longest=longest,
+                    positions=self.positions[row : row + len(run)],
+                    even=min(starts) + 1 == longest,
+                )
+            )
+            row += len(run)
+        self._masks: dict[tuple[int, int], torch.Tensor | None] = {}
+
+    def run_mask(self, index: int, window: int | None) -> torch.Tensor | None:
+        """``[count, 1, 1, longest]``, true where to attend; None for everywhere."""
+        key = (index, window or 0)
+        if key not in self._masks:
+            run = self.runs[index]
+            if run.even and (window is None or run.longest <= window):
+                self._masks[key] = None
+            else:
+                mask = _visible(run.positions[:, None], run.longest, window)
+                self._masks[key] = mask[:, None, None, :]
+        return self._masks[key]
+
+    def chunk_mask(self, index: int, window: int | None) -> torch.Tensor | None:
+        """``[count, end]``, true where to attend; None for the plain causal pattern."""
+        key = (-1 - index, window or 0)
+        if key not in self._masks:
+            row, chunk = self.prefills[index]
+            end = chunk.start + chunk.count
+            if chunk.start == 0 and (window is None or end <= window):
+                self._masks[key] = None
+            else:
+                positions = self.positions[row : row + chunk.count]
+                self._masks[key] = _visible(positions[:, None], end, window)
+        return self._masks[key]
+
+
+def _visible(positions: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
+    """Which of the first ``length`` tokens are seen from ``positions`` ``[n, 1]``."""
+    keys = torch.arange(length, device=positions.device)
+    mask = keys <= positions
+    if window is not None:
+        mask &= keys > positions - window
+    return mask
+
+
+class SlotCache:
+    """Keys and values of the layers of one stage, and the step that uses them.
+
+    Args:
+        layers: how many.
+        slots: sequences.
+        kv_heads: per layer.
+        max_tokens: per sequence.
+        head_dim: per head.
+        dtype: of keys and values.
+        device: where.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        slots: int,
+        kv_heads: int,
+        max_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (slots, kv_heads, max_tokens, head_dim)
+        # Zeros, since what is masked out is still multiplied: it must be finite.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.step: PackedStep | None = None
+
+    def scrub(self, slot: int) -> None:
+        """Forget a slot's content, which may not be finite."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot].zero_()
+
+
+class LayerCache:
+    """One layer's part of a cache; its attention module carries it."""
+
+    __slots__ = ("cache", "index")
+
+    def __init__(self, cache: SlotCache, index: int) -> None:
+        self.cache = cache
+        self.index = index
+
+
+def attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend a packed step to the cache. The signature is transformers'.
+
+    Args:
+        module: the layer's attention, carrying a ``LayerCache`` as ``uellm``.
+        query: ``[1, heads, T, head_dim]``.
+        key: ``[1, kv_heads, T, head_dim]``.
+        value: as ``key``.
+        attention_mask: none is made for this function.
+        scaling: of the scores.
+        sliding_window: tokens seen, the present one included; None for all.
+        softcap: of the scores; None for none.
+        kwargs: what other attention functions use.
+
+    Returns:
+        ``[1, T, heads, head_dim]``, and no weights.
+    """
+    del attention_mask, kwargs
+    layer: LayerCache = module.uellm
+    step = layer.cache.step
+    if step is None:
+        raise RuntimeError("attention outside of a step")
+    keys, values = layer.cache.keys[layer.index], layer.cache.values[layer.index]
+    keys[step.slots, :, step.positions] = key[0].transpose(0, 1)
+    values[step.slots, :, step.positions] = value[0].transpose(0, 1)
+    heads, tokens, head_dim = query.shape[1:]
+    kv_heads = key.shape[1]
+    output = query.new_empty(1, tokens, heads, head_dim)
+    for index, run in enumerate(step.runs):
+        rows, slots = slice(run.row, run.row + run.count), slice(run.slot, run.slot + run.count)
+        # The queries that share a key head stand where several tokens of one head would.
+        grouped = query[0, :, rows].transpose(0, 1).reshape(run.count, kv_heads, -1, head_dim)
+        attended = _attend(
+            grouped,
+            keys[slots, :, : run.longest],
+            values[slots, :, : run.longest],
+            step.run_mask(index, sliding_window),
+            scaling,
+            softcap,
+        )
+        output[0, rows] = attended.reshape(run.count, heads, head_dim)
+    for index, (row, chunk) in enumerate(step.prefills):
+        rows = slice(row, row + chunk.count)
+        end = chunk.start + chunk.count
+        mask = step.chunk_mask(index, sliding_window)
+        attended = _attend(
+            query[:, :, rows],
+            keys[chunk.slot : chunk.slot + 1, :, :end],
+            values[chunk.slot : chunk.slot + 1, :, :end],
+            mask,
+            scaling,
+            softcap,
+            causal=mask is None and chunk.count > 1,
+        )
+        output[0, rows] = attended[0].transpose(0, 1)
+    return output, None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Scaled dot-product attention; query heads are a multiple of key heads."""
+    if softcap is None:
+        return functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    scores = torch.tanh(scores / softcap) * softcap
+    if causal:
+        count = query.shape[2]
+        mask = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+AttentionInterface.register(ATTENTION, attention)

@@ -1,0 +1,219 @@
+"""How activations travel from one stage to the next.
+
+A step costs one announcement and one activation per hop, and one result from the last stage to
+the first. Announcements and results go over the group's control links, since a stage that idles
+must wait for them as long as it takes, and stop waiting when it is told to; a receive of
+torch.distributed can be ended neither way. Activations go over a process group of the
+generation's own: they are on their way when they are asked for, so a short timeout is never wrong.
+"""
+
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+
+from uellm_worker.engine.errors import PeerLostError
+from uellm_worker.engine.group import Group
+from uellm_worker.engine.inbox import Inbox
+from uellm_worker.engine.links import listen
+
+_FORM_SECONDS = 20.0
+_ACTIVATION_SECONDS = 5.0
+_SLOWEST_BYTES_PER_SECOND = 4e6
+"""Of a link between stages: an activation is waited for accordingly."""
+
+
+class Transport(Protocol):
+    """What a stage needs of its neighbours."""
+
+    def send_step(self, meta: bytes, activation: torch.Tensor) -> None:
+        """Announce a step to the next stage, and send ``[T, hidden]``."""
+        ...
+
+    def receive_activation(self, rows: int) -> torch.Tensor:
+        """The announced step's ``[rows, hidden]`` of the stage before."""
+        ...
+
+    def send_result(self, data: bytes) -> None:
+        """On the last stage: answer stage 0."""
+        ...
+
+    def wait_result(self) -> bytes:
+        """On stage 0: wait for the last stage's answer."""
+        ...
+
+    def close(self) -> None:
+        """Give up the connections."""
+        ...
+
+
+class Loopback:
+    """Stages in one process: a step runs through all of them within ``send_step``.
+
+    Args:
+        hub: what the stages of one replica share; one list for all of them.
+
+    Attributes:
+        follow: called with the announcement of a step.
+    """
+
+    def __init__(self, hub: list["Loopback"]) -> None:
+        self._hub = hub
+        self._index = len(hub)
+        self._activation: torch.Tensor | None = None
+        self._result = b""
+        self.follow: Any = None
+        hub.append(self)
+
+    def send_step(self, meta: bytes, activation: torch.Tensor) -> None:
+        """See ``Transport``."""
+        following = self._hub[self._index + 1]
+        following._activation = activation
+        following.follow(meta)
+
+    def receive_activation(self, rows: int) -> torch.Tensor:
+        """See ``Transport``."""
+        if self._activation is None or len(self._activation) != rows:
+            raise PeerLostError(f"no activation of {rows} rows")
+        return self._activation
+
+    def send_result(self, data: bytes) -> None:
+        """See ``Transport``."""
+        self._hub[0]._result = data
+
+    def wait_result(self) -> bytes:
+        """See ``Transport``."""
+        return self._result
+
+    def close(self) -> None:
+        """Nothing to give up."""
+
+
+def open_store(bind_host: str) -> TCPStore:
+    """Stage 0's store for forming one process group, on a free port of one address."""
+    listener = listen(bind_host)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        bind_host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=_FORM_SECONDS),
+        master_listen_fd=listener.detach(),
+    )
+
+
+class ProcessGroupTransport:
+    """Activations over torch.distributed, in a group that belongs to one generation.
+
+    gloo carries them anywhere. Where every stage has a CUDA device of its own, NCCL does; that
+    path has not been exercised on several GPUs.
+
+    Args:
+        group: the control links.
+        inbox: where stage 0 waits for results.
+        bind_host: address that gloo binds to.
+        store: stage 0's own; the others connect to it.
+        device: of the activations.
+        hidden_size: of an activation.
+        dtype: of an activation.
+
+    Raises:
+        PeerLostError: if the others do not come.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        inbox: Inbox,
+        bind_host: str,
+        store: TCPStore | None,
+        device: torch.device,
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._group = group
+        self._inbox = inbox
+        self._stage = group.assignment.stage_index
+        self._device = device
+        self._hidden_size = hidden_size
+        self._dtype = dtype
+        self._sent: tuple[Any, torch.Tensor] | None = None
+        cuda = [name for name in group.devices if name.startswith("cuda")]
+        self._nccl = len(set(cuda)) == group.assignment.stage_count
+        try:
+            self._store = store or TCPStore(
+                group.leader_host,
+                int(group.offer),
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=_FORM_SECONDS),
+            )
+            self._process_group = self._form(bind_host)
+        except RuntimeError as error:  # All that torch.distributed raises derives from it.
+            raise PeerLostError(f"the data plane could not be formed: {error}") from error
+
+    def _form(self, bind_host: str) -> Any:
+        assignment = self._group.assignment
+        rank, size = assignment.stage_index, assignment.stage_count
+        store = PrefixStore(f"generation-{assignment.generation}", self._store)
+        if self._nccl:
+            from torch.distributed import ProcessGroupNCCL  # noqa: PLC0415 (CUDA builds only)
+
+            return ProcessGroupNCCL(store, rank, size, timedelta(seconds=_FORM_SECONDS))
+        options = ProcessGroupGloo._Options()
+        options._devices = [ProcessGroupGloo.create_device(hostname=bind_host)]
+        options._timeout = timedelta(seconds=_FORM_SECONDS)
+        return ProcessGroupGloo(store, rank, size, options)
+
+    @property
+    def _carrier(self) -> torch.device:
+        """Where tensors must lie to be sent."""
+        return self._device if self._nccl else torch.device("cpu")
+
+    def send_step(self, meta: bytes, activation: torch.Tensor) -> None:
+        """See ``Transport``."""
+        tensor = activation.to(self._carrier).contiguous()
+        if self._sent is not None:
+            self._wait(self._sent[0], self._sent[1])
+        self._group.send_step(meta)
+        try:
+            work = self._process_group.send([tensor], self._stage + 1, 0)
+        except RuntimeError as error:
+            raise PeerLostError(f"stage {self._stage + 1} is gone: {error}") from error
+        # The tensor must live until it is sent; the answer to the step says that it was.
+        self._sent = (work, tensor)
+
+    def receive_activation(self, rows: int) -> torch.Tensor:
+        """See ``Transport``."""
+        tensor = torch.empty(rows, self._hidden_size, dtype=self._dtype, device=self._carrier)
+        try:
+            work = self._process_group.recv([tensor], self._stage - 1, 0)
+        except RuntimeError as error:
+            raise PeerLostError(f"stage {self._stage - 1} is gone: {error}") from error
+        self._wait(work, tensor)
+        return tensor.to(self._device)
+
+    def send_result(self, data: bytes) -> None:
+        """See ``Transport``."""
+        self._group.send_result(data)
+
+    def wait_result(self) -> bytes:
+        """See ``Transport``."""
+        return self._inbox.wait_result()
+
+    def close(self) -> None:
+        """Give up the process group and the store."""
+        self._sent = None
+        if self._nccl:
+            self._process_group.abort()
+        self._process_group = self._store = None
+
+    @staticmethod
+    def _wait(work: Any, tensor: torch.Tensor) -> None:
+        seconds = _ACTIVATION_SECONDS + tensor.nbytes / _SLOWEST_BYTES_PER_SECOND
+        try:
+            work.wait(timedelta(seconds=seconds))
+        except RuntimeError as error:
+            raise PeerLostError(f"an activation did not arrive: {error}") from error
