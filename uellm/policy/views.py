@@ -3,7 +3,7 @@
 Times are seconds since the epoch by Redis TIME; durations are seconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +25,8 @@ class QueuedView:
         refusable: its caller asked to be refused when its deadline cannot be met.
         resume_tokens: output tokens already logged by an earlier attempt; to be prefilled.
         attempt: earlier starts; 0 for a new request.
+        strikes: how often in a row it was running, without one new token, when its replica died;
+            from 1 on it is a suspect and runs alone.
     """
 
     request_id: str
@@ -35,6 +37,7 @@ class QueuedView:
     refusable: bool = False
     resume_tokens: int = 0
     attempt: int = 0
+    strikes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +47,33 @@ class QueueView:
     Attributes:
         waiting: all of them.
         unpromised: ids of those that have not been given a promise yet.
+        promised: the latest promise's median finish of those whose promise may be revised now.
     """
 
     waiting: Sequence[QueuedView]
     unpromised: frozenset[str] = frozenset()
+    promised: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class InFlightView:
-    """A request that was dispatched and has not ended, as its scheduler knows it."""
+    """A request that was dispatched and has not ended, as its scheduler knows it.
+
+    Attributes:
+        request_id: its id.
+        dispatched_at: when it left for its replica.
+        prompt_tokens: tokens to prefill.
+        output_p50: tokens it will still generate from there: median.
+        output_p90: 90 % of the time fewer.
+        alone: it is a suspect; nothing may run beside it.
+    """
 
     request_id: str
     dispatched_at: float
     prompt_tokens: int
     output_p50: float
     output_p90: float
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +144,21 @@ class DispatchDecision:
     refusals: tuple[Refusal, ...] = ()
     order: tuple[str, ...] = ()
     reconsider_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchSettings:
+    """What every policy of level one is made with.
+
+    Attributes:
+        lookahead_requests: how many requests beyond its free slots a replica is sent, so that it
+            does not starve between a finish and the next dispatch.
+        kv_headroom: how much of a replica's KV room the predicted peaks (90 % quantile) of what
+            is in flight may add up to; a little over 1, because they do not peak together.
+    """
+
+    lookahead_requests: int = 2
+    kv_headroom: float = 1.1
 
 
 class DispatchPolicy(Protocol):
