@@ -7,6 +7,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -53,11 +54,17 @@ class EmbeddedRedis:
         directory: where its data lives; None: a temporary directory, removed afterwards.
         port: where it listens; 0: any free port.
         binary: the server to run; None: the one that ``find_server`` finds.
+        wrap: what to make of its command line before it is run.
     """
 
     def __init__(
-        self, directory: Path | None = None, port: int = 0, binary: str | None = None
+        self,
+        directory: Path | None = None,
+        port: int = 0,
+        binary: str | None = None,
+        wrap: Callable[[Sequence[str]], list[str]] = list,
     ) -> None:
+        self._wrap = wrap
         self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="uellm-redis-")
         self._directory = directory or Path(self._temporary.name if self._temporary else "")
         self._binary = binary or find_server()
@@ -76,6 +83,11 @@ class EmbeddedRedis:
             raise RuntimeError("not started")
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """Whether its process is there."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> Self:
         """Start it and wait until it answers.
 
@@ -91,7 +103,10 @@ class EmbeddedRedis:
         ]
         # A session of its own: the terminal's Ctrl-C is for the services, which still need it.
         self._process = subprocess.Popen(  # noqa: S603
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            self._wrap(command),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -58,7 +58,7 @@ class Client:
         """Close all connections. Requests that were submitted go on."""
         await self._endpoints.close()
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerationEvent]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Submit, and stream what happens until every choice has ended.
 
         A broken stream is resumed, at another gateway if there is one: no event comes twice and
@@ -85,7 +85,9 @@ class Client:
             if abandoned and not all(answer.finished for answer in answers.values()):
                 await self._abandon(sent, answers)
 
-    async def watch(self, request_id: str, next_offset: int = 0) -> AsyncIterator[GenerationEvent]:
+    async def watch(
+        self, request_id: str, next_offset: int = 0
+    ) -> AsyncGenerator[GenerationEvent, None]:
         """Stream an answer that was submitted before; leaving early does not cancel it.
 
         Args:
@@ -145,7 +147,7 @@ class Client:
 
     async def _follow(
         self, request: GenerateRequest | None, answers: dict[int, Answer]
-    ) -> AsyncIterator[GenerationEvent]:
+    ) -> AsyncGenerator[GenerationEvent, None]:
         """Events of all answers until each has ended, over as many streams as it takes."""
         patience = Patience(self._connect_seconds)
         while unfinished := [choice for choice in answers if not answers[choice].finished]:

@@ -1,0 +1,124 @@
+"""Commands that ask something of a mesh: generate, chat, cancel."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from uellm.cli.durations import parse_duration
+
+Server = Annotated[
+    str,
+    typer.Option(
+        envvar="UELLM_SERVER",
+        help="Gateway address host:port, or several with commas; "
+        "by default the mesh that `uellm up` runs here.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ModelName = Annotated[str, typer.Option(help="Served name; by default the only one served.")]
+Deadline = Annotated[
+    float | None,
+    typer.Option(
+        parser=parse_duration,
+        metavar="DURATION",
+        help="When the whole answer is needed, from now: 500ms, 5s, 2m.",
+    ),
+]
+Ttft = Annotated[
+    float | None,
+    typer.Option(
+        parser=parse_duration, metavar="DURATION", help="When the first token is needed, from now."
+    ),
+]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens to generate.")]
+Temperature = Annotated[float | None, typer.Option(min=0.0, help="0, the default, is greedy.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Makes a sampled answer repeatable.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="End before this string; may be given several times.")
+]
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
+    model: ModelName = "",
+    deadline: Deadline = None,
+    ttft: Ttft = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    refuse: Annotated[
+        bool,
+        typer.Option(help="Have it refused if the deadline cannot be met; else done best-effort."),
+    ] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="With the model's chat template, or as it is; by default with, if there is one.",
+        ),
+    ] = None,
+    server: Server = "",
+    as_json: Json = False,
+) -> None:
+    """Stream an answer; say on standard error when it will be ready and whether that was kept."""
+    from uellm.cli import generation
+    from uellm.cli.loops import run
+    from uellm.cli.mesh_address import gateways
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    wishes = _wishes(
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop=stop or (),
+        deadline_seconds=deadline,
+        ttft_seconds=ttft,
+        refuse=refuse,
+    )
+    work = generation.generate(gateways(server), text, wishes, as_chat=chat, as_json=as_json)
+    raise typer.Exit(run(work))
+
+
+def chat(
+    model: ModelName = "",
+    system: Annotated[str, typer.Option(help="A system message to begin with.")] = "",
+    deadline: Deadline = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    server: Server = "",
+) -> None:
+    """Talk with a model. Ctrl-C ends an answer, Ctrl-D the conversation."""
+    from uellm.cli import generation
+    from uellm.cli.mesh_address import gateways
+
+    wishes = _wishes(
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        deadline_seconds=deadline,
+    )
+    raise typer.Exit(generation.chat(gateways(server), wishes, system))
+
+
+def cancel(
+    request_id: Annotated[str, typer.Argument(metavar="ID", help="The id of the request.")],
+    server: Server = "",
+    as_json: Json = False,
+) -> None:
+    """End a request."""
+    from uellm.cli import generation
+    from uellm.cli.loops import run
+    from uellm.cli.mesh_address import gateways
+
+    raise typer.Exit(run(generation.cancel(gateways(server), request_id, as_json=as_json)))
+
+
+def _wishes(**fields: Any) -> Any:
+    from uellm.cli.generation import Wishes
+
+    return Wishes(**fields)

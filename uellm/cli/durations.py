@@ -1,0 +1,33 @@
+"""Durations as people write them."""
+
+import re
+
+import typer
+
+_DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|m|h|)")
+_SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
+LONGEST_SECONDS = 7 * 24 * 3600.0
+
+
+def parse_duration(text: str) -> float:
+    """Seconds: ``500ms``, ``5s``, ``2m``, ``1h``, or a bare number of seconds.
+
+    Raises:
+        typer.BadParameter: if it is none of these, not positive, or longer than a week.
+    """
+    match = _DURATION.fullmatch(text.strip().lower())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no duration; for instance 500ms, 5s or 2m")
+    seconds = float(match["number"]) * _SECONDS[match["unit"]]
+    if not 0 < seconds <= LONGEST_SECONDS:
+        raise typer.BadParameter(f"{text!r}: more than 0 and at most 168h")
+    return seconds
+
+
+def show_duration(seconds: float) -> str:
+    """Seconds in the unit that reads best."""
+    if abs(seconds) < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if abs(seconds) < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min"

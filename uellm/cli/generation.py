@@ -1,0 +1,209 @@
+"""`uellm generate`, `uellm chat` and `uellm cancel`, behind their options."""
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from google.protobuf.json_format import MessageToDict
+
+from uellm.cli import exits
+from uellm.cli.promises import ANSWERED, describe_end, describe_promise
+from uellm.client import Client, new_request
+from uellm.client.requests import Turn
+from uellm.core.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    UellmError,
+    UnavailableError,
+)
+from uellm.v1 import common_pb2, inference_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a user asks for besides the prompt; the fields are those of ``new_request``."""
+
+    model: str = ""
+    max_tokens: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    deadline_seconds: float | None = None
+    ttft_seconds: float | None = None
+    refuse: bool = False
+
+    def request(self, model: str, prompt: str | Sequence[Turn]) -> inference_pb2.GenerateRequest:
+        """The request for an answer to ``prompt``."""
+        return new_request(
+            model,
+            prompt,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            stop=self.stop,
+            deadline_seconds=self.deadline_seconds,
+            ttft_seconds=self.ttft_seconds,
+            refuse=self.refuse,
+        )
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of a request."""
+
+    request_id: str = ""
+    text: str = ""
+    promises: list[common_pb2.Promise] = field(default_factory=list)
+    finished: inference_pb2.Finished | None = None
+
+    @property
+    def status(self) -> int:
+        """The exit status it comes to."""
+        answered = self.finished is not None and self.finished.reason in ANSWERED
+        return exits.OK if answered else exits.FAILED
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "request_id": self.request_id,
+            "text": self.text,
+            "promises": [MessageToDict(promise) for promise in self.promises],
+            "finished": MessageToDict(self.finished) if self.finished is not None else None,
+        }
+
+
+async def choose_model(client: Client, name: str) -> inference_pb2.Model:
+    """The model of that name; with no name, the only one.
+
+    Raises:
+        UellmError: if there is none, or the choice is open.
+    """
+    models = await client.models()
+    names = ", ".join(model.name for model in models) or "none"
+    if not name and len(models) == 1:
+        return models[0]
+    found = next((model for model in models if model.name == name), None)
+    if found is not None:
+        return found
+    if name:
+        raise InvalidArgumentError(f"no model {name!r} is served (served: {names})", field="model")
+    if models:
+        raise InvalidArgumentError(f"several models are served: choose with --model ({names})")
+    raise FailedPreconditionError("no model is served; serve one with `uellm up --model …`")
+
+
+async def answer(
+    client: Client, request: inference_pb2.GenerateRequest, out: TextIO | None, notes: TextIO | None
+) -> Outcome:
+    """Stream an answer to ``out``, and the promise and what became of it to ``notes``."""
+    outcome = Outcome()
+    async with contextlib.aclosing(client.generate(request)) as events:
+        async for event in events:
+            outcome.request_id = event.request_id
+            match event.WhichOneof("event"):
+                case "promise":
+                    if notes is not None and not outcome.promises:
+                        notes.write(f"{describe_promise(event.promise)}\n")
+                    outcome.promises.append(event.promise)
+                case "tokens":
+                    outcome.text += event.tokens.text
+                    if out is not None:
+                        out.write(event.tokens.text)
+                        out.flush()
+                case "finished":
+                    outcome.finished = event.finished
+    if out is not None and outcome.text and not outcome.text.endswith("\n"):
+        out.write("\n")
+    if notes is not None and outcome.finished is not None:
+        first = outcome.promises[0] if outcome.promises else None
+        notes.write(f"{describe_end(outcome.finished, first)}\n")
+    return outcome
+
+
+async def generate(
+    servers: Sequence[str], prompt: str, wishes: Wishes, *, as_chat: bool | None, as_json: bool
+) -> int:
+    """One prompt, one answer.
+
+    Args:
+        servers: gateway addresses.
+        prompt: the prompt.
+        wishes: the rest of the request.
+        as_chat: render with the chat template; None: if the model has one.
+        as_json: print one JSON object instead of the text as it comes.
+    """
+    async with Client(servers) as client:
+        model = await choose_model(client, wishes.model)
+        templated = model.has_chat_template if as_chat is None else as_chat
+        request = wishes.request(model.name, [("user", prompt)] if templated else prompt)
+        out = None if as_json else sys.stdout
+        outcome = await answer(client, request, out, None if as_json else sys.stderr)
+        if as_json:
+            sys.stdout.write(json.dumps(outcome.as_dict(), indent=1) + "\n")
+        return outcome.status
+
+
+async def cancel(servers: Sequence[str], request_id: str, *, as_json: bool) -> int:
+    """End a request."""
+    async with Client(servers) as client:
+        response = await client.cancel(request_id)
+    state = common_pb2.RequestState.Name(response.state).removeprefix("REQUEST_STATE_")
+    if as_json:
+        sys.stdout.write(json.dumps({"request_id": request_id, "state": state}) + "\n")
+    elif response.state == common_pb2.REQUEST_STATE_CANCELLED:
+        sys.stdout.write("cancelled\n")
+    else:
+        sys.stdout.write(f"had ended before: {state}\n")
+    return exits.OK
+
+
+def chat(servers: Sequence[str], wishes: Wishes, system: str) -> int:
+    """A conversation, until end of input. Ctrl-C ends the answer, or on an empty line the chat."""
+    turns: list[Turn] = [("system", system)] if system else []
+    with asyncio.Runner() as runner:
+        client = Client(servers)
+        try:
+            model = runner.run(choose_model(client, wishes.model)).name
+            sys.stderr.write(f"{model}: Ctrl-D ends\n")
+            while (line := _read_line()) is not None:
+                if line:
+                    _take_turn(runner, client, wishes, model, turns, line)
+        except KeyboardInterrupt:
+            sys.stderr.write("\n")
+        finally:
+            runner.run(client.close())
+    return exits.OK
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _take_turn(
+    runner: asyncio.Runner,
+    client: Client,
+    wishes: Wishes,
+    model: str,
+    turns: list[Turn],
+    line: str,
+) -> None:
+    """Ask and answer; a turn that failed or was interrupted is not part of the conversation."""
+    asked = [*turns, ("user", line)]
+    try:
+        outcome = runner.run(answer(client, wishes.request(model, asked), sys.stdout, sys.stderr))
+    except KeyboardInterrupt:
+        sys.stderr.write("\ncancelled\n")
+    except UnavailableError:
+        raise
+    except UellmError as error:
+        exits.complain(error)
+    else:
+        if outcome.status == exits.OK:
+            turns[:] = [*asked, ("assistant", outcome.text)]

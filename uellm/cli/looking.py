@@ -1,0 +1,41 @@
+"""Commands that look at a mesh: models, health, version."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from uellm import __version__
+from uellm.cli.asking import Json, Server
+
+
+def models(server: Server = "", as_json: Json = False) -> None:
+    """List the models being served."""
+    from uellm.cli import overview
+    from uellm.cli.loops import run
+    from uellm.cli.mesh_address import gateways
+
+    raise typer.Exit(run(overview.models(gateways(server), as_json=as_json)))
+
+
+def health(
+    redis: Annotated[
+        str,
+        typer.Option(
+            envvar="UELLM_REDIS_URL",
+            help="The mesh's Redis; by default that of the mesh that `uellm up` runs here.",
+        ),
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Ask every service how it is; exit with 0 only if all are there and serving."""
+    from uellm.cli import overview
+    from uellm.cli.loops import run
+    from uellm.cli.mesh_address import redis_url
+
+    raise typer.Exit(run(overview.health(redis_url(redis), as_json=as_json)))
+
+
+def version() -> None:
+    """Print the version."""
+    sys.stdout.write(f"uellm {__version__}\n")

@@ -1,0 +1,155 @@
+"""`uellm models` and `uellm health`, behind their options."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+from rich.table import Table
+
+from uellm.cli import exits
+from uellm.client import Client
+from uellm.config import ROLES
+from uellm.mesh.readiness import placement
+from uellm.rpc import channel
+from uellm.streams.connection import check, connect
+from uellm.streams.registry import Registry, ServiceAddress
+from uellm.v1 import topology_pb2
+
+PROBE_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceHealth:
+    """A registered service and what it answers when asked."""
+
+    role: str
+    id: str
+    address: str
+    pid: int
+    status: str
+
+
+async def models(servers: Sequence[str], *, as_json: bool) -> int:
+    """The models being served."""
+    async with Client(servers) as client:
+        served = await client.models()
+    if as_json:
+        _print_json(
+            [
+                {
+                    "name": model.name,
+                    "max_tokens": model.max_tokens,
+                    "ready_replicas": model.ready_replicas,
+                    "replicas": model.replicas,
+                    "has_chat_template": model.has_chat_template,
+                    "source": model.ref.source,
+                    "status": model.status,
+                    "adapters": list(model.adapters),
+                }
+                for model in served
+            ]
+        )
+        return exits.OK
+    table = Table("model", "replicas ready", "context", "chat", "source", "status", box=None)
+    for model in served:
+        table.add_row(
+            model.name,
+            f"{model.ready_replicas}/{model.replicas}",
+            str(model.max_tokens),
+            "yes" if model.has_chat_template else "no",
+            model.ref.source,
+            model.status,
+        )
+    Console().print(table if served else "no model is served")
+    return exits.OK
+
+
+async def health(redis_url: str, *, as_json: bool) -> int:
+    """Every registered service, asked; every deployment."""
+    redis = connect(redis_url)
+    try:
+        await check(redis, redis_url)
+        registry = Registry(redis)
+        found = [service for role in ROLES for service in await registry.find(role)]
+        services = await asyncio.gather(*map(_probe, found))
+        deployments = list((await registry.deployments()).values())
+    finally:
+        await redis.aclose()
+    missing = [role for role in ROLES if role not in {service.role for service in services}]
+    if as_json:
+        _print_json(
+            {
+                "services": [asdict(service) for service in services],
+                "missing": missing,
+                "deployments": [_deployment(deployment) for deployment in deployments],
+            }
+        )
+    else:
+        _print_health(services, missing, deployments)
+    well = not missing and all(service.status == "SERVING" for service in services)
+    return exits.OK if well else exits.FAILED
+
+
+async def _probe(service: ServiceAddress) -> ServiceHealth:
+    async with channel(service.address) as connection:
+        stub: Any = health_pb2_grpc.HealthStub(connection)
+        try:
+            reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)
+            status = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+        except grpc.aio.AioRpcError as error:
+            status = error.code().name
+    return ServiceHealth(service.role, service.service_id, service.address, service.pid, status)
+
+
+def _state(replica: topology_pb2.Replica) -> str:
+    return topology_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_")
+
+
+def _deployment(deployment: topology_pb2.Deployment) -> dict[str, Any]:
+    return {
+        "name": deployment.name,
+        "status": deployment.status,
+        "replicas": [
+            {**asdict(placement(replica)), "state": _state(replica)}
+            for replica in deployment.replicas
+        ],
+    }
+
+
+def _print_health(
+    services: Sequence[ServiceHealth],
+    missing: Sequence[str],
+    deployments: Sequence[topology_pb2.Deployment],
+) -> None:
+    console = Console()
+    table = Table("role", "id", "address", "pid", "status", box=None)
+    for service in services:
+        colour = "green" if service.status == "SERVING" else "red"
+        table.add_row(
+            service.role,
+            service.id,
+            service.address,
+            str(service.pid),
+            f"[{colour}]{service.status}",
+        )
+    console.print(table)
+    for role in missing:
+        console.print(f"[red]no {role}: start one with `uellm serve {role}`")
+    for deployment in deployments:
+        for replica in deployment.replicas:
+            where = "  ".join(placement(replica).stages)
+            console.print(f"{deployment.name}: {replica.id} {_state(replica)}  {where}")
+        if not deployment.replicas or deployment.status:
+            console.print(f"{deployment.name}: {deployment.status or 'no replica'}")
+    if not deployments:
+        console.print("no model is served")
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,122 @@
+"""Commands that run services: up, serve, demo."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from uellm.cli.asking import Json
+
+DEFAULT_PORT = 50051
+
+
+class Role(StrEnum):
+    """A service."""
+
+    GATEWAY = "gateway"
+    PROFILER = "profiler"
+    SCHEDULER = "scheduler"
+    DEPLOYER = "deployer"
+    WORKER = "worker"
+
+
+def up(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Directory or hub id of a causal LM in safetensors, or NAME=…; "
+            "may be given several times. By default the demo model."
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")] = 1,
+    stages: Annotated[int, typer.Option(min=0, help="Stages per replica; 0: as few as fit.")] = 0,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies of each model.")] = 1,
+    devices: Annotated[
+        str, typer.Option(help="What each worker may use, for instance cpu or cuda:0.")
+    ] = "",
+    host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The gateway's port; 0: any free one.")
+    ] = DEFAULT_PORT,
+    redis: Annotated[
+        str, typer.Option(metavar="URL", help="A Redis that runs; by default one of its own.")
+    ] = "",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; by default as the device likes.")
+    ] = "",
+    slots: Annotated[
+        int, typer.Option(min=0, help="Most sequences at once per replica; 0: the default.")
+    ] = 0,
+    max_model_len: Annotated[
+        int, typer.Option(min=0, help="Longest context granted, in tokens; 0: the model's.")
+    ] = 0,
+    allow_download: Annotated[
+        bool, typer.Option(help="Fetch hub models that are not in the local cache.")
+    ] = False,
+) -> None:
+    """Run a whole mesh in one process tree, until Ctrl-C."""
+    from uellm.cli import tree
+    from uellm.cli.loops import run
+    from uellm.mesh.mesh import Mesh
+    from uellm.mesh.options import DEMO_MODEL, MeshOptions, ModelSource
+
+    named = model or [f"demo={DEMO_MODEL}"]
+    options = MeshOptions(
+        models=tuple(ModelSource.parse(text) for text in named),
+        workers=workers,
+        devices=devices,
+        stages=stages,
+        replicas=replicas,
+        dtype=dtype,
+        slots=slots,
+        max_tokens=max_model_len,
+        host=host,
+        port=port,
+        redis_url=redis,
+    )
+    tree.check(options, allow_download=allow_download)
+    progress = tree.Progress()
+    mesh = Mesh(options, progress)
+    raise typer.Exit(run(tree.keep_up(mesh, progress), mesh.kill))
+
+
+def serve(
+    role: Annotated[Role, typer.Argument(help="The service to run.")],
+    redis_url: Annotated[
+        str, typer.Option(metavar="URL", help="The mesh's Redis (UELLM_REDIS_URL).")
+    ] = "",
+) -> None:
+    """Run one service, as a container or a unit does; settings come from UELLM_* variables."""
+    import os
+    import runpy
+    import sys
+    from importlib.util import find_spec
+
+    from uellm.core.errors import ConfigurationError
+
+    module = f"uellm_{role.value}"
+    if find_spec(module) is None:
+        raise ConfigurationError(
+            f"the {role.value} is not installed: pip install 'uellm[{role.value}]'"
+        )
+    if redis_url:
+        os.environ["UELLM_REDIS_URL"] = redis_url
+    sys.argv = [module]
+    # By name and not by import: the shared library depends on no service.
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def demo(
+    once: Annotated[bool, typer.Option(help="End after the runs, even on a terminal.")] = False,
+    as_json: Json = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the spans of every service there, as JSON lines."),
+    ] = None,
+) -> None:
+    """Serve the shipped model over two workers, ask it 24 things at once, show every promise."""
+    from uellm.cli.demo import show
+    from uellm.cli.loops import run
+
+    raise typer.Exit(run(show(once=once, as_json=as_json, trace=trace)))

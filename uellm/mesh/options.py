@@ -1,0 +1,141 @@
+"""What a mesh on one host consists of, before anything of it runs."""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from uellm.core.errors import ConfigurationError
+from uellm.mesh.supervision import ServiceSpec
+from uellm.v1 import common_pb2, deployer_pb2
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
+DRAIN_ORDER = ("gateway", "scheduler", "profiler", "worker", "deployer")
+_NAMED = re.compile(r"(?:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=)?(?P<source>.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model to serve.
+
+    Attributes:
+        name: the name it is served under.
+        source: directory or hub id.
+    """
+
+    name: str
+    source: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """``SOURCE`` or ``NAME=SOURCE``; a directory's name, or the hub id, names the model.
+
+        Raises:
+            ConfigurationError: if it is empty.
+        """
+        match = _NAMED.fullmatch(text.strip())
+        if match is None:
+            raise ConfigurationError(
+                "--model is empty; name a directory or a hub id (org/name)", field="model"
+            )
+        source = match["source"]
+        directory = Path(source).expanduser()
+        if directory.is_dir():
+            source = str(directory.resolve())
+            return cls(
+                match["name"] or re.sub(r"[^A-Za-z0-9._-]", "-", directory.resolve().name), source
+            )
+        return cls(match["name"] or source, source)
+
+
+@dataclass(frozen=True, slots=True)
+class MeshOptions:
+    """A mesh on one host.
+
+    Attributes:
+        models: what to serve.
+        workers: how many worker processes.
+        devices: what each worker may use, as UELLM_WORKER_DEVICES takes it; "": all it finds.
+        stages: stages per replica; 0: as few as fit.
+        replicas: copies of each model.
+        dtype: compute dtype; "": float32 on CPU, bfloat16 elsewhere.
+        slots: most sequences at once per replica; 0: the default.
+        max_tokens: longest context granted; 0: the model's.
+        host: address that all services bind to.
+        port: port of the gateway.
+        redis_url: Redis to use; "": one of its own.
+        trace_directory: where every service writes its spans; None: nowhere.
+    """
+
+    models: tuple[ModelSource, ...]
+    workers: int = 1
+    devices: str = ""
+    stages: int = 0
+    replicas: int = 1
+    dtype: str = ""
+    slots: int = 0
+    max_tokens: int = 0
+    host: str = "127.0.0.1"
+    port: int = 0
+    redis_url: str = ""
+    trace_directory: Path | None = None
+
+    def plan_request(self, model: ModelSource) -> deployer_pb2.PlanRequest:
+        """What the deployer is asked to place."""
+        return deployer_pb2.PlanRequest(
+            model=common_pb2.ModelRef(name=model.name, source=model.source),
+            replicas=self.replicas,
+            stages=self.stages,
+            dtype=self.dtype,
+            slots=self.slots,
+            max_tokens=self.max_tokens,
+        )
+
+    def services(
+        self, redis_url: str, directory: Path, inherited: Mapping[str, str] = os.environ
+    ) -> list[ServiceSpec]:
+        """Every service of the mesh, in the order in which they are drained.
+
+        Args:
+            redis_url: the mesh's Redis.
+            directory: where their logs go.
+            inherited: environment that they start from; settings in it reach the services.
+        """
+        # A Redis that other hosts share must tell their services from this host's.
+        suffix = f"-{socket.gethostname()}" if self.redis_url else ""
+        specs = []
+        for role in DRAIN_ORDER:
+            for number in range(1, (self.workers if role == "worker" else 1) + 1):
+                service_id = f"{role}{suffix}-{number}"
+                specs.append(
+                    ServiceSpec(
+                        service_id=service_id,
+                        role=role,
+                        command=(sys.executable, "-m", f"uellm_{role}"),
+                        log=directory / f"{service_id}.log",
+                        environment={
+                            **inherited,
+                            **self._settings(role, service_id, redis_url),
+                        },
+                    )
+                )
+        return specs
+
+    def _settings(self, role: str, service_id: str, redis_url: str) -> dict[str, str]:
+        settings = {
+            "UELLM_REDIS_URL": redis_url,
+            "UELLM_HOST": self.host,
+            f"UELLM_{role.upper()}_SERVICE_ID": service_id,
+        }
+        if role == "gateway":
+            settings["UELLM_GATEWAY_PORT"] = str(self.port)
+        if role == "worker" and self.devices:
+            settings["UELLM_WORKER_DEVICES"] = self.devices
+        if self.trace_directory is not None:
+            settings["UELLM_OTEL_EXPORTER"] = "console"
+            settings["UELLM_OTEL_FILE"] = str(self.trace_directory / f"{service_id}.jsonl")
+        return settings

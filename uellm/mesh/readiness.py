@@ -1,0 +1,125 @@
+"""From processes that were started to models that answer."""
+
+import asyncio
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from uellm.core.errors import ConfigurationError, UnavailableError
+from uellm.mesh.options import MeshOptions
+from uellm.mesh.supervision import Supervised
+from uellm.rpc import CALL_SECONDS, channel, error_from
+from uellm.streams.registry import Registry
+from uellm.v1 import deployer_pb2, deployer_pb2_grpc, topology_pb2
+
+START_SECONDS = 120.0
+_POLL_SECONDS = 0.1
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which layers of a replica are where.
+
+    Attributes:
+        replica: its id.
+        epoch: its generation.
+        stages: in order, each as ``worker:first-last``.
+    """
+
+    replica: str
+    epoch: int
+    stages: tuple[str, ...]
+
+
+def placement(replica: topology_pb2.Replica) -> Placement:
+    """The placement of a replica as the deployer publishes it."""
+    stages = sorted(replica.stages, key=lambda stage: stage.stage_index)
+    workers = {peer.stage: peer.worker for stage in stages for peer in stage.peers}
+    return Placement(
+        replica.id,
+        replica.epoch,
+        tuple(
+            f"{workers.get(stage.stage_index, '?')}:{stage.first_layer}-{stage.last_layer}"
+            for stage in stages
+        ),
+    )
+
+
+async def wait_for_services(
+    registry: Registry, services: Collection[Supervised], report: Report
+) -> None:
+    """Wait until every service is SERVING, which is when it registers.
+
+    Raises:
+        UnavailableError: naming those that are not, after START_SECONDS.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    told = ""
+    while True:
+        roles = {service.spec.role for service in services}
+        serving = {found.pid for role in roles for found in await registry.find(role)}
+        waiting = [s.spec.service_id for s in services if s.pid not in serving]
+        if not waiting:
+            return
+        if (words := f"starting {', '.join(waiting)}") != told:
+            report(told := words)
+        if time.monotonic() > deadline:
+            raise UnavailableError(f"not started within {START_SECONDS:.0f} s: {waiting}")
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+async def deploy(registry: Registry, options: MeshOptions, report: Report) -> None:
+    """Have the deployer place all models, and wait until each takes requests.
+
+    Raises:
+        UellmError: why a model cannot be placed or loaded.
+    """
+    (deployer, *_) = await registry.find("deployer")
+    async with channel(deployer.address) as connection:
+        stub: Any = deployer_pb2_grpc.DeployerServiceStub(connection)
+        try:
+            await _wait_for_workers(stub, options.workers, report)
+            for model in options.models:
+                report(f"placing {model.name}")
+                request = deployer_pb2.ApplyRequest(deployment=options.plan_request(model))
+                await stub.Apply(request, timeout=4 * CALL_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise error_from(error) from None
+    for model in options.models:
+        await _wait_for_model(registry, model.name, report)
+
+
+async def _wait_for_workers(stub: Any, workers: int, report: Report) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    report("waiting for the workers to report their devices")
+    while True:
+        described = await stub.Describe(deployer_pb2.DescribeRequest(), timeout=CALL_SECONDS)
+        if len(described.workers) >= workers:
+            return
+        if time.monotonic() > deadline:
+            raise UnavailableError(
+                f"{workers} workers were started, and {len(described.workers)} have reported to "
+                f"the deployer within {START_SECONDS:.0f} s"
+            )
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+async def _wait_for_model(registry: Registry, name: str, report: Report) -> None:
+    """No deadline: a large model loads for as long as it loads, and says how far it is."""
+    told = ""
+    while True:
+        deployment = (await registry.deployments()).get(name)
+        if deployment is not None:
+            states = [replica.state for replica in deployment.replicas]
+            if states and all(state == topology_pb2.REPLICA_STATE_READY for state in states):
+                return
+            if topology_pb2.REPLICA_STATE_FAILED in states:
+                raise ConfigurationError(f"{name}: {deployment.status}", field="model")
+            if deployment.status and deployment.status != told:
+                report(f"{name}: {(told := deployment.status)}")
+        await asyncio.sleep(_POLL_SECONDS)
