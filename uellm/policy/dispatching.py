@@ -72,7 +72,8 @@ def _promises(
     if not wanted:
         return promises
     fastest = fastest_of(replicas)
-    for request, estimate in zip(order, estimates(order, replicas, now), strict=False):
+    near = order if queue.horizon is None else order[: queue.horizon]
+    for request, estimate in zip(near, estimates(near, replicas, now), strict=False):
         request_id = request.request_id
         before = queue.promised.get(request_id)
         if before is None and request_id not in queue.unpromised:

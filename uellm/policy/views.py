@@ -48,11 +48,13 @@ class QueueView:
         waiting: all of them.
         unpromised: ids of those that have not been given a promise yet.
         promised: the latest promise's median finish of those whose promise may be revised now.
+        horizon: promise only to so many first of the order, however long the queue is; None: all.
     """
 
     waiting: Sequence[QueuedView]
     unpromised: frozenset[str] = frozenset()
     promised: Mapping[str, float] = field(default_factory=dict)
+    horizon: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
