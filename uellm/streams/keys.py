@@ -76,6 +76,11 @@ class Keys:
         """Hash: which scheduler owns the model, its token, until when."""
         return f"{self.prefix}owner"
 
+    @property
+    def policy(self) -> str:
+        """String: the dispatch policy that was chosen while running."""
+        return f"{self.prefix}policy"
+
     def request(self, request_id: str) -> str:
         """Hash: the record of a request."""
         return f"{self.prefix}request:{request_id}"

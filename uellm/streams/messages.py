@@ -118,6 +118,7 @@ class Record:
     payload: queue_pb2.RequestPayload
     promise: common_pb2.Promise | None
     finished: inference_pb2.Finished | None
+    strikes: int = 0
 
     @property
     def ended(self) -> bool:
@@ -173,6 +174,7 @@ def parse_record(request_id: str, raw: Mapping[bytes, bytes]) -> Record:
         payload=queue_pb2.RequestPayload.FromString(raw.get(b"payload", b"")),
         promise=common_pb2.Promise.FromString(promise) if promise else None,
         finished=inference_pb2.Finished.FromString(finished) if finished else None,
+        strikes=int(text("strikes") or 0),
     )
 
 

@@ -34,6 +34,19 @@ class SchedulerQueue(ModelQueue):
         token, _ = await self._run("own", scheduler, lease_ms)
         return int(token)
 
+    async def owner(self) -> tuple[str, float]:
+        """Which scheduler holds the model's lease, or "", and until when."""
+        holder, until = await self._redis.hmget(self.keys.owner, ["holder", "until"])
+        return (holder or b"").decode(), int(until or 0) / 1000
+
+    async def policy(self) -> str:
+        """The name of the policy that was chosen while running, or ""."""
+        return str((await self._redis.get(self.keys.policy) or b"").decode())
+
+    async def set_policy(self, name: str) -> None:
+        """Keep the name of the policy, for this owner and those after it."""
+        await self._redis.set(self.keys.policy, name)
+
     async def ensure_requests_group(self) -> None:
         """Create the schedulers' group, at 0: work accepted before it existed is not skipped."""
         await ensure_group(self._redis, self.keys.requests, "scheduler")
@@ -53,6 +66,21 @@ class SchedulerQueue(ModelQueue):
             else self._requests.read(consumer, count, block_ms)
         )
         return [parse_queued(fields) for _, fields in entries if fields]
+
+    async def read_pending(self, consumer: str, page: int = 500) -> list[QueuedEntry]:
+        """All requests that ``consumer`` read and that have not been dispatched since."""
+        found: list[QueuedEntry] = []
+        after = b"0"
+        while True:
+            entries = stream_entries(
+                await self._redis.xreadgroup(
+                    "scheduler", consumer, {self.keys.requests: after}, page
+                )
+            )
+            if not entries:
+                return found
+            found += [parse_queued(fields) for _, fields in entries if fields]
+            after = entries[-1][0]
 
     async def claim(self, token: int, consumer: str, count: int) -> list[QueuedEntry]:
         """Take over requests that other schedulers read and did not dispatch.
@@ -167,6 +195,20 @@ class SchedulerQueue(ModelQueue):
             if b"payload" in fields
         ]
         return (entries[-1][0].decode() if entries else after), events
+
+    async def completions_place(self) -> str:
+        """The place behind the latest completion, to go on from."""
+        latest = await self._redis.xrevrange(self.keys.completions, count=1)
+        return str(latest[0][0].decode()) if latest else "0"
+
+    async def promises(self, request_ids: Sequence[str]) -> list[common_pb2.Promise | None]:
+        """The latest promises given to requests, in one round trip."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for request_id in request_ids:
+            pipeline.hget(self.keys.request(request_id), "promise")
+        return [
+            common_pb2.Promise.FromString(raw) if raw else None for raw in await pipeline.execute()
+        ]
 
     async def dispatched(self) -> list[str]:
         """Ids of all requests that were dispatched and have not ended."""
