@@ -198,7 +198,18 @@ def generate_task(rng: Random, split: Split = "train", kind: Kind | None = None)
     if drawn == "count" and int(arguments[0]) > int(arguments[1]):
         phrasing = _downwards(phrasing)
     prompt = phrasing.format_map(_slots(drawn, arguments, spelled_out=rng.random() < 0.25))
-    return Task(drawn, arguments, prompt, _answer(drawn, arguments, rng))
+    return Task(drawn, arguments, prompt, write_answer(drawn, arguments, rng))
+
+
+def write_answer(kind: Kind, arguments: Arguments, rng: Random) -> str:
+    """Writes a right answer; ``rng`` decides where several are right."""
+    if kind == "list":
+        items = CATEGORIES[str(arguments[0])][1]
+        start = rng.randrange(len(items))
+        return _numbered((items[start:] + items[:start])[: int(arguments[1])])
+    if kind == "story":
+        return _tell_story(str(arguments[0]), int(arguments[1]), rng)
+    return _only_answer(kind, arguments)
 
 
 def parse(prompt: str) -> tuple[Kind, Arguments]:
@@ -364,17 +375,6 @@ def _only_answer(kind: Kind, arguments: Arguments) -> str:
             raise ValueError(f"a {kind} has many right answers")
 
 
-def _answer(kind: Kind, arguments: Arguments, rng: Random) -> str:
-    """Writes a right answer; ``rng`` decides where several are right."""
-    if kind == "list":
-        items = CATEGORIES[str(arguments[0])][1]
-        start = rng.randrange(len(items))
-        return _numbered((items[start:] + items[:start])[: int(arguments[1])])
-    if kind == "story":
-        return _tell_story(str(arguments[0]), int(arguments[1]), rng)
-    return _only_answer(kind, arguments)
-
-
 def _is_right(kind: Kind, arguments: Arguments, text: str) -> bool:
     text = text.strip()
     if kind == "list":
@@ -407,4 +407,30 @@ def _tell_story(hero: str, sentences: int, rng: Random) -> str:
 
 _PATTERNS: Final = _patterns()
 
-_DEMO: Final[tuple[tuple[str, float, int], ...]] = ()
+# (prompt, deadline in seconds, most tokens to generate)
+_DEMO: Final[tuple[tuple[str, float, int], ...]] = (
+    ("Count from 1 to 90.", 60.0, 320),
+    ("Repeat the word captain 60 times.", 55.0, 340),
+    ("Tell me a story of 18 sentences about an owl.", 60.0, 320),
+    ("Repeat the word carrot 50 times.", 50.0, 290),
+    ("Write a story about a king in 15 sentences.", 45.0, 280),
+    ("Please count from 26 to 98.", 45.0, 280),
+    ("Write the phrase green grass 15 times.", 35.0, 140),
+    ("List 20 birds.", 40.0, 140),
+    ("Count down from 60 to 26.", 28.0, 160),
+    ("Tell me a story of 8 sentences about a giant.", 25.0, 180),
+    ("Please list ten jobs.", 20.0, 90),
+    ("Say the word rainbow 12 times.", 18.0, 90),
+    ("Please tell me a story about a robot in 3 sentences.", 15.0, 80),
+    ("Count from 1 to 15.", 14.0, 80),
+    ("Name 7 vehicles.", 12.0, 60),
+    ("Give me four fruits.", 10.0, 40),
+    ('Spell out "elephant" letter by letter.', 8.0, 24),
+    ("How do you spell 'puzzle'?", 7.0, 24),
+    ("Reverse the word 'banana'.", 6.0, 24),
+    ("Write 'harbour' backwards.", 5.0, 24),
+    ("Please spell the word 'dragon'.", 4.0, 24),
+    ("What is 69 + 43?", 3.0, 16),
+    ("How much is 27 + 68?", 2.5, 16),
+    ("Add 15 and 93.", 2.0, 16),
+)
