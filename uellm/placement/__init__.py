@@ -1,0 +1,1 @@
+"""Where layers go: devices and a model in, a plan that explains itself out. Pure."""

@@ -1,0 +1,106 @@
+"""Plans in plain words: why they look as they do, or what is missing and what would help."""
+
+from collections.abc import Callable, Sequence
+
+from uellm.placement.memory import Need
+from uellm.placement.rooms import Rooms
+from uellm.placement.views import PlannedReplica, Workload
+
+Feasible = Callable[[int, int, int], bool]
+"""Whether it fits with (max_tokens, stages, bytes of one more device)."""
+
+# Finer than this, a wanted device size is noise.
+_STEP_BYTES = 1 << 20
+_MOST_NAMED = 8
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024 or unit == "GiB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    raise AssertionError("unreachable: GiB returns")
+
+
+def explain(
+    planned: Sequence[PlannedReplica], need: Need, wanted: Workload, num_devices: int
+) -> str:
+    """Where the layers went, and where that is less than was wanted, why."""
+    sentences = []
+    for index, replica in enumerate(planned):
+        parts = [
+            f"layers {stage.first_layer} to {stage.last_layer} on {stage.device_id} "
+            f"({size(stage.memory_bytes)})"
+            for stage in replica.stages
+        ]
+        name = f"replica {index}: " if len(planned) > 1 else ""
+        sentences.append(f"{name}{', '.join(parts)}")
+    if not planned:
+        return ""
+    stages = len(planned[0].stages)
+    if wanted.stages and stages != wanted.stages:
+        num_layers = len(need.model.layers)
+        most = f"{num_layers} layers" if num_layers < wanted.stages else f"{num_devices} device(s)"
+        sentences.append(f"{stages} stage(s) instead of {wanted.stages}: there are {most}")
+    granted = f"{need.slots} slot(s) of {need.max_tokens} tokens"
+    if need.slots < wanted.slots:
+        granted += f" instead of {wanted.slots}: more do not fit beside the weights"
+    sentences.append(granted)
+    return "; ".join(sentences)
+
+
+def explain_infeasible(
+    rooms: Rooms, need: Need, wanted: Workload, num_planned: int, feasible: Feasible
+) -> str:
+    """What is missing on which devices, and the nearest choices that fit."""
+    what = f"replica {num_planned + 1} of {wanted.replicas}" if wanted.replicas > 1 else "the model"
+    if not rooms.devices:
+        return f"no device for {what}: start a worker (`uellm serve worker`)"
+    parts = min(wanted.stages or len(rooms.devices), len(rooms.devices), len(need.model.layers))
+    total = need.in_parts(parts)
+    roomiest = sorted(rooms.devices, key=lambda device: (-rooms.left[device.pool], device.id))
+    there = ", ".join(
+        f"{device.id} {size(rooms.left[device.pool])}" for device in roomiest[:_MOST_NAMED]
+    )
+    if len(roomiest) > _MOST_NAMED:
+        there += f" and {len(roomiest) - _MOST_NAMED} with less"
+    missing = total - sum(rooms.left.values())
+    gap = (
+        f"{size(missing)} ({missing} bytes) are missing"
+        if missing > 0
+        else "no cut between layers fits them"
+    )
+    reason = (
+        f"{what} with one slot of {need.max_tokens} tokens needs {size(total)} in {parts} "
+        f"stage(s); {gap}; usable: {there}"
+    )
+    choices = _nearest(rooms, need, wanted, feasible)
+    return f"{reason}; it fits with {' or with '.join(choices)}" if choices else reason
+
+
+def _nearest(rooms: Rooms, need: Need, wanted: Workload, feasible: Feasible) -> list[str]:
+    choices = []
+    if feasible(1, wanted.stages, 0):
+        tokens = _last(1, need.max_tokens, lambda n: feasible(n, wanted.stages, 0))
+        choices.append(f"max_tokens {tokens}")
+    if wanted.stages:
+        counts = (n for n in range(1, len(rooms.devices) + 1) if n != wanted.stages)
+        stages = next((n for n in counts if feasible(need.max_tokens, n, 0)), None)
+        if stages is not None:
+            choices.append(f"stages {stages}")
+    most = 2 * need.in_parts(2) // _STEP_BYTES + 1
+    if feasible(need.max_tokens, wanted.stages, most * _STEP_BYTES):
+        steps = most - _last(
+            0, most, lambda n: feasible(need.max_tokens, wanted.stages, (most - n) * _STEP_BYTES)
+        )
+        choices.append(f"one more device with {size(steps * _STEP_BYTES)} free")
+    return choices
+
+
+def _last(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The last number before ``high`` for which it holds; it does for ``low``."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

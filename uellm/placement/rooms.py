@@ -1,0 +1,135 @@
+"""How much room the devices have left, and in which order they are considered."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import permutations
+
+from uellm.placement.memory import Need
+from uellm.placement.partition import Range, fits, split
+from uellm.placement.views import Device
+
+# Up to this many devices every pair is tried as the ends; of more, only the roomiest few.
+_ALL_ENDS = 8
+_SOME_ENDS = 3
+
+
+class Rooms:
+    """The devices and what is left of their memory.
+
+    Devices that share memory (the CPU devices of one host) get equal shares of it.
+
+    Args:
+        devices: those that may be used.
+        usable: share of a device's memory that may be filled.
+    """
+
+    def __init__(self, devices: Sequence[Device], usable: float) -> None:
+        self.devices = tuple(sorted(devices, key=lambda device: device.id))
+        self._usable = usable
+        self._left: dict[str, int] = {}
+        self._uses: Counter[str] = Counter()
+        for device in self.devices:
+            room = int(device.memory_bytes * usable)
+            # Each of them reports the shared memory; the smallest report is the safe one.
+            self._left[device.pool] = min(self._left.get(device.pool, room), room)
+
+    @property
+    def left(self) -> Mapping[str, int]:
+        """Bytes left, by pool."""
+        return self._left
+
+    def find(self, device_id: str) -> Device | None:
+        """A device by its id, if it is there."""
+        return next((device for device in self.devices if device.id == device_id), None)
+
+    def taken(self, order: Sequence[Device], stage_bytes: Sequence[int]) -> "Rooms":
+        """What is left after a replica's stages."""
+        rooms = Rooms(self.devices, self._usable)
+        rooms._left, rooms._uses = dict(self._left), self._uses.copy()
+        for device, size in zip(order, stage_bytes, strict=True):
+            rooms._left[device.pool] -= size
+            rooms._uses[device.id] += 1
+        return rooms
+
+    def plus(self, device: Device) -> "Rooms":
+        """The same with one more device."""
+        rooms = Rooms((*self.devices, device), self._usable)
+        rooms._left |= self._left
+        rooms._uses = self._uses.copy()
+        return rooms
+
+    def capacities(self, order: Sequence[Device], need: Need) -> list[int]:
+        """Bytes for layers on each device of a replica: its share less what is not layers."""
+        sharing = Counter(device.pool for device in order)
+        return [
+            self._left[device.pool] // sharing[device.pool]
+            - need.fixed(first=index == 0, last=index == len(order) - 1)
+            for index, device in enumerate(order)
+        ]
+
+    def room(self, chosen: Sequence[Device]) -> int:
+        """Bytes left on some devices together."""
+        return sum(self._left[pool] for pool in {device.pool for device in chosen})
+
+    def holds(self, order: Sequence[Device], need: Need) -> bool:
+        """Whether some cut of the model fits on these devices, in this order."""
+        costs = [need.layer(index) for index in range(len(need.model.layers))]
+        return fits(costs, self.capacities(order, need))
+
+    def cut(self, order: Sequence[Device], need: Need) -> list[Range] | None:
+        """The most even cut that fits on these devices, in this order."""
+        costs = [need.layer(index) for index in range(len(need.model.layers))]
+        weights = [layer.weight_bytes for layer in need.model.layers]
+        return split(weights, costs, self.capacities(order, need))
+
+    def holds_cut(self, order: Sequence[Device], cut: Sequence[Range], need: Need) -> bool:
+        """Whether a given cut fits."""
+        return all(
+            sum(need.layer(index) for index in range(first, last + 1)) <= capacity
+            for (first, last), capacity in zip(cut, self.capacities(order, need), strict=True)
+        )
+
+    def choices(self, count: int, *, spread: bool) -> Iterator[tuple[Device, ...]]:
+        """Sets of devices to try, best first: unused ones, then those with the most room.
+
+        With ``spread`` those on different workers come first. The last set has the most memory of
+        all sets of its size, unless devices share memory.
+        """
+        by_room = sorted(self.devices, key=lambda d: (-self._left[d.pool], d.id))
+        unused = sorted(by_room, key=lambda d: self._uses[d.id])
+        rankings = [_round_robin(unused, [d.pool for d in unused]), by_room]
+        if spread:
+            rankings.insert(0, _round_robin(unused, [d.worker for d in unused]))
+        seen: set[tuple[str, ...]] = set()
+        for ranking in rankings:
+            chosen = tuple(sorted(ranking[:count], key=lambda d: d.id))
+            key = tuple(device.id for device in chosen)
+            if len(chosen) == count and key not in seen:
+                seen.add(key)
+                yield chosen
+
+    def orders(self, chosen: Sequence[Device]) -> Iterator[tuple[Device, ...]]:
+        """Orders to try: by id, then every pair of ends, which need room for more than layers."""
+        yield tuple(chosen)
+        ends = sorted(chosen, key=lambda d: (-self._left[d.pool], d.id))
+        most = _ALL_ENDS if len(chosen) <= _ALL_ENDS else _SOME_ENDS
+        for first, last in permutations(ends[:most], 2):
+            middle = (device for device in chosen if device not in (first, last))
+            yield (first, *middle, last)
+
+    def replacement(self, taken: Sequence[Device]) -> Device | None:
+        """An unused device, on a worker that is used least, with the most room."""
+        workers = Counter(device.worker for device in taken)
+        spare = [device for device in self.devices if device not in taken]
+        spare.sort(key=lambda d: (workers[d.worker], self._uses[d.id], -self._left[d.pool], d.id))
+        return spare[0] if spare else None
+
+
+def _round_robin(devices: Sequence[Device], groups: Sequence[str]) -> list[Device]:
+    """The first of every group, then the second of every group, and so on."""
+    seen: Counter[str] = Counter()
+    rounds: list[tuple[int, Device]] = []
+    for device, group in zip(devices, groups, strict=True):
+        rounds.append((seen[group], device))
+        seen[group] += 1
+    return [device for _, device in sorted(rounds, key=lambda pair: pair[0])]
