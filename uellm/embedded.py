@@ -67,7 +67,7 @@ class EmbeddedRedis:
         self._wrap = wrap
         self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="uellm-redis-")
         self._directory = directory or Path(self._temporary.name if self._temporary else "")
-        self._binary = binary or find_server()
+        self.binary = binary or find_server()
         self.port = port or free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -97,7 +97,7 @@ class EmbeddedRedis:
         self._directory.mkdir(parents=True, exist_ok=True)
         log = self._directory / "server.log"
         command = [
-            *(self._binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""),
+            *(self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""),
             *("--appendonly", "yes", "--appendfsync", "everysec", "--dir", str(self._directory)),
             *("--logfile", str(log), "--maxmemory-policy", "noeviction"),
         ]
@@ -114,7 +114,7 @@ class EmbeddedRedis:
                 tail = log.read_text()[-500:] if log.exists() else ""
                 self.stop()
                 raise ConfigurationError(
-                    f"{self._binary} did not start on port {self.port}: {tail}"
+                    f"{self.binary} did not start on port {self.port}: {tail}"
                 )
             time.sleep(0.01)
         return self

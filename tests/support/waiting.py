@@ -3,14 +3,26 @@
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
 
+@overload
 async def eventually(
-    predicate: Callable[[], T | Awaitable[T]], timeout: float = 5.0, interval: float = 0.01
-) -> T:
+    predicate: Callable[[], Awaitable[T]], timeout: float = 5.0, interval: float = 0.01
+) -> T: ...
+
+
+@overload
+async def eventually(
+    predicate: Callable[[], T], timeout: float = 5.0, interval: float = 0.01
+) -> T: ...
+
+
+async def eventually(
+    predicate: Callable[[], Any], timeout: float = 5.0, interval: float = 0.01
+) -> Any:
     """What ``predicate`` returns as soon as that is true; it may be a coroutine function.
 
     An AssertionError that it raises counts as not yet, and is the error if time runs out.

@@ -36,7 +36,7 @@ class GroupReader:
     async def read(self, consumer: str, count: int, block_ms: int | None) -> list[Entry]:
         """Wait for new entries; at most ``count``."""
         if consumer != self._consumer:
-            self._consumer, self._place, self._unsure = consumer, b"0", False
+            self._consumer, self._place = consumer, b"0"
         if self._unsure:
             if missed := await self._read(consumer, self._place, count, None):
                 return missed

@@ -1,7 +1,8 @@
 """Who is there: services by role, under a lease, and the deployments they serve.
 
 This is the mesh's only discovery. An address that is not renewed is gone after its lease. What
-writes here is a script, because scripts may be allowed to write when Redis is full.
+writes here is a script, because scripts may be allowed to write when Redis is full; and nothing
+is a transaction, because a full Redis refuses those, even to read.
 """
 
 import json
@@ -50,7 +51,7 @@ class Registry:
 
     async def unregister(self, role: str, service_id: str) -> None:
         """Remove a service that is going away."""
-        async with self._redis.pipeline(transaction=True) as pipeline:
+        async with self._redis.pipeline(transaction=False) as pipeline:
             pipeline.zrem(f"{_key(role)}:leases", service_id)
             pipeline.hdel(_key(role), service_id)
             await pipeline.execute()
@@ -60,13 +61,13 @@ class Registry:
         key = _key(role)
         seconds, microseconds = await self._redis.time()
         now = seconds + microseconds / 1e6
-        async with self._redis.pipeline(transaction=True) as pipeline:
+        async with self._redis.pipeline(transaction=False) as pipeline:
             pipeline.zrangebyscore(f"{key}:leases", now, "+inf")
             pipeline.zrangebyscore(f"{key}:leases", "-inf", now - 60)
             pipeline.hgetall(key)
             live, forgotten, facts = await pipeline.execute()
         if forgotten:
-            async with self._redis.pipeline(transaction=True) as pipeline:
+            async with self._redis.pipeline(transaction=False) as pipeline:
                 pipeline.zrem(f"{key}:leases", *forgotten)
                 pipeline.hdel(key, *forgotten)
                 await pipeline.execute()
