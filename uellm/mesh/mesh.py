@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 from uellm import logs
@@ -32,13 +33,20 @@ class Mesh:
     Args:
         options: what it consists of.
         report: told about progress, in words for people.
+        trace_directory: where services write their spans; None: with their logs.
     """
 
-    def __init__(self, options: MeshOptions, report: Report = lambda _: None) -> None:
+    def __init__(
+        self,
+        options: MeshOptions,
+        report: Report = lambda _: None,
+        trace_directory: Path | None = None,
+    ) -> None:
         # Fixed from here on: a gateway that is started again is found where it was.
         self.options = replace(options, port=options.port or free_port())
         run = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.options.port}"
         self.directory = home() / "logs" / run
+        self.trace_directory = trace_directory or self.directory / "spans"
         self._report = report
         self._redis_server: EmbeddedRedis | None = None
         self._services: list[Supervised] = []
@@ -118,7 +126,7 @@ class Mesh:
             self._tasks.append(asyncio.create_task(_keep(server)))
         self._redis = connect(self.redis_url)
         await check(self._redis, self.redis_url)
-        for spec in self.options.services(self.redis_url, self.directory):
+        for spec in self.options.services(self.redis_url, self.directory, self.trace_directory):
             service = Supervised(spec, self._write_state)
             self._services.append(service)
             self._tasks.append(asyncio.create_task(service.run(), name=spec.service_id))

@@ -68,7 +68,7 @@ class MeshOptions:
         host: address that all services bind to.
         port: port of the gateway.
         redis_url: Redis to use; "": one of its own.
-        trace_directory: where every service writes its spans; None: nowhere.
+        traced: whether every service writes its spans, to the mesh's trace directory.
     """
 
     models: tuple[ModelSource, ...]
@@ -82,7 +82,7 @@ class MeshOptions:
     host: str = "127.0.0.1"
     port: int = 0
     redis_url: str = ""
-    trace_directory: Path | None = None
+    traced: bool = False
 
     def plan_request(self, model: ModelSource) -> deployer_pb2.PlanRequest:
         """What the deployer is asked to place."""
@@ -96,13 +96,18 @@ class MeshOptions:
         )
 
     def services(
-        self, redis_url: str, directory: Path, inherited: Mapping[str, str] = os.environ
+        self,
+        redis_url: str,
+        logs: Path,
+        traces: Path,
+        inherited: Mapping[str, str] = os.environ,
     ) -> list[ServiceSpec]:
         """Every service of the mesh, in the order in which they are drained.
 
         Args:
             redis_url: the mesh's Redis.
-            directory: where their logs go.
+            logs: where their logs go.
+            traces: where their spans go, if they write any.
             inherited: environment that they start from; settings in it reach the services.
         """
         # A Redis that other hosts share must tell their services from this host's.
@@ -116,16 +121,16 @@ class MeshOptions:
                         service_id=service_id,
                         role=role,
                         command=(sys.executable, "-m", f"uellm_{role}"),
-                        log=directory / f"{service_id}.log",
+                        log=logs / f"{service_id}.log",
                         environment={
                             **inherited,
-                            **self._settings(role, service_id, redis_url),
+                            **self._settings(role, service_id, redis_url, traces),
                         },
                     )
                 )
         return specs
 
-    def _settings(self, role: str, service_id: str, redis_url: str) -> dict[str, str]:
+    def _settings(self, role: str, service_id: str, redis_url: str, traces: Path) -> dict[str, str]:
         settings = {
             "UELLM_REDIS_URL": redis_url,
             "UELLM_HOST": self.host,
@@ -135,7 +140,7 @@ class MeshOptions:
             settings["UELLM_GATEWAY_PORT"] = str(self.port)
         if role == "worker" and self.devices:
             settings["UELLM_WORKER_DEVICES"] = self.devices
-        if self.trace_directory is not None:
+        if self.traced:
             settings["UELLM_OTEL_EXPORTER"] = "console"
-            settings["UELLM_OTEL_FILE"] = str(self.trace_directory / f"{service_id}.jsonl")
+            settings["UELLM_OTEL_FILE"] = str(traces / f"{service_id}.jsonl")
         return settings
