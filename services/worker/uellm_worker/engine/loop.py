@@ -29,6 +29,9 @@ from uellm_worker.engine.sequences import Sequence, SequenceError, sequence_from
 
 MAX_CHUNK_TOKENS = 512
 """Most tokens that one step computes: keeps a step short enough for those that decode."""
+_DECISIONS = 3
+"""A decision that only takes slots away leaves nothing to compute, and the policy is asked again:
+so often before the loop waits for news."""
 
 
 class EngineLoop:
@@ -112,10 +115,14 @@ class EngineLoop:
     def step(self) -> StepReport | None:
         """Ask the policy, compute one step, report; None when there was nothing to do."""
         computed = False
-        if self._waiting or self._running:
+        for _ in range(_DECISIONS):
+            if computed or not self._by_id:
+                break
             decision = self._policy.step(self._view(), self._now())
-            self._apply(decision)
+            changed = self._apply(decision)
             computed = self._compute(decision.chunk_tokens)
+            if not changed:
+                break
         if not (computed or self._outputs or self._handed_back):
             return None
         report = StepReport(
@@ -134,11 +141,12 @@ class EngineLoop:
             max_chunk_tokens=self._max_chunk_tokens,
         )
 
-    def _apply(self, decision: StepDecision) -> None:
-        """Carry out a decision. What no longer fits the facts is left out.
+    def _apply(self, decision: StepDecision) -> bool:
+        """Carry out a decision; True if it changed who runs. What does not fit is left out.
 
         The policy is asked before every step, so its ``reconsider_when`` is always kept.
         """
+        before = len(self._waiting), len(self._admitted)
         for request_id in decision.preempt:
             sequence = self._by_id.get(request_id)
             if sequence is not None and sequence.slot >= 0:
@@ -155,6 +163,7 @@ class EngineLoop:
                 sequence.seat(heapq.heappop(self._free_slots))
                 self._running.append(sequence)
                 self._admitted.append(sequence)
+        return (len(self._waiting), len(self._admitted)) != before
 
     def _compute(self, chunk_tokens: int) -> bool:
         """Compute one step of what runs; False if nothing can."""

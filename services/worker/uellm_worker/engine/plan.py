@@ -102,8 +102,8 @@ def encode_plan(plan: StepPlan) -> bytes:
     return b"".join(parts)
 
 
-def decode_plan(data: bytes) -> StepPlan:
-    """The inverse of ``encode_plan``."""
+def decode_plan(data: bytes) -> tuple[StepPlan, bytes]:
+    """The inverse of ``encode_plan``, and what stands behind the plan."""
     step, num_chunks, num_admissions, num_seconds = _PLAN.unpack_from(data)
     offset = _PLAN.size
     chunks = tuple(
@@ -119,7 +119,7 @@ def decode_plan(data: bytes) -> StepPlan:
         sampling = Sampling.FromString(data[offset : offset + length])
         admissions.append(Admission(slot, prompt_tokens, sampling, scrub))
         offset += length
-    return StepPlan(step, chunks, tuple(admissions), seconds=seconds)
+    return StepPlan(step, chunks, tuple(admissions), seconds=seconds), data[offset:]
 
 
 def encode_result(result: StepResult) -> bytes:

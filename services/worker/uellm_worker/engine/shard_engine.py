@@ -128,8 +128,8 @@ class ShardMember:
         """See ``uellm_worker.engine.runner.Member``."""
         if self._transport is None:
             raise RuntimeError("a replica of one stage has nobody to follow")
-        plan = decode_plan(meta)
-        activation = self._transport.receive_activation(plan.rows)
+        plan, inline = decode_plan(meta)
+        activation = self._transport.receive_activation(plan.rows, inline)
         started = time.perf_counter()
         output = self._stage.compute(plan, activation)
         if not self._stage.shard.spec.has_head:

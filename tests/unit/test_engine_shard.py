@@ -1,0 +1,524 @@
+"""The shard engine against transformers' own ``generate``, on tiny checkpoints of every family.
+
+*Exact* means token for token at float32. Where the reference's two likeliest tokens are within
+1e-4 the order is a matter of rounding: such a tie is passed over, and the reference goes on from
+the tokens that were chosen.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    transformers = pytest.importorskip("transformers")
+    from uellm_worker.engine.shard_engine import ShardEngine, ShardMember
+    from uellm_worker.engine.transport import Loopback
+
+from uellm_worker.engine.capacity import Capacity, Prepared  # noqa: E402
+from uellm_worker.engine.loop import EngineLoop  # noqa: E402
+
+from uellm.core.errors import ModelFilesError  # noqa: E402
+from uellm.policy.fcfs import FcfsStep  # noqa: E402
+from uellm.v1.common_pb2 import ModelRef, Sampling  # noqa: E402
+from uellm.v1.engine_pb2 import AddSequence, PrepareShard  # noqa: E402
+from uellm.v1.topology_pb2 import ShardAssignment  # noqa: E402
+
+TIE = 1e-4
+LAYERS, VOCAB, CONTEXT = 4, 97, 96
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# Windows are shorter than the prompts, so that they matter.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
+    "llama-mha": ("LlamaConfig", {"num_key_value_heads": 4, "attention_bias": True}),
+    "mistral": ("MistralConfig", {"sliding_window": 11}),
+    "qwen2": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "gemma": ("GemmaConfig", {"head_dim": 8}),
+    "gemma2": (
+        "Gemma2Config",
+        {"head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 8},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 8,
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "phi3": ("Phi3Config", {"sliding_window": 13}),
+    "olmo2": ("Olmo2Config", {}),
+    "smollm3": ("SmolLM3Config", {}),
+    "granite": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.4,
+        },
+    ),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": 7}),
+    "stablelm": ("StableLmConfig", {}),
+}
+PROMPT_LENGTHS = (1, 5, 17, 30, 3, 41)
+Model = Any
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def save_model(directory: Path, family: str) -> Model:
+    """Save a tiny model with random weights; returns it in float32."""
+    name, fields = FAMILIES[family]
+    config = getattr(transformers, name)(**{**BASE, **fields})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.4)
+            elif "norm" not in family:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(directory)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Model]]:
+    """By family: the directory and the model, made when first asked for."""
+    made: dict[str, tuple[Path, Model]] = {}
+
+    def get(family: str) -> tuple[Path, Model]:
+        if family not in made:
+            directory = tmp_path_factory.mktemp(family)
+            made[family] = directory, save_model(directory, family)
+        return made[family]
+
+    return get
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+
+
+def reference(model: Model, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens, and by how much each was likelier than the next."""
+    out = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=count,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    margins = [float(-torch.diff(logits[0].topk(2).values)[0]) for logits in out.logits]
+    return out.sequences[0, len(prompt) :].tolist(), margins
+
+
+def assert_exact(model: Model, prompt: list[int], got: list[int], count: int) -> None:
+    """``got`` (without its end-of-sequence token) is what the reference generates."""
+    done = 0
+    while done < count:
+        wanted, margins = reference(model, prompt + got[:done], count - done)
+        if wanted[-1] == BASE["eos_token_id"]:
+            wanted = wanted[:-1]
+        rest = got[done:]
+        if rest == wanted:
+            return
+        first = next(
+            (i for i, (a, b) in enumerate(zip(rest, wanted, strict=False)) if a != b),
+            min(len(rest), len(wanted)),
+        )
+        assert margins[first] <= TIE, f"token {done + first}: margin {margins[first]}"
+        done += first + 1
+
+
+def prepare(engine: ShardEngine, directory: Path, **fields: Any) -> Prepared:
+    defaults: dict[str, Any] = {
+        "stage_count": 1,
+        "last_layer": LAYERS - 1,
+        "has_embed": True,
+        "has_head": True,
+        "slots": 4,
+        "max_tokens": CONTEXT,
+    }
+    assignment = ShardAssignment(**{**defaults, **fields})
+    command = PrepareShard(assignment=assignment, model_dir=str(directory), threads=2)
+    return engine.prepare(command, lambda *_: None)
+
+
+def pipeline(directory: Path, split: tuple[int, ...], **fields: Any) -> EngineLoop:
+    """A loop over stages of so many layers each, in this process."""
+    members, hub, capacity = [], [], Capacity(10**6, 10**6, 10**9)
+    first = 0
+    for index, layers in enumerate(split):
+        engine = ShardEngine()
+        prepared = prepare(
+            engine,
+            directory,
+            stage_index=index,
+            stage_count=len(split),
+            first_layer=first,
+            last_layer=first + layers - 1,
+            has_embed=index == 0,
+            has_head=index == len(split) - 1,
+            **fields,
+        )
+        assert engine._stage is not None
+        transport = Loopback(hub) if len(split) > 1 else None
+        members.append(ShardMember(engine._stage, transport))
+        if transport is not None:
+            transport.follow = members[-1].follow
+        capacity = capacity.at_most(prepared.capacity)
+        first += layers
+    return EngineLoop(members[0], FcfsStep(), capacity, prepared.vocabulary)
+
+
+def generate(
+    loop: EngineLoop,
+    prompts: list[list[int]],
+    sampling: Callable[[int], Sampling],
+    logged: list[list[int]] | None = None,
+) -> list[list[int]]:
+    """Run all prompts together; the answers, what was logged included."""
+    answers = [list(tokens) for tokens in logged or [[] for _ in prompts]]
+    for index, prompt in enumerate(prompts):
+        loop.add(
+            AddSequence(
+                request_id=str(index),
+                token_ids=prompt + answers[index],
+                prompt_tokens=len(prompt),
+                sampling=sampling(index),
+            )
+        )
+    while loop.busy:
+        report = loop.step()
+        assert report is not None
+        for output in report.outputs:
+            assert not output.HasField("failure"), output.failure
+            answers[int(output.request_id)] += output.token_ids
+    return answers
+
+
+def greedy(count: int, _index: int) -> Sampling:
+    return Sampling(max_tokens=count)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_split_and_batch_is_exact(
+    family: str, checkpoint: Callable[[str], tuple[Path, Model]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six prompts on four slots, prefilled in chunks of 13 beside the others' decodes."""
+    directory, model = checkpoint(family)
+    monkeypatch.setattr("uellm_worker.engine.loop.MAX_CHUNK_TOKENS", 13)
+    first = None
+    for split in ((4,), (1, 3), (2, 1, 1)):
+        answers = generate(pipeline(directory, split), prompts(), partial(greedy, 20))
+        if answers != first:
+            for prompt, answer in zip(prompts(), answers, strict=True):
+                assert_exact(model, prompt, answer, 20)
+            first = answers
+    assert first is not None
+    assert len({token for answer in first for token in answer}) > 5, "too tame to tell"
+
+
+def test_a_resumed_answer_continues_as_it_would_have(
+    checkpoint: Callable[[str], tuple[Path, Model]],
+) -> None:
+    directory, _ = checkpoint("llama")
+
+    def sampling(index: int) -> Sampling:
+        return Sampling(
+            max_tokens=20,
+            seed=index,
+            temperature=0.0 if index % 2 else 1.0,
+            top_p=0.9,
+            min_tokens=10,
+            ignore_eos=index == 2,
+        )
+
+    whole = generate(pipeline(directory, (4,)), prompts(), sampling)
+    logged = [answer[: 3 * index % 11] for index, answer in enumerate(whole)]
+    assert generate(pipeline(directory, (3, 1), slots=2), prompts(), sampling, logged) == whole
+    assert all(len(answer) >= 10 for answer in whole)
+
+
+def test_log_probabilities_travel_from_the_last_stage(
+    checkpoint: Callable[[str], tuple[Path, Model]],
+) -> None:
+    directory, _ = checkpoint("llama")
+    loop = pipeline(directory, (2, 2))
+    loop.add(
+        AddSequence(
+            request_id="a",
+            token_ids=[5],
+            prompt_tokens=1,
+            sampling=Sampling(max_tokens=1, logprobs=3, ignore_eos=True),
+        )
+    )
+    report = loop.step()
+    assert report is not None
+    (output,) = report.outputs
+    assert len(output.logprobs[0].top_ids) == 3
+    assert output.logprobs[0].logprob < 0
+    assert len(report.report.stages) == 2
+
+
+def test_half_precision_is_computed_as_asked(
+    checkpoint: Callable[[str], tuple[Path, Model]],
+) -> None:
+    directory, _ = checkpoint("llama")
+    answers = generate(pipeline(directory, (2, 2), dtype="bfloat16"), prompts(), partial(greedy, 5))
+    assert all(answers)
+
+
+def test_a_checkpoint_stored_in_half_precision_is_computed_in_float32(
+    checkpoint: Callable[[str], tuple[Path, Model]], tmp_path: Path
+) -> None:
+    half = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama")[0]).half()
+    half.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    answers = generate(pipeline(tmp_path, (4,)), prompts(), partial(greedy, 10))
+    for prompt, answer in zip(prompts(), answers, strict=True):
+        assert_exact(model, prompt, answer, 10)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_layers_in_common_are_kept(
+    family: str, checkpoint: Callable[[str], tuple[Path, Model]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, model = checkpoint(family)
+    ref = ModelRef(digest="d")
+    engine = ShardEngine()
+    whole = prepare(engine, directory, model=ref)
+    assert (whole.kept_bytes, whole.total_bytes) == (0, _bytes(model, ("",)))
+    middle = ("model.layers.1.", "model.layers.2.")
+    monkeypatch.setattr("uellm_worker.engine.checkpoint.TensorFiles.read", lambda *_: iter(()))
+    part = prepare(
+        engine,
+        directory,
+        model=ref,
+        first_layer=1,
+        last_layer=2,
+        has_embed=False,
+        has_head=False,
+    )
+    assert part.kept_bytes == part.total_bytes == _bytes(model, middle)
+    monkeypatch.undo()
+    again = prepare(engine, directory, model=ref)
+    assert again.kept_bytes == part.total_bytes
+    assert again.total_bytes == whole.total_bytes
+    assert engine._stage is not None
+    loop = EngineLoop(
+        ShardMember(engine._stage, None), FcfsStep(), again.capacity, again.vocabulary
+    )
+    answers = generate(loop, prompts(), partial(greedy, 8))
+    for prompt, answer in zip(prompts(), answers, strict=True):
+        assert_exact(model, prompt, answer, 8)
+    assert prepare(engine, directory, model=ModelRef(digest="e")).kept_bytes == 0
+    assert prepare(engine, directory, model=ModelRef(digest="e"), dtype="float16").kept_bytes == 0
+
+
+def _bytes(model: Model, prefixes: tuple[str, ...]) -> int:
+    return sum(
+        parameter.nbytes
+        for name, parameter in model.named_parameters()
+        if name.startswith(prefixes)
+    )
+
+
+def test_progress_runs_up_to_the_total(checkpoint: Callable[[str], tuple[Path, Model]]) -> None:
+    seen: list[tuple[int, int]] = []
+    command = PrepareShard(
+        assignment=ShardAssignment(
+            stage_count=1, last_layer=LAYERS - 1, has_embed=True, has_head=True
+        ),
+        model_dir=str(checkpoint("llama")[0]),
+    )
+    total = ShardEngine().prepare(command, lambda *pair: seen.append(pair)).total_bytes
+    assert seen == sorted(seen)
+    assert seen[0] == (0, total)
+    assert seen[-1][0] > 0.9 * total
+
+
+@pytest.mark.parametrize(
+    ("kv_tokens", "slots", "max_tokens"),
+    [(0, 4, 96), (10**6, 4, 96), (2 * 96 + 95, 2, 96), (96, 1, 96), (50, 1, 50)],
+)
+def test_the_cache_keeps_to_its_memory(
+    kv_tokens: int,
+    slots: int,
+    max_tokens: int,
+    checkpoint: Callable[[str], tuple[Path, Model]],
+) -> None:
+    per_token = LAYERS * 2 * 2 * 8 * 4  # Layers, keys and values, heads, head size, bytes.
+    engine = ShardEngine()
+    capacity = prepare(engine, checkpoint("llama")[0], kv_bytes=kv_tokens * per_token).capacity
+    assert capacity == Capacity(slots, max_tokens, slots * max_tokens)
+    assert engine._stage is not None
+    cache = engine._stage._cache
+    held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    assert held == capacity.kv_tokens * per_token
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def edited(directory: Path, source: Path, **changes: Any) -> Path:
+    """A copy of a checkpoint with another config."""
+    for file in source.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    config = json.loads((source / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"auto_map": {"AutoModel": "m.M"}}, "never executed"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
+        ({"architectures": []}, "(none)"),
+        ({"model_type": "mistral"}, "mistral"),
+        ({"num_hidden_layers": 2}, "which has 2"),
+        ({"num_hidden_layers": "many"}, "not a valid config"),
+        ({"intermediate_size": 64}, "do not belong together"),
+        ({"attention_bias": True}, "no tensor 'model.layers.0.self_attn.q_proj.bias'"),
+        (
+            {
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+                "max_position_embeddings": 64,
+            },
+            None,
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            "max_tokens of at most 32",
+        ),
+    ],
+)
+def test_configs_that_cannot_be_served_say_why(
+    changes: dict[str, Any],
+    words: str | None,
+    tmp_path: Path,
+    checkpoint: Callable[[str], tuple[Path, Model]],
+) -> None:
+    directory = edited(tmp_path, checkpoint("llama")[0], **changes)
+    if words is None:
+        assert prepare(ShardEngine(), directory).capacity.max_tokens == 64
+        return
+    with pytest.raises(ModelFilesError) as caught:
+        prepare(ShardEngine(), directory)
+    assert words in caught.value.message
+    assert str(tmp_path) in caught.value.message or "rope" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", None, "config.json is missing"),
+        ("config.json", b"{", "cannot be read as JSON"),
+        ("config.json", b"[]", "JSON object"),
+        ("model.safetensors", None, "never loaded"),
+        ("model.safetensors", b"\x08\0\0\0\0\0\0\0garbage!", "not a whole safetensors file"),
+        ("model.safetensors.index.json", b"{}", "weight_map"),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"model.embed_tokens.weight": "../../gone.safetensors"}}',
+            "no tensor",
+        ),
+        ("generation_config.json", b"?", "generation_config.json"),
+    ],
+)
+def test_broken_files_are_named(
+    file: str,
+    content: bytes | None,
+    words: str,
+    tmp_path: Path,
+    checkpoint: Callable[[str], tuple[Path, Model]],
+) -> None:
+    directory = edited(tmp_path, checkpoint("llama")[0])
+    if content is None:
+        (directory / file).unlink()
+    else:
+        (directory / file).write_bytes(content)
+    with pytest.raises(ModelFilesError) as caught:
+        prepare(ShardEngine(), directory)
+    assert words in caught.value.message
+    assert str(tmp_path) in caught.value.message
+
+
+def test_a_truncated_file_is_named(
+    tmp_path: Path, checkpoint: Callable[[str], tuple[Path, Model]]
+) -> None:
+    directory = edited(tmp_path, checkpoint("llama")[0])
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelFilesError, match="download it again"):
+        prepare(ShardEngine(), directory)
+
+
+def test_a_failed_load_can_be_followed_by_another(
+    tmp_path: Path, checkpoint: Callable[[str], tuple[Path, Model]]
+) -> None:
+    engine = ShardEngine()
+    prepare(engine, checkpoint("llama")[0])
+    with pytest.raises(ModelFilesError):
+        prepare(engine, tmp_path)
+    assert prepare(engine, checkpoint("llama")[0]).total_bytes > 0
+
+
+def test_unknown_dtypes_and_rooms_are_refused(
+    checkpoint: Callable[[str], tuple[Path, Model]],
+) -> None:
+    directory = checkpoint("llama")[0]
+    with pytest.raises(ModelFilesError, match="int3"):
+        prepare(ShardEngine(), directory, dtype="int3")
+    with pytest.raises(ModelFilesError, match="hold no token"):
+        prepare(ShardEngine(), directory, kv_bytes=1)
