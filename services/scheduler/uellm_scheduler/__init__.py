@@ -1,0 +1,1 @@
+"""The scheduler: orders each model's requests, promises, and sends them to replicas late."""

@@ -1,0 +1,193 @@
+"""What a model's owner knows of its requests: who waits, who was sent where. No I/O."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from uellm.convert import profile_from_proto, seconds, slo_from_proto
+from uellm.policy.views import InFlightView, QueuedView, QueueView, ReplicaView
+from uellm.streams.messages import QueuedEntry, Record, ReplicaRoute
+from uellm.v1 import common_pb2, queue_pb2
+
+REVISE_SECONDS = 1.0
+"""A promise is revised at most this often."""
+_REMEMBERED = 4096
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A request that waits or was sent.
+
+    Attributes:
+        entry: what its gateway queued.
+        generation: its record's; what its holder must show.
+        view: what a policy may look at.
+        promise: the latest one given.
+        promised_at: when that was.
+        replica: where it was sent, or "".
+        in_flight: what a policy may look at once it was sent.
+    """
+
+    entry: queue_pb2.RequestEntry
+    generation: int
+    view: QueuedView
+    promise: common_pb2.Promise | None = None
+    promised_at: float = 0.0
+    replica: str = ""
+    in_flight: InFlightView | None = None
+
+    @property
+    def request_id(self) -> str:
+        """Its id."""
+        return self.view.request_id
+
+    def sent(self, replica: str, now: float) -> None:
+        """Note that it left for a replica, under its next generation."""
+        view, lengths = self.view, self.view.profile.output_tokens
+        self.generation += 1
+        self.replica = replica
+        self.in_flight = InFlightView(
+            request_id=view.request_id,
+            dispatched_at=now,
+            prompt_tokens=view.profile.prompt_tokens + view.resume_tokens,
+            output_p50=max(lengths.at(0.5) - view.resume_tokens, 1.0),
+            output_p90=max(lengths.at(0.9) - view.resume_tokens, 1.0),
+            alone=view.strikes > 0,
+        )
+
+
+def ticket_of(queued: QueuedEntry) -> Ticket:
+    """A ticket for a waiting request."""
+    entry = queued.entry
+    view = QueuedView(
+        request_id=entry.request_id,
+        slo=slo_from_proto(entry.slo, queued.accepted_at),
+        profile=profile_from_proto(entry.profile),
+        tenant=entry.tenant,
+        max_tokens=entry.max_tokens,
+        refusable=entry.on_infeasible == common_pb2.ON_INFEASIBLE_REFUSE,
+        resume_tokens=queued.offset,
+        attempt=queued.attempts,
+        strikes=queued.strikes,
+    )
+    return Ticket(entry, queued.generation, view)
+
+
+def queued_of(record: Record) -> QueuedEntry:
+    """A record as the queue entry that led to its present start."""
+    return QueuedEntry(
+        entry=record.entry,
+        generation=record.generation - 1,
+        offset=record.tokens,
+        accepted_at=record.accepted_at,
+        attempts=max(record.attempts - 1, 0),
+        strikes=record.strikes,
+    )
+
+
+class Book:
+    """The requests of one model.
+
+    Attributes:
+        waiting: by id, in order of arrival.
+        in_flight: by id, in order of dispatch.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, Ticket] = {}
+        self.in_flight: dict[str, Ticket] = {}
+        self._restarts: list[str] = []
+        # Two streams are read side by side: an end may be read before the queue entry of a
+        # request that was given back and cancelled.
+        self._ended: dict[str, None] = {}
+
+    def queue(self, queued: QueuedEntry) -> bool:
+        """Take a waiting request; False if it is known already, or an older turn of one that is."""
+        request_id = queued.entry.request_id
+        known = self.in_flight.get(request_id) or self.waiting.get(request_id)
+        if request_id in self._ended or (known and queued.generation <= known.generation):
+            return False
+        ticket = ticket_of(queued)
+        if known is not None:
+            ticket.promise, ticket.promised_at = known.promise, known.promised_at
+            self.in_flight.pop(request_id, None)
+        self.waiting[request_id] = ticket
+        if queued.attempts:
+            self._restarts.append(request_id)
+        return True
+
+    def take_exhausted(self, most_attempts: int) -> list[Ticket]:
+        """Waiting requests, new since the last call, that were started too often."""
+        restarts, self._restarts = self._restarts, []
+        tickets = (self.waiting.get(request_id) for request_id in restarts)
+        return [t for t in tickets if t is not None and t.view.attempt >= most_attempts]
+
+    def restore(self, record: Record) -> None:
+        """Take a request that an earlier owner sent."""
+        ticket = ticket_of(queued_of(record))
+        ticket.promise = record.promise
+        ticket.sent(record.replica, record.dispatched_at or record.accepted_at)
+        self.in_flight[record.request_id] = ticket
+
+    def sent(self, request_id: str, replica: str, now: float) -> None:
+        """Note that a waiting request left for a replica."""
+        ticket = self.waiting.pop(request_id, None)
+        if ticket is not None:
+            ticket.sent(replica, now)
+            self.in_flight[request_id] = ticket
+
+    def drop(self, request_id: str) -> Ticket | None:
+        """Forget a request that is not this owner's to send any more."""
+        return self.waiting.pop(request_id, None) or self.in_flight.pop(request_id, None)
+
+    def end(self, request_id: str) -> None:
+        """Forget a request that ended."""
+        self.drop(request_id)
+        self._ended[request_id] = None
+        if len(self._ended) > _REMEMBERED:
+            del self._ended[next(iter(self._ended))]
+
+    def unpromised(self) -> list[str]:
+        """Ids of waiting requests that have no promise."""
+        return [request_id for request_id, ticket in self.waiting.items() if not ticket.promise]
+
+    def queue_view(self, now: float, *, revise: bool, horizon: int | None) -> QueueView:
+        """The waiting requests as a policy sees them; with ``revise`` it may revise promises."""
+        promised = {}
+        if revise:
+            promised = {
+                request_id: seconds(ticket.promise.finish_p50)
+                for request_id, ticket in self.waiting.items()
+                if ticket.promise and now - ticket.promised_at >= REVISE_SECONDS
+            }
+        return QueueView(
+            waiting=[ticket.view for ticket in self.waiting.values()],
+            unpromised=frozenset(self.unpromised()),
+            promised=promised,
+            horizon=horizon,
+        )
+
+    def replica_views(self, routes: Mapping[str, ReplicaRoute]) -> list[ReplicaView]:
+        """The replicas that take requests, as a policy sees them."""
+        sent: dict[str, list[InFlightView]] = {}
+        for ticket in self.in_flight.values():
+            if ticket.in_flight is not None:
+                sent.setdefault(ticket.replica, []).append(ticket.in_flight)
+        return [
+            _replica_view(route, sent.get(route.replica, []))
+            for route in routes.values()
+            if route.state == "READY"
+        ]
+
+
+def _replica_view(route: ReplicaRoute, in_flight: Iterable[InFlightView]) -> ReplicaView:
+    report = route.report
+    return ReplicaView(
+        replica=route.replica,
+        epoch=route.epoch,
+        slots=report.slots,
+        in_flight=tuple(in_flight),
+        kv_tokens_total=report.kv_tokens_total,
+        prefill_seconds_per_token=report.prefill_seconds_per_token,
+        decode_step_seconds=report.decode_step_seconds,
+        reported_at=route.reported_at,
+    )

@@ -1,0 +1,154 @@
+"""Carrying out what a policy decided."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import count
+
+from uellm import logs
+from uellm.convert import promise_to_proto, timestamp
+from uellm.core.request import Promise
+from uellm.policy.views import Dispatch, Refusal
+from uellm.streams.scheduler_queue import SchedulerQueue
+from uellm.telemetry import span
+from uellm.v1 import common_pb2, queue_pb2
+from uellm_scheduler.book import Book, Ticket
+from uellm_scheduler.outcome import finish_of
+from uellm_scheduler.tracing import queue_span
+
+PROMISES_AT_ONCE = 200
+"""Promises in one script call: a longer one would hold up everyone else's."""
+
+_log = logs.logger("effects")
+
+
+class Effects:
+    """What the owner of a model does to its requests.
+
+    Args:
+        queue: the model's queues.
+        book: what the owner knows; kept current here.
+        token: the owner's fencing token.
+        lease_ms: how long a replica holds a request without a sign of life.
+    """
+
+    def __init__(self, queue: SchedulerQueue, book: Book, token: int, lease_ms: int) -> None:
+        self._queue = queue
+        self._book = book
+        self._token = token
+        self._lease_ms = lease_ms
+        self._batches = count(1)
+
+    async def carry_out(
+        self, promises: dict[str, Promise], dispatches: Sequence[Dispatch], now: float
+    ) -> bool:
+        """Promise and dispatch; False if a replica was not routed to as it had been read.
+
+        Raises:
+            AbortedError: if the model has another owner.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.promise(promises, now))
+            sent = [tasks.create_task(self._dispatch(batch, now)) for batch in dispatches]
+        return all(task.result() for task in sent)
+
+    async def promise(self, promises: dict[str, Promise], now: float) -> None:
+        """Record promises and tell their gateways."""
+        messages: dict[str, common_pb2.Promise] = {}
+        for request_id, promise in promises.items():
+            ticket = self._book.waiting.get(request_id)
+            if ticket is not None:
+                revision = ticket.promise.revision + 1 if ticket.promise else 1
+                ticket.promise = promise_to_proto(promise, revision)
+                ticket.promised_at = now
+                messages[request_id] = ticket.promise
+        ids = list(messages)
+        for i in range(0, len(ids), PROMISES_AT_ONCE):
+            chunk = {
+                request_id: messages[request_id] for request_id in ids[i : i + PROMISES_AT_ONCE]
+            }
+            await self._queue.promise(self._token, chunk)
+
+    async def _dispatch(self, dispatch: Dispatch, now: float) -> bool:
+        tickets = [
+            self._book.waiting[request_id]
+            for request_id in dispatch.request_ids
+            if request_id in self._book.waiting
+        ]
+        if not tickets:
+            return True
+        batch_id = f"{dispatch.replica}-{self._token}.{next(self._batches)}"
+        entries = [
+            _batch_entry(ticket, dispatch, rank, batch_id, now)
+            for rank, ticket in enumerate(tickets)
+        ]
+        links = [ticket.entry.traceparent for ticket in tickets if ticket.entry.traceparent]
+        traced = span("scheduler.dispatch", links=links, batch=batch_id) if links else nullcontext()
+        with traced:
+            sent = await self._queue.dispatch(
+                self._token, dispatch.replica, dispatch.epoch, self._lease_ms, batch_id, entries
+            )
+        if sent is None:
+            return False
+        for ticket, taken in zip(tickets, sent, strict=True):
+            if taken:
+                self._book.sent(ticket.request_id, dispatch.replica, now)
+            else:
+                # Cancelled, or given another turn that has not been read yet.
+                self._book.drop(ticket.request_id)
+        return True
+
+    async def refuse(self, refusal: Refusal, now: float) -> None:
+        """End a request that expired or has no chance, its promise recorded first."""
+        ticket = self._book.waiting.get(refusal.request_id)
+        if ticket is None:
+            return
+        if refusal.promise is not None:
+            await self.promise({refusal.request_id: refusal.promise}, now)
+        reason, failure = (
+            (common_pb2.FINISH_REASON_EXPIRED, "DEADLINE_EXPIRED")
+            if refusal.expired
+            else (common_pb2.FINISH_REASON_REFUSED, "DEADLINE_INFEASIBLE")
+        )
+        await self._queue.finish(
+            self._token, finish_of(ticket, reason, failure, refusal.message, now)
+        )
+        self._book.end(refusal.request_id)
+
+    async def bury(self, ticket: Ticket, failure: str, message: str, now: float) -> None:
+        """End a request that was given up, and note it in the dead-letter stream."""
+        finish = finish_of(ticket, common_pb2.FINISH_REASON_DEAD, failure, message, now)
+        if await self._queue.finish(self._token, finish, dead_reason=failure):
+            _log.warning("request given up", request_id=ticket.request_id, reason=failure)
+        self._book.end(ticket.request_id)
+
+
+def _batch_entry(
+    ticket: Ticket, dispatch: Dispatch, rank: int, batch_id: str, now: float
+) -> queue_pb2.BatchEntry:
+    entry, view = ticket.entry, ticket.view
+    accepted_at = view.slo.accepted_at
+    traceparent = entry.traceparent
+    if traceparent:
+        traceparent = queue_span(
+            traceparent,
+            now - accepted_at,
+            batch=batch_id,
+            replica=dispatch.replica,
+            attempt=view.attempt + 1,
+        )
+    return queue_pb2.BatchEntry(
+        request_id=view.request_id,
+        generation=ticket.generation + 1,
+        resume_offset=view.resume_tokens,
+        rank=rank,
+        slo=entry.slo,
+        profile=entry.profile,
+        traceparent=traceparent,
+        accepted_at=timestamp(accepted_at),
+        plan_epoch=dispatch.epoch,
+        batch_id=batch_id,
+        dispatched_at=timestamp(now),
+        attempt=view.attempt + 1,
+        tenant=view.tenant,
+    )

@@ -1,0 +1,69 @@
+"""What happened to a model's requests since its owner last looked."""
+
+import asyncio
+from contextlib import suppress
+
+from uellm.streams.connection import BLOCK_MS
+from uellm.streams.messages import QueuedEntry
+from uellm.streams.scheduler_queue import SchedulerQueue
+from uellm_scheduler.book import Book
+
+READ_COUNT = 1000
+
+
+class Inbox:
+    """Two readers fill it; the owner's one loop empties it, so that only that changes the book.
+
+    Attributes:
+        routed: a replica was routed anew since the owner last looked.
+    """
+
+    def __init__(self, queue: SchedulerQueue, consumer: str, place: str) -> None:
+        self.routed = True
+        self._queue = queue
+        self._consumer = consumer
+        self._place = place
+        self._queued: list[QueuedEntry] = []
+        self._ended: list[str] = []
+        self._something = asyncio.Event()
+        self._something.set()
+
+    async def read_requests(self) -> None:
+        """Take in new requests, for ever."""
+        while True:
+            entries = await self._queue.read_requests(self._consumer, READ_COUNT, BLOCK_MS)
+            if entries:
+                self._queued += entries
+                self._something.set()
+
+    async def read_completions(self) -> None:
+        """Take in what ended and what was routed, for ever."""
+        while True:
+            place, events = await self._queue.read_completions(self._place, READ_COUNT, BLOCK_MS)
+            if place != self._place:
+                self._ended += [event.request_id for event in events]
+                # Entries without any event are routes. One that comes together with events goes
+                # unnoticed here, and is found when the routes are next read.
+                self.routed = self.routed or not events
+                self._place = place
+                self._something.set()
+
+    def wake(self) -> None:
+        """Have the owner look."""
+        self._something.set()
+
+    async def wait(self, timeout_seconds: float) -> None:
+        """Until something happened, or for so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                await self._something.wait()
+
+    def empty_into(self, book: Book) -> None:
+        """Bring the book up to date."""
+        self._something.clear()
+        queued, ended = self._queued, self._ended
+        self._queued, self._ended = [], []
+        for entry in queued:
+            book.queue(entry)
+        for request_id in ended:
+            book.end(request_id)

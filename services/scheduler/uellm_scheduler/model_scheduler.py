@@ -1,0 +1,218 @@
+"""One model's requests, while this scheduler owns the model."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from redis.exceptions import RedisError
+
+from uellm import logs
+from uellm.convert import profile_from_proto, slo_from_proto
+from uellm.core.errors import AbortedError, InvalidArgumentError, UnavailableError
+from uellm.core.request import Promise
+from uellm.policy.registry import dispatch_policy
+from uellm.policy.views import DispatchPolicy, QueuedView, QueueView, Refusal
+from uellm.service import RETRY_SECONDS, Context
+from uellm.streams.messages import ReplicaRoute
+from uellm.streams.scheduler_queue import SchedulerQueue
+from uellm.v1 import common_pb2
+from uellm_scheduler.book import REVISE_SECONDS, Book
+from uellm_scheduler.effects import Effects
+from uellm_scheduler.inbox import Inbox
+from uellm_scheduler.recovery import recover
+from uellm_scheduler.settings import SchedulerSettings
+from uellm_scheduler.upkeep import Timer, Upkeep
+
+POLL_SECONDS = 0.25
+"""How often replicas are looked at while there is work."""
+HORIZON = 256
+"""While a full round of promises would take too much time, only so many first get theirs."""
+FULL_ROUND_SHARE = 0.2
+"""Share of its time that a scheduler spends on full rounds of promises, at most."""
+LONG_SECONDS = 0.005
+"""After a decision that took longer than this, as much time is left to everything else."""
+REFUSALS_AT_ONCE = 50
+
+_log = logs.logger("scheduler")
+
+
+class ModelScheduler:
+    """The owner's loop: wake, bring the book up to date, decide, carry out.
+
+    Args:
+        context: the service's.
+        settings: the service's.
+        model: served name.
+        token: the fencing token that ownership came with.
+
+    Attributes:
+        replicas: ids of the model's replicas, by its deployment; kept current by the ownership.
+        book: who waits and who was sent where.
+        order: ids of the waiting requests as last ordered.
+        routes: the replicas as last read.
+    """
+
+    def __init__(
+        self, context: Context, settings: SchedulerSettings, model: str, token: int
+    ) -> None:
+        self.model = model
+        self.token = token
+        self.replicas: Sequence[str] = ()
+        self.book = Book()
+        self.order: tuple[str, ...] = ()
+        self.routes: dict[str, ReplicaRoute] = {}
+        self._context = context
+        self._settings = settings
+        self._queue = SchedulerQueue(context.redis, model)
+        self._policy = dispatch_policy(settings.policy, settings.dispatch_settings)
+        self._inbox: Inbox | None = None
+        self._away = False
+        self._polling = Timer(POLL_SECONDS)
+        self._reconsider_at: float | None = None
+        self._full_round_at = 0.0
+        self._revise_at = 0.0
+
+    @property
+    def policy(self) -> DispatchPolicy:
+        """The policy in force."""
+        return self._policy
+
+    async def run(self) -> None:
+        """Schedule until another scheduler owns the model; Redis may come and go."""
+        while True:
+            lost, error = False, ""
+            try:
+                await self._serve()
+            except* AbortedError:
+                lost = True
+            except* (RedisError, OSError) as group:
+                error = str(group.exceptions[0])
+            if lost:
+                _log.warning("another scheduler owns the model now", model=self.model)
+                return
+            if not self._away:
+                _log.warning("Redis fails; trying on", model=self.model, error=error)
+            self._away = True
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _serve(self) -> None:
+        consumer = self._settings.identity
+        self.book, place = await recover(self._queue, self.token, consumer, self.book)
+        self._away = False
+        book = self.book
+        inbox = self._inbox = Inbox(self._queue, consumer, place)
+        effects = Effects(self._queue, book, self.token, self._settings.lease_ms)
+        upkeep = Upkeep(self._queue, book, effects, self.token, self._settings)
+        _log.info(
+            "scheduling", model=self.model, waiting=len(book.waiting), sent=len(book.in_flight)
+        )
+        async with asyncio.TaskGroup() as readers:
+            readers.create_task(inbox.read_requests())
+            readers.create_task(inbox.read_completions())
+            while True:
+                await inbox.wait(self._pause(upkeep))
+                inbox.empty_into(book)
+                if upkeep.reaping.seconds_left == 0:
+                    await self._choose_policy()
+                await upkeep.tend(self._context.clock.now())
+                if await self._read_routes(inbox):
+                    upkeep.reaping.hasten()
+                    await upkeep.tend(self._context.clock.now())
+                if book.waiting:
+                    await self._decide(effects, inbox)
+
+    def _pause(self, upkeep: Upkeep) -> float:
+        seconds = upkeep.reaping.seconds_left
+        if self.book.waiting:
+            seconds = min(seconds, self._polling.seconds_left)
+            if self._reconsider_at is not None:
+                seconds = min(seconds, self._reconsider_at - self._context.clock.now())
+        return max(seconds, 0.001)
+
+    async def _choose_policy(self) -> None:
+        name = await self._queue.policy() or self._settings.policy
+        if name != self._policy.name:
+            try:
+                self._policy = dispatch_policy(name, self._settings.dispatch_settings)
+            except InvalidArgumentError as error:
+                _log.warning("keeping the policy", policy=self._policy.name, error=error.message)
+
+    async def _read_routes(self, inbox: Inbox) -> bool:
+        """Look at the replicas if it is time; True if one was re-formed under another epoch."""
+        if not (inbox.routed or self._polling.seconds_left == 0):
+            return False
+        inbox.routed = False
+        self._polling.due()
+        sent_to = {ticket.replica for ticket in self.book.in_flight.values()}
+        before = self.routes
+        self.routes = await self._queue.routes(sorted({*self.replicas, *sent_to}))
+        return any(
+            name in before and before[name].epoch != route.epoch
+            for name, route in self.routes.items()
+        )
+
+    async def _decide(self, effects: Effects, inbox: Inbox) -> None:
+        book, now, began = self.book, self._context.clock.now(), time.monotonic()
+        replicas = book.replica_views(self.routes)
+        full = began >= self._full_round_at
+        revise = full and began >= self._revise_at
+        room = sum(max(0, view.slots - len(view.in_flight)) for view in replicas)
+        horizon = None if full else max(HORIZON, 2 * room)
+        decision = self._policy.dispatch(
+            book.queue_view(now, revise=revise, horizon=horizon), replicas, now
+        )
+        seconds = time.monotonic() - began
+        if full:
+            self._full_round_at = began + seconds / FULL_ROUND_SHARE
+        if revise:
+            self._revise_at = began + max(REVISE_SECONDS, seconds / FULL_ROUND_SHARE)
+        self.order = decision.order
+        self._reconsider_at = decision.reconsider_at
+        if not await effects.carry_out(decision.promises, decision.dispatches, now):
+            inbox.routed = True
+            inbox.wake()
+        await _refuse(effects, decision.refusals, now)
+        if seconds > LONG_SECONDS:
+            await asyncio.sleep(seconds)
+
+    # ---- asked by the servicer -----------------------------------------------------------------
+
+    def estimate(self, slo: common_pb2.Slo, profile: common_pb2.ResourceProfile) -> Promise:
+        """What would be promised to a request that came now.
+
+        Raises:
+            UnavailableError: if no replica takes requests.
+        """
+        now = self._context.clock.now()
+        view = QueuedView("estimate", slo_from_proto(slo, now), profile_from_proto(profile))
+        waiting = [ticket.view for ticket in self.book.waiting.values()]
+        queue = QueueView([*waiting, view], unpromised=frozenset({view.request_id}))
+        decision = self._policy.dispatch(queue, self.book.replica_views(self.routes), now)
+        try:
+            return decision.promises[view.request_id]
+        except KeyError:
+            raise UnavailableError(
+                f"no replica of {self.model} takes requests at present; try again",
+                reason="NO_REPLICA",
+                retry_after_seconds=1.0,
+            ) from None
+
+    async def set_policy(self, name: str) -> str:
+        """Change the policy from the next decision on; returns the name of the one before.
+
+        Raises:
+            InvalidArgumentError: if there is none of that name.
+        """
+        policy = dispatch_policy(name, self._settings.dispatch_settings)
+        await self._queue.set_policy(name)
+        previous, self._policy = self._policy, policy
+        if self._inbox is not None:
+            self._inbox.wake()
+        return previous.name
+
+
+async def _refuse(effects: Effects, refusals: Sequence[Refusal], now: float) -> None:
+    for i in range(0, len(refusals), REFUSALS_AT_ONCE):
+        async with asyncio.TaskGroup() as tasks:
+            for refusal in refusals[i : i + REFUSALS_AT_ONCE]:
+                tasks.create_task(effects.refuse(refusal, now))

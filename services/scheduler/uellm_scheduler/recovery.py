@@ -1,0 +1,53 @@
+"""Learning what there is, when a scheduler becomes a model's owner or Redis was away."""
+
+from uellm.streams.scheduler_queue import SchedulerQueue
+from uellm_scheduler.book import Book
+
+AT_ONCE = 500
+
+
+async def recover(
+    queue: SchedulerQueue, token: int, consumer: str, before: Book
+) -> tuple[Book, str]:
+    """A book of all waiting and sent requests, and the completions' place that it is current to.
+
+    Nothing is lost between the two: the place is read first, and an end that is read twice is
+    found to be known.
+
+    Raises:
+        AbortedError: if the model has another owner.
+    """
+    await queue.ensure_requests_group()
+    place = await queue.completions_place()
+    book = Book()
+    for entry in await queue.read_pending(consumer):
+        book.queue(entry)
+    await claim(queue, token, consumer, book)
+    sent = await queue.dispatched()
+    for i in range(0, len(sent), AT_ONCE):
+        for record in await queue.records(sent[i : i + AT_ONCE]):
+            if record is not None and record.state in {"LEASED", "RUNNING"}:
+                book.restore(record)
+    await _remember_promises(queue, book, before)
+    return book, place
+
+
+async def claim(queue: SchedulerQueue, token: int, consumer: str, book: Book) -> int:
+    """Take over what other schedulers read and did not dispatch; returns how many."""
+    taken = 0
+    while entries := await queue.claim(token, consumer, AT_ONCE):
+        taken += sum(book.queue(entry) for entry in entries)
+    return taken
+
+
+async def _remember_promises(queue: SchedulerQueue, book: Book, before: Book) -> None:
+    for request_id in book.unpromised():
+        known = before.waiting.get(request_id) or before.in_flight.get(request_id)
+        if known is not None:
+            ticket = book.waiting[request_id]
+            ticket.promise, ticket.promised_at = known.promise, known.promised_at
+    unknown = book.unpromised()
+    for i in range(0, len(unknown), AT_ONCE):
+        chunk = unknown[i : i + AT_ONCE]
+        for request_id, promise in zip(chunk, await queue.promises(chunk), strict=True):
+            book.waiting[request_id].promise = promise

@@ -1,0 +1,56 @@
+"""What a scheduler is told."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from uellm.config import ServiceSettings
+from uellm.policy.views import DispatchSettings
+
+
+class SchedulerSettings(ServiceSettings):
+    """Settings of a scheduler."""
+
+    role: ClassVar[str] = "scheduler"
+
+    policy: str = Field(
+        "edf",
+        description="Dispatch policy of models for which none was chosen while running: edf "
+        "(earliest deadline first), fcfs, or one that an installed package offers.",
+    )
+    lookahead_requests: int = Field(
+        2,
+        ge=0,
+        description="How many requests a replica is sent beyond its free slots. Enough to bridge "
+        "the milliseconds from a finish to the next dispatch; more would bind requests early.",
+    )
+    kv_headroom: float = Field(
+        1.1,
+        gt=0,
+        description="How far the predicted KV peaks (90 % quantile) of what a replica is sent may "
+        "add up beyond its KV room (1: not beyond).",
+    )
+    most_strikes: int = Field(
+        3,
+        ge=1,
+        description="A request is given up when its replica died this many times in a row while "
+        "it was running, without one new token.",
+    )
+    most_attempts: int = Field(
+        10, ge=1, description="A request is given up after this many starts, whatever their end."
+    )
+
+    @property
+    def dispatch_settings(self) -> DispatchSettings:
+        """What policies are made with."""
+        return DispatchSettings(self.lookahead_requests, self.kv_headroom)
+
+    @property
+    def lease_ms(self) -> int:
+        """The lease of an owner, and of a replica on what it was sent."""
+        return max(1, round(self.lease_seconds * 1000))
+
+    @property
+    def renew_seconds(self) -> float:
+        """How often leases are renewed and judged: five times within one."""
+        return self.lease_seconds / 5
