@@ -20,6 +20,11 @@ _MOST_PENDING_TOKENS = 2 * _SLICE_TOKENS
 class IncrementalDecoder(Protocol):
     """Turns the ids of one answer into text as they come."""
 
+    @property
+    def pending(self) -> bool:
+        """Whether text of the ids so far is still to come: an incomplete character."""
+        ...
+
     def push(self, ids: Sequence[int]) -> str:
         """Text that became complete with ``ids``; never ends inside a UTF-8 character."""
         ...
@@ -134,6 +139,11 @@ class ByteDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_left = pieces.rendering.strip_most if at_start else 0
 
+    @property
+    def pending(self) -> bool:
+        """See IncrementalDecoder."""
+        return bool(self._utf8.getstate()[0])
+
     def push(self, ids: Sequence[int]) -> str:
         """See IncrementalDecoder."""
         pieces = self._pieces
@@ -173,6 +183,11 @@ class WindowDecoder:
         self._context = [i for i in context if i not in special][-_SLICE_TOKENS:]
         self._pending: list[int] = []
         self._sent = len(decode(self._context))
+
+    @property
+    def pending(self) -> bool:
+        """See IncrementalDecoder."""
+        return bool(self._pending)
 
     def push(self, ids: Sequence[int]) -> str:
         """See IncrementalDecoder."""

@@ -31,6 +31,11 @@ class StopChecker:
         self._held = ""
         self._stopped: str | None = None
 
+    @property
+    def pending(self) -> bool:
+        """Whether text is held back."""
+        return bool(self._held)
+
     def push(self, text: str) -> tuple[str, str | None]:
         """Text that may be sent, and the stop string once one is complete.
 

@@ -13,7 +13,7 @@ from uellm.streams.messages import (
     operation_arguments,
     parse_batch,
 )
-from uellm.streams.queue import ModelQueue
+from uellm.streams.queue import ModelQueue, ensure_group
 from uellm.streams.reading import GroupReader
 from uellm.streams.scripts import Scripts
 from uellm.v1 import queue_pb2
@@ -43,6 +43,10 @@ class LeaderQueue(ModelQueue):
             else reader.read(str(epoch), count, block_ms)
         )
         return [parse_batch(entry_id, fields) for entry_id, fields in entries if fields]
+
+    async def ensure_batches_group(self, replica: str) -> None:
+        """Create the leaders' group of a replica, at 0: nothing that waits is skipped."""
+        await ensure_group(self._redis, self.keys.batches(replica), "leader")
 
     async def drop_batch_entries(self, replica: str, entry_ids: Sequence[str]) -> None:
         """Acknowledge entries that need no more work: cancellations, other epochs' leftovers."""

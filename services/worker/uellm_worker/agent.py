@@ -1,0 +1,141 @@
+"""The worker's side of the deployer: registers, then gives signs of life."""
+
+import asyncio
+import time
+
+import grpc
+
+from uellm import rpc
+from uellm.convert import duration_seconds
+from uellm.logs import logger
+from uellm.service import Context
+from uellm.streams.connection import UNREACHABLE
+from uellm.streams.registry import ServiceAddress
+from uellm.v1 import deployer_pb2, deployer_pb2_grpc, topology_pb2
+from uellm_worker.devices import Devices, resident_bytes
+from uellm_worker.stages import Stages
+
+_log = logger("agent")
+HEARTBEAT_SECONDS = 1.0
+"""Until a deployer says otherwise."""
+CALL_SECONDS = 3.0
+
+
+class Agent:
+    """Keeps one deployer informed of this worker.
+
+    Args:
+        context: the service's.
+        devices: what the worker has.
+        stages: what it holds.
+
+    Attributes:
+        incarnation: rises with every start of the worker.
+    """
+
+    def __init__(self, context: Context, devices: Devices, stages: Stages) -> None:
+        self._context = context
+        self._devices = devices
+        self._stages = stages
+        self.incarnation = time.time_ns()
+        self._deployer: ServiceAddress | None = None
+        self._channel: grpc.aio.Channel | None = None
+        self._registered = False
+        self._interval = HEARTBEAT_SECONDS
+        self._going = False
+        self._away = False
+
+    async def run(self) -> None:
+        """Register and give signs of life for ever; at once when a stage changes."""
+        changed = self._stages.changed
+        while True:
+            changed.clear()
+            await self.beat()
+            try:
+                async with asyncio.timeout(self._interval):
+                    await changed.wait()
+            except TimeoutError:
+                pass
+
+    async def beat(self) -> None:
+        """One sign of life, or a registration where one is due."""
+        await self._find()
+        if self._channel is None:
+            return
+        stub = deployer_pb2_grpc.DeployerServiceStub(self._channel)
+        try:
+            if not self._registered:
+                await self._register(stub)
+            reply = await stub.Heartbeat(self._heartbeat(), timeout=CALL_SECONDS)
+            if reply.unknown:
+                await self._register(stub)
+                await stub.Heartbeat(self._heartbeat(), timeout=CALL_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            self._registered = False
+            if not self._away:
+                _log.warning(
+                    "the deployer does not answer; trying on",
+                    address=self._deployer.address if self._deployer else "",
+                    error=error.details(),
+                )
+            self._away = True
+        else:
+            self._away = False
+
+    async def going(self) -> None:
+        """Say that nothing more may be placed here."""
+        self._going = True
+        await self.beat()
+
+    def devices(self) -> list[topology_pb2.Device]:
+        """The devices as they are now."""
+        used = sum(status.resident_bytes for status in self.statuses())
+        return self._devices.describe(used, healthy=not self._going)
+
+    def statuses(self) -> list[deployer_pb2.StageStatus]:
+        """The stages as they are now."""
+        return [stage.status(resident_bytes) for stage in self._stages.held]
+
+    async def close(self) -> None:
+        """Let go of the deployer."""
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    async def _find(self) -> None:
+        """Stay with the deployer that is known while it is there, else take the first."""
+        try:
+            found = await self._context.registry.find("deployer")
+        except UNREACHABLE:
+            return  # The one that is known may still be reached.
+        known = self._deployer
+        if known is not None and any(
+            (each.service_id, each.address, each.pid)
+            == (known.service_id, known.address, known.pid)
+            for each in found
+        ):
+            return
+        if not found:
+            return
+        await self.close()
+        self._deployer, self._registered = found[0], False
+        self._channel = rpc.channel(found[0].address)
+
+    async def _register(self, stub: "deployer_pb2_grpc.DeployerServiceAsyncStub") -> None:
+        request = deployer_pb2.RegisterWorkerRequest(
+            worker=self._context.identity,
+            address=self._context.address,
+            devices=self.devices(),
+            incarnation=self.incarnation,
+        )
+        reply = await stub.RegisterWorker(request, timeout=CALL_SECONDS)
+        self._interval = duration_seconds(reply.heartbeat_interval) or HEARTBEAT_SECONDS
+        self._registered = True
+
+    def _heartbeat(self) -> deployer_pb2.HeartbeatRequest:
+        return deployer_pb2.HeartbeatRequest(
+            worker=self._context.identity,
+            incarnation=self.incarnation,
+            stages=self.statuses(),
+            devices=self.devices(),
+        )

@@ -1,0 +1,125 @@
+"""The worker as a service: its parts, and the order in which they come and go."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+
+from uellm.models import files
+from uellm.models.tokenizer import Tokenizer
+from uellm.service import Context, serve
+from uellm.streams.leader_queue import LeaderQueue
+from uellm.v1 import common_pb2, topology_pb2, worker_pb2, worker_pb2_grpc
+from uellm_worker.agent import Agent
+from uellm_worker.children import ChildSpawner
+from uellm_worker.devices import Devices
+from uellm_worker.intake import Leadership
+from uellm_worker.leader import Leader
+from uellm_worker.servicer import WorkerServicer
+from uellm_worker.settings import WorkerSettings
+from uellm_worker.stage_child import StageChild
+from uellm_worker.stages import Stages
+from uellm_worker.tracing import StageFacts, stage_facts
+
+SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
+GOING_SECONDS = 1.0
+"""How long a worker that ends tries to tell the deployer."""
+
+
+class WorkerApplication:
+    """See ``uellm.service.Application``.
+
+    Args:
+        settings: the worker's.
+        context: the service's.
+    """
+
+    service_names: tuple[str, ...] = (SERVICE,)
+
+    def __init__(self, settings: WorkerSettings, context: Context) -> None:
+        # CUDA then numbers devices as NVML does; the children inherit it.
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        self._settings = settings
+        self._context = context
+        self._spawner = ChildSpawner(
+            settings.engine,
+            log_level=settings.log_level.upper(),
+            instant_step_seconds=settings.instant_step_seconds,
+        )
+        self._stages = Stages(
+            self._spawner,
+            context.spawn,
+            self._resolve,
+            self._lead,
+            threads=settings.child_threads,
+            data_host=settings.data_address,
+            step_policy=settings.step_policy,
+        )
+        devices = Devices(context.identity, settings.devices, settings.memory_bytes)
+        self._agent = Agent(context, devices, self._stages)
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Add WorkerService."""
+        servicer = WorkerServicer(
+            self._context.identity, self._agent, self._stages, self._settings.drain_seconds
+        )
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
+
+    async def start(self) -> None:
+        """Start the fork server, which loads its libraries meanwhile, and look for a deployer."""
+        await self._spawner.start()
+        self._context.spawn(self._agent.run(), "agent")
+
+    async def drain(self) -> None:
+        """Say so, then finish or hand back everything led here."""
+        try:
+            async with asyncio.timeout(GOING_SECONDS):
+                await self._agent.going()
+        except TimeoutError:
+            pass
+        await self._stages.drain(self._settings.drain_seconds / 2)
+
+    async def close(self) -> None:
+        """End every child."""
+        await self._stages.close()
+        await self._spawner.close()
+        await self._agent.close()
+
+    def _resolve(self, ref: common_pb2.ModelRef) -> Path:
+        if self._settings.allow_download:
+            files.resolve(ref.source, ref.revision, allow_download=True)
+        return files.resolve_ref(ref)
+
+    def _lead(
+        self, assignment: topology_pb2.ShardAssignment, tokenizer: Tokenizer, child: StageChild
+    ) -> Leader:
+        async def stages() -> tuple[StageFacts, ...]:
+            deployments = await self._context.registry.deployments()
+            for replica in deployments[assignment.deployment].replicas:
+                if replica.id == assignment.replica:
+                    return stage_facts(replica.stages)
+            return stage_facts([assignment])
+
+        return Leader(
+            LeaderQueue(self._context.redis, assignment.deployment),
+            self._context.clock,
+            tokenizer,
+            Leadership(assignment.replica, assignment.generation, stages),
+            child.send,
+            lease_seconds=self._settings.lease_seconds,
+            append_interval_seconds=self._settings.append_interval_seconds,
+        )
+
+
+async def start(
+    settings: WorkerSettings,
+    *,
+    stop: asyncio.Event | None = None,
+    ready: Callable[[str], None] | None = None,
+) -> None:
+    """Run a worker until a signal, ``stop`` or a failure of its own."""
+    await serve(
+        settings, lambda context: WorkerApplication(settings, context), stop=stop, ready=ready
+    )

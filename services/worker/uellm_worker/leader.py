@@ -1,0 +1,187 @@
+"""The leader of a replica: reads its batches, feeds the engine, logs what comes of it.
+
+Only stage 0's worker leads, for one replica under one epoch. Two tasks and one callback: the
+intake reads batches and gives sequences to the child; ``report`` takes what the child says of a
+step, without waiting for Redis; the delivery says what has gathered in one append after another.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+
+from uellm.core.errors import AbortedError
+from uellm.logs import logger
+from uellm.models.tokenizer import Tokenizer
+from uellm.streams.clock import RedisClock
+from uellm.streams.leader_queue import LeaderQueue
+from uellm.v1 import engine_pb2
+from uellm_worker.answer import Answer
+from uellm_worker.delivery import Delivery, wait
+from uellm_worker.intake import Arrivals, Intake, Leadership
+from uellm_worker.journal import passing
+
+_log = logger("leader")
+RETRY_SECONDS = 0.5
+LAST_WORDS_SECONDS = 2.0
+"""How long a leader that must end tries to say what it has."""
+
+Send = Callable[[engine_pb2.EngineCommand], Awaitable[None]]
+Spawn = Callable[..., asyncio.Task[None]]
+
+
+class Leader:
+    """Leads one replica under one epoch.
+
+    Args:
+        queue: the model's.
+        clock: Redis TIME.
+        tokenizer: the model's.
+        leadership: which replica, which epoch.
+        send: gives a command to the child.
+        lease_seconds: how long a holder may be silent.
+        append_interval_seconds: least time between two appends; 0: as fast as they return.
+    """
+
+    def __init__(
+        self,
+        queue: LeaderQueue,
+        clock: RedisClock,
+        tokenizer: Tokenizer,
+        leadership: Leadership,
+        send: Send,
+        *,
+        lease_seconds: float,
+        append_interval_seconds: float = 0.0,
+    ) -> None:
+        self._queue = queue
+        self._replica = leadership.replica
+        self._epoch = leadership.epoch
+        self._send = send
+        self._intake = Intake(queue, tokenizer, leadership)
+        self._delivery = Delivery(
+            queue,
+            clock,
+            self._replica,
+            self._epoch,
+            self._drop,
+            lease_seconds=lease_seconds,
+            interval_seconds=append_interval_seconds,
+        )
+        self._reading: asyncio.Task[None] | None = None
+        self._delivering: asyncio.Task[None] | None = None
+
+    def start(self, spawn: Spawn) -> None:
+        """Start to work; ``spawn`` runs a coroutine under a name."""
+        self._reading = spawn(self._read(), f"intake of {self._replica}")
+        self._delivering = spawn(self._delivery.run(), f"delivery of {self._replica}")
+
+    async def report(self, step: engine_pb2.StepReport) -> None:
+        """Take in what a step produced."""
+        await self._delivery.report(step)
+
+    # ---- intake --------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        away = False
+        while True:
+            try:
+                arrivals = await self._intake.read(self._delivery.held)
+            except Exception as error:
+                if not passing(error):
+                    raise
+                if not away:
+                    _log.warning("batches cannot be read; trying on", error=str(error))
+                away = True
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            away = False
+            await self._take_in(arrivals)
+            if arrivals.superseded:
+                return
+
+    async def _take_in(self, arrivals: Arrivals) -> None:
+        for request_id, generation in arrivals.cancelled:
+            await self._delivery.cancel(request_id, generation)
+        for answer, logged in arrivals.answers:
+            self._delivery.hold(answer)
+            if not answer.finish:
+                await self._tell(engine_pb2.EngineCommand(add=answer.command(logged)))
+
+    async def _drop(self, answer: Answer) -> None:
+        drop = engine_pb2.DropSequence(request_id=answer.request_id, generation=answer.generation)
+        await self._tell(engine_pb2.EngineCommand(drop=drop))
+
+    async def _tell(self, command: engine_pb2.EngineCommand) -> None:
+        # A child that is gone is noticed where its events end.
+        with contextlib.suppress(ConnectionError):
+            await self._send(command)
+
+    # ---- ends ----------------------------------------------------------------------------------
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Take no new work; hand back what has not begun, and after the grace what runs."""
+        await self._stop_reading()
+        await self._route("DRAINING")
+        held = self._delivery.held
+        await self._give_back([answer for answer in held.values() if not answer.started])
+        await wait(self._delivery.idle, grace_seconds)
+        await self._give_back(list(held.values()))
+        await wait(self._delivery.idle, LAST_WORDS_SECONDS)
+        await self._return_unread()
+        await self.close()
+
+    async def fail(self) -> None:
+        """The child is gone: log what it said, hand back what it never began.
+
+        What it had begun is left to the scheduler, which counts the strikes.
+        """
+        await self._stop_reading()
+        await self._route("FORMING")
+        waiting = [answer for answer in self._delivery.held.values() if not answer.started]
+        self._delivery.give_back(waiting)
+        await self._return_unread()
+        await self.close()
+
+    async def close(self) -> None:
+        """Say what is left and end."""
+        await self._stop_reading()
+        self._delivery.end()
+        if self._delivering is not None:
+            await asyncio.wait({self._delivering}, timeout=LAST_WORDS_SECONDS)
+            self._delivering.cancel()
+            await asyncio.gather(self._delivering, return_exceptions=True)
+
+    async def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+            self._reading = None
+
+    async def _give_back(self, answers: list[Answer]) -> None:
+        self._delivery.give_back(answers)
+        for answer in answers:
+            await self._drop(answer)
+
+    async def _route(self, state: str) -> None:
+        """Have the scheduler send no more, unless the route is another's already."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_SECONDS):
+                try:
+                    route = (await self._queue.routes([self._replica])).get(self._replica)
+                    if route is not None and route.epoch == self._epoch:
+                        await self._queue.route(self._replica, self._epoch, state)
+                except Exception as error:
+                    if not passing(error):
+                        raise
+
+    async def _return_unread(self) -> None:
+        """Hand back what was sent here and never begun; its lease would have to run out else."""
+        with contextlib.suppress(TimeoutError, AbortedError):
+            async with asyncio.timeout(LAST_WORDS_SECONDS):
+                try:
+                    unread = await self._intake.unread(self._delivery.held)
+                    if unread:
+                        await self._queue.hand_back(self._replica, self._epoch, unread)
+                except Exception as error:
+                    if not passing(error) and "NOGROUP" not in str(error):
+                        raise

@@ -1,0 +1,100 @@
+"""WorkerService: between messages and what the worker does."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from uellm.core.errors import InvalidArgumentError
+from uellm.v1 import topology_pb2, worker_pb2, worker_pb2_grpc
+from uellm_worker.agent import Agent
+from uellm_worker.stages import Stages
+
+MOST_PROBE_BYTES = 32 << 20
+GRACE_SHARE = 0.8
+"""Of a call's remaining time, what running work is given before it is handed back."""
+
+Call = grpc.aio.ServicerContext[Any, Any]
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
+    """See worker.proto.
+
+    Args:
+        worker: its id.
+        agent: knows devices and states.
+        stages: does the work.
+        drain_seconds: longest time that running work is given when a stage is let go.
+    """
+
+    def __init__(self, worker: str, agent: Agent, stages: Stages, drain_seconds: float) -> None:
+        self._worker = worker
+        self._agent = agent
+        self._stages = stages
+        self._drain_seconds = drain_seconds
+
+    async def Prepare(
+        self, request: worker_pb2.PrepareRequest, context: Call
+    ) -> AsyncIterator[worker_pb2.PrepareResponse]:
+        """Loads a stage."""
+        del context
+        _check(request.assignment)
+        async for progress in self._stages.prepare(request.assignment):
+            yield progress
+
+    async def Commit(
+        self, request: worker_pb2.CommitRequest, context: Call
+    ) -> worker_pb2.CommitResponse:
+        """Joins the peers."""
+        del context
+        await self._stages.commit(request.replica, request.generation, request.rendezvous)
+        return worker_pb2.CommitResponse()
+
+    async def Release(
+        self, request: worker_pb2.ReleaseRequest, context: Call
+    ) -> worker_pb2.ReleaseResponse:
+        """Lets a stage go."""
+        grace = 0.0 if request.immediate else self._drain_seconds / 2
+        remaining = context.time_remaining()
+        if remaining is not None:
+            grace = min(grace, GRACE_SHARE * remaining)
+        await self._stages.release(request.replica, request.generation, grace)
+        return worker_pb2.ReleaseResponse()
+
+    async def Probe(
+        self, request: worker_pb2.ProbeRequest, context: Call
+    ) -> worker_pb2.ProbeResponse:
+        """Sends the same bytes back."""
+        del context
+        if len(request.payload) > MOST_PROBE_BYTES:
+            raise InvalidArgumentError(
+                f"payload: {len(request.payload)} bytes; at most {MOST_PROBE_BYTES}",
+                field="payload",
+            )
+        return worker_pb2.ProbeResponse(payload=request.payload)
+
+    async def GetStatus(
+        self, request: worker_pb2.GetStatusRequest, context: Call
+    ) -> worker_pb2.GetStatusResponse:
+        """What the worker holds."""
+        del request, context
+        return worker_pb2.GetStatusResponse(
+            worker=self._worker, devices=self._agent.devices(), stages=self._agent.statuses()
+        )
+
+
+def _check(assignment: topology_pb2.ShardAssignment) -> None:
+    """Raise InvalidArgumentError for an assignment that no stage could follow."""
+    if not assignment.replica or not assignment.deployment:
+        raise InvalidArgumentError(
+            "assignment: replica and deployment must be named", field="assignment.replica"
+        )
+    if assignment.generation < 1:
+        raise InvalidArgumentError(
+            "assignment.generation: 0; generations count from 1", field="assignment.generation"
+        )
+    if not 0 <= assignment.stage_index < assignment.stage_count:
+        raise InvalidArgumentError(
+            f"assignment.stage_index: {assignment.stage_index} of {assignment.stage_count} stages",
+            field="assignment.stage_index",
+        )

@@ -1,0 +1,68 @@
+"""What a worker is told."""
+
+import os
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from uellm.config import ServiceSettings
+
+
+class WorkerSettings(ServiceSettings):
+    """Settings of a worker: UELLM_WORKER_*, or [worker] in the file."""
+
+    role: ClassVar[str] = "worker"
+
+    engine: Literal["shard", "instant"] = Field(
+        "shard",
+        description="shard: real models; instant: tokens that depend on seed and position alone, "
+        "for tests and measurements of everything else.",
+    )
+    devices: str = Field(
+        "auto",
+        description="auto: all CUDA devices, else the CPU; or a list such as cuda:0,cuda:1 or cpu.",
+    )
+    threads: int = Field(
+        0,
+        ge=0,
+        description="Threads that each child may compute with; 0: as many as there are cores.",
+    )
+    memory_bytes: int = Field(
+        0,
+        ge=0,
+        description="Memory that the CPU device offers; 0: half of what is available at the start.",
+    )
+    data_host: str = Field(
+        "",
+        description="Address that activations travel by, bound and announced; empty: the "
+        "advertised host. Keep it private: whoever reaches it can take part.",
+    )
+    allow_download: bool = Field(
+        False, description="Fetch a hub model that this host's cache lacks when it is placed here."
+    )
+    step_policy: str = Field("fcfs", description="Policy of the engines led here.")
+    append_interval_seconds: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Least time between two appends of a replica, first tokens and ends excepted; "
+        "0: one as soon as the last returned.",
+    )
+    instant_step_seconds: float = Field(
+        0.0, ge=0, description="What each step of the instant engine is made to take."
+    )
+
+    @property
+    def child_threads(self) -> int:
+        """Threads that each child may compute with."""
+        if self.threads:
+            return self.threads
+        try:
+            return len(os.sched_getaffinity(0))
+        except AttributeError:  # not Linux
+            return os.cpu_count() or 1
+
+    @property
+    def data_address(self) -> str:
+        """Address that activations travel by."""
+        return self.data_host or self.advertised_host

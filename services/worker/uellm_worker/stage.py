@@ -1,0 +1,146 @@
+"""One stage of one replica at one generation: its state, and who waits for it to change."""
+
+import asyncio
+import signal
+from collections.abc import Callable
+
+from uellm.logs import logger
+from uellm.models.tokenizer import Tokenizer
+from uellm.v1 import deployer_pb2, engine_pb2, topology_pb2
+from uellm_worker.leader import Leader
+from uellm_worker.stage_child import StageChild
+
+_log = logger("stage")
+
+LOADING = deployer_pb2.STAGE_STATE_LOADING
+PREPARED = deployer_pb2.STAGE_STATE_PREPARED
+SERVING = deployer_pb2.STAGE_STATE_SERVING
+FAILED = deployer_pb2.STAGE_STATE_FAILED
+
+
+class Stage:
+    """A stage that this worker holds.
+
+    Args:
+        assignment: which, what, with how much.
+        changed: called at every change of state.
+
+    Attributes:
+        state: LOADING, PREPARED, SERVING or FAILED.
+        reason: why it failed.
+        child: its child, once there is one.
+        leader: of its replica, on stage 0 while it serves.
+        tokenizer: of its model, on stage 0.
+        loaded: the latest progress of loading.
+        prepared: what the child said when the weights were there.
+    """
+
+    def __init__(
+        self, assignment: topology_pb2.ShardAssignment, changed: Callable[[], None]
+    ) -> None:
+        self.assignment = assignment
+        self.state: deployer_pb2.StageState.ValueType = LOADING
+        self.reason = ""
+        self.child: StageChild | None = None
+        self.leader: Leader | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.loaded = engine_pb2.LoadProgress()
+        self.prepared = engine_pb2.ShardPrepared()
+        self.on_serving: Callable[[Stage], None] = lambda _: None
+        self.on_failed: Callable[[Stage], None] = lambda _: None
+        self._changed = changed
+        self._news = asyncio.Event()
+
+    @property
+    def replica(self) -> str:
+        """Of which replica."""
+        return self.assignment.replica
+
+    @property
+    def generation(self) -> int:
+        """Of which generation."""
+        return self.assignment.generation
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the replica's first stage."""
+        return self.assignment.stage_index == 0
+
+    async def news(self) -> None:
+        """Wait for the next change of state or progress."""
+        await self._news.wait()
+
+    def _tell(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    def _become(self, state: "deployer_pb2.StageState.ValueType") -> None:
+        self.state = state
+        self._tell()
+        self._changed()
+
+    def fail(self, reason: str) -> None:
+        """It cannot go on."""
+        if self.state != FAILED:
+            _log.warning(
+                "a stage failed", replica=self.replica, generation=self.generation, reason=reason
+            )
+            self.end(reason)
+            self.on_failed(self)
+
+    def end(self, reason: str) -> None:
+        """It is not wanted any more; whoever waits for it is told."""
+        if self.state != FAILED:
+            self.reason = reason
+            self._become(FAILED)
+
+    async def hear(self, event: engine_pb2.EngineEvent) -> None:
+        """See ``uellm_worker.stage_child.Listener``."""
+        match event.WhichOneof("event"):
+            case "step":
+                if self.leader is not None:
+                    await self.leader.report(event.step)
+            case "progress":
+                self.loaded = event.progress
+                self._tell()
+            case "prepared":
+                self.prepared = event.prepared
+                self._become(PREPARED)
+            case "serving":
+                if event.serving.generation == self.generation:
+                    self.on_serving(self)
+                    self._become(SERVING)
+            case "failed":
+                failed = event.failed
+                self.fail(f"{failed.reason}: {failed.message}")
+
+    def lost(self, exit_code: int) -> None:
+        """See ``uellm_worker.stage_child.Listener``."""
+        self.fail(f"CHILD_LOST: its process {describe_exit(exit_code)}")
+
+    def status(self, resident_bytes: Callable[[int], int]) -> deployer_pb2.StageStatus:
+        """As the deployer is told; ``resident_bytes`` measures a process."""
+        pid = self.child.pid if self.child is not None and self.child.alive else 0
+        return deployer_pb2.StageStatus(
+            replica=self.replica,
+            generation=self.generation,
+            stage_index=self.assignment.stage_index,
+            state=self.state,
+            reason=self.reason,
+            pid=pid,
+            first_layer=self.assignment.first_layer,
+            last_layer=self.assignment.last_layer,
+            resident_bytes=resident_bytes(pid) if pid else 0,
+        )
+
+
+def describe_exit(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    advice = " (out of memory?)" if name == "SIGKILL" else ""
+    return f"was killed by {name}{advice}"

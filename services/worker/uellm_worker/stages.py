@@ -1,0 +1,303 @@
+"""All stages of a worker, one per replica, fenced by generation.
+
+A replica comes up by Prepare then Commit on each of its workers; every newer generation replaces
+the older one here, and an older one is refused. A child that is alive is used again: it keeps the
+weights that the new generation still needs.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Protocol
+
+from uellm.core.errors import AbortedError, FailedPreconditionError
+from uellm.models.tokenizer import Tokenizer
+from uellm.v1 import common_pb2, engine_pb2, topology_pb2, worker_pb2
+from uellm_worker.children import EngineChild
+from uellm_worker.leader import Leader, Spawn
+from uellm_worker.stage_child import StageChild
+from uellm_worker.stage import FAILED, LOADING, PREPARED, SERVING, Stage
+
+Lead = Callable[[topology_pb2.ShardAssignment, Tokenizer, StageChild], Leader]
+Resolve = Callable[[common_pb2.ModelRef], Path]
+
+
+class Spawner(Protocol):
+    """Where children come from."""
+
+    async def spawn(self) -> EngineChild:
+        """A new, empty child."""
+        ...
+
+
+class Stages:
+    """The stages that a worker holds.
+
+    Args:
+        spawner: where children come from.
+        spawn: runs a coroutine beside the server, under a name.
+        resolve: finds a model's files on this host; blocks.
+        lead: makes the leader of a replica whose first stage is here.
+        threads: that each child may use.
+        data_host: address that the data plane binds to.
+        step_policy: of the replicas led here.
+
+    Attributes:
+        changed: set at every change of a stage's state; the listener clears it.
+    """
+
+    def __init__(
+        self,
+        spawner: Spawner,
+        spawn: Spawn,
+        resolve: Resolve,
+        lead: Lead,
+        *,
+        threads: int,
+        data_host: str,
+        step_policy: str = "fcfs",
+    ) -> None:
+        self._spawner = spawner
+        self._spawn = spawn
+        self._resolve = resolve
+        self._lead = lead
+        self._threads = threads
+        self._data_host = data_host
+        self._step_policy = step_policy
+        self._held: dict[str, Stage] = {}
+        self._fences: dict[str, int] = {}
+        self.changed = asyncio.Event()
+
+    @property
+    def held(self) -> list[Stage]:
+        """All stages, by replica."""
+        return [self._held[replica] for replica in sorted(self._held)]
+
+    # ---- prepare -------------------------------------------------------------------------------
+
+    async def prepare(
+        self, assignment: topology_pb2.ShardAssignment
+    ) -> AsyncIterator[worker_pb2.PrepareResponse]:
+        """Load a stage, or as much of it as an earlier generation's child lacks.
+
+        Raises:
+            AbortedError: a newer generation, or this one, is here already.
+            FailedPreconditionError: it cannot be loaded; nothing of it is left.
+            ModelFilesError: the model's files are not on this host, or are others.
+        """
+        earlier = self._admit(assignment)
+        if earlier is not None and earlier.assignment == assignment and earlier.state == PREPARED:
+            yield _prepared(earlier)
+            return
+        stage = Stage(assignment, self.changed.set)
+        stage.on_serving, stage.on_failed = self._begin, self._failed
+        self._held[assignment.replica] = stage
+        self._fences[assignment.replica] = assignment.generation
+        self.changed.set()
+        try:
+            await self._load(stage, earlier)
+            while stage.state == LOADING:
+                await stage.news()
+                if stage.state == LOADING:
+                    yield worker_pb2.PrepareResponse(
+                        loaded_bytes=stage.loaded.loaded_bytes,
+                        total_bytes=stage.loaded.total_bytes,
+                    )
+            self._check_current(stage)
+            if stage.state == FAILED:
+                raise FailedPreconditionError(
+                    f"stage {assignment.stage_index} of {assignment.replica} cannot be loaded: "
+                    f"{stage.reason}",
+                    reason="STAGE_NOT_LOADED",
+                )
+        except BaseException:
+            await self._discard(stage)
+            raise
+        yield _prepared(stage)
+
+    def _admit(self, assignment: topology_pb2.ShardAssignment) -> Stage | None:
+        """Check the fence; the stage that is replaced, if there is one."""
+        self._check_fence("Prepare", assignment.replica, assignment.generation)
+        earlier = self._held.get(assignment.replica)
+        if (
+            earlier is not None
+            and earlier.generation == assignment.generation
+            and (earlier.state == SERVING or earlier.assignment != assignment)
+        ):
+            raise _stale("Prepare", assignment.replica, assignment.generation, earlier.generation)
+        return earlier
+
+    async def _load(self, stage: Stage, earlier: Stage | None) -> None:
+        """Bring a child to load the stage: the earlier generation's, else a new one."""
+        assignment = stage.assignment
+        if earlier is not None:
+            stage.child = await self._take_over(earlier)
+        self._check_current(stage)
+        directory = await asyncio.to_thread(self._resolve, assignment.model)
+        if stage.leads:
+            # Here rather than at Commit, where everyone waits for everyone.
+            stage.tokenizer = await asyncio.to_thread(Tokenizer, directory)
+        if stage.child is None:
+            self._check_current(stage)
+            stage.child = await self._new_child()
+        self._check_current(stage)
+        stage.child.serve(stage)
+        prepare = engine_pb2.PrepareShard(
+            assignment=assignment,
+            model_dir=str(directory),
+            threads=self._threads,
+            bind_host=self._data_host,
+        )
+        with contextlib.suppress(ConnectionError):  # Its end is heard where its events end.
+            await stage.child.send(engine_pb2.EngineCommand(prepare=prepare))
+
+    async def _new_child(self) -> StageChild:
+        try:
+            child = StageChild(await self._spawner.spawn())
+        except (ConnectionError, OSError) as error:
+            raise FailedPreconditionError(
+                f"no child process could be started: {error}", reason="STAGE_NOT_LOADED"
+            ) from None
+        self._spawn(child.run(), f"child {child.pid}")
+        return child
+
+    async def _take_over(self, earlier: Stage) -> StageChild | None:
+        """End an earlier generation; its child if it can be used again."""
+        usable = earlier.state != LOADING
+        child, earlier.child = earlier.child, None
+        leader, earlier.leader = earlier.leader, None
+        if child is not None:
+            child.serve(None)
+        earlier.end("SUPERSEDED: a newer generation is prepared")
+        if leader is not None:
+            await leader.drain(0.0)
+        if child is None:
+            return None
+        if usable and child.alive and await child.leave():
+            return child
+        await child.kill()
+        return None
+
+    def _check_current(self, stage: Stage) -> None:
+        """Raise if the stage was replaced or released while it was being loaded."""
+        if self._held.get(stage.replica) is not stage:
+            raise AbortedError(
+                f"generation {stage.generation} of {stage.replica} was released or replaced by "
+                f"generation {self._fences.get(stage.replica, 0)} while it was being loaded"
+            )
+
+    async def _discard(self, stage: Stage) -> None:
+        """Leave nothing of a stage that could not be loaded."""
+        if self._held.get(stage.replica) is stage:
+            del self._held[stage.replica]
+        self.changed.set()
+        if stage.child is not None:
+            await stage.child.kill()
+
+    # ---- commit --------------------------------------------------------------------------------
+
+    async def commit(self, replica: str, generation: int, rendezvous: str) -> None:
+        """Join the peers and serve.
+
+        Raises:
+            AbortedError: a newer generation is here.
+            FailedPreconditionError: it was not prepared here, or cannot join.
+        """
+        self._check_fence("Commit", replica, generation)
+        stage = self._held.get(replica)
+        if stage is None or stage.generation != generation or stage.state == LOADING:
+            raise FailedPreconditionError(
+                f"generation {generation} of {replica} is not prepared here; Prepare comes first",
+                reason="STAGE_NOT_PREPARED",
+            )
+        if stage.state == PREPARED and stage.child is not None:
+            commit = engine_pb2.CommitShard(
+                generation=generation, rendezvous=rendezvous, policy=self._step_policy
+            )
+            with contextlib.suppress(ConnectionError):
+                await stage.child.send(engine_pb2.EngineCommand(commit=commit))
+        while stage.state == PREPARED:
+            await stage.news()
+        if stage.state == FAILED:
+            self._check_fence("Commit", replica, generation)
+            raise FailedPreconditionError(
+                f"stage {stage.assignment.stage_index} of {replica} cannot serve: {stage.reason}",
+                reason="STAGE_FAILED",
+            )
+
+    def _begin(self, stage: Stage) -> None:
+        """The child serves: lead the replica, if this is its first stage."""
+        if stage.tokenizer is not None and stage.child is not None:
+            stage.leader = self._lead(stage.assignment, stage.tokenizer, stage.child)
+            stage.leader.start(self._spawn)
+
+    def _failed(self, stage: Stage) -> None:
+        leader, stage.leader = stage.leader, None
+        if leader is not None:
+            self._spawn(leader.fail(), f"last words of {stage.replica}")
+
+    # ---- release -------------------------------------------------------------------------------
+
+    async def release(self, replica: str, generation: int, grace_seconds: float) -> None:
+        """Let a stage go, after finishing or handing back its work.
+
+        Raises:
+            AbortedError: a newer generation is here; it is left alone.
+        """
+        self._check_fence("Release", replica, generation)
+        self._fences[replica] = generation
+        stage = self._held.get(replica)
+        if stage is None:
+            return
+        if stage.leader is not None:
+            await stage.leader.drain(grace_seconds)
+        if self._held.get(replica) is stage:
+            del self._held[replica]
+            await self._end(stage)
+            self.changed.set()
+
+    async def drain(self, grace_seconds: float) -> None:
+        """The worker is going: finish or hand back everything that it leads."""
+        leaders = [stage.leader for stage in self._held.values() if stage.leader is not None]
+        await asyncio.gather(*(leader.drain(grace_seconds) for leader in leaders))
+
+    async def close(self) -> None:
+        """End every stage."""
+        stages, self._held = list(self._held.values()), {}
+        await asyncio.gather(*(self._end(stage) for stage in stages))
+
+    async def _end(self, stage: Stage) -> None:
+        child, stage.child = stage.child, None
+        leader, stage.leader = stage.leader, None
+        if child is not None:
+            child.serve(None)
+        if leader is not None:
+            await leader.close()
+        stage.end("RELEASED: it was let go")
+        if child is not None:
+            await child.kill()
+
+    def _check_fence(self, call: str, replica: str, generation: int) -> None:
+        fence = self._fences.get(replica, 0)
+        if generation < fence:
+            raise _stale(call, replica, generation, fence)
+
+
+def _stale(call: str, replica: str, generation: int, fence: int) -> AbortedError:
+    return AbortedError(
+        f"{call} of generation {generation} of {replica}: generation {fence} is here already; "
+        "only a newer one is taken",
+        metadata={"generation": str(generation), "held_generation": str(fence)},
+    )
+
+
+def _prepared(stage: Stage) -> worker_pb2.PrepareResponse:
+    prepared = stage.prepared
+    return worker_pb2.PrepareResponse(
+        loaded_bytes=prepared.total_bytes,
+        total_bytes=prepared.total_bytes,
+        prepared=True,
+        rendezvous=prepared.rendezvous,
+        kept_bytes=prepared.kept_bytes,
+    )
