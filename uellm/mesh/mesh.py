@@ -69,6 +69,11 @@ class Mesh:
         """Process ids of the services that run, by service id."""
         return {s.spec.service_id: s.pid for s in self._services if s.pid is not None}
 
+    @property
+    def redis_pid(self) -> int | None:
+        """Process id of the mesh's own Redis, if it has one."""
+        return self._redis_server.pid if self._redis_server else None
+
     async def placements(self, model: str) -> list[Placement]:
         """Which layers of a model's replicas are where now."""
         deployment = (await Registry(self._redis).deployments())[model]
