@@ -1,7 +1,7 @@
 """An even split that respects memory: equal weights per stage, as far as the devices hold them.
 
-It looks at memory, not at speed or links. For a model of equal layers on devices that share no
-memory it finds a plan for one replica whenever there is one.
+It looks at memory, not at speed or links. For a model of equal layers it finds a plan for one
+replica whenever there is one.
 """
 
 from collections.abc import Callable, Sequence

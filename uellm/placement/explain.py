@@ -59,9 +59,9 @@ def explain_infeasible(
         return f"no device for {what}: start a worker (`uellm serve worker`)"
     parts = min(wanted.stages or len(rooms.devices), len(rooms.devices), len(need.model.layers))
     total = need.in_parts(parts)
-    roomiest = sorted(rooms.devices, key=lambda device: (-rooms.left[device.pool], device.id))
+    roomiest = sorted(rooms.devices, key=lambda device: (-rooms.left[device.id], device.id))
     there = ", ".join(
-        f"{device.id} {size(rooms.left[device.pool])}" for device in roomiest[:_MOST_NAMED]
+        f"{device.id} {size(rooms.left[device.id])}" for device in roomiest[:_MOST_NAMED]
     )
     if len(roomiest) > _MOST_NAMED:
         there += f" and {len(roomiest) - _MOST_NAMED} with less"

@@ -16,8 +16,6 @@ _SOME_ENDS = 3
 class Rooms:
     """The devices and what is left of their memory.
 
-    Devices that share memory (the CPU devices of one host) get equal shares of it.
-
     Args:
         devices: those that may be used.
         usable: share of a device's memory that may be filled.
@@ -26,16 +24,12 @@ class Rooms:
     def __init__(self, devices: Sequence[Device], usable: float) -> None:
         self.devices = tuple(sorted(devices, key=lambda device: device.id))
         self._usable = usable
-        self._left: dict[str, int] = {}
-        self._uses: Counter[str] = Counter()
-        for device in self.devices:
-            room = int(device.memory_bytes * usable)
-            # Each of them reports the shared memory; the smallest report is the safe one.
-            self._left[device.pool] = min(self._left.get(device.pool, room), room)
+        self._left = {d.id: int(d.memory_bytes * usable) for d in self.devices}
+        self._uses = Counter({d.id: d.num_stages for d in self.devices})
 
     @property
     def left(self) -> Mapping[str, int]:
-        """Bytes left, by pool."""
+        """Bytes left, by device."""
         return self._left
 
     def find(self, device_id: str) -> Device | None:
@@ -47,7 +41,7 @@ class Rooms:
         rooms = Rooms(self.devices, self._usable)
         rooms._left, rooms._uses = dict(self._left), self._uses.copy()
         for device, size in zip(order, stage_bytes, strict=True):
-            rooms._left[device.pool] -= size
+            rooms._left[device.id] -= size
             rooms._uses[device.id] += 1
         return rooms
 
@@ -59,17 +53,15 @@ class Rooms:
         return rooms
 
     def capacities(self, order: Sequence[Device], need: Need) -> list[int]:
-        """Bytes for layers on each device of a replica: its share less what is not layers."""
-        sharing = Counter(device.pool for device in order)
+        """Bytes for layers on each device of a replica: what is left less what is not layers."""
         return [
-            self._left[device.pool] // sharing[device.pool]
-            - need.fixed(first=index == 0, last=index == len(order) - 1)
+            self._left[device.id] - need.fixed(first=index == 0, last=index == len(order) - 1)
             for index, device in enumerate(order)
         ]
 
     def room(self, chosen: Sequence[Device]) -> int:
         """Bytes left on some devices together."""
-        return sum(self._left[pool] for pool in {device.pool for device in chosen})
+        return sum(self._left[device.id] for device in chosen)
 
     def holds(self, order: Sequence[Device], need: Need) -> bool:
         """Whether some cut of the model fits on these devices, in this order."""
@@ -93,13 +85,12 @@ class Rooms:
         """Sets of devices to try, best first: unused ones, then those with the most room.
 
         With ``spread`` those on different workers come first. The last set has the most memory of
-        all sets of its size, unless devices share memory.
+        all sets of its size.
         """
-        by_room = sorted(self.devices, key=lambda d: (-self._left[d.pool], d.id))
+        by_room = sorted(self.devices, key=lambda d: (-self._left[d.id], d.id))
         unused = sorted(by_room, key=lambda d: self._uses[d.id])
-        rankings = [_round_robin(unused, [d.pool for d in unused]), by_room]
-        if spread:
-            rankings.insert(0, _round_robin(unused, [d.worker for d in unused]))
+        rankings = [_round_robin(unused)] if spread else []
+        rankings += [unused, by_room]
         seen: set[tuple[str, ...]] = set()
         for ranking in rankings:
             chosen = tuple(sorted(ranking[:count], key=lambda d: d.id))
@@ -111,7 +102,7 @@ class Rooms:
     def orders(self, chosen: Sequence[Device]) -> Iterator[tuple[Device, ...]]:
         """Orders to try: by id, then every pair of ends, which need room for more than layers."""
         yield tuple(chosen)
-        ends = sorted(chosen, key=lambda d: (-self._left[d.pool], d.id))
+        ends = sorted(chosen, key=lambda d: (-self._left[d.id], d.id))
         most = _ALL_ENDS if len(chosen) <= _ALL_ENDS else _SOME_ENDS
         for first, last in permutations(ends[:most], 2):
             middle = (device for device in chosen if device not in (first, last))
@@ -121,15 +112,15 @@ class Rooms:
         """An unused device, on a worker that is used least, with the most room."""
         workers = Counter(device.worker for device in taken)
         spare = [device for device in self.devices if device not in taken]
-        spare.sort(key=lambda d: (workers[d.worker], self._uses[d.id], -self._left[d.pool], d.id))
+        spare.sort(key=lambda d: (workers[d.worker], self._uses[d.id], -self._left[d.id], d.id))
         return spare[0] if spare else None
 
 
-def _round_robin(devices: Sequence[Device], groups: Sequence[str]) -> list[Device]:
-    """The first of every group, then the second of every group, and so on."""
+def _round_robin(devices: Sequence[Device]) -> list[Device]:
+    """The first of every worker, then the second of every worker, and so on."""
     seen: Counter[str] = Counter()
     rounds: list[tuple[int, Device]] = []
-    for device, group in zip(devices, groups, strict=True):
-        rounds.append((seen[group], device))
-        seen[group] += 1
+    for device in devices:
+        rounds.append((seen[device.worker], device))
+        seen[device.worker] += 1
     return [device for _, device in sorted(rounds, key=lambda pair: pair[0])]

@@ -17,6 +17,7 @@ class Device:
         host: the host the worker runs on.
         kind: cpu, cuda, other or simulated.
         memory_bytes: what a plan may fill: free now, or held by what the plan replaces.
+        num_stages: stages of other replicas that it holds; those with fewer come first.
         flops_per_second: sustained; 0: not measured.
         memory_bytes_per_second: sustained; 0: not measured.
     """
@@ -26,13 +27,9 @@ class Device:
     host: str
     kind: str
     memory_bytes: int
+    num_stages: int = 0
     flops_per_second: float = 0.0
     memory_bytes_per_second: float = 0.0
-
-    @property
-    def pool(self) -> str:
-        """What its memory is shared with: the CPU devices of one host fill the same memory."""
-        return f"{self.host}/cpu" if self.kind == "cpu" else self.id
 
 
 @dataclass(frozen=True, slots=True)
