@@ -13,10 +13,9 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator
 
-from uellm_worker.engine.forkserver import EXITED, KILL, REPLY, REQUEST, SPAWN, SPAWNED
-from uellm_worker.engine.wire import LENGTH, pack, unpack_length
-
 from uellm.v1.engine_pb2 import EngineCommand, EngineEvent
+from uellm_worker.engine.forkserver import EXITED, KILL, REPLY, REQUEST, SPAWN
+from uellm_worker.engine.wire import LENGTH, pack, unpack_length
 
 
 class EngineChild:
@@ -39,6 +38,8 @@ class EngineChild:
         self._reader = reader
         self._writer = writer
         self._spawner = spawner
+        # Apart from the future, which whoever awaits it may cancel.
+        self._gone = asyncio.Event()
 
     async def send(self, command: EngineCommand) -> None:
         """Send a command.
@@ -64,10 +65,16 @@ class EngineChild:
 
     async def kill(self) -> None:
         """End the process at once, and wait until it is gone."""
-        if not self.exit_code.done():
+        if not self._gone.is_set():
             self._spawner.request_kill(self.pid)
-        await asyncio.shield(self.exit_code)
+        await self._gone.wait()
         self.close()
+
+    def ended(self, code: int) -> None:
+        """The process is gone; called by the spawner."""
+        self._gone.set()
+        if not self.exit_code.done():
+            self.exit_code.set_result(code)
 
     def close(self) -> None:
         """Close the socket; a child that still runs ends by that."""
@@ -122,7 +129,7 @@ class ChildSpawner:
         """A new child, empty; the first one waits for the fork server's libraries.
 
         Raises:
-            ConnectionError: if the fork server is gone and cannot be started again.
+            OSError: if there is no room for another process, or the fork server ended.
         """
         if self._listener is None or self._listener.done():
             await self.close()
@@ -180,14 +187,8 @@ class ChildSpawner:
             while data := await loop.sock_recv(control, 4096):
                 pending += data
                 while len(pending) >= REPLY.size:
-                    kind, pid, code = REPLY.unpack_from(pending)
+                    self._take(*REPLY.unpack_from(pending))
                     pending = pending[REPLY.size :]
-                    if kind == SPAWNED:
-                        spawned = self._spawned.popleft()
-                        if not spawned.done():  # Its caller may have been cancelled.
-                            spawned.set_result(pid)
-                    elif kind == EXITED:
-                        self._ended(pid, code)
         except OSError:
             pass  # Gone as well.
         finally:
@@ -199,12 +200,25 @@ class ChildSpawner:
             for pid in tuple(self._children):
                 self._ended(pid, -9)
 
+    def _take(self, kind: int, pid: int, code: int) -> None:
+        """One reply of the fork server."""
+        if kind == EXITED:
+            self._ended(pid, code)
+            return
+        spawned = self._spawned.popleft()
+        if spawned.done():
+            return  # Its caller was cancelled; the child notices that its socket is closed.
+        if pid:
+            spawned.set_result(pid)
+        else:
+            spawned.set_exception(OSError(code, os.strerror(code)))
+
     def _ended(self, pid: int, code: int) -> None:
         child = self._children.pop(pid, None)
         if child is None:
             self._early_exits[pid] = code
-        elif not child.exit_code.done():
-            child.exit_code.set_result(code)
+        else:
+            child.ended(code)
 
 
 def _environment() -> dict[str, str]:

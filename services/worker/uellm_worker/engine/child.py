@@ -9,7 +9,8 @@ import os
 import socket
 import threading
 
-from uellm.core.errors import UellmError
+from uellm.core.errors import ModelFilesError
+from uellm.policy.registry import step_policy
 from uellm.v1.engine_pb2 import (
     CommitShard,
     EngineCommand,
@@ -23,11 +24,10 @@ from uellm.v1.engine_pb2 import (
 )
 from uellm_worker.engine.capacity import Prepared
 from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError
-from uellm_worker.engine.group import Group, Rendezvous, join
+from uellm_worker.engine.group import Group, Rendezvous, advertised_host, join
 from uellm_worker.engine.inbox import Inbox, Item, PeerLost, ResultArrived, StepAnnounced
 from uellm_worker.engine.instant import InstantEngine
 from uellm_worker.engine.loop import EngineLoop
-from uellm_worker.engine.policies import step_policy
 from uellm_worker.engine.runner import Engine, Member
 from uellm_worker.engine.wire import ChildChannel
 
@@ -78,13 +78,13 @@ class Child:
             self._leave()
         except PeerLostError as error:
             self._fail("PEER_LOST", str(error))
-        except UellmError as error:
+        except ModelFilesError as error:
             self._fail("LOAD_FAILED", error.message)
-        except MemoryError as error:
-            self._fail("OUT_OF_MEMORY", str(error) or "no host memory left")
+        except BrokenPipeError:
+            raise  # The agent is gone, and nobody is there to be told.
         except Exception as error:
             _log.exception("the stage failed")
-            reason = "OUT_OF_MEMORY" if type(error).__name__ == "OutOfMemoryError" else "INTERNAL"
+            reason = "OUT_OF_MEMORY" if _out_of_memory(error) else "INTERNAL"
             self._fail(reason, f"{type(error).__name__}: {error}")
         return True
 
@@ -152,7 +152,7 @@ class Child:
         if assignment.stage_index == 0:
             self._loop = EngineLoop(
                 self._member,
-                step_policy(commit.policy),
+                step_policy(commit.policy or "fcfs"),
                 capacity,
                 self._prepared.vocabulary,
                 epoch=assignment.generation,
@@ -200,14 +200,11 @@ class Child:
         self._channel.send(EngineEvent(failed=failed))
 
 
-def advertised_host(command: PrepareShard) -> str:
-    """The address that the other stages reach this one by."""
-    if command.bind_host not in ("", "0.0.0.0", "::"):
-        return command.bind_host
-    for peer in command.assignment.peers:
-        if peer.stage == command.assignment.stage_index and peer.host:
-            return peer.host
-    return socket.gethostname()
+def _out_of_memory(error: Exception) -> bool:
+    """Python's, CUDA's, and the CPU allocator's, which has no type of its own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def new_engine(name: str, step_seconds: float) -> Engine:

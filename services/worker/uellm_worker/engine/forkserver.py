@@ -20,11 +20,12 @@ import signal
 import socket
 import struct
 import sys
+from typing import NoReturn
 
 REQUEST = struct.Struct("!BI")
 """Kind and pid."""
 REPLY = struct.Struct("!BIi")
-"""Kind, pid and exit code."""
+"""Kind, pid (0: not forked) and exit code (not forked: the errno)."""
 SPAWN, KILL = 1, 2
 SPAWNED, EXITED = 1, 2
 
@@ -98,14 +99,19 @@ class ForkServer:
 
     def _spawn(self, sock: socket.socket) -> None:
         server = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # No process or no memory left: for this child, not for all.
+            sock.close()
+            self._control.sendall(REPLY.pack(SPAWNED, 0, error.errno or 0))
+            return
         if pid == 0:
             self._be_child(sock, server)
         sock.close()
         self._pids.add(pid)
         self._control.sendall(REPLY.pack(SPAWNED, pid, 0))
 
-    def _be_child(self, sock: socket.socket, server: int) -> None:
+    def _be_child(self, sock: socket.socket, server: int) -> NoReturn:
         """What the forked process does; does not return."""
         code = 1
         try:
@@ -153,7 +159,7 @@ def main() -> None:
     # that decides: it drains first, then closes its sockets.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=options.log_level, format="%(asctime)s %(name)s %(message)s")
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
     control = socket.socket(fileno=options.control_fd)
     for module in _PRELOAD[options.engine]:
         importlib.import_module(module)

@@ -16,6 +16,7 @@ import threading
 import time
 from typing import Any
 
+from uellm.v1.engine_pb2 import PrepareShard
 from uellm.v1.topology_pb2 import ShardAssignment
 from uellm_worker.engine.capacity import Capacity, Prepared
 from uellm_worker.engine.errors import PeerLostError
@@ -237,6 +238,16 @@ def join(
 def _limits(capacity: Capacity) -> tuple[int, int, int]:
     """A capacity for JSON."""
     return capacity.slots, capacity.max_tokens, capacity.kv_tokens
+
+
+def advertised_host(command: PrepareShard) -> str:
+    """The address that the other stages reach this one by."""
+    if command.bind_host not in ("", "0.0.0.0", "::"):
+        return command.bind_host
+    for peer in command.assignment.peers:
+        if peer.stage == command.assignment.stage_index and peer.host:
+            return peer.host
+    return socket.gethostname()
 
 
 def host_port(host: str, listener: socket.socket) -> str:

@@ -13,7 +13,7 @@ from uellm.v1.engine_pb2 import PrepareShard
 from uellm.v1.topology_pb2 import ShardAssignment
 from uellm_worker.engine.attention import LayerCache, PackedStep, SlotCache
 from uellm_worker.engine.capacity import Capacity, Prepared, Vocabulary
-from uellm_worker.engine.group import Group
+from uellm_worker.engine.group import Group, advertised_host
 from uellm_worker.engine.inbox import Inbox
 from uellm_worker.engine.plan import (
     Admission,
@@ -152,14 +152,14 @@ class ShardEngine:
     def __init__(self) -> None:
         self._stage: ShardStage | None = None
         self._shard: Shard | None = None
-        self._bind_host = ""
+        self._host = ""
         self._store: TCPStore | None = None
 
     def prepare(self, command: PrepareShard, progress: Progress) -> Prepared:
         """See ``uellm_worker.engine.runner.Engine``."""
         if command.threads:
             torch.set_num_threads(command.threads)
-        self._bind_host = command.bind_host
+        self._host = advertised_host(command)
         spec = shard_spec(command)
         earlier, self._shard, self._stage = self._shard, None, None
         self._shard = shard = load_shard(spec, earlier, progress)
@@ -189,7 +189,7 @@ class ShardEngine:
         transport = ProcessGroupTransport(
             group,
             inbox,
-            self._bind_host,
+            self._host,
             store,
             device=spec.device,
             hidden_size=self._stage.shard.config.hidden_size,

@@ -119,7 +119,7 @@ class ProcessGroupTransport:
     Args:
         group: the control links.
         inbox: where stage 0 waits for results.
-        bind_host: address that gloo binds to.
+        host: address of this stage, that gloo binds to.
         store: stage 0's own; the others connect to it.
         device: of the activations.
         hidden_size: of an activation.
@@ -133,7 +133,7 @@ class ProcessGroupTransport:
         self,
         group: Group,
         inbox: Inbox,
-        bind_host: str,
+        host: str,
         store: TCPStore | None,
         device: torch.device,
         hidden_size: int,
@@ -156,11 +156,11 @@ class ProcessGroupTransport:
                 wait_for_workers=False,
                 timeout=timedelta(seconds=_FORM_SECONDS),
             )
-            self._process_group = self._form(bind_host)
+            self._process_group = self._form(host)
         except RuntimeError as error:  # All that torch.distributed raises derives from it.
             raise PeerLostError(f"the data plane could not be formed: {error}") from error
 
-    def _form(self, bind_host: str) -> Any:
+    def _form(self, host: str) -> Any:
         assignment = self._group.assignment
         rank, size = assignment.stage_index, assignment.stage_count
         store = PrefixStore(f"generation-{assignment.generation}", self._store)
@@ -169,7 +169,7 @@ class ProcessGroupTransport:
 
             return ProcessGroupNCCL(store, rank, size, timedelta(seconds=_FORM_SECONDS))
         options = ProcessGroupGloo._Options()
-        options._devices = [ProcessGroupGloo.create_device(hostname=bind_host)]
+        options._devices = [ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=_FORM_SECONDS)
         return ProcessGroupGloo(store, rank, size, options)
 
