@@ -1,4 +1,4 @@
-"""A tiny model's files, made on the spot. No weights: for the instant engine and the gateway."""
+"""A tiny model's files, made on the spot: for what needs a tokenizer and no sense."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from tests.support.checkpoints import write_checkpoint
 from uellm.models.tokenizer import Tokenizer
 
 BOS, EOS, USER, ASSISTANT = "<s>", "</s>", "<|user|>", "<|assistant|>"
@@ -44,31 +45,25 @@ def _tokenizer() -> tokenizers.Tokenizer:
 def write_tiny_model_files(
     directory: Path, *, max_tokens: int = 512, chat_template: str = CHAT_TEMPLATE
 ) -> Path:
-    """Write the files of a tiny Llama with a byte-level tokenizer; returns ``directory``."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write a tiny Llama with a byte-level tokenizer and weights of zeros; returns ``directory``."""
     tokenizer = _tokenizer()
-    tokenizer.save(str(directory / "tokenizer.json"))
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    write_checkpoint(
+        directory,
+        hidden=64,
+        vocab=tokenizer.get_vocab_size(),
+        tied=True,
+        max_position_embeddings=max_tokens,
+        head_dim=16,
+        hidden_act="silu",
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        torch_dtype="float32",
+        bos_token_id=bos,
+        eos_token_id=eos,
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
     contents = {
-        "config.json": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "max_position_embeddings": max_tokens,
-            "vocab_size": tokenizer.get_vocab_size(),
-            "tie_word_embeddings": True,
-            "torch_dtype": "float32",
-            "bos_token_id": bos,
-            "eos_token_id": eos,
-        },
         "generation_config.json": {"bos_token_id": bos, "eos_token_id": [eos]},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

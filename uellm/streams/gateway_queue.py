@@ -1,5 +1,7 @@
 """A gateway's side of a model's queues."""
 
+from collections.abc import Sequence
+
 from redis.exceptions import OutOfMemoryError
 
 from uellm.core.errors import ResourceExhaustedError
@@ -8,6 +10,7 @@ from uellm.streams.messages import (
     AcceptResult,
     Limits,
     NewRequest,
+    Standing,
     not_found,
     stream_entries,
 )
@@ -53,6 +56,16 @@ class GatewayQueue(ModelQueue):
         if state == b"unknown":
             raise not_found(request_id)
         return str(state.decode())
+
+    async def standings(self, request_ids: Sequence[str]) -> list[Standing | None]:
+        """How far several requests are, in one round trip; None where there is no record."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for request_id in request_ids:
+            pipeline.hmget(self.keys.request(request_id), ["state", "tokens"])
+        return [
+            Standing(state.decode(), int(tokens)) if state is not None else None
+            for state, tokens in await pipeline.execute()
+        ]
 
     async def cancel(
         self,

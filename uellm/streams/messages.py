@@ -127,6 +127,19 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a request is: its state and how many of its tokens are logged."""
+
+    state: str
+    tokens: int
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is final."""
+        return self.state in TERMINAL
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaRoute:
     """Where a replica's route points, and its latest report."""
 

@@ -1,0 +1,190 @@
+"""What is served, as the deployer publishes it, with each model's tokenizer beside it."""
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from uellm import convert
+from uellm.core.errors import ModelFilesError
+from uellm.core.model import ModelProfile
+from uellm.logs import logger
+from uellm.models.files import resolve_ref
+from uellm.models.tokenizer import Tokenizer
+from uellm.streams.registry import Registry
+from uellm.v1 import common_pb2, topology_pb2
+from uellm_gateway.validation import unknown_model
+
+POLL_SECONDS = 0.5
+RETRY_LOAD_SECONDS = 2.0
+_FRESH_SECONDS = 0.05
+_log = logger("models")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """How a model reads and writes text.
+
+    Attributes:
+        tokenizer: its tokenizer.
+        defaults: its own temperature, top_p and top_k; empty: it decodes greedily.
+    """
+
+    tokenizer: Tokenizer
+    defaults: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One deployment, as requests meet it."""
+
+    deployment: topology_pb2.Deployment
+    profile: ModelProfile
+
+    @property
+    def name(self) -> str:
+        """The served name."""
+        return self.deployment.name
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest prompt and answer together."""
+        return self.deployment.max_tokens or self.profile.max_tokens
+
+    @property
+    def ready_replicas(self) -> int:
+        """Replicas that take requests now."""
+        ready = topology_pb2.REPLICA_STATE_READY
+        return sum(replica.state == ready for replica in self.deployment.replicas)
+
+
+def sampling_defaults(directory: Path) -> dict[str, float]:
+    """A checkpoint's own sampling, if its generation_config.json says that it samples."""
+    path = directory / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(config, dict) or not config.get("do_sample"):
+        return {}
+    values = {"temperature": 1.0} | config
+    return {
+        name: float(values[name])
+        for name in ("temperature", "top_p", "top_k")
+        if isinstance(values.get(name), int | float)
+    }
+
+
+def load_text(ref: common_pb2.ModelRef) -> ModelText:
+    """Read a model's tokenizer. Blocks: for a thread.
+
+    Raises:
+        ModelFilesError: if the files are not on this host, or not those that were deployed.
+    """
+    directory = resolve_ref(ref)
+    return ModelText(Tokenizer(directory), sampling_defaults(directory))
+
+
+class ModelView:
+    """All deployments, kept up to date; tokenizers are loaded once and kept."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._models: dict[str, ServedModel] = {}
+        self._refreshed_at = 0.0
+        self._texts: dict[bytes, asyncio.Task[ModelText]] = {}
+        self._failed_at: dict[bytes, float] = {}
+
+    async def refresh(self) -> None:
+        """Read the registry and start loading what is new."""
+        deployments = await self._registry.deployments()
+        self._refreshed_at = time.monotonic()
+        before, self._models = self._models, {}
+        for name, deployment in deployments.items():
+            known = before.get(name)
+            if known is None or known.deployment != deployment:
+                known = ServedModel(deployment, convert.model_from_proto(deployment.profile))
+            self._models[name] = known
+            self._load(deployment.model)
+        used = {_key(model.deployment.model) for model in self._models.values()}
+        for key in self._texts.keys() - used:
+            self._texts.pop(key).cancel()
+
+    async def poll(self) -> None:
+        """One round of keeping up to date."""
+        await self.refresh()
+        await asyncio.sleep(POLL_SECONDS)
+
+    @property
+    def models(self) -> list[ServedModel]:
+        """All of them, by name."""
+        return [self._models[name] for name in sorted(self._models)]
+
+    def find(self, name: str) -> ServedModel | None:
+        """A model, if it is known by now."""
+        return self._models.get(name)
+
+    async def get(self, name: str) -> ServedModel:
+        """A model by its served name.
+
+        Raises:
+            NotFoundError: if it is not served, listing those that are.
+        """
+        if name not in self._models and time.monotonic() - self._refreshed_at > _FRESH_SECONDS:
+            await self.refresh()
+        if name not in self._models:
+            raise unknown_model(name, self._models)
+        return self._models[name]
+
+    async def text(self, model: ServedModel) -> ModelText:
+        """A model's tokenizer, waiting for it to be loaded.
+
+        Raises:
+            ModelFilesError: if it cannot be; tried again a little later.
+        """
+        return await asyncio.shield(self._load(model.deployment.model))
+
+    async def tokenizer(self, name: str) -> Tokenizer:
+        """The tokenizer of a model by its served name.
+
+        Raises:
+            NotFoundError: if it is not served.
+            ModelFilesError: if it cannot be loaded.
+        """
+        return (await self.text(await self.get(name))).tokenizer
+
+    def _load(self, ref: common_pb2.ModelRef) -> asyncio.Task[ModelText]:
+        key = _key(ref)
+        task = self._texts.get(key)
+        if task is not None and not self._may_retry(key, task):
+            return task
+        task = asyncio.create_task(asyncio.to_thread(load_text, ref), name=f"load {ref.name}")
+        task.add_done_callback(lambda done: self._loaded(key, ref.name, done))
+        self._texts[key] = task
+        return task
+
+    def _may_retry(self, key: bytes, task: asyncio.Task[ModelText]) -> bool:
+        failed = task.done() and (task.cancelled() or task.exception() is not None)
+        return failed and time.monotonic() - self._failed_at.get(key, 0.0) > RETRY_LOAD_SECONDS
+
+    def _loaded(self, key: bytes, name: str, task: asyncio.Task[ModelText]) -> None:
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            self._failed_at.pop(key, None)
+            return
+        if key not in self._failed_at:
+            message = error.message if isinstance(error, ModelFilesError) else repr(error)
+            _log.warning("tokenizer not loaded; trying on", model=name, error=message)
+        self._failed_at[key] = time.monotonic()
+
+    async def close(self) -> None:
+        """Stop loading."""
+        tasks = list(self._texts.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _key(ref: common_pb2.ModelRef) -> bytes:
+    return ref.SerializeToString(deterministic=True)

@@ -1,0 +1,64 @@
+"""The services that a gateway calls: live ones of a role, in turn, each over one channel."""
+
+import time
+
+import grpc
+
+from uellm.rpc import channel
+from uellm.streams.registry import Registry
+
+REST_SECONDS = 1.0
+"""How long a peer that failed is left alone."""
+
+
+class Peer:
+    """One live service."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel: grpc.aio.Channel = channel(address)
+        self._rests_until = 0.0
+
+    @property
+    def resting(self) -> bool:
+        """Whether it failed just now."""
+        return time.monotonic() < self._rests_until
+
+    def rest(self) -> None:
+        """Leave it alone for a while."""
+        self._rests_until = time.monotonic() + REST_SECONDS
+
+
+class Peers:
+    """The live services of one role."""
+
+    def __init__(self, registry: Registry, role: str) -> None:
+        self._registry = registry
+        self._role = role
+        self._peers: list[Peer] = []
+        self._turn = 0
+
+    async def refresh(self) -> None:
+        """Read the registry; channels of services that are gone are closed."""
+        addresses = [service.address for service in await self._registry.find(self._role)]
+        known = {peer.address: peer for peer in self._peers}
+        self._peers = [
+            known.pop(address) if address in known else Peer(address)
+            for address in dict.fromkeys(addresses)
+        ]
+        for peer in known.values():
+            await peer.channel.close(grace=1.0)
+
+    def next(self) -> Peer | None:
+        """The next that did not fail just now, or None."""
+        for _ in self._peers:
+            self._turn = (self._turn + 1) % len(self._peers)
+            if not self._peers[self._turn].resting:
+                return self._peers[self._turn]
+        return None
+
+    async def close(self) -> None:
+        """Close all channels."""
+        for peer in self._peers:
+            await peer.channel.close()
+        self._peers = []

@@ -1,0 +1,109 @@
+"""A request's profile: the profiler's if it answers in time, else the prior's own."""
+
+from collections.abc import Sequence
+
+import grpc
+
+from uellm import convert
+from uellm.core.request import LEVELS, QuantileFunction
+from uellm.prediction.interface import PredictionRequest, sampling_regime
+from uellm.prediction.prior import Prior
+from uellm.prediction.resources import build_profile
+from uellm.v1 import common_pb2, profiler_pb2
+from uellm.v1.profiler_pb2_grpc import ProfilerServiceStub
+from uellm_gateway.models import ServedModel
+from uellm_gateway.peers import Peers
+
+FEWEST_LEVELS = 9
+MOST_TEXT_CHARACTERS = 16_384
+
+
+class Profiling:
+    """Asks the profilers in turn; one that fails is left alone for a second.
+
+    Args:
+        peers: the profilers.
+        budget_seconds: longest time to wait for one.
+    """
+
+    def __init__(self, peers: Peers, budget_seconds: float) -> None:
+        self._peers = peers
+        self._budget_seconds = budget_seconds
+        # It learns nothing here, so that one answer serves all requests: only the cap differs.
+        prior = Prior()
+        self._prior_name, self._prior_version = prior.name, prior.version
+        self._prior_lengths = prior.predict(PredictionRequest("", "", 1, 0))
+
+    async def profile(
+        self,
+        model: ServedModel,
+        adapter: str,
+        sampling: common_pb2.Sampling,
+        prompt_tokens: int,
+        text: str,
+        traceparent: str = "",
+    ) -> common_pb2.ResourceProfile:
+        """What a request will need; never fails.
+
+        Args:
+            model: the model.
+            adapter: its adapter, or "".
+            sampling: with defaults filled in.
+            prompt_tokens: prompt length.
+            text: the prompt as the user wrote it.
+            traceparent: W3C context to pass on.
+        """
+        peer = self._peers.next()
+        if peer is not None:
+            request = profiler_pb2.ProfileRequest(
+                model=model.name,
+                adapter=adapter,
+                sampling_regime=sampling_regime(sampling.temperature),
+                prompt_tokens=prompt_tokens,
+                max_tokens=sampling.max_tokens,
+                text=text[:MOST_TEXT_CHARACTERS],
+            )
+            stub = ProfilerServiceStub(peer.channel)
+            try:
+                response = await stub.Profile(
+                    request,
+                    timeout=self._budget_seconds,
+                    metadata=(("traceparent", traceparent),) if traceparent else None,
+                )
+            except grpc.aio.AioRpcError:
+                peer.rest()
+            else:
+                if _is_sound(response.profile):
+                    return response.profile
+                peer.rest()
+        return self._fallback(model, sampling, prompt_tokens)
+
+    def _fallback(
+        self, model: ServedModel, sampling: common_pb2.Sampling, prompt_tokens: int
+    ) -> common_pb2.ResourceProfile:
+        profile = build_profile(
+            model.profile,
+            prompt_tokens,
+            self._prior_lengths,
+            sampling.max_tokens,
+            self._prior_name,
+            self._prior_version,
+            fallback=True,
+        )
+        return convert.profile_to_proto(profile)
+
+
+def _is_sound(profile: common_pb2.ResourceProfile) -> bool:
+    """Whether a profile keeps what its contract says; everyone behind the gateway relies on it."""
+    quantiles = profile.output_tokens
+    if len(quantiles.levels) < FEWEST_LEVELS or quantiles.levels[-1] < LEVELS[-1]:
+        return False
+    return _ascends(quantiles.levels, quantiles.values)
+
+
+def _ascends(levels: Sequence[float], values: Sequence[float]) -> bool:
+    try:
+        QuantileFunction(levels, values)
+    except ValueError:
+        return False
+    return True
