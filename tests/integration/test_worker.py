@@ -1,10 +1,17 @@
 """A real worker with real instant children, on a real server; the rest of the mesh is played."""
 
+import asyncio
+import json
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
+import psutil
 import pytest
 
+from tests.support.waiting import eventually
 from tests.support.worker import (
     REPLICA,
     Deployer,
@@ -13,8 +20,11 @@ from tests.support.worker import (
     deployer_at,
     mesh_at,
     worker_at,
+    worker_process,
 )
-from uellm.v1 import common_pb2, deployer_pb2
+from uellm.convert import duration
+from uellm.embedded import EmbeddedRedis
+from uellm.v1 import common_pb2, deployer_pb2, worker_pb2
 
 SERVING = deployer_pb2.STAGE_STATE_SERVING
 FAILED = deployer_pb2.STAGE_STATE_FAILED
@@ -71,3 +81,334 @@ async def test_answers_are_the_oracles(worker: RunningWorker, mesh: Mesh) -> Non
             <= times.first_token_at.ToNanoseconds()
             <= times.finished_at.ToNanoseconds()
         )
+
+
+async def test_slo_verdict_and_completion_event(worker: RunningWorker, mesh: Mesh) -> None:
+    await serving(worker, mesh)
+    kept = await mesh.accept(max_tokens=5, slo=common_pb2.Slo(deadline=duration(60)))
+    missed = await mesh.accept(max_tokens=5, slo=common_pb2.Slo(ttft=duration(1e-6)))
+    await mesh.dispatch(kept, missed)
+    for request_id, met in ((kept, True), (missed, False)):
+        finished = (await mesh.ended(request_id)).finished
+        assert finished is not None
+        assert finished.slo.met is met
+    _, events = await mesh.scheduler.read_completions("0", 100, None)
+    event = next(event for event in events if event.request_id == kept)
+    assert event.output_tokens == 5
+    assert event.prompt_tokens == 3
+    assert event.sampling_regime == "greedy"
+    assert event.censored
+    assert (event.model, event.replica, event.plan_epoch) == ("tiny", REPLICA, 1)
+
+
+async def test_a_stop_string_ends_the_answer_and_frees_the_slot(
+    slow_worker: RunningWorker, mesh: Mesh
+) -> None:
+    await serving(slow_worker, mesh, slots=1)
+    _, text = mesh.oracle(3, 60)
+    stop = text[20:24]
+    before = text[: text.index(stop)]
+    stopped = await mesh.accept(seed=3, max_tokens=4000, stop=[stop])
+    behind = await mesh.accept(seed=4, max_tokens=3)
+    await mesh.dispatch(stopped, behind)
+    finished = (await mesh.ended(stopped)).finished
+    assert finished is not None
+    assert finished.reason == common_pb2.FINISH_REASON_STOP
+    assert finished.stop == stop
+    ids, logged_text = await mesh.logged(stopped)
+    assert logged_text == before
+    assert finished.usage.output_tokens == len(ids)
+    assert stop in mesh.tokenizer.decode(ids)
+    assert stop not in mesh.tokenizer.decode(ids[:-1])
+    assert (await mesh.ended(behind)).state == "DONE"
+
+
+async def test_a_request_that_the_engine_cannot_serve_fails_alone(
+    worker: RunningWorker, mesh: Mesh
+) -> None:
+    await serving(worker, mesh)
+    beyond = await mesh.accept(prompt=[10**6], max_tokens=3)
+    good = await mesh.accept(max_tokens=3)
+    await mesh.dispatch(beyond, good)
+    record = await mesh.ended(beyond)
+    assert record.state == "FAILED"
+    assert record.finished is not None
+    assert record.finished.failure.reason == "TOKEN_OUT_OF_VOCABULARY"
+    assert (await mesh.ended(good)).state == "DONE"
+
+
+async def test_registration_heartbeats_and_status(
+    worker: RunningWorker, mesh: Mesh, deployer: Deployer
+) -> None:
+    await eventually(lambda: deployer.heartbeats)
+    (registration,) = deployer.registrations
+    assert registration.worker == "worker-1"
+    assert registration.devices[0].id == "worker-1/cpu:0"
+    assert registration.incarnation == deployer.heartbeats[-1].incarnation > 0
+    deployer.known.clear()  # as after its restart
+    await eventually(lambda: len(deployer.registrations) == 2)
+    await serving(worker, mesh)
+    await eventually(lambda: (s := deployer.stage()) and s.state == SERVING)
+    stage = deployer.stage()
+    assert stage is not None
+    assert stage.generation == 1
+    assert stage.resident_bytes > 0
+    status = await worker.stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5)
+    assert status.stages[0].pid == stage.pid
+    echo = await worker.stub.Probe(worker_pb2.ProbeRequest(payload=b"x" * 1000), timeout=5)
+    assert echo.payload == b"x" * 1000
+
+
+async def test_a_new_deployer_is_found(
+    worker: RunningWorker, mesh: Mesh, deployer: Deployer
+) -> None:
+    await eventually(lambda: deployer.heartbeats)
+    await mesh.redis.delete("uellm:services:deployer", "uellm:services:deployer:leases")
+    async with deployer_at(mesh.redis, "deployer-2") as successor:
+        await eventually(lambda: successor.registrations)
+        await eventually(lambda: successor.heartbeats)
+
+
+async def test_stale_generations_are_refused(worker: RunningWorker, mesh: Mesh) -> None:
+    await serving(worker, mesh, generation=5)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.prepare(mesh.assignment(4))
+    assert caught.value.code() == grpc.StatusCode.ABORTED
+    assert "4" in (caught.value.details() or "")
+    assert "5" in (caught.value.details() or "")
+
+
+async def test_other_files_than_those_deployed_are_refused(
+    worker: RunningWorker, mesh: Mesh
+) -> None:
+    assignment = mesh.assignment()
+    assignment.model.digest = "0" * 64
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.prepare(assignment)
+    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "digest" in (caught.value.details() or "")
+    status = await worker.stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5)
+    assert not status.stages
+
+
+async def test_a_cancelled_request_frees_its_slot(slow_worker: RunningWorker, mesh: Mesh) -> None:
+    await serving(slow_worker, mesh, slots=1)
+    long = await mesh.accept(max_tokens=4000)
+    behind = await mesh.accept(seed=4, max_tokens=3)
+    await mesh.dispatch(long, behind)
+    await mesh.tokens(long, 3)
+    assert await mesh.cancel(long) == "CANCELLED"
+    assert (await mesh.ended(behind, 5.0)).state == "DONE"
+    count = (await mesh.record(long)).tokens
+    ids, _ = await mesh.logged(long)
+    assert len(ids) == count < 4000
+
+
+async def test_a_killed_child_fails_its_stage_and_the_answer_goes_on(
+    slow_worker: RunningWorker, mesh: Mesh, deployer: Deployer
+) -> None:
+    await serving(slow_worker, mesh, slots=2)
+    running = [await mesh.accept(seed=seed, max_tokens=150) for seed in range(2)]
+    waiting = await mesh.accept(seed=9, max_tokens=5)
+    await mesh.dispatch(*running, waiting)
+    for request_id in running:
+        await mesh.tokens(request_id, 20)
+    stage = await eventually(deployer.stage)
+    assert stage is not None
+    os.kill(stage.pid, signal.SIGKILL)
+    await eventually(lambda: (s := deployer.stage()) and s.state == FAILED, timeout=3)
+
+    async def handed_back() -> bool:
+        return await mesh.state(waiting) == "QUEUED"
+
+    await eventually(handed_back)
+    assert await mesh.route_state() == "FORMING"
+    for request_id in running:  # left to the scheduler, which counts strikes
+        assert await mesh.state(request_id) == "RUNNING"
+
+    await serving(slow_worker, mesh, generation=2, slots=2)
+    await mesh.reap()
+    assert set((await mesh.reap()).requeued) | {waiting} <= {*running, waiting}
+    await mesh.dispatch(*running, waiting, epoch=2)
+    for seed, request_id in enumerate(running):
+        record = await mesh.ended(request_id)
+        assert await mesh.logged(request_id) == mesh.oracle(seed, 150)
+        assert record.finished is not None
+        assert record.finished.attempts == 2
+        assert record.finished.batch == "batch-1"
+    await mesh.ended(waiting)
+    assert await mesh.logged(waiting) == mesh.oracle(9, 5)
+
+
+async def test_a_crash_in_prefill_is_a_strike(mesh: Mesh, deployer: Deployer) -> None:
+    """A request counts as started before its step computes; those that wait do not."""
+    async with worker_at(mesh.redis_url, instant_step_seconds=30.0) as worker:
+        await serving(worker, mesh, slots=1)
+        suspect, waiting = [await mesh.accept(max_tokens=5) for _ in range(2)]
+        await mesh.dispatch(suspect, waiting)
+
+        async def started() -> bool:
+            return await mesh.state(suspect) == "RUNNING"
+
+        await eventually(started, 3.0)
+        assert await mesh.state(waiting) == "LEASED"
+        stage = deployer.stage()
+        assert stage is not None
+        os.kill(stage.pid, signal.SIGKILL)
+
+        async def handed_back() -> bool:
+            return await mesh.state(waiting) == "QUEUED"
+
+        await eventually(handed_back, 3.0)
+        await mesh.route(2, "FORMING")
+        await mesh.reap()
+        assert (await mesh.reap()).requeued == () or await mesh.state(suspect) == "QUEUED"
+        assert await mesh.strikes(suspect) == 1
+        assert await mesh.strikes(waiting) == 0
+
+
+async def test_a_newer_generation_takes_over_a_healthy_one(
+    slow_worker: RunningWorker, mesh: Mesh
+) -> None:
+    await serving(slow_worker, mesh)
+    request_id = await mesh.accept(seed=3, max_tokens=100)
+    await mesh.dispatch(request_id)
+    await mesh.tokens(request_id, 10)
+    await serving(slow_worker, mesh, generation=2)
+    record = await mesh.record(request_id)
+    assert record.state == "QUEUED"  # handed back: no strike, no lease to wait for
+    await mesh.dispatch(request_id, epoch=2)
+    await mesh.ended(request_id)
+    assert await mesh.logged(request_id) == mesh.oracle(3, 100)
+
+
+async def test_release_hands_back_and_ends_the_child(
+    slow_worker: RunningWorker, mesh: Mesh
+) -> None:
+    await serving(slow_worker, mesh, slots=1)
+    running, waiting = [await mesh.accept(seed=s, max_tokens=3000) for s in (1, 2)]
+    await mesh.dispatch(running, waiting)
+    await mesh.tokens(running, 5)
+    release = worker_pb2.ReleaseRequest(replica=REPLICA, generation=1, immediate=True)
+    await slow_worker.stub.Release(release, timeout=10)
+    for request_id in (running, waiting):
+        assert await mesh.state(request_id) == "QUEUED"
+    status = await slow_worker.stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5)
+    assert not status.stages
+    ids, text = await mesh.logged(running)
+    assert (ids, text) == mesh.oracle(1, len(ids))
+
+
+async def test_drain_finishes_what_it_can_and_hands_back_the_rest(
+    mesh: Mesh, deployer: Deployer
+) -> None:
+    async with worker_at(mesh.redis_url, instant_step_seconds=0.01, drain_seconds=2.0) as worker:
+        await serving(worker, mesh, slots=2)
+        short, long, waiting = [
+            await mesh.accept(seed=s, max_tokens=m) for s, m in ((1, 40), (2, 4000), (3, 5))
+        ]
+        await mesh.dispatch(short, long, waiting)
+        await mesh.tokens(short, 5)
+        await mesh.tokens(long, 5)
+        await worker.stop()
+        assert await mesh.state(short) == "DONE"
+        assert await mesh.logged(short) == mesh.oracle(1, 40)
+        assert await mesh.state(long) == "QUEUED"
+        assert await mesh.state(waiting) == "QUEUED"
+        assert await mesh.route_state() == "DRAINING"
+        assert not any(device.healthy for device in deployer.heartbeats[-1].devices)
+        ids, text = await mesh.logged(long)
+        assert len(ids) == (await mesh.record(long)).tokens > 5
+        assert (ids, text) == mesh.oracle(2, len(ids))
+
+
+async def test_redis_killed_and_back_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        async with (
+            mesh_at(server.url, tmp_path / "model") as mesh,
+            deployer_at(mesh.redis),
+            worker_at(server.url, instant_step_seconds=0.01) as worker,
+        ):
+            await serving(worker, mesh)
+            ids = [await mesh.accept(seed=seed, max_tokens=300) for seed in range(4)]
+            await mesh.dispatch(*ids)
+            for round_ in range(3):
+                for request_id in ids:
+                    await mesh.tokens(request_id, 40 + 60 * round_)
+                server.kill()
+                await asyncio.to_thread(server.start)
+                await mesh.redis.connection_pool.disconnect()
+            for seed, request_id in enumerate(ids):
+                record = await mesh.ended(request_id)
+                assert record.state == "DONE"
+                assert record.generation == 2  # one holder, one end: nobody lost it on the way
+                assert await mesh.logged(request_id) == mesh.oracle(seed, 300)
+            assert await mesh.scheduler.dispatched() == []
+
+
+async def test_two_stage_crossing_of_epochs_is_handed_back(
+    slow_worker: RunningWorker, mesh: Mesh
+) -> None:
+    """A leader that reads what is meant for a newer one gives it back instead of losing it."""
+    await serving(slow_worker, mesh)
+    await mesh.route(2)  # formed elsewhere; this leader has not been told
+    request_id = await mesh.accept(max_tokens=5)
+    await mesh.dispatch(request_id, epoch=2)
+
+    async def handed_back() -> bool:
+        record = await mesh.record(request_id)
+        return record.state == "QUEUED" and record.generation == 2
+
+    await eventually(handed_back)
+
+
+async def test_reports_go_on_while_idle(worker: RunningWorker, mesh: Mesh) -> None:
+    await serving(worker, mesh)
+    request_id = await mesh.accept(max_tokens=5)
+    await mesh.dispatch(request_id)
+    await mesh.ended(request_id)
+    first = (await mesh.scheduler.routes([REPLICA]))[REPLICA]
+
+    async def reported_again() -> bool:
+        route = (await mesh.scheduler.routes([REPLICA]))[REPLICA]
+        return route.reported_at > first.reported_at and route.report.running == 0
+
+    await eventually(reported_again)
+    route = (await mesh.scheduler.routes([REPLICA]))[REPLICA]
+    assert route.report.epoch == 1
+    assert route.report.slots == 4
+    assert route.report.kv_tokens_free == route.report.kv_tokens_total > 0
+
+
+async def test_spans_from_batch_to_stages(mesh: Mesh, deployer: Deployer, tmp_path: Path) -> None:
+    """A worker in a process of its own: one span per request, under the scheduler's."""
+    spans = tmp_path / "spans.jsonl"
+    trace_id, parent_id = "1234567890abcdef1234567890abcdef", "fedcba0987654321"
+    async with worker_process(
+        mesh.redis_url, UELLM_OTEL_EXPORTER="console", UELLM_OTEL_FILE=str(spans)
+    ) as worker:
+        await serving(worker, mesh)
+        request_id = await mesh.accept(max_tokens=5)
+        await mesh.dispatch(request_id, traceparent=f"00-{trace_id}-{parent_id}-01")
+        await mesh.ended(request_id)
+    found = {span["name"]: span for span in map(json.loads, spans.read_text().splitlines())}
+    batch, generate, stage = (found[f"worker.{name}"] for name in ("batch", "generate", "stage"))
+    assert batch["links"][0]["context"]["trace_id"] == f"0x{trace_id}"
+    assert generate["context"]["trace_id"] == f"0x{trace_id}"
+    assert generate["parent_id"] == f"0x{parent_id}"
+    assert generate["attributes"]["gen_ai.usage.output_tokens"] == 5
+    assert generate["attributes"]["gen_ai.response.finish_reasons"] == ["length"]
+    assert stage["parent_id"] == generate["context"]["span_id"]
+    assert stage["attributes"]["uellm.worker"] == "worker-1"
+    assert stage["attributes"]["uellm.stage.last_layer"] == 3
+
+
+async def test_children_do_not_outlive_their_worker(mesh: Mesh, deployer: Deployer) -> None:
+    async with worker_process(mesh.redis_url) as worker:
+        await serving(worker, mesh)
+        await eventually(lambda: (s := deployer.stage()) and s.pid)
+        stage = deployer.stage()
+        assert stage is not None
+        child = psutil.Process(stage.pid)
+        worker.process.kill()
+        await eventually(lambda: not child.is_running() or child.status() == "zombie")

@@ -1,6 +1,9 @@
 """A worker's surroundings: its model, the deployer it reports to, the queues it serves."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -30,6 +33,7 @@ from uellm.v1 import (
     common_pb2,
     deployer_pb2,
     deployer_pb2_grpc,
+    inference_pb2,
     queue_pb2,
     topology_pb2,
     worker_pb2,
@@ -96,14 +100,12 @@ async def deployer_at(redis: Any, service_id: str = "deployer-1") -> AsyncIterat
         await server.stop(0)
 
 
-@dataclass
 class RunningWorker:
-    """A worker in this process, and a client of it."""
+    """A worker's name, and a client of it."""
 
-    worker: str
-    stub: Any
-    stopping: asyncio.Event
-    task: asyncio.Task[None]
+    def __init__(self, worker: str, stub: Any) -> None:
+        self.worker = worker
+        self.stub = stub
 
     async def prepare(
         self, assignment: topology_pb2.ShardAssignment
@@ -124,14 +126,33 @@ class RunningWorker:
         assert answers[-1].prepared
         await self.commit(assignment.replica, assignment.generation)
 
+
+class WorkerTask(RunningWorker):
+    """A worker in this process."""
+
+    def __init__(
+        self, worker: str, stub: Any, stopping: asyncio.Event, task: asyncio.Task[None]
+    ) -> None:
+        super().__init__(worker, stub)
+        self._stopping = stopping
+        self._task = task
+
     async def stop(self) -> None:
         """As SIGTERM would."""
-        self.stopping.set()
-        await self.task
+        self._stopping.set()
+        await self._task
+
+
+class WorkerProcess(RunningWorker):
+    """A worker in a process of its own."""
+
+    def __init__(self, worker: str, stub: Any, process: subprocess.Popen[bytes]) -> None:
+        super().__init__(worker, stub)
+        self.process = process
 
 
 @asynccontextmanager
-async def worker_at(redis_url: str, **settings: Any) -> AsyncIterator[RunningWorker]:
+async def worker_at(redis_url: str, **settings: Any) -> AsyncIterator[WorkerTask]:
     """A worker of the instant engine, running in this process."""
     chosen = {
         "redis_url": redis_url,
@@ -151,11 +172,46 @@ async def worker_at(redis_url: str, **settings: Any) -> AsyncIterator[RunningWor
         await task
     async with grpc.aio.insecure_channel(address.result()) as channel:
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
-        worker = RunningWorker(chosen["service_id"], stub, stopping, task)
+        worker = WorkerTask(chosen["service_id"], stub, stopping, task)
         try:
             yield worker
         finally:
             await worker.stop()
+
+
+def _start_process(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "uellm_worker"]
+    return subprocess.Popen(command, env=os.environ | environment)
+
+
+@asynccontextmanager
+async def worker_process(redis_url: str, **environment: str) -> AsyncIterator[WorkerProcess]:
+    """A worker of the instant engine in a process of its own, found through the registry."""
+    chosen = {
+        "UELLM_REDIS_URL": redis_url,
+        "UELLM_WORKER_HOST": "127.0.0.1",
+        "UELLM_WORKER_SERVICE_ID": "worker-1",
+        "UELLM_WORKER_ENGINE": "instant",
+        "UELLM_WORKER_DEVICES": "cpu",
+        "UELLM_WORKER_DRAIN_SECONDS": "2",
+    } | environment
+    process = _start_process(chosen)
+    client = connect(redis_url)
+    registry = Registry(client)
+    try:
+
+        async def found() -> list[ServiceAddress]:
+            assert process.poll() is None, "the worker ended"
+            return await registry.find("worker")
+
+        (service,) = await eventually(found, 20.0)
+        async with grpc.aio.insecure_channel(service.address) as channel:
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            yield WorkerProcess(service.service_id, stub, process)
+    finally:
+        process.terminate()
+        await asyncio.to_thread(process.wait, 10)
+        await client.aclose()
 
 
 class Mesh:
@@ -164,8 +220,9 @@ class Mesh:
     It accepts as a gateway, owns and dispatches as a scheduler, routes as a deployer.
     """
 
-    def __init__(self, redis: Any, directory: Path) -> None:
+    def __init__(self, redis: Any, redis_url: str, directory: Path) -> None:
         self.redis = redis
+        self.redis_url = redis_url
         self.directory = directory
         self.tokenizer = Tokenizer(directory)
         self.gateway = GatewayQueue(redis, MODEL)
@@ -199,6 +256,7 @@ class Mesh:
             ),
             "dtype": "float32",
             "slots": slots,
+            "peers": [topology_pb2.Peer(worker="worker-1", host="127.0.0.1")],
             "max_tokens": 4096,
         }
         return topology_pb2.ShardAssignment(**(fields | changes))
@@ -238,7 +296,7 @@ class Mesh:
         await self.scheduler.read_requests(SCHEDULER, 100, None)
         return request_id
 
-    async def dispatch(self, *request_ids: str, epoch: int = 1) -> None:
+    async def dispatch(self, *request_ids: str, epoch: int = 1, traceparent: str = "") -> None:
         """Send requests to the replica as one batch."""
         self.batches += 1
         entries = []
@@ -257,12 +315,19 @@ class Mesh:
                     batch_id=f"batch-{self.batches}",
                     attempt=record.attempts + 1,
                     tenant=TENANT,
+                    traceparent=traceparent,
                 )
             )
         sent = await self.scheduler.dispatch(
             self.token, REPLICA, epoch, LEASE_MS, f"batch-{self.batches}", entries
         )
         assert sent == [True] * len(entries)
+
+    async def cancel(self, request_id: str) -> str:
+        """End a request at its caller's wish; returns its state."""
+        finished = inference_pb2.Finished(reason=common_pb2.FINISH_REASON_CANCELLED)
+        completion = queue_pb2.CompletionEvent(request_id=request_id)
+        return await self.gateway.cancel(request_id, TENANT, finished, completion)
 
     async def record(self, request_id: str) -> Record:
         """A request's record."""
@@ -280,6 +345,10 @@ class Mesh:
 
         await eventually(has_ended, timeout)
         return await self.record(request_id)
+
+    async def strikes(self, request_id: str) -> int:
+        """How often a request was running when its holder died without a new token."""
+        return int(await self.redis.hget(self.gateway.keys.request(request_id), "strikes"))
 
     async def logged(self, request_id: str) -> tuple[list[int], str]:
         """All tokens and text of a request's log, checked to be without gap or overlap."""
@@ -313,7 +382,7 @@ class Mesh:
 async def mesh_at(redis_url: str, directory: Path) -> AsyncIterator[Mesh]:
     """A mesh around a worker, on an empty server."""
     client = connect(redis_url)
-    mesh = Mesh(client, write_servable_model(directory))
+    mesh = Mesh(client, redis_url, write_servable_model(directory))
     await mesh.open()
     try:
         yield mesh

@@ -133,6 +133,7 @@ class Answer:
 
     def take(self, output: engine_pb2.SequenceOutput) -> bool:
         """Take what a step gave it; True if a stop string, unknown to the engine, ended it."""
+        self.started = True
         text, logprobs = self._text, output.logprobs
         for i, token in enumerate(output.token_ids):
             self._token_ids.append(token)

@@ -97,7 +97,8 @@ class WorkerApplication:
     ) -> Leader:
         async def stages() -> tuple[StageFacts, ...]:
             deployments = await self._context.registry.deployments()
-            for replica in deployments[assignment.deployment].replicas:
+            deployment = deployments.get(assignment.deployment, topology_pb2.Deployment())
+            for replica in deployment.replicas:
                 if replica.id == assignment.replica:
                     return stage_facts(replica.stages)
             return stage_facts([assignment])
@@ -106,7 +107,7 @@ class WorkerApplication:
             LeaderQueue(self._context.redis, assignment.deployment),
             self._context.clock,
             tokenizer,
-            Leadership(assignment.replica, assignment.generation, stages),
+            Leadership(assignment.replica, assignment.generation, assignment.stage_count, stages),
             child.send,
             lease_seconds=self._settings.lease_seconds,
             append_interval_seconds=self._settings.append_interval_seconds,

@@ -31,11 +31,13 @@ class Leadership:
     Attributes:
         replica: its id.
         epoch: the generation that is routed to.
-        stages: tells who computes which layers, for spans.
+        stage_count: how many stages compute.
+        stages: tells which of them hold which layers, as far as is known by now; for spans.
     """
 
     replica: str
     epoch: int
+    stage_count: int
     stages: Callable[[], Awaitable[tuple[StageFacts, ...]]]
 
 
@@ -152,7 +154,7 @@ class Intake:
                 done.append(message.entry_id)
             else:
                 batches.setdefault(entry.batch_id, []).append((entry, record))
-        if batches and enabled() and not self._stages:
+        if batches and len(self._stages) < self._leadership.stage_count and enabled():
             self._stages = await self._leadership.stages()
         for batch_id, members in batches.items():
             facts: Attributes = {"uellm.batch.id": batch_id, "uellm.batch.size": len(members)}

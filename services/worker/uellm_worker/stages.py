@@ -16,8 +16,8 @@ from uellm.models.tokenizer import Tokenizer
 from uellm.v1 import common_pb2, engine_pb2, topology_pb2, worker_pb2
 from uellm_worker.children import EngineChild
 from uellm_worker.leader import Leader, Spawn
-from uellm_worker.stage_child import StageChild
 from uellm_worker.stage import FAILED, LOADING, PREPARED, SERVING, Stage
+from uellm_worker.stage_child import StageChild
 
 Lead = Callable[[topology_pb2.ShardAssignment, Tokenizer, StageChild], Leader]
 Resolve = Callable[[common_pb2.ModelRef], Path]
