@@ -98,4 +98,4 @@ def _reason(request: QueuedView, estimate: Estimate, fastest: Speed | None, now:
         return "runs after those that can still meet their deadlines"
     if estimate.begin_at <= now:
         return "a slot is free"
-    return f"waits for a slot behind {estimate.position} others"
+    return f"waits for a slot, {estimate.position} ahead"

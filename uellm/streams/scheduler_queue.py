@@ -39,6 +39,10 @@ class SchedulerQueue(ModelQueue):
         holder, until = await self._redis.hmget(self.keys.owner, ["holder", "until"])
         return (holder or b"").decode(), int(until or 0) / 1000
 
+    async def next_term(self) -> int:
+        """A number that every owner takes when it begins: names of batches start with it."""
+        return int(await self._redis.hincrby(self.keys.owner, "terms", 1))
+
     async def policy(self) -> str:
         """The name of the policy that was chosen while running, or ""."""
         return str((await self._redis.get(self.keys.policy) or b"").decode())
@@ -66,21 +70,6 @@ class SchedulerQueue(ModelQueue):
             else self._requests.read(consumer, count, block_ms)
         )
         return [parse_queued(fields) for _, fields in entries if fields]
-
-    async def read_pending(self, consumer: str, page: int = 500) -> list[QueuedEntry]:
-        """All requests that ``consumer`` read and that have not been dispatched since."""
-        found: list[QueuedEntry] = []
-        after = b"0"
-        while True:
-            entries = stream_entries(
-                await self._redis.xreadgroup(
-                    "scheduler", consumer, {self.keys.requests: after}, page
-                )
-            )
-            if not entries:
-                return found
-            found += [parse_queued(fields) for _, fields in entries if fields]
-            after = entries[-1][0]
 
     async def claim(self, token: int, consumer: str, count: int) -> list[QueuedEntry]:
         """Take over requests that other schedulers read and did not dispatch.

@@ -29,13 +29,17 @@ class Effects:
         queue: the model's queues.
         book: what the owner knows; kept current here.
         token: the owner's fencing token.
+        term: names this owner's batches.
         lease_ms: how long a replica holds a request without a sign of life.
     """
 
-    def __init__(self, queue: SchedulerQueue, book: Book, token: int, lease_ms: int) -> None:
+    def __init__(
+        self, queue: SchedulerQueue, book: Book, *, token: int, term: int, lease_ms: int
+    ) -> None:
         self._queue = queue
         self._book = book
         self._token = token
+        self._term = term
         self._lease_ms = lease_ms
         self._batches = count(1)
 
@@ -77,7 +81,7 @@ class Effects:
         ]
         if not tickets:
             return True
-        batch_id = f"{dispatch.replica}-{self._token}.{next(self._batches)}"
+        batch_id = f"{dispatch.replica}-{self._term}.{next(self._batches)}"
         entries = [
             _batch_entry(ticket, dispatch, rank, batch_id, now)
             for rank, ticket in enumerate(tickets)

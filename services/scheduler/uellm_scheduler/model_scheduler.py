@@ -42,7 +42,7 @@ class ModelScheduler:
     Args:
         context: the service's.
         settings: the service's.
-        model: served name.
+        queue: the model's queues.
         token: the fencing token that ownership came with.
 
     Attributes:
@@ -53,9 +53,9 @@ class ModelScheduler:
     """
 
     def __init__(
-        self, context: Context, settings: SchedulerSettings, model: str, token: int
+        self, context: Context, settings: SchedulerSettings, queue: SchedulerQueue, token: int
     ) -> None:
-        self.model = model
+        self.model = queue.model
         self.token = token
         self.replicas: Sequence[str] = ()
         self.book = Book()
@@ -63,7 +63,7 @@ class ModelScheduler:
         self.routes: dict[str, ReplicaRoute] = {}
         self._context = context
         self._settings = settings
-        self._queue = SchedulerQueue(context.redis, model)
+        self._queue = queue
         self._policy = dispatch_policy(settings.policy, settings.dispatch_settings)
         self._inbox: Inbox | None = None
         self._away = False
@@ -101,7 +101,13 @@ class ModelScheduler:
         self._away = False
         book = self.book
         inbox = self._inbox = Inbox(self._queue, consumer, place)
-        effects = Effects(self._queue, book, self.token, self._settings.lease_ms)
+        effects = Effects(
+            self._queue,
+            book,
+            token=self.token,
+            term=await self._queue.next_term(),
+            lease_ms=self._settings.lease_ms,
+        )
         upkeep = Upkeep(self._queue, book, effects, self.token, self._settings)
         _log.info(
             "scheduling", model=self.model, waiting=len(book.waiting), sent=len(book.in_flight)

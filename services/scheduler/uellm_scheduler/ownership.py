@@ -11,6 +11,7 @@ import time
 from uellm import logs
 from uellm.service import Context
 from uellm.streams.scheduler_queue import SchedulerQueue
+from uellm.streams.scripts import Scripts
 from uellm_scheduler.model_scheduler import ModelScheduler
 from uellm_scheduler.settings import SchedulerSettings
 
@@ -26,6 +27,7 @@ class Ownership:
 
     def __init__(self, context: Context, settings: SchedulerSettings) -> None:
         self.owned: dict[str, ModelScheduler] = {}
+        self._scripts = Scripts(context.redis)
         self._context = context
         self._settings = settings
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -47,7 +49,7 @@ class Ownership:
             await self._queue(name).own(self._settings.identity, 0)
 
     def _queue(self, model: str) -> SchedulerQueue:
-        return SchedulerQueue(self._context.redis, model)
+        return SchedulerQueue(self._context.redis, model, self._scripts)
 
     async def _sweep(self) -> None:
         deployments = await self._context.registry.deployments()
@@ -87,7 +89,7 @@ class Ownership:
 
     def _begin(self, name: str, token: int) -> None:
         self._free_since.pop(name, None)
-        scheduler = ModelScheduler(self._context, self._settings, name, token)
+        scheduler = ModelScheduler(self._context, self._settings, self._queue(name), token)
         self.owned[name] = scheduler
         self._tasks[name] = self._context.spawn(scheduler.run(), f"scheduler of {name}")
         _log.info("owns the model", model=name, token=token)

@@ -20,9 +20,13 @@ async def recover(
     await queue.ensure_requests_group()
     place = await queue.completions_place()
     book = Book()
-    for entry in await queue.read_pending(consumer):
+    for entry in await queue.read_requests(consumer, AT_ONCE, None, pending=True):
         book.queue(entry)
     await claim(queue, token, consumer, book)
+    # What nobody has read yet takes part in the first decision too.
+    while entries := await queue.read_requests(consumer, AT_ONCE, None):
+        for entry in entries:
+            book.queue(entry)
     sent = await queue.dispatched()
     for i in range(0, len(sent), AT_ONCE):
         for record in await queue.records(sent[i : i + AT_ONCE]):

@@ -56,8 +56,8 @@ class Upkeep:
         self._token = token
         self._settings = settings
         self.reaping = Timer(settings.renew_seconds)
-        self._sweeping = Timer(settings.lease_seconds)
-        self._sweeping.due()
+        self._reconciling = Timer(settings.lease_seconds)
+        self._reconciling.due()
 
     async def tend(self, now: float) -> None:
         """Do what is due.
@@ -67,10 +67,10 @@ class Upkeep:
         """
         if self.reaping.due():
             await self._reap(now)
-        if self._sweeping.due():
             # A scheduler that lost the model while it was waiting for requests may have been
             # given some since.
             await claim(self._queue, self._token, self._settings.identity, self._book)
+        if self._reconciling.due():
             await self._reconcile(now)
         for ticket in self._book.take_exhausted(self._settings.most_attempts):
             await self._effects.bury(

@@ -1,0 +1,113 @@
+"""ProfilerService: predictions that every profiler learns alike."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.support.scheduling import MODEL, Mesh, Running, completion, profiler
+from tests.support.waiting import eventually
+from uellm.core.errors import InvalidArgumentError, NotFoundError
+from uellm.core.request import LEVELS
+from uellm.rpc import channel, error_from
+from uellm.v1 import common_pb2, profiler_pb2, profiler_pb2_grpc
+
+
+@pytest.fixture
+async def mesh(redis: Any) -> Mesh:
+    mesh = Mesh(redis)
+    await mesh.deploy("r0", slots=100)
+    return mesh
+
+
+@asynccontextmanager
+async def stub_of(service: Running) -> AsyncIterator[Any]:
+    async with channel(service.address) as open_channel:
+        yield profiler_pb2_grpc.ProfilerServiceStub(open_channel)
+
+
+async def teach(mesh: Mesh, count: int, **fields: Any) -> None:
+    """Completions, as the scripts write them."""
+    async with mesh.redis.pipeline(transaction=False) as pipeline:
+        for _ in range(count):
+            event = completion(MODEL, **fields)
+            pipeline.xadd(mesh.gateway.keys.completions, {"payload": event.SerializeToString()})
+        await pipeline.execute()
+
+
+async def learnt(stub: Any, count: int) -> profiler_pb2.DescribeModelResponse:
+    """A model's description once so many completions have been learnt from."""
+
+    async def description() -> profiler_pb2.DescribeModelResponse | None:
+        request = profiler_pb2.DescribeModelRequest(model=MODEL)
+        answer = await stub.DescribeModel(request, timeout=5)
+        assert answer.observations <= count
+        return answer if answer.observations == count else None
+
+    return await eventually(description)  # type: ignore[return-value]
+
+
+def profile_request(**fields: Any) -> profiler_pb2.ProfileRequest:
+    chosen = {"model": MODEL, "sampling_regime": "greedy", "prompt_tokens": 3, "max_tokens": 500}
+    return profiler_pb2.ProfileRequest(**{**chosen, **fields})
+
+
+async def test_the_first_request_gets_an_honest_profile(mesh: Mesh, redis_url: str) -> None:
+    async with profiler(redis_url) as service, stub_of(service) as stub:
+        profile = (await stub.Profile(profile_request(), timeout=5)).profile
+    assert tuple(profile.output_tokens.levels) == LEVELS
+    assert profile.output_tokens.values[-1] == 500
+    assert profile.output_tokens.values[0] < 50
+    assert profile.prompt_tokens == 3
+    # Two layers of 64 bytes a token, at the peak of the median.
+    median = profile.output_tokens.values[LEVELS.index(0.5)]
+    assert profile.kv_bytes == round(2 * 64 * (3 + median))
+    assert profile.flops > 0
+    assert (profile.predictor, profile.fallback) == ("running-quantiles", False)
+
+
+async def test_two_profilers_learn_the_same_whenever_they_started(
+    mesh: Mesh, redis_url: str
+) -> None:
+    async with profiler(redis_url, "a") as first, stub_of(first) as one:
+        await teach(mesh, 60, output_tokens=40)
+        await learnt(one, 60)
+        async with profiler(redis_url, "b") as second, stub_of(second) as other:
+            await teach(mesh, 60, output_tokens=80)
+            descriptions = [await learnt(stub, 120) for stub in (one, other)]
+            answers = [await stub.Profile(profile_request(), timeout=5) for stub in (one, other)]
+    assert descriptions[0] == descriptions[1]
+    assert answers[0] == answers[1]
+    assert answers[0].profile.output_tokens.values[LEVELS.index(0.3)] == 40
+    assert answers[0].profile.output_tokens.values[LEVELS.index(0.7)] == 80
+
+
+async def test_what_never_ran_teaches_nothing(mesh: Mesh, redis_url: str) -> None:
+    await teach(mesh, 5, finish_reason=common_pb2.FINISH_REASON_EXPIRED, output_tokens=7)
+    await teach(mesh, 5, finish_reason=common_pb2.FINISH_REASON_REFUSED)
+    await teach(mesh, 5, finish_reason=common_pb2.FINISH_REASON_CANCELLED)
+    await teach(mesh, 5, output_tokens=30)
+    async with profiler(redis_url) as service, stub_of(service) as stub:
+        await learnt(stub, 5)
+
+
+async def test_a_model_deployed_later_is_known_at_once(mesh: Mesh, redis_url: str) -> None:
+    async with profiler(redis_url) as service, stub_of(service) as stub:
+        await Mesh(mesh.redis, "later").deploy("r0")
+        answer = await stub.Profile(profile_request(model="later"), timeout=5)
+        assert answer.profile.kv_bytes > 0
+
+
+async def test_bad_calls_name_what_is_wrong(mesh: Mesh, redis_url: str) -> None:
+    async with profiler(redis_url) as service, stub_of(service) as stub:
+        for request, error, message in (
+            (profile_request(model="nothing"), NotFoundError, "'nothing' is not deployed"),
+            (profile_request(prompt_tokens=0), InvalidArgumentError, "at least one token"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await stub.Profile(request, timeout=5)
+            found = error_from(raised.value)
+            assert isinstance(found, error)
+            assert message in found.message

@@ -1,0 +1,168 @@
+"""SchedulerService: any scheduler answers for every model."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.support.scheduling import MODEL, Mesh, Running, scheduler
+from tests.support.waiting import eventually
+from uellm.core.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from uellm.rpc import channel, error_from
+from uellm.v1 import common_pb2, scheduler_pb2, scheduler_pb2_grpc
+
+LEVELS = (0.1, 0.5, 0.9)
+
+
+@pytest.fixture
+async def mesh(redis: Any) -> Mesh:
+    return Mesh(redis)
+
+
+@asynccontextmanager
+async def stub_of(service: Running) -> AsyncIterator[Any]:
+    async with channel(service.address) as open_channel:
+        yield scheduler_pb2_grpc.SchedulerServiceStub(open_channel)
+
+
+async def call(method: Any, request: Any) -> Any:
+    """The answer, once the model has an owner."""
+
+    async def answer() -> Any:
+        try:
+            return await method(request, timeout=5)
+        except grpc.aio.AioRpcError as error:
+            found = error_from(error)
+            if isinstance(found, UnavailableError):
+                return None
+            raise found from None
+
+    return await eventually(answer)
+
+
+def estimate(deadline: float | None = None, tokens: float = 100) -> Any:
+    slo = common_pb2.Slo()
+    if deadline is not None:
+        slo.deadline.FromNanoseconds(round(deadline * 1e9))
+    return scheduler_pb2.SchedulerServiceEstimateRequest(
+        model=MODEL,
+        slo=slo,
+        profile=common_pb2.ResourceProfile(
+            prompt_tokens=10,
+            output_tokens=common_pb2.QuantileFunction(
+                levels=LEVELS, values=[tokens / 2, tokens, tokens * 2]
+            ),
+        ),
+    )
+
+
+def seconds_until_finish(promise: common_pb2.Promise) -> float:
+    start, finish = promise.start_p50.ToNanoseconds(), promise.finish_p50.ToNanoseconds()
+    return (finish - start) / 1e9
+
+
+async def test_an_estimate_is_what_would_be_promised(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0", slots=1, step_seconds=0.5)
+    async with scheduler(redis_url) as service, stub_of(service) as stub:
+        promise = (await call(stub.Estimate, estimate(deadline=60))).promise
+        assert seconds_until_finish(promise) == pytest.approx(50, rel=0.05)
+        assert promise.queue_position == 0
+        assert 0.5 < promise.p_meet < 0.9
+        ids = [await mesh.accept(output=100) for _ in range(4)]
+        for request_id in ids:
+            await mesh.promised(request_id)
+        # Three run or are bound, one waits; with a deadline it would come before that one.
+        urgent = (await call(stub.Estimate, estimate(deadline=200))).promise
+        patient = (await call(stub.Estimate, estimate())).promise
+        assert urgent.queue_position == 0
+        assert patient.queue_position == 1
+        assert patient.start_p50.ToNanoseconds() > urgent.start_p50.ToNanoseconds()
+        assert not patient.HasField("p_meet")
+
+
+async def test_the_queue_is_shown_in_its_order(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0", slots=1)
+    async with (
+        scheduler(redis_url, lookahead_requests=0) as service,
+        stub_of(service) as stub,
+    ):
+        await mesh.accept(deadline=100)
+        await mesh.received("r0", 1)
+        late, early = await mesh.accept(deadline=300), await mesh.accept(deadline=200)
+        await mesh.promised(late)
+        await mesh.promised(early)
+        queue = await call(stub.GetQueue, scheduler_pb2.GetQueueRequest(model=MODEL))
+    assert [request.request_id for request in queue.queued] == [early, late]
+    assert all(request.promise.revision for request in queue.queued)
+    (load,) = queue.replicas
+    assert (load.replica, load.in_flight, load.slots) == ("r0", 1, 1)
+    assert queue.owner == "scheduler-a"
+
+
+async def test_the_policy_changes_while_running_and_outlives_its_scheduler(
+    mesh: Mesh, redis_url: str
+) -> None:
+    await mesh.deploy("r0", slots=1)
+    which = scheduler_pb2.GetPolicyRequest(model=MODEL)
+    async with scheduler(redis_url) as service, stub_of(service) as stub:
+        assert (await call(stub.GetPolicy, which)).policy == "edf"
+        change = scheduler_pb2.SetPolicyRequest(model=MODEL, policy="fcfs")
+        assert (await call(stub.SetPolicy, change)).previous == "edf"
+        assert (await call(stub.GetPolicy, which)).policy == "fcfs"
+    async with scheduler(redis_url) as service, stub_of(service) as stub:
+        ids = [await mesh.accept(deadline=deadline) for deadline in (900, 100, 500)]
+        assert [entry.request_id for entry in await mesh.received("r0", 3)] == ids
+        answer = await call(stub.GetPolicy, which)
+        assert answer.policy == "fcfs"
+        assert set(answer.available) >= {"edf", "fcfs"}
+
+
+async def test_any_scheduler_answers_for_the_owner(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0")
+    async with (
+        scheduler(redis_url, "a") as first,
+        scheduler(redis_url, "b") as second,
+        stub_of(first) as one,
+        stub_of(second) as other,
+    ):
+        which = scheduler_pb2.GetQueueRequest(model=MODEL)
+        owners = {(await call(stub.GetQueue, which)).owner for stub in (one, other)}
+        assert len(owners) == 1
+        for stub in (one, other):
+            assert (await call(stub.Estimate, estimate())).promise.finish_p50.seconds
+        change = scheduler_pb2.SetPolicyRequest(model=MODEL, policy="fcfs")
+        for stub in (one, other):
+            await call(stub.SetPolicy, change)
+        for stub in (one, other):
+            policy = await call(stub.GetPolicy, scheduler_pb2.GetPolicyRequest(model=MODEL))
+            assert policy.policy == "fcfs"
+
+
+async def test_bad_calls_name_what_is_wrong(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0")
+    async with scheduler(redis_url) as service, stub_of(service) as stub:
+        with pytest.raises(NotFoundError, match="'nothing' is not deployed; deployed: demo"):
+            await call(stub.GetQueue, scheduler_pb2.GetQueueRequest(model="nothing"))
+        with pytest.raises(InvalidArgumentError, match="available: edf, fcfs") as error:
+            change = scheduler_pb2.SetPolicyRequest(model=MODEL, policy="magic")
+            await call(stub.SetPolicy, change)
+        assert error.value.field == "policy"
+        empty = scheduler_pb2.SchedulerServiceEstimateRequest(model=MODEL)
+        with pytest.raises(InvalidArgumentError, match=r"profile\.output_tokens: empty"):
+            await call(stub.Estimate, empty)
+        wrong = estimate()
+        wrong.profile.output_tokens.levels[0] = 0.95
+        with pytest.raises(InvalidArgumentError, match="levels must ascend"):
+            await call(stub.Estimate, wrong)
+
+
+async def test_without_a_replica_there_is_no_estimate(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy()
+    async with scheduler(redis_url) as service, stub_of(service) as stub:
+        await call(stub.GetQueue, scheduler_pb2.GetQueueRequest(model=MODEL))
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.Estimate(estimate(), timeout=5)
+        found = error_from(error.value)
+        assert (found.reason, found.retry_after_seconds) == ("NO_REPLICA", 1.0)

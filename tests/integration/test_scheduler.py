@@ -1,0 +1,350 @@
+"""The scheduler service on a real server: order, promises, successors, faults."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.support.scheduling import LEASE_SECONDS, MODEL, Mesh, scheduler
+from tests.support.waiting import eventually
+from uellm.core.errors import AbortedError, ConfigurationError
+from uellm.embedded import EmbeddedRedis
+from uellm.streams.connection import connect
+from uellm.streams.messages import Start
+from uellm.v1 import common_pb2, inference_pb2, queue_pb2
+
+
+@pytest.fixture
+async def mesh(redis: Any) -> Mesh:
+    return Mesh(redis)
+
+
+async def test_requests_leave_in_deadline_order_whatever_their_arrival(
+    mesh: Mesh, redis_url: str
+) -> None:
+    deadlines = [900, 200, None, 600, 100]
+    ids = [await mesh.accept(deadline=deadline) for deadline in deadlines]
+    await mesh.deploy("r0", slots=8)
+    async with scheduler(redis_url):
+        entries = await mesh.received("r0", 5)
+    assert [entry.request_id for entry in entries] == [ids[i] for i in (4, 1, 2, 3, 0)]
+    assert [entry.rank for entry in entries] == [0, 1, 2, 3, 4]
+    assert {(entry.generation, entry.attempt, entry.plan_epoch) for entry in entries} == {(1, 1, 1)}
+
+
+async def test_requests_are_sent_as_late_as_the_slots_allow(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0", slots=1)
+    async with scheduler(redis_url, lookahead_requests=1):
+        first = [await mesh.accept(deadline=900) for _ in range(4)]
+        entries = await mesh.received("r0", 2)
+        urgent = await mesh.accept(deadline=100)
+        await mesh.promised(urgent)
+        assert await mesh.read("r0") == []
+        await mesh.finish("r0", entries[0])
+        (entry,) = await mesh.received("r0", 1)
+        assert entry.request_id == urgent
+        assert {e.request_id for e in entries} < set(first)
+
+
+async def test_every_request_is_promised(mesh: Mesh, redis_url: str) -> None:
+    await mesh.gateway.open_frames("g", 60)
+    await mesh.deploy("r0", slots=1, step_seconds=0.5)
+    async with scheduler(redis_url, lookahead_requests=0):
+        ids = [await mesh.accept(deadline=600, output=100) for _ in range(3)]
+        promises = [await mesh.promised(request_id) for request_id in ids]
+    finishes = sorted(p.finish_p50.ToNanoseconds() / 1e9 for p in promises)
+    # One slot: they run one after the other, 100 tokens of half a second each.
+    assert finishes[1] - finishes[0] == pytest.approx(50, rel=0.05)
+    assert finishes[2] - finishes[1] == pytest.approx(50, rel=0.05)
+    for promise in promises:
+        assert promise.revision == 1
+        assert promise.policy == "edf"
+        assert promise.plan_epoch == 1
+        assert promise.p_meet == 1.0
+        assert promise.start_p50.ToNanoseconds() <= promise.start_p90.ToNanoseconds()
+        assert promise.finish_p50.ToNanoseconds() < promise.finish_p90.ToNanoseconds()
+        assert promise.output_tokens_p50 == 100
+
+
+async def test_a_promise_that_no_longer_holds_is_revised(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0", slots=1, step_seconds=0.5)
+    async with scheduler(redis_url, lookahead_requests=0):
+        await mesh.accept(output=100)
+        waiting = await mesh.accept(output=100)
+        first = await mesh.promised(waiting)
+        # The replica reports that it is five times as slow.
+        await mesh.route("r0", 1, slots=1, step_seconds=2.5)
+
+        async def revised() -> bool:
+            promise = (await mesh.record(waiting)).promise
+            return promise is not None and promise.revision == 2
+
+        await eventually(revised)
+        second = await mesh.promised(waiting)
+        assert second.finish_p50.ToNanoseconds() > first.finish_p50.ToNanoseconds()
+
+
+async def test_a_successor_goes_on_after_a_scheduler_that_died(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0", slots=1)
+    async with scheduler(redis_url, "a", lookahead_requests=0) as first:
+        ids = [await mesh.accept(deadline=100 * (i + 1)) for i in range(6)]
+        (running,) = await mesh.received("r0", 1)
+        promised = [await mesh.promised(request_id) for request_id in ids]
+        async with scheduler(redis_url, "b", lookahead_requests=0):
+            await first.kill()
+            ids.append(await mesh.accept(deadline=5))
+            answered = [running.request_id]
+            await mesh.renew("r0", running.request_id)
+            await mesh.finish("r0", running)
+            for _ in range(6):
+                (entry,) = await mesh.received("r0", 1, timeout=10)
+                answered.append(entry.request_id)
+                await mesh.finish("r0", entry)
+            assert answered == [ids[0], ids[6], *ids[1:6]]
+            # What the first one promised still stands, under its revision.
+            for request_id, before in zip(ids, promised, strict=False):
+                after = (await mesh.record(request_id)).promise
+                assert after is not None
+                assert after.revision <= before.revision + 1
+
+
+async def test_a_drained_scheduler_passes_its_models_on_at_once(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0")
+    async with (
+        scheduler(redis_url, "a", lease_seconds=60) as first,
+        scheduler(redis_url, "b", lease_seconds=1) as second,
+    ):
+        await mesh.accept()
+        await mesh.received("r0", 1)
+        owner, other = (first, second)
+        holder = (await mesh.redis.hget(mesh.gateway.keys.owner, "holder")).decode()
+        if holder == "b":
+            owner, other = second, first
+        await owner.drain()
+        request_id = await mesh.accept()
+        (entry,) = await mesh.received("r0", 1, timeout=30)
+        assert entry.request_id == request_id
+        assert not other.task.done()
+
+
+async def test_a_holder_that_goes_silent_is_fenced_and_its_request_sent_again(
+    mesh: Mesh, redis_url: str
+) -> None:
+    await mesh.deploy("r0", slots=1)
+    async with scheduler(redis_url):
+        request_id = await mesh.accept()
+        (first,) = await mesh.received("r0", 1)
+        (second,) = await mesh.received("r0", 1, timeout=5 * LEASE_SECONDS)
+        assert (first.generation, second.generation) == (1, 3)
+        assert second.attempt == 2
+        assert await mesh.say("r0", Start(request_id, first.generation)) == [request_id]
+        assert await mesh.say("r0", Start(request_id, second.generation)) == []
+
+
+async def test_a_replica_formed_anew_is_sent_its_requests_at_once(
+    redis: Any, redis_url: str
+) -> None:
+    mesh = Mesh(redis)
+    await mesh.deploy("r0", slots=4)
+    async with scheduler(redis_url, lease_seconds=60.0):
+        ids = {await mesh.accept() for _ in range(3)}
+        await mesh.received("r0", 3)
+        # Once, so that the scheduler has been looking after the leases for a while.
+        await eventually(lambda: mesh.redis.hget(f"{mesh.gateway.keys.prefix}load", "reaped_ms"))
+        await mesh.route("r0", 2, slots=4)
+        entries = await mesh.received("r0", 3)
+        assert {entry.request_id for entry in entries} == ids
+        assert {entry.plan_epoch for entry in entries} == {2}
+        mesh.epochs["r0"] = 1
+        with pytest.raises(AbortedError):
+            await mesh.renew("r0", *ids)
+
+
+async def test_a_request_that_takes_its_replica_down_runs_alone_then_is_given_up(
+    mesh: Mesh, redis_url: str
+) -> None:
+    await mesh.deploy("r0", slots=4)
+    async with scheduler(redis_url):
+        poison = await mesh.accept(deadline=100)
+        innocent = await mesh.accept(deadline=200)
+        entries = await mesh.received("r0", 2)
+        await mesh.say("r0", Start(poison, 1))
+        for epoch in (2, 3):
+            await mesh.route("r0", epoch, slots=4)
+            entries = await mesh.received("r0", 1)
+            assert [entry.request_id for entry in entries] == [poison]
+            await mesh.say("r0", Start(poison, entries[0].generation))
+        await mesh.route("r0", 4, slots=4)
+        record = await mesh.ended(poison)
+        assert record.state == "DEAD"
+        assert record.finished is not None
+        assert record.finished.failure.reason == "CRASHED_ITS_WORKERS"
+        assert record.finished.attempts == 3
+        (entry,) = await mesh.received("r0", 1)
+        assert entry.request_id == innocent
+        assert await mesh.redis.xlen(mesh.gateway.keys.dead) == 1
+
+
+async def test_a_request_that_never_gets_done_is_given_up(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0")
+    async with scheduler(redis_url, most_attempts=2):
+        request_id = await mesh.accept()
+        for _ in range(2):
+            (entry,) = await mesh.received("r0", 1)
+            await mesh.leader.hand_back("r0", 1, [(request_id, entry.generation)])
+        record = await mesh.ended(request_id)
+        assert record.state == "DEAD"
+        assert record.finished is not None
+        assert record.finished.failure.reason == "ATTEMPTS_EXHAUSTED"
+
+
+async def test_a_refusable_request_expires_where_it_waits(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0", slots=1)
+    async with scheduler(redis_url, lookahead_requests=0):
+        await mesh.accept(deadline=0.3, output=100)
+        await mesh.received("r0", 1)
+        refusable = await mesh.accept(deadline=0.4, refusable=True)
+        patient = await mesh.accept(deadline=0.4)
+        record = await mesh.ended(refusable)
+        assert record.state == "EXPIRED"
+        assert record.finished is not None
+        assert record.finished.reason == common_pb2.FINISH_REASON_EXPIRED
+        assert record.finished.failure.reason == "DEADLINE_EXPIRED"
+        assert not record.finished.slo.met
+        assert (await mesh.record(patient)).state == "QUEUED"
+
+
+async def test_what_has_no_chance_is_refused_with_a_time_that_has(
+    mesh: Mesh, redis_url: str
+) -> None:
+    await mesh.deploy("r0", step_seconds=0.5)
+    async with scheduler(redis_url):
+        request_id = await mesh.accept(deadline=2, refusable=True, output=100)
+        record = await mesh.ended(request_id)
+        assert record.state == "FAILED"
+        assert record.finished is not None
+        assert record.finished.reason == common_pb2.FINISH_REASON_REFUSED
+        assert record.finished.failure.reason == "DEADLINE_INFEASIBLE"
+        assert record.promise is not None
+        feasible = record.promise.earliest_feasible_finish.ToNanoseconds() / 1e9
+        assert feasible - record.accepted_at > 40
+
+
+async def test_a_cancelled_request_leaves_the_queue(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0", slots=1)
+    async with scheduler(redis_url, lookahead_requests=0):
+        await mesh.accept(deadline=10)
+        (first,) = await mesh.received("r0", 1)
+        cancelled, last = await mesh.accept(deadline=20), await mesh.accept(deadline=30)
+        await mesh.promised(last)
+        await mesh.gateway.cancel(
+            cancelled,
+            "local",
+            inference_pb2.Finished(),
+            queue_pb2.CompletionEvent(request_id=cancelled),
+        )
+        await mesh.finish("r0", first)
+        (entry,) = await mesh.received("r0", 1)
+        assert entry.request_id == last
+
+
+@pytest.fixture
+async def own_server() -> AsyncIterator[EmbeddedRedis]:
+    with EmbeddedRedis() as server:
+        yield server
+
+
+async def test_the_queue_survives_a_restart_of_redis(own_server: EmbeddedRedis) -> None:
+    client = connect(own_server.url)
+    mesh = Mesh(client)
+    await mesh.deploy("r0", slots=1)
+    async with scheduler(own_server.url, lookahead_requests=0):
+        ids = [await mesh.accept(deadline=100 * (i + 1)) for i in range(5)]
+        (running,) = await mesh.received("r0", 1)
+        await mesh.promised(ids[-1])
+        own_server.kill()
+        own_server.start()
+        await client.connection_pool.disconnect()
+        await mesh.renew("r0", running.request_id)
+        ids.append(await mesh.accept(deadline=600))
+        answered = [running.request_id]
+        await mesh.finish("r0", running)
+        for _ in range(5):
+            (entry,) = await mesh.received("r0", 1, timeout=10)
+            answered.append(entry.request_id)
+            await mesh.finish("r0", entry)
+        assert answered == ids
+    await client.aclose()
+
+
+async def test_it_goes_on_after_redis_lost_everything(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0", slots=8)
+    async with scheduler(redis_url):
+        await mesh.accept()
+        await mesh.received("r0", 1)
+        await mesh.redis.flushall()
+        await mesh.deploy("r0", slots=8)
+        request_id = await mesh.accept()
+        (entry,) = await mesh.received("r0", 1)
+        assert entry.request_id == request_id
+
+
+async def test_two_schedulers_share_two_models(redis: Any, redis_url: str) -> None:
+    meshes = [Mesh(redis, "one"), Mesh(redis, "two")]
+
+    async def holders() -> set[str]:
+        return {
+            (await mesh.redis.hget(mesh.gateway.keys.owner, "holder")).decode() for mesh in meshes
+        }
+
+    async with scheduler(redis_url, "a"), scheduler(redis_url, "b"):
+        await eventually(lambda: meshes[0].registry.find("scheduler"))
+        for mesh in meshes:
+            await mesh.deploy("r0")
+        for mesh in meshes:
+            request_id = await mesh.accept()
+            (entry,) = await mesh.received("r0", 1)
+            assert entry.request_id == request_id
+        assert await holders() == {"a", "b"}
+
+
+async def test_a_withdrawn_model_is_served_to_the_end_and_let_go(
+    mesh: Mesh, redis_url: str
+) -> None:
+    await mesh.deploy("r0", slots=1)
+    async with scheduler(redis_url, lookahead_requests=0):
+        await mesh.accept()
+        (first,) = await mesh.received("r0", 1)
+        waiting = await mesh.accept()
+        await mesh.promised(waiting)
+        await mesh.registry.withdraw(MODEL)
+        await mesh.finish("r0", first)
+        (second,) = await mesh.received("r0", 1)
+        assert second.request_id == waiting
+        await mesh.finish("r0", second)
+
+        async def let_go() -> bool:
+            return await mesh.redis.hget(mesh.gateway.keys.owner, "holder") == b""
+
+        await eventually(let_go)
+
+
+async def test_no_trace_is_broken(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0")
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    async with scheduler(redis_url):
+        await mesh.accept(traceparent=f"00-{trace}-b7ad6b7169203331-01")
+        (entry,) = await mesh.received("r0", 1)
+        assert entry.traceparent.split("-")[1] == trace
+
+
+async def test_an_unknown_policy_is_an_error_at_the_start(redis_url: str) -> None:
+    with pytest.raises(ConfigurationError, match="available: edf, fcfs"):
+        async with scheduler(redis_url, policy="magic"):
+            pass
+
+
+async def test_without_redis_it_says_so() -> None:
+    with pytest.raises(ConfigurationError, match="no Redis at"):
+        async with scheduler("redis://127.0.0.1:1/0"):
+            pass
