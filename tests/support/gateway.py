@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 from redis.asyncio import Redis
 from uellm_gateway.app import start
 from uellm_gateway.settings import GatewaySettings
@@ -125,11 +124,12 @@ class MeshDriver:
         """Take and dispatch the next request; returns its id."""
         return await self.dispatch(await self.next_request())
 
-    async def say(self, request_id: str, text: str, *, offset: int | None = None) -> list[int]:
-        """Append text, as one chunk; returns its tokens."""
-        ids = self.tokenizer.encode(text, special=False)
-        if offset is None:
-            offset = (await self.leader.record(request_id)).tokens
+    async def say(
+        self, request_id: str, text: str, *, ids: Sequence[int] | None = None
+    ) -> list[int]:
+        """Append text, as one chunk, as its own tokens or as ``ids``; returns them."""
+        ids = self.tokenizer.encode(text, special=False) if ids is None else list(ids)
+        offset = (await self.leader.record(request_id)).tokens
         tokens = inference_pb2.Tokens(offset=offset, ids=ids, text=text)
         await self._append(Append(request_id, self.holders[request_id], tokens))
         return ids
@@ -212,6 +212,5 @@ async def collect(call: Any, held: Collected | None = None) -> Collected:
 
 async def read_event(call: Any) -> inference_pb2.GenerationEvent:
     """The next event of a stream, within a time."""
-    response = await asyncio.wait_for(call.read(), 5)
-    assert response is not grpc.aio.EOF
+    response = await asyncio.wait_for(anext(aiter(call)), 5)
     return response.event

@@ -45,7 +45,7 @@ def _tokenizer() -> tokenizers.Tokenizer:
 def write_tiny_model_files(
     directory: Path, *, max_tokens: int = 512, chat_template: str = CHAT_TEMPLATE
 ) -> Path:
-    """Write a tiny Llama with a byte-level tokenizer and weights of zeros; returns ``directory``."""
+    """Write a tiny Llama, byte-level tokenizer, weights of zeros; returns ``directory``."""
     tokenizer = _tokenizer()
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     write_checkpoint(

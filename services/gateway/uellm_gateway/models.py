@@ -19,7 +19,6 @@ from uellm_gateway.validation import unknown_model
 
 POLL_SECONDS = 0.5
 RETRY_LOAD_SECONDS = 2.0
-_FRESH_SECONDS = 0.05
 _log = logger("models")
 
 
@@ -91,13 +90,15 @@ class ModelView:
         self._registry = registry
         self._models: dict[str, ServedModel] = {}
         self._refreshed_at = 0.0
+        self._looking = asyncio.Lock()
         self._texts: dict[bytes, asyncio.Task[ModelText]] = {}
         self._failed_at: dict[bytes, float] = {}
 
     async def refresh(self) -> None:
         """Read the registry and start loading what is new."""
+        begun = time.monotonic()
         deployments = await self._registry.deployments()
-        self._refreshed_at = time.monotonic()
+        self._refreshed_at = begun
         before, self._models = self._models, {}
         for name, deployment in deployments.items():
             known = before.get(name)
@@ -129,8 +130,12 @@ class ModelView:
         Raises:
             NotFoundError: if it is not served, listing those that are.
         """
-        if name not in self._models and time.monotonic() - self._refreshed_at > _FRESH_SECONDS:
-            await self.refresh()
+        asked_at = time.monotonic()
+        if name not in self._models:
+            # It may be newer than the last look; those who ask together look once.
+            async with self._looking:
+                if self._refreshed_at < asked_at:
+                    await self.refresh()
         if name not in self._models:
             raise unknown_model(name, self._models)
         return self._models[name]
