@@ -240,6 +240,38 @@ async def test_a_killed_child_fails_its_stage_and_the_answer_goes_on(
     assert await mesh.logged(waiting) == mesh.oracle(9, 5)
 
 
+async def test_text_is_the_same_after_every_crash(
+    slow_worker: RunningWorker, mesh: Mesh, deployer: Deployer
+) -> None:
+    """Random tokens are full of half characters; some crashes come between the halves."""
+    ids, text = mesh.oracle(5, 400)
+    stop = text[-30:-22]
+    end = text.index(stop)
+    plain = await mesh.accept(seed=6, max_tokens=260)
+    stopped = await mesh.accept(seed=5, max_tokens=400, stop=[stop, "\ufffd" * 20])
+    for generation in range(1, 6):
+        await serving(slow_worker, mesh, generation=generation, slots=2)
+        await mesh.reap()
+        await mesh.reap()
+        unfinished = [i for i in (plain, stopped) if not (await mesh.record(i)).ended]
+        await mesh.dispatch(*unfinished, epoch=generation)
+        if generation < 5:
+            for request_id in unfinished:
+                await mesh.tokens(request_id, 45 * generation)
+            stage = await eventually(
+                lambda: (s := deployer.stage()) and s.state == SERVING and s.pid and s
+            )
+            os.kill(stage.pid, signal.SIGKILL)
+            await eventually(lambda: (s := deployer.stage()) and s.state == FAILED)
+    await mesh.ended(plain)
+    assert await mesh.logged(plain) == mesh.oracle(6, 260)
+    finished = (await mesh.ended(stopped)).finished
+    assert finished is not None
+    logged_ids, logged_text = await mesh.logged(stopped)
+    assert logged_ids == ids[: len(logged_ids)]
+    assert (finished.stop, logged_text) == (stop, text[:end])
+
+
 async def test_a_crash_in_prefill_is_a_strike(mesh: Mesh, deployer: Deployer) -> None:
     """A request counts as started before its step computes; those that wait do not."""
     async with worker_at(mesh.redis_url, instant_step_seconds=30.0) as worker:
@@ -346,10 +378,41 @@ async def test_redis_killed_and_back_loses_and_doubles_nothing(tmp_path: Path) -
             assert await mesh.scheduler.dispatched() == []
 
 
-async def test_two_stage_crossing_of_epochs_is_handed_back(
+async def test_a_redis_that_forgot_everything_is_served_again(
     slow_worker: RunningWorker, mesh: Mesh
 ) -> None:
-    """A leader that reads what is meant for a newer one gives it back instead of losing it."""
+    await serving(slow_worker, mesh)
+    lost = await mesh.accept(max_tokens=4000)
+    await mesh.dispatch(lost)
+    await mesh.tokens(lost, 5)
+    await mesh.redis.flushall()
+    await mesh.open()
+    await mesh.route(1)
+    request_id = await mesh.accept(seed=3, max_tokens=20)
+    await mesh.dispatch(request_id)
+    await mesh.ended(request_id)
+    assert await mesh.logged(request_id) == mesh.oracle(3, 20)
+
+
+async def test_appends_can_be_spaced_but_first_tokens_do_not_wait(
+    mesh: Mesh, deployer: Deployer
+) -> None:
+    async with worker_at(
+        mesh.redis_url, instant_step_seconds=0.005, append_interval_seconds=0.1
+    ) as worker:
+        await serving(worker, mesh)
+        request_id = await mesh.accept(max_tokens=100)
+        await mesh.dispatch(request_id)
+        await mesh.ended(request_id)
+        chunks = await mesh.gateway.read_log(request_id, 0)
+        assert len(chunks[0].tokens.ids) < 10
+        assert len(chunks) < 20
+        assert await mesh.logged(request_id) == mesh.oracle(7, 100)
+
+
+async def test_what_is_meant_for_a_newer_leader_is_handed_back(
+    slow_worker: RunningWorker, mesh: Mesh
+) -> None:
     await serving(slow_worker, mesh)
     await mesh.route(2)  # formed elsewhere; this leader has not been told
     request_id = await mesh.accept(max_tokens=5)

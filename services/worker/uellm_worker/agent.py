@@ -4,6 +4,7 @@ import asyncio
 import time
 
 import grpc
+from redis.exceptions import RedisError
 
 from uellm import rpc
 from uellm.convert import duration_seconds
@@ -44,6 +45,7 @@ class Agent:
         self._interval = HEARTBEAT_SECONDS
         self._going = False
         self._away = False
+        self._beating = asyncio.Lock()
 
     async def run(self) -> None:
         """Register and give signs of life for ever; at once when a stage changes."""
@@ -58,8 +60,12 @@ class Agent:
                 pass
 
     async def beat(self) -> None:
-        """One sign of life, or a registration where one is due."""
-        await self._find()
+        """One sign of life, after a registration where one is due."""
+        async with self._beating:
+            await self._find()
+            await self._say()
+
+    async def _say(self) -> None:
         if self._channel is None:
             return
         stub = deployer_pb2_grpc.DeployerServiceStub(self._channel)
@@ -106,7 +112,7 @@ class Agent:
         """Stay with the deployer that is known while it is there, else take the first."""
         try:
             found = await self._context.registry.find("deployer")
-        except UNREACHABLE:
+        except (*UNREACHABLE, RedisError):
             return  # The one that is known may still be reached.
         known = self._deployer
         if known is not None and any(
