@@ -21,11 +21,11 @@ The times are long beside usual deadlines, so that these requests yield, and fin
 never starve: once due they come before every later deadline.
 """
 
-Key = tuple[float, int, float, str]
+Key = tuple[float, int, float]
 
 
 class EdfDispatch:
-    """Order by when a request is due; at equal times by priority, then arrival.
+    """Order by when a request is due; at equal times by priority, then arrival, then as queued.
 
     It is due at its deadline, or when its first token is needed, if that is sooner. One without
     either is due after the patience of its priority. So is one whose deadline is lost even if a
@@ -67,4 +67,4 @@ def _key(request: QueuedView, fastest: Speed | None, now: float) -> Key:
         due = slo.ttft_at if due is None else min(due, slo.ttft_at)
     if due is None:
         due = slo.accepted_at + PATIENCE_SECONDS[slo.priority]
-    return (due, -slo.priority, slo.accepted_at, request.request_id)
+    return (due, -slo.priority, slo.accepted_at)

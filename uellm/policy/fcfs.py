@@ -33,9 +33,9 @@ class FcfsDispatch:
 def arrival_order(
     requests: Iterable[QueuedView], fastest: Speed | None, now: float
 ) -> list[QueuedView]:
-    """Requests by when they were accepted."""
+    """Requests by when they were accepted; at equal times as they were queued."""
     del fastest, now
-    return sorted(requests, key=lambda request: (request.slo.accepted_at, request.request_id))
+    return sorted(requests, key=lambda request: request.slo.accepted_at)
 
 
 class FcfsStep:
