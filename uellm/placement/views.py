@@ -103,7 +103,10 @@ class PlacementPlan:
 class Placer(Protocol):
     """Decides where layers go. Implementations hold settings, never state."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As plans show it."""
+        ...
 
     def place(
         self,

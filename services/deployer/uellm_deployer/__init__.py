@@ -1,0 +1,1 @@
+"""The deployer: who is there, which layers go where, and making it so."""

@@ -1,0 +1,86 @@
+"""Taking over what another deployer left: replicas that serve go on serving."""
+
+from collections.abc import Mapping, Sequence
+
+from uellm.convert import model_from_proto
+from uellm.core.model import ModelProfile
+from uellm.placement.memory import Need
+from uellm.placement.views import PlannedReplica, PlannedStage
+from uellm.v1 import deployer_pb2, topology_pb2
+from uellm_deployer.replica import Phase, Replica
+
+
+def adopt(
+    published: topology_pb2.Deployment,
+    routes: Mapping[str, tuple[int, str]],
+    wanted: deployer_pb2.PlanRequest,
+    now: float,
+    patience_seconds: float,
+) -> list[Replica]:
+    """The replicas of a deployment as another deployer published it.
+
+    One whose stages are of the generation that is routed to is taken to serve: its workers will
+    say so within their next heartbeats, or it is formed again. Any other is formed again, where it
+    was if that can be.
+
+    Args:
+        published: the deployment.
+        routes: epoch and state of its replicas, by id.
+        wanted: what is wanted of it now.
+        now: monotonic seconds.
+        patience_seconds: how long to wait for the workers of one that is to be formed again.
+    """
+    profile = model_from_proto(published.profile) if published.profile.layers else None
+    matches = _matches(published, wanted)
+    found = []
+    for message in published.replicas:
+        epoch, state = routes.get(message.id, (0, ""))
+        stages = tuple(message.stages)
+        serves = bool(stages) and state == "READY" and stages[0].generation == epoch
+        found.append(
+            Replica(
+                id=message.id,
+                index=int(message.id.rpartition("-")[2]),
+                phase=Phase.READY if serves and matches else Phase.IDLE,
+                epoch=epoch,
+                assignments=stages,
+                planned=planned_of(stages, profile) if profile is not None else None,
+                trusted_at=now,
+                since=now,
+                patience_seconds=patience_seconds,
+            )
+        )
+    return found
+
+
+def _matches(published: topology_pb2.Deployment, wanted: deployer_pb2.PlanRequest) -> bool:
+    """Whether what runs was formed for what is wanted."""
+    return (
+        published.wanted_stages == wanted.stages
+        and published.model.source == wanted.model.source
+        and published.model.revision == wanted.model.revision
+        and (not wanted.dtype or published.dtype == wanted.dtype)
+        and published.slots <= wanted.slots
+    )
+
+
+def planned_of(
+    stages: Sequence[topology_pb2.ShardAssignment], profile: ModelProfile
+) -> PlannedReplica:
+    """The plan behind assignments."""
+    return PlannedReplica(
+        tuple(
+            PlannedStage(
+                device_id=stage.device_ids[0],
+                first_layer=stage.first_layer,
+                last_layer=stage.last_layer,
+                has_embed=stage.has_embed,
+                has_head=stage.has_head,
+                memory_bytes=Need(profile, stage.slots, stage.max_tokens).stage(
+                    stage.first_layer, stage.last_layer
+                ),
+                kv_bytes=stage.kv_bytes,
+            )
+            for stage in stages
+        )
+    )

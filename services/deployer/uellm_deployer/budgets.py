@@ -1,0 +1,79 @@
+"""The devices that a plan may use, and how much of their memory. Pure.
+
+What a worker reports as free does not know about loads still to come, and counts as taken what the
+replica to be planned holds itself.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from uellm.placement.views import Device
+from uellm.v1 import topology_pb2
+from uellm_deployer.replica import Phase, Replica
+from uellm_deployer.workers import Worker
+
+_KINDS = {
+    topology_pb2.DEVICE_KIND_CPU: "cpu",
+    topology_pb2.DEVICE_KIND_CUDA: "cuda",
+    topology_pb2.DEVICE_KIND_SIMULATED: "simulated",
+}
+
+
+def devices_for(
+    planning: Replica | None, replicas: Iterable[Replica], workers: Sequence[Worker]
+) -> list[Device]:
+    """The devices as a plan for ``planning`` may fill them.
+
+    Args:
+        planning: the replica to be placed; what it holds now is free for it. None: a new one.
+        replicas: all replicas of all deployments.
+        workers: those that are not lost.
+    """
+    held, owed, stages = _claims(planning, replicas, workers)
+    found = []
+    for worker in workers:
+        for device in worker.usable:
+            free = device.memory_free_bytes + held[device.id] - owed[device.id]
+            found.append(
+                Device(
+                    id=device.id,
+                    worker=worker.worker,
+                    host=device.host,
+                    kind=_KINDS.get(device.kind, "other"),
+                    memory_bytes=max(0, min(free, device.memory_total_bytes)),
+                    num_stages=stages[device.id],
+                    flops_per_second=device.flops_per_second,
+                    memory_bytes_per_second=device.memory_bytes_per_second,
+                )
+            )
+    return found
+
+
+def _claims(
+    planning: Replica | None, replicas: Iterable[Replica], workers: Sequence[Worker]
+) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """By device: bytes that ``planning`` holds, bytes that others will still take, their stages."""
+    by_id = {worker.worker: worker for worker in workers}
+    kinds = {device.id: device.kind for worker in workers for device in worker.devices}
+    held: Counter[str] = Counter()
+    owed: Counter[str] = Counter()
+    stages: Counter[str] = Counter()
+    for replica in replicas:
+        if replica.planned is None or (replica is not planning and replica.phase is Phase.IDLE):
+            continue
+        for stage in replica.planned.stages:
+            worker = by_id.get(stage.device_id.rpartition("/")[0])
+            status = worker.stages.get(replica.id) if worker is not None else None
+            resident = 0
+            if status is not None and status.pid:
+                # A child's resident memory is the host's; what it holds of an accelerator is not
+                # reported, and is taken to be what was planned.
+                resident = stage.memory_bytes
+                if kinds.get(stage.device_id) == topology_pb2.DEVICE_KIND_CPU:
+                    resident = min(resident, status.resident_bytes)
+            if replica is planning:
+                held[stage.device_id] += resident
+            else:
+                owed[stage.device_id] += stage.memory_bytes - resident
+                stages[stage.device_id] += 1
+    return held, owed, stages

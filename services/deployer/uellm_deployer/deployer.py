@@ -1,0 +1,279 @@
+"""The deployer that acts: all deployments, the workers, and one loop that keeps them together."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from uellm.core.errors import AbortedError, ModelFilesError, NotFoundError
+from uellm.logs import logger
+from uellm.placement.even import EvenPlacer
+from uellm.service import Context
+from uellm.v1 import deployer_pb2, topology_pb2
+from uellm_deployer import planning, reconcile
+from uellm_deployer.budgets import devices_for
+from uellm_deployer.catalog import checked, parse_model, resolve
+from uellm_deployer.deployment import Deployment, Tools
+from uellm_deployer.forming import Former
+from uellm_deployer.leadership import Leadership
+from uellm_deployer.links import Links
+from uellm_deployer.replica import Replica
+from uellm_deployer.settings import DeployerSettings
+from uellm_deployer.store import Store
+from uellm_deployer.workers import Workers
+
+_log = logger("deployer")
+TURN_SECONDS = 0.25
+RELEASE_AGAIN_SECONDS = 5.0
+
+
+class Deployer:
+    """Keeps what is wanted running, while this deployer is the one that acts.
+
+    Attributes:
+        workers: who is there.
+        acting: this deployer acts, and knows what is wanted.
+    """
+
+    def __init__(
+        self, settings: DeployerSettings, context: Context, leadership: Leadership
+    ) -> None:
+        self.acting = False
+        self.workers = Workers()
+        self._settings = settings
+        self._context = context
+        self._leadership = leadership
+        self._store = Store(context)
+        self._links = Links(context, self._wake)
+        self._placer = EvenPlacer()
+        self._planning = asyncio.Lock()
+        self._token = 0
+        self._deployments: dict[str, Deployment] = {}
+        self._woken = asyncio.Event()
+        self._news = asyncio.Event()
+        self._released: dict[reconcile.Orphan, float] = {}
+        self._tools = self._make_tools()
+
+    def _make_tools(self) -> Tools:
+        return Tools(
+            settings=self._settings,
+            store=self._store,
+            workers=self.workers,
+            former=Former(self._links, self.workers, self._settings),
+            placer=self._placer,
+            planning=self._planning,
+            replicas=lambda: [r for d in self._deployments.values() for r in d.replicas],
+            spawn=self._context.spawn,
+            check=self._check,
+            changed=self._tell,
+            wake=self._wake,
+            now=self._context.clock.now,
+        )
+
+    # ---- the loop ------------------------------------------------------------------------------
+
+    async def turn(self) -> None:
+        """One round: lead or stand by."""
+        self._woken.clear()
+        if not self._leadership.held:
+            self.step_down()
+            await self._leadership.changed.wait()
+            self._leadership.changed.clear()
+            return
+        if self._token != self._leadership.token:
+            self.step_down()
+            await self._take_over(self._leadership.token)
+        now = time.monotonic()
+        for name, deployment in list(self._deployments.items()):
+            try:
+                await deployment.step(now)
+            except AbortedError as error:
+                # The lease ran out in the middle; the next turn sees to it.
+                _log.warning("stopped in the middle", error=error.message)
+                return
+            if deployment.ended:
+                del self._deployments[name]
+        self._release_orphans(now)
+        self.workers.forget(now)
+        await self._links.keep(list(self.workers.all))
+        try:
+            async with asyncio.timeout(TURN_SECONDS):
+                await self._woken.wait()
+        except TimeoutError:
+            pass
+
+    async def _take_over(self, token: int) -> None:
+        """Read what is wanted and what there is."""
+        for text in self._settings.models:
+            await self._want_from_settings(text)
+        desired = await self._store.desired()
+        published = await self._store.published()
+        now = time.monotonic()
+        for name in sorted(desired.keys() | published.keys()):
+            request = desired.get(name) or _request_of(published[name])
+            deployment = Deployment(request, self._tools)
+            if name in published:
+                ids = [replica.id for replica in published[name].replicas]
+                routes = await self._store.routed(name, ids)
+                deployment.adopt(published[name], routes, now)
+            deployment.ending = name not in desired
+            self._deployments[name] = deployment
+        self._token, self.acting = token, True
+        _log.info("acts", deployments=sorted(self._deployments), token=token)
+
+    async def _want_from_settings(self, text: str) -> None:
+        settings = self._settings
+        request = checked(
+            deployer_pb2.PlanRequest(
+                model=parse_model(text),
+                replicas=settings.replicas,
+                stages=settings.stages,
+                dtype=settings.dtype,
+                slots=settings.slots,
+                max_tokens=settings.max_tokens,
+            ),
+            settings.slots,
+        )
+        await self._store.want(request)
+
+    def step_down(self) -> None:
+        """Another deployer acts: forget everything, touch nothing."""
+        if not self.acting:
+            return
+        self.acting, self._token = False, 0
+        for deployment in self._deployments.values():
+            deployment.stop()
+        self._deployments = {}
+        self.workers.clear()
+        self._tell()
+
+    async def close(self) -> None:
+        """Close all channels."""
+        await self._links.close()
+
+    def _release_orphans(self, now: float) -> None:
+        if any(deployment.ending for deployment in self._deployments.values()):
+            return
+        situation = reconcile.Situation(
+            {worker.worker: worker for worker in self.workers.all},
+            now,
+            self._settings.worker_silence_seconds,
+        )
+        replicas: dict[str, Replica] = {replica.id: replica for replica in self._tools.replicas()}
+        for orphan in reconcile.orphans(replicas, situation):
+            if now - self._released.get(orphan, float("-inf")) < RELEASE_AGAIN_SECONDS:
+                continue
+            self._released[orphan] = now
+            _log.info("a stage is left over", worker=orphan.worker, replica=orphan.replica)
+            release = self._tools.former.release_stage(
+                orphan.worker, orphan.replica, orphan.generation
+            )
+            self._context.spawn(release, f"release {orphan.replica}")
+        self._released = {
+            orphan: at for orphan, at in self._released.items() if now - at < RELEASE_AGAIN_SECONDS
+        }
+
+    def _check(self) -> None:
+        if not self._leadership.held or self._leadership.token != self._token:
+            raise AbortedError("another deployer acts now", reason="NOT_LEADER")
+
+    def _wake(self) -> None:
+        self._woken.set()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    # ---- calls ---------------------------------------------------------------------------------
+
+    def register(self, request: deployer_pb2.RegisterWorkerRequest) -> None:
+        """Take note of a worker."""
+        worker = self.workers.register(request, time.monotonic())
+        self._links.watch(worker)
+        self._wake()
+
+    def hear(self, request: deployer_pb2.HeartbeatRequest) -> bool:
+        """Take note of a sign of life; False if the worker has to register first."""
+        known = self.workers.hear(request, time.monotonic())
+        self._wake()
+        return known
+
+    async def plan(self, request: deployer_pb2.PlanRequest) -> topology_pb2.Plan:
+        """Where a model would go.
+
+        Raises:
+            InvalidArgumentError: if the request is wrong.
+            ModelFilesError: if the model's files are.
+        """
+        request = checked(request, self._settings.slots)
+        model = await resolve(request.model)
+        now = time.monotonic()
+        live = self.workers.live(now, self._settings.worker_silence_seconds)
+        devices = devices_for(None, self._tools.replicas(), live)
+        planned = await asyncio.to_thread(
+            planning.plan, self._placer, model, request, devices, request.replicas
+        )
+        return planning.plan_to_proto(request.model.name, planned)
+
+    async def apply(self, request: deployer_pb2.PlanRequest) -> topology_pb2.Deployment:
+        """Have a model served from now on.
+
+        Raises:
+            InvalidArgumentError: if the request is wrong.
+            ModelFilesError: if the model's files are.
+        """
+        request = checked(request, self._settings.slots)
+        try:
+            model = await resolve(request.model)
+        except ModelFilesError as error:
+            if not self._settings.allow_download or error.field != "model.source":
+                raise
+            # It is fetched in the background, which may take long; the deployment's status tells.
+            model = None
+        if model is not None:
+            request.model.source = model.ref.source
+        await self._store.want(request)
+        deployment = self._deployments.get(request.model.name)
+        if deployment is None:
+            deployment = Deployment(request, self._tools)
+            self._deployments[request.model.name] = deployment
+        await deployment.update(request, model)
+        await deployment.step(time.monotonic())
+        self._wake()
+        return deployment.published
+
+    async def undeploy(self, name: str) -> None:
+        """Stop serving a model.
+
+        Raises:
+            NotFoundError: if it is not deployed.
+        """
+        deployment = self._deployments.get(name)
+        if deployment is None:
+            raise NotFoundError(
+                f"name: {name!r} is not deployed; deployed: "
+                f"{', '.join(sorted(self._deployments)) or 'none'}",
+                field="name",
+                reason="MODEL_NOT_FOUND",
+            )
+        await self._store.unwant(name)
+        deployment.ending = True
+        self._wake()
+
+    @property
+    def deployments(self) -> list[topology_pb2.Deployment]:
+        """All deployments as they are published, by name."""
+        return [self._deployments[name].published for name in sorted(self._deployments)]
+
+    async def watch(self) -> AsyncIterator[list[topology_pb2.Deployment]]:
+        """All deployments, now and after every change, while this deployer acts."""
+        while self.acting:
+            news = self._news
+            yield self.deployments
+            await news.wait()
+
+
+def _request_of(published: topology_pb2.Deployment) -> deployer_pb2.PlanRequest:
+    """What was wanted of a deployment that is not wanted any more."""
+    return deployer_pb2.PlanRequest(
+        model=published.model, replicas=published.wanted_replicas, stages=published.wanted_stages
+    )

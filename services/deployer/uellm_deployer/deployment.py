@@ -1,0 +1,344 @@
+"""One deployment: what is wanted, its replicas, and the work under way to make them so."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from uellm.convert import model_from_proto, model_to_proto
+from uellm.core.errors import UellmError
+from uellm.core.model import ModelProfile
+from uellm.logs import logger
+from uellm.placement.views import Placer
+from uellm.streams.connection import UNREACHABLE
+from uellm.v1 import deployer_pb2, topology_pb2
+from uellm_deployer import reconcile
+from uellm_deployer.adoption import adopt
+from uellm_deployer.catalog import ResolvedModel, resolve
+from uellm_deployer.formation import form
+from uellm_deployer.forming import Former
+from uellm_deployer.replica import Phase, Replica, backoff
+from uellm_deployer.settings import DeployerSettings
+from uellm_deployer.store import Store
+from uellm_deployer.workers import Workers
+
+_log = logger("deployment")
+RESOLVE_AGAIN_SECONDS = 5.0
+POLL_SECONDS = 0.1
+STABLE_SECONDS = 30.0
+"""A replica that served for so long has not failed because of how it was formed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What all deployments work with.
+
+    Attributes:
+        settings: the deployer's.
+        store: Redis.
+        workers: who is there.
+        former: calls to them.
+        placer: decides where layers go.
+        planning: held while a plan is made and noted, so that no two plan the same memory.
+        replicas: all replicas of all deployments.
+        spawn: runs work beside the server.
+        check: raises AbortedError unless this deployer still acts.
+        changed: to be called when what is published changes.
+        wake: to be called when there is something to decide.
+        now: the present by Redis TIME.
+    """
+
+    settings: DeployerSettings
+    store: Store
+    workers: Workers
+    former: Former
+    placer: Placer
+    planning: asyncio.Lock
+    replicas: Callable[[], list[Replica]]
+    spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
+    check: Callable[[], None]
+    changed: Callable[[], None]
+    wake: Callable[[], None]
+    now: Callable[[], float]
+
+
+class Deployment:
+    """A model that is wanted.
+
+    Attributes:
+        request: what is wanted.
+        model: its files; None until they are found.
+        replicas: its copies, by index.
+        profile: its needs in the dtype that it runs in, or None.
+        ending: it is not wanted any more.
+        ended: nothing of it is left.
+        avoided: workers that could not do their part, and until when others are preferred.
+    """
+
+    def __init__(self, request: deployer_pb2.PlanRequest, tools: Tools) -> None:
+        self.request = request
+        self.tools = tools
+        self.model: ResolvedModel | None = None
+        self.profile: ModelProfile | None = None
+        self.replicas: list[Replica] = []
+        self.ending = False
+        self.ended = False
+        self.avoided: dict[str, float] = {}
+        self._status = ""
+        self._published = topology_pb2.Deployment()
+        self._publishing = asyncio.Lock()
+        self._stepping = asyncio.Lock()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._resolve_at = 0.0
+
+    @property
+    def name(self) -> str:
+        """The served name."""
+        return self.request.model.name
+
+    def adopt(
+        self,
+        published: topology_pb2.Deployment,
+        routes: Mapping[str, tuple[int, str]],
+        now: float,
+    ) -> None:
+        """Go on from what another deployer published."""
+        self._published.CopyFrom(published)
+        if published.profile.layers:
+            self.profile = model_from_proto(published.profile)
+        settings = self.tools.settings
+        # The workers have to notice that there is another deployer, and register with it.
+        patience = settings.worker_silence_seconds + settings.recovery_seconds
+        self.replicas = adopt(published, routes, self.request, now, patience)
+
+    async def update(self, request: deployer_pb2.PlanRequest, model: ResolvedModel | None) -> None:
+        """Want something else from now on; what does not match is formed again."""
+        async with self._stepping:
+            await self._update(request, model)
+
+    async def _update(self, request: deployer_pb2.PlanRequest, model: ResolvedModel | None) -> None:
+        same = deployer_pb2.PlanRequest()
+        same.CopyFrom(self.request)
+        same.replicas = request.replicas
+        changed = same != request or (
+            model is not None and self.model is not None and model.ref != self.model.ref
+        )
+        self.request, self.ending = request, False
+        self.model = model or (None if changed else self.model)
+        if changed:
+            self.avoided.clear()
+            for replica in self.replicas:
+                await self._drop(replica, "forms again, as it is wanted otherwise now")
+
+    # ---- deciding ------------------------------------------------------------------------------
+
+    async def step(self, now: float) -> None:
+        """Look at what there is, and start what has to be done about it."""
+        async with self._stepping:
+            await self._step(now)
+
+    async def _step(self, now: float) -> None:
+        if self.ending:
+            self._start("", self._end)
+            return
+        if self.model is None:
+            if now >= self._resolve_at:
+                self._start("", self._resolve)
+            if not self.replicas:
+                await self.publish()
+                return
+        self._add_replicas(now)
+        few = any(len(r.assignments) < self.request.stages for r in self.replicas)
+        situation = reconcile.Situation(
+            workers={worker.worker: worker for worker in self.tools.workers.all},
+            now=now,
+            silence_seconds=self.tools.settings.worker_silence_seconds,
+            idle=few and await self.tools.store.num_running(self.name) == 0,
+        )
+        wanted = reconcile.Wanted(self.request.replicas, self.request.stages)
+        for action in reconcile.decide(wanted, self.replicas, situation):
+            await self._carry_out(action, now)
+        await self.publish()
+
+    def _add_replicas(self, now: float) -> None:
+        there = {replica.index for replica in self.replicas}
+        for index in range(self.request.replicas):
+            if index not in there:
+                patience = self.tools.settings.settle_seconds
+                self.replicas.append(
+                    Replica(f"{self.name}-{index}", index, since=now, patience_seconds=patience)
+                )
+        self.replicas.sort(key=lambda replica: replica.index)
+
+    async def _carry_out(self, action: reconcile.Action, now: float) -> None:
+        replica = next(replica for replica in self.replicas if replica.id == action.replica)
+        match action:
+            case reconcile.Suspend(reason=reason, agent_lost=agent_lost):
+                _log.warning("a replica lost a stage", replica=replica.id, reason=reason)
+                await self._suspend(replica, reason)
+                lasted = now - replica.trusted_at
+                replica.failures = 0 if lasted > STABLE_SECONDS else replica.failures + 1
+                # The first time is bad luck, and is made good at once.
+                replica.retry_at = now + backoff(replica.failures - 1)
+                recovery = self.tools.settings.recovery_seconds
+                replica.patience_seconds = recovery if agent_lost else 0.0
+                self.tools.wake()
+            case reconcile.Abort(reason=reason):
+                _log.warning("forming is given up", replica=replica.id, reason=reason)
+                await self._cancel(replica.id)
+                replica.phase, replica.since, replica.message = Phase.IDLE, now, reason
+                replica.patience_seconds = self.tools.settings.recovery_seconds
+            case reconcile.Form() if self.model is not None:
+                if self._start(replica.id, lambda: form(self, replica)):
+                    replica.phase = Phase.FORMING
+            case reconcile.Grow() if self.model is not None:
+                self._start(replica.id, lambda: form(self, replica, grow=True))
+            case reconcile.End():
+                replica.phase = Phase.ENDING
+                self._start(replica.id, lambda: self._retire(replica))
+            case reconcile.Wait(message=message) if message and not replica.failed:
+                replica.message = message
+
+    def _start(self, key: str, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+        """Run ``work`` unless there is work under way for the same replica."""
+        running = self._tasks.get(key)
+        if running is not None and not running.done():
+            return False
+        self._tasks[key] = self.tools.spawn(work(), f"{self.name} {key}")
+        return True
+
+    async def _cancel(self, key: str) -> None:
+        task = self._tasks.pop(key, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def stop(self) -> None:
+        """Another deployer acts now: leave everything as it is."""
+        for task in self._tasks.values():
+            task.cancel()
+
+    # ---- work ----------------------------------------------------------------------------------
+
+    async def _resolve(self) -> None:
+        settings = self.tools.settings
+        if settings.allow_download:
+            self._status = f"looks for {self.request.model.source}, or fetches it"
+            await self.publish()
+        try:
+            self.model = await resolve(self.request.model, allow_download=settings.allow_download)
+            self._status = ""
+        except UellmError as error:
+            self._status = error.message
+            self._resolve_at = time.monotonic() + RESOLVE_AGAIN_SECONDS
+            _log.warning("a model's files are not right", model=self.name, error=error.message)
+        self.tools.wake()
+
+    async def _suspend(self, replica: Replica, reason: str) -> None:
+        """Route nothing more to a replica, from now on."""
+        if replica.epoch:
+            self.tools.check()
+            await self.tools.store.route(self.name, replica.id, replica.epoch, "FORMING")
+        replica.phase, replica.since = Phase.IDLE, time.monotonic()
+        replica.patience_seconds, replica.retry_at = 0.0, 0.0
+        replica.message, replica.failed = reason, False
+
+    async def _drop(self, replica: Replica, reason: str) -> None:
+        """Stop what is under way for a replica, and have it formed again."""
+        if replica.phase is Phase.FORMING:
+            await self._cancel(replica.id)
+        if replica.phase is not Phase.ENDING:
+            await self._suspend(replica, reason)
+
+    async def _retire(self, replica: Replica) -> None:
+        """Let one replica go while others go on."""
+        try:
+            if replica.epoch:
+                await self.tools.store.route(self.name, replica.id, replica.epoch, "DRAINING")
+            await self.publish()
+            seconds = self.tools.settings.undeploy_seconds
+            await self.tools.former.release(replica.assignments, seconds=seconds)
+        except (*UNREACHABLE, UellmError) as error:
+            _log.warning("a replica is not gone yet", replica=replica.id, error=str(error))
+            replica.phase = Phase.IDLE
+            return
+        self.replicas.remove(replica)
+        self.tools.wake()
+
+    async def _finish(self) -> None:
+        """Wait until no answer is running, or for as long as they are given."""
+        deadline = time.monotonic() + self.tools.settings.undeploy_seconds
+        while await self.tools.store.num_running(self.name):
+            if time.monotonic() > deadline:
+                return
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _end(self) -> None:
+        """Take the model out of service: finish what runs, let go, withdraw."""
+        try:
+            for replica in self.replicas:
+                await self._cancel(replica.id)
+                replica.phase = Phase.ENDING
+                if replica.epoch:
+                    await self.tools.store.route(self.name, replica.id, replica.epoch, "DRAINING")
+            await self.publish()
+            await self._finish()
+            for replica in self.replicas:
+                await self.tools.former.release(replica.assignments)
+            self.tools.check()
+            await self.tools.store.withdraw(self.name)
+        except (*UNREACHABLE, UellmError) as error:
+            _log.warning("a deployment is not gone yet", model=self.name, error=str(error))
+            await asyncio.sleep(backoff(1))
+            return
+        self.ended = True
+        self.tools.changed()
+        self.tools.wake()
+
+    # ---- publishing ----------------------------------------------------------------------------
+
+    def to_proto(self) -> topology_pb2.Deployment:
+        """As it is published, its version aside."""
+        stages = [stage for replica in self.replicas for stage in replica.assignments]
+        served = [r for r in self.replicas if r.phase is Phase.READY] or self.replicas
+        running = [stage for replica in served for stage in replica.assignments] or stages
+        many = len(self.replicas) > 1
+        messages = [
+            f"{replica.id}: {replica.message}" if many else replica.message
+            for replica in self.replicas
+            if replica.message
+        ]
+        return topology_pb2.Deployment(
+            name=self.name,
+            model=running[0].model if running else self._ref(),
+            profile=model_to_proto(self.profile) if self.profile is not None else None,
+            replicas=[replica.to_proto() for replica in self.replicas],
+            status="; ".join(filter(None, [self._status, *messages])),
+            max_tokens=min((stage.max_tokens for stage in running), default=0),
+            wanted_replicas=self.request.replicas,
+            wanted_stages=self.request.stages,
+            dtype=running[0].dtype if running else self.request.dtype,
+            slots=min((stage.slots for stage in running), default=0),
+        )
+
+    def _ref(self) -> Any:
+        return self.model.ref if self.model is not None else self.request.model
+
+    async def publish(self) -> None:
+        """Publish, if there is news."""
+        async with self._publishing:
+            latest = self.to_proto()
+            latest.version = self._published.version
+            if latest == self._published:
+                return
+            self.tools.check()
+            latest.version += 1
+            await self.tools.store.publish(latest)
+            self._published = latest
+            self.tools.changed()
+
+    @property
+    def published(self) -> topology_pb2.Deployment:
+        """As it was last published."""
+        return self._published

@@ -1,0 +1,160 @@
+"""Bringing a replica up on its workers, and letting its stages go: the calls, nothing decided."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
+
+import grpc
+
+from uellm.core.errors import AbortedError, FailedPreconditionError, UellmError, UnavailableError
+from uellm.logs import logger
+from uellm.rpc import CALL_SECONDS, error_from
+from uellm.v1 import topology_pb2, worker_pb2
+from uellm_deployer.links import Links
+from uellm_deployer.replica import worker_of
+from uellm_deployer.settings import DeployerSettings
+from uellm_deployer.workers import Worker, Workers
+
+_log = logger("forming")
+
+Progress = Callable[[int, int], None]
+"""Told loaded and total bytes of the whole replica."""
+Assignments = Sequence[topology_pb2.ShardAssignment]
+
+
+class StageError(UellmError):
+    """A worker could not do its part.
+
+    Attributes:
+        worker: which.
+        cause: what it said.
+    """
+
+    def __init__(self, worker: str, cause: UellmError) -> None:
+        super().__init__(
+            f"worker {worker}: {cause.message}", reason=cause.reason, metadata=cause.metadata
+        )
+        self.worker = worker
+        self.cause = cause
+
+    @property
+    def transient(self) -> bool:
+        """The worker did not answer, or another deployer was there: nothing speaks against it."""
+        return isinstance(self.cause, UnavailableError | AbortedError)
+
+
+class Former:
+    """Calls workers for a replica's stages."""
+
+    def __init__(self, links: Links, workers: Workers, settings: DeployerSettings) -> None:
+        self._links = links
+        self._workers = workers
+        self._settings = settings
+
+    async def prepare(self, assignments: Assignments, progress: Progress) -> str:
+        """Load all stages at once; returns where they meet.
+
+        Raises:
+            StageError: the first that cannot; the others are no longer waited for.
+        """
+        loaded: dict[int, tuple[int, int]] = {}
+
+        def tell(stage: int, response: worker_pb2.PrepareResponse) -> None:
+            loaded[stage] = (response.loaded_bytes, response.total_bytes)
+            progress(
+                sum(part for part, _ in loaded.values()), sum(all for _, all in loaded.values())
+            )
+
+        rendezvous = await _all(self._prepare(assignment, tell) for assignment in assignments)
+        return str(rendezvous[0])
+
+    async def _prepare(
+        self,
+        assignment: topology_pb2.ShardAssignment,
+        tell: Callable[[int, worker_pb2.PrepareResponse], None],
+    ) -> str:
+        worker = self._worker(worker_of(assignment))
+        try:
+            call = self._links.stub(worker).Prepare(
+                worker_pb2.PrepareRequest(assignment=assignment),
+                timeout=self._settings.load_seconds,
+            )
+            async for response in call:
+                tell(assignment.stage_index, response)
+                if response.prepared:
+                    return response.rendezvous
+        except grpc.aio.AioRpcError as error:
+            raise StageError(worker.worker, error_from(error)) from None
+        raise StageError(worker.worker, FailedPreconditionError("Prepare ended too early"))
+
+    async def commit(self, assignments: Assignments, rendezvous: str) -> None:
+        """Join all stages.
+
+        Raises:
+            StageError: the first that cannot.
+        """
+        await _all(self._commit(assignment, rendezvous) for assignment in assignments)
+
+    async def _commit(self, assignment: topology_pb2.ShardAssignment, rendezvous: str) -> None:
+        worker = self._worker(worker_of(assignment))
+        request = worker_pb2.CommitRequest(
+            replica=assignment.replica, generation=assignment.generation, rendezvous=rendezvous
+        )
+        try:
+            await self._links.stub(worker).Commit(request, timeout=self._settings.join_seconds)
+        except grpc.aio.AioRpcError as error:
+            raise StageError(worker.worker, error_from(error)) from None
+
+    async def release(self, assignments: Assignments, *, seconds: float = 0.0) -> None:
+        """Let stages go; a worker that does not answer is logged, and found out later.
+
+        Args:
+            assignments: which.
+            seconds: how long they may take to finish what they run; 0: they hand it back.
+        """
+        await asyncio.gather(
+            *(
+                self.release_stage(
+                    worker_of(assignment), assignment.replica, assignment.generation, seconds
+                )
+                for assignment in assignments
+            )
+        )
+
+    async def release_stage(
+        self, name: str, replica: str, generation: int, seconds: float = 0.0
+    ) -> None:
+        """Let one stage go, if its worker is there."""
+        worker = self._workers.get(name)
+        if worker is None or worker.unreachable:
+            return
+        request = worker_pb2.ReleaseRequest(
+            replica=replica, generation=generation, immediate=not seconds
+        )
+        try:
+            await self._links.stub(worker).Release(request, timeout=CALL_SECONDS + seconds)
+        except grpc.aio.AioRpcError as error:
+            _log.info(
+                "a stage was not released",
+                worker=name,
+                replica=replica,
+                generation=generation,
+                error=error.details(),
+            )
+
+    def _worker(self, name: str) -> Worker:
+        worker = self._workers.get(name)
+        if worker is None:
+            raise StageError(name, UnavailableError("it is not there"))
+        return worker
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """All results in order, or the first error once nothing runs any more."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

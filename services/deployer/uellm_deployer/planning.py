@@ -1,0 +1,165 @@
+"""From a request and the workers that are there to a plan, and from a plan to assignments."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from uellm.core.model import ModelProfile
+from uellm.placement.speed import first_guess
+from uellm.placement.views import Device, PlacementPlan, Placer, PlannedReplica, Workload
+from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
+from uellm_deployer.catalog import ResolvedModel
+from uellm_deployer.workers import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, and what it was made with.
+
+    Attributes:
+        plan: where the layers go.
+        dtype: compute dtype.
+        profile: the model's needs in it.
+        devices: those that it was made from, by id.
+    """
+
+    plan: PlacementPlan
+    dtype: str
+    profile: ModelProfile
+    devices: dict[str, Device]
+
+
+def plan(
+    placer: Placer,
+    model: ResolvedModel,
+    request: deployer_pb2.PlanRequest,
+    devices: Sequence[Device],
+    replicas: int,
+    previous: PlacementPlan | None = None,
+) -> Planned:
+    """Place a model.
+
+    Accelerators alone are tried before CPUs are taken too: a CPU among them would set the pace.
+    Without a dtype in the request it is float32 where a CPU is used, else bfloat16.
+
+    Raises:
+        ModelFilesError: if the model's files do not say what it needs.
+    """
+    workload = Workload(replicas, request.stages, request.slots, request.max_tokens)
+    accelerators = [device for device in devices if device.kind != "cpu"]
+    groups = [devices] if len(accelerators) in (0, len(devices)) else [accelerators, devices]
+    made = []
+    for group in groups:
+        cpu = any(device.kind == "cpu" for device in group)
+        dtype = request.dtype or ("float32" if cpu or not group else "bfloat16")
+        profile = model.profile(dtype)
+        made.append(
+            Planned(
+                placer.place(group, profile, workload, previous),
+                dtype,
+                profile,
+                {device.id: device for device in group},
+            )
+        )
+    whole = [
+        one
+        for one in made
+        if not one.plan.infeasible_reason
+        and len(one.plan.replicas[0].stages) >= min(request.stages, len(one.profile.layers))
+    ]
+    feasible = [one for one in made if not one.plan.infeasible_reason]
+    return (whole or feasible or made[-1:])[0]
+
+
+def as_previous(replica: PlannedReplica | None) -> PlacementPlan | None:
+    """Where a replica was, for a placer to move as little of as it can."""
+    return PlacementPlan((replica,), 0, 0, "", "") if replica is not None else None
+
+
+def assignments(
+    planned: Planned,
+    replica: PlannedReplica,
+    model: ResolvedModel,
+    replica_id: str,
+    generation: int,
+    workers: dict[str, Worker],
+) -> tuple[topology_pb2.ShardAssignment, ...]:
+    """A planned replica as it is pushed to its workers, in stage order."""
+    peers = [
+        topology_pb2.Peer(
+            stage=index,
+            worker=planned.devices[stage.device_id].worker,
+            host=host_of(workers[planned.devices[stage.device_id].worker].address),
+        )
+        for index, stage in enumerate(replica.stages)
+    ]
+    return tuple(
+        topology_pb2.ShardAssignment(
+            deployment=model.ref.name,
+            replica=replica_id,
+            generation=generation,
+            stage_index=index,
+            stage_count=len(replica.stages),
+            device_ids=[stage.device_id],
+            first_layer=stage.first_layer,
+            last_layer=stage.last_layer,
+            has_embed=stage.has_embed,
+            has_head=stage.has_head,
+            model=model.ref,
+            dtype=planned.dtype,
+            kv_bytes=stage.kv_bytes,
+            slots=planned.plan.slots,
+            peers=peers,
+            max_tokens=planned.plan.max_tokens,
+        )
+        for index, stage in enumerate(replica.stages)
+    )
+
+
+def host_of(address: str) -> str:
+    """The host of ``host:port``."""
+    return address.rpartition(":")[0].strip("[]")
+
+
+def first_report(
+    planned: Planned, replica: PlannedReplica, generation: int
+) -> queue_pb2.ReplicaReport:
+    """What schedulers go by until the replica reports for itself."""
+    prefill, decode = first_guess(replica, planned.profile, planned.devices)
+    tokens = planned.plan.slots * planned.plan.max_tokens
+    return queue_pb2.ReplicaReport(
+        epoch=generation,
+        kv_tokens_free=tokens,
+        kv_tokens_total=tokens,
+        slots=planned.plan.slots,
+        prefill_seconds_per_token=prefill,
+        decode_step_seconds=decode,
+    )
+
+
+def plan_to_proto(name: str, planned: Planned) -> topology_pb2.Plan:
+    """A plan for the wire."""
+    return topology_pb2.Plan(
+        deployment=name,
+        replicas=[
+            topology_pb2.PlannedReplica(
+                stages=[
+                    topology_pb2.PlannedStage(
+                        device_id=stage.device_id,
+                        first_layer=stage.first_layer,
+                        last_layer=stage.last_layer,
+                        has_embed=stage.has_embed,
+                        has_head=stage.has_head,
+                        memory_bytes=stage.memory_bytes,
+                    )
+                    for stage in replica.stages
+                ]
+            )
+            for replica in planned.plan.replicas
+        ],
+        objective=planned.plan.objective,
+        explanation=planned.plan.explanation,
+        infeasible_reason=planned.plan.infeasible_reason,
+        dtype=planned.dtype,
+        slots=planned.plan.slots,
+        max_tokens=planned.plan.max_tokens,
+    )

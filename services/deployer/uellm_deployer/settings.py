@@ -1,0 +1,64 @@
+"""What a deployer is told."""
+
+import json
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
+
+from uellm.config import ServiceSettings
+
+
+class DeployerSettings(ServiceSettings):
+    """Settings of a deployer."""
+
+    role: ClassVar[str] = "deployer"
+
+    models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Models served from the start, separated by commas: NAME=SOURCE, or a "
+        "directory or hub id whose last part is the name.",
+    )
+    replicas: int = Field(1, ge=1, description="Copies of each of them.")
+    stages: int = Field(0, ge=0, description="Stages per copy; 0: as few as fit.")
+    slots: int = Field(
+        8, ge=1, description="Most sequences that run at once per copy, unless a request says."
+    )
+    max_tokens: int = Field(0, ge=0, description="Longest context granted; 0: the model's.")
+    dtype: Literal["", "float32", "bfloat16", "float16"] = Field(
+        "", description="Compute dtype; empty: float32 where a CPU is used, bfloat16 elsewhere."
+    )
+    allow_download: bool = Field(
+        False, description="Fetch models that the local hub cache lacks from the hub."
+    )
+    settle_seconds: float = Field(
+        10.0,
+        ge=0,
+        description="How long to wait for as many devices as are wanted before a model is first "
+        "placed on those that are there.",
+    )
+    recovery_seconds: float = Field(
+        1.5,
+        ge=0,
+        description="How long to wait for a lost worker to come back before its layers are placed "
+        "elsewhere.",
+    )
+    worker_silence_seconds: float = Field(
+        3.0, gt=0, description="A worker that was not heard of for so long counts as lost."
+    )
+    load_seconds: float = Field(1800.0, gt=0, description="Longest time that loading may take.")
+    join_seconds: float = Field(
+        60.0, gt=0, description="Longest time that joining the stages of a replica may take."
+    )
+    undeploy_seconds: float = Field(
+        30.0, ge=0, description="Longest time that running answers of a removed model are given."
+    )
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return json.loads(value)
+        return tuple(part.strip() for part in value.split(",") if part.strip())

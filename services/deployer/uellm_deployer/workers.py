@@ -1,0 +1,128 @@
+"""The workers as the deployer knows them, by what they say and by whether they can be reached."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from uellm.core.errors import AbortedError
+from uellm.v1 import deployer_pb2, topology_pb2
+
+FORGET_SECONDS = 60.0
+"""A worker that was lost for so long is not shown any more."""
+
+
+@dataclass(slots=True)
+class Worker:
+    """One start of a worker. Times are monotonic seconds.
+
+    Attributes:
+        worker: its id, stable over restarts.
+        address: where its WorkerService is reached.
+        incarnation: rises with every start.
+        devices: by its latest message.
+        seen_at: its latest message.
+        heard_at: its latest heartbeat, which says how its stages are; None: there was none yet.
+        stages: by replica.
+        unreachable: its address does not answer.
+    """
+
+    worker: str
+    address: str
+    incarnation: int
+    devices: Sequence[topology_pb2.Device]
+    seen_at: float
+    heard_at: float | None = None
+    stages: Mapping[str, deployer_pb2.StageStatus] = field(default_factory=dict)
+    unreachable: bool = False
+
+    def lost(self, now: float, silence_seconds: float) -> str:
+        """Why it counts as lost, or ""."""
+        if self.unreachable:
+            return f"worker {self.worker} at {self.address} cannot be reached"
+        if now - self.seen_at > silence_seconds:
+            return f"worker {self.worker} has not been heard of for {silence_seconds:g} s"
+        return ""
+
+    @property
+    def usable(self) -> list[topology_pb2.Device]:
+        """The devices that may be given layers; none when the worker is going."""
+        return [device for device in self.devices if device.healthy]
+
+
+class Workers:
+    """All workers, by id."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+
+    def register(self, request: deployer_pb2.RegisterWorkerRequest, now: float) -> Worker:
+        """Take note of a worker; a newer start replaces an older one.
+
+        Raises:
+            AbortedError: if a newer start of it has registered.
+        """
+        known = self._workers.get(request.worker)
+        if known is not None and known.incarnation > request.incarnation:
+            raise AbortedError(
+                f"a newer start of worker {request.worker} has registered; two workers with one "
+                "id? Give each its own UELLM_WORKER_SERVICE_ID",
+                field="incarnation",
+                reason="STALE_INCARNATION",
+            )
+        if (
+            known is not None
+            and known.incarnation == request.incarnation
+            and known.address == request.address
+        ):
+            known.devices, known.seen_at = tuple(request.devices), now
+            return known
+        worker = Worker(
+            request.worker, request.address, request.incarnation, tuple(request.devices), now
+        )
+        self._workers[request.worker] = worker
+        return worker
+
+    def hear(self, request: deployer_pb2.HeartbeatRequest, now: float) -> bool:
+        """Take note of a sign of life; False if the worker has to register first.
+
+        Raises:
+            AbortedError: if a newer start of it has registered.
+        """
+        known = self._workers.get(request.worker)
+        if known is None or known.incarnation < request.incarnation:
+            return False
+        if known.incarnation > request.incarnation:
+            raise AbortedError(
+                f"a newer start of worker {request.worker} has registered",
+                field="incarnation",
+                reason="STALE_INCARNATION",
+            )
+        known.stages = {stage.replica: stage for stage in request.stages}
+        if request.devices:
+            known.devices = tuple(request.devices)
+        known.seen_at = known.heard_at = now
+        return True
+
+    def get(self, worker: str) -> Worker | None:
+        """A worker by its id."""
+        return self._workers.get(worker)
+
+    @property
+    def all(self) -> Sequence[Worker]:
+        """All of them, by id."""
+        return [self._workers[name] for name in sorted(self._workers)]
+
+    def live(self, now: float, silence_seconds: float) -> list[Worker]:
+        """Those that are not lost, by id."""
+        return [worker for worker in self.all if not worker.lost(now, silence_seconds)]
+
+    def clear(self) -> None:
+        """Forget all of them: they register again with the deployer that acts."""
+        self._workers = {}
+
+    def forget(self, now: float) -> None:
+        """Drop those that have been silent for long."""
+        self._workers = {
+            name: worker
+            for name, worker in self._workers.items()
+            if now - worker.seen_at <= FORGET_SECONDS
+        }
