@@ -21,6 +21,7 @@ from uellm.v1.engine_pb2 import (
     ShardLeft,
     ShardPrepared,
     ShardServing,
+    StepReport,
 )
 from uellm_worker.engine.capacity import Prepared
 from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError
@@ -156,6 +157,7 @@ class Child:
                 capacity,
                 self._prepared.vocabulary,
                 epoch=assignment.generation,
+                announce=self._report,
             )
         self._channel.send(EngineEvent(serving=ShardServing(generation=commit.generation)))
 
@@ -179,8 +181,11 @@ class Child:
     def _step(self) -> bool:
         report = self._loop.step() if self._loop is not None else None
         if report is not None:
-            self._channel.send(EngineEvent(step=report))
+            self._report(report)
         return report is not None
+
+    def _report(self, report: StepReport) -> None:
+        self._channel.send(EngineEvent(step=report))
 
     # ---- ends ----------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ class EngineLoop:
         vocabulary: the model's.
         epoch: the generation, for the reports.
         now: seconds since the epoch.
+        announce: told which requests got a slot, before the step that computes them.
 
     Attributes:
         suspects: requests of the step under way, or of the one that raised.
@@ -57,6 +58,7 @@ class EngineLoop:
         vocabulary: Vocabulary,
         epoch: int = 0,
         now: Callable[[], float] = time.time,
+        announce: Callable[[StepReport], None] | None = None,
     ) -> None:
         self._runner = runner
         self._policy = policy
@@ -64,6 +66,7 @@ class EngineLoop:
         self._vocabulary = vocabulary
         self._epoch = epoch
         self._now = now
+        self._announce = announce
         self._max_chunk_tokens = max(MAX_CHUNK_TOKENS, 2 * capacity.slots)
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
@@ -194,6 +197,9 @@ class EngineLoop:
             ),
         )
         self.suspects = tuple(sequence.request_id for sequence, _ in parts)
+        if admitted and self._announce is not None:
+            # Before the step: should it take the process down, it is known whose it was.
+            self._announce(StepReport(admitted=[sequence.request_id for sequence in admitted]))
         started = time.perf_counter()
         result = self._runner.run(plan)
         elapsed = time.perf_counter() - started
