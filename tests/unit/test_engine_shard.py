@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
+    from uellm_worker.engine.packing import PackedLinear, pack, packable
     from uellm_worker.engine.shard_engine import ShardEngine, ShardMember
     from uellm_worker.engine.transport import Loopback
 
@@ -97,8 +98,8 @@ Model = Any
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def save_model(directory: Path, family: str) -> Model:
@@ -178,7 +179,7 @@ def prepare(engine: ShardEngine, directory: Path, **fields: Any) -> Prepared:
         "max_tokens": CONTEXT,
     }
     assignment = ShardAssignment(**{**defaults, **fields})
-    command = PrepareShard(assignment=assignment, model_dir=str(directory), threads=2)
+    command = PrepareShard(assignment=assignment, model_dir=str(directory), threads=1)
     return engine.prepare(command, lambda *_: None)
 
 
@@ -361,6 +362,28 @@ def _bytes(model: Model, prefixes: tuple[str, ...]) -> int:
         for name, parameter in model.named_parameters()
         if name.startswith(prefixes)
     )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_layer_computes_the_plain_product(rows: int, bias: bool) -> None:
+    if not packable(torch.device("cpu"), torch.float32):
+        pytest.skip("this build of torch has no oneDNN")
+    plain = torch.nn.Linear(33, 47, bias=bias)
+    packed = PackedLinear(pack(plain.weight.detach()), plain.bias)
+    inputs = torch.randn(1, rows, 33)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(inputs), plain(inputs))
+
+
+def test_without_packing_the_answers_are_exact_as_well(
+    checkpoint: Callable[[str], tuple[Path, Model]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("uellm_worker.engine.shard.packable", lambda *_: False)
+    directory, model = checkpoint("llama")
+    answers = generate(pipeline(directory, (2, 2)), prompts(), partial(greedy, 10))
+    for prompt, answer in zip(prompts(), answers, strict=True):
+        assert_exact(model, prompt, answer, 10)
 
 
 def test_progress_runs_up_to_the_total(checkpoint: Callable[[str], tuple[Path, Model]]) -> None:

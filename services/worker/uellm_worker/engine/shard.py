@@ -4,6 +4,7 @@ The model is built whole without storage; what other stages hold is replaced by 
 their input on. Masks, rotary embeddings, multipliers and soft caps stay in the model's own code.
 """
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from uellm.core.errors import ModelFilesError
 from uellm_worker.engine.attention import ATTENTION
 from uellm_worker.engine.checkpoint import TensorFiles, read_config, read_eos_ids
+from uellm_worker.engine.packing import PackedLinear, pack, packable
 from uellm_worker.engine.runner import Progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,7 +74,7 @@ class Shard:
     Attributes:
         spec: which.
         model: the hollowed ``…ForCausalLM``.
-        tensors: its weights by checkpoint key.
+        tensors: its weights.
         eos_ids: of the model.
         kept_bytes: weights taken over from an earlier shard.
         total_bytes: weights in all.
@@ -80,7 +82,7 @@ class Shard:
 
     spec: ShardSpec
     model: Any
-    tensors: dict[str, torch.Tensor]
+    tensors: dict["Held", torch.Tensor]
     eos_ids: frozenset[int]
     kept_bytes: int
     total_bytes: int
@@ -128,13 +130,32 @@ def _hollow_model(spec: ShardSpec) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _checkpoint_keys(model: Any) -> dict[str, str]:
-    """The checkpoint's key for each parameter of the hollowed model."""
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A weight as it is held.
+
+    Attributes:
+        key: in the checkpoint.
+        packed: laid out for a linear layer.
+    """
+
+    key: str
+    packed: bool
+
+
+def _weights(model: Any, spec: ShardSpec) -> dict[str, Held]:
+    """How the weight behind each parameter of the hollowed model is to be held."""
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    keys = {}
+    packs = packable(spec.device, spec.dtype)
+    weights = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
-        keys[name] = _TIED_FROM if tied and name == _TIED_TO else name
-    return keys
+        key = _TIED_FROM if tied and name == _TIED_TO else name
+        owner, _, leaf = name.rpartition(".")
+        linear = type(model.get_submodule(owner)) is nn.Linear and leaf == "weight"
+        # A head that shares the embedding's weight must take it as that does: by rows.
+        shared = tied and spec.has_embed and key == _TIED_FROM
+        weights[name] = Held(key, packed=packs and linear and not shared)
+    return weights
 
 
 def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Shard:
@@ -149,39 +170,54 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
     Raises:
         ModelFilesError: if the checkpoint cannot be served.
     """
-    held: dict[str, torch.Tensor] = {}
+    tensors: dict[Held, torch.Tensor] = {}
     if earlier is not None:
         if earlier.spec.same_weights(spec):
-            held = earlier.tensors
+            tensors = earlier.tensors
         earlier.model, earlier.tensors = None, {}
+        gc.collect()  # Modules refer to each other in circles.
     model = _hollow_model(spec)
-    keys = _checkpoint_keys(model)
-    shapes = {keys[name]: parameter.shape for name, parameter in model.named_parameters()}
-    itemsize = spec.dtype.itemsize
-    total = sum(shape.numel() for shape in shapes.values()) * itemsize
-    held = {key: tensor for key, tensor in held.items() if key in shapes}
-    kept = loaded = sum(tensor.numel() for tensor in held.values()) * itemsize
-    progress(loaded, total)
-    reported = loaded
-    for key, stored in TensorFiles(spec.model_dir).read(k for k in shapes if k not in held):
-        if stored.shape != shapes[key]:
+    weights = _weights(model, spec)
+    shapes = {weights[name]: parameter.shape for name, parameter in model.named_parameters()}
+    tensors = {held: tensor for held, tensor in tensors.items() if held in shapes}
+    sizes = {held: shape.numel() * spec.dtype.itemsize for held, shape in shapes.items()}
+    kept, total = sum(sizes[held] for held in tensors), sum(sizes.values())
+    progress(kept, total)
+    loaded = reported = kept
+    lacking = {held.key: held for held in shapes if held not in tensors}
+    for key, stored in TensorFiles(spec.model_dir).read(lacking):
+        held = lacking[key]
+        if stored.shape != shapes[held]:
             raise ModelFilesError(
                 f"{spec.model_dir}, tensor {key!r}: shape {tuple(stored.shape)}, and the config "
-                f"asks for {tuple(shapes[key])}; config and weights do not belong together"
+                f"asks for {tuple(shapes[held])}; config and weights do not belong together"
             )
         # A copy, so that no page of the file is needed, or trusted, later on.
-        held[key] = stored.to(device=spec.device, dtype=spec.dtype, copy=True)
-        loaded += held[key].numel() * itemsize
+        tensor = stored.to(device=spec.device, dtype=spec.dtype, copy=True)
+        tensors[held] = pack(tensor) if held.packed else tensor
+        loaded += sizes[held]
         if loaded - reported >= total // 100:
             progress(loaded, total)
             reported = loaded
-    for name, key in keys.items():
-        owner, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(held[key], requires_grad=False)
-        model.get_submodule(owner).register_parameter(leaf, parameter)
+    _fill(model, weights, tensors)
     model.to(spec.device)  # Buffers: rotary frequencies, embedding scales.
     eos_ids = read_eos_ids(spec.model_dir, model.config)
-    return Shard(spec, model, held, eos_ids, kept, total)
+    return Shard(spec, model, tensors, eos_ids, kept, total)
+
+
+def _fill(model: Any, weights: dict[str, Held], tensors: dict[Held, torch.Tensor]) -> None:
+    """Put the weights into the model; linear layers with packed ones are replaced."""
+    for name, held in weights.items():
+        if not held.packed:
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(tensors[held], requires_grad=False)
+            model.get_submodule(owner).register_parameter(leaf, parameter)
+    for name, held in weights.items():
+        if held.packed:
+            path = name.rpartition(".")[0]
+            owner, _, leaf = path.rpartition(".")
+            linear = PackedLinear(tensors[held], model.get_submodule(path).bias)
+            setattr(model.get_submodule(owner), leaf, linear)
 
 
 def longest_context(config: Any, granted: int) -> int:
