@@ -44,3 +44,15 @@ async def eventually(
         if loop.time() >= deadline:
             raise failure or AssertionError(f"not within {timeout} s: {predicate}")
         await asyncio.sleep(interval)
+
+
+async def stays(
+    predicate: Callable[[], bool | Awaitable[bool]], seconds: float, interval: float = 0.05
+) -> None:
+    """Fail as soon as ``predicate`` is false within the next ``seconds``."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while loop.time() < deadline:
+        result = predicate()
+        assert await result if inspect.isawaitable(result) else result
+        await asyncio.sleep(interval)

@@ -1,0 +1,110 @@
+"""How much of a device's memory a plan may fill, and which devices a plan takes."""
+
+from pathlib import Path
+
+import pytest
+from uellm_deployer.budgets import devices_for
+from uellm_deployer.catalog import checked, parse_model, resolve
+from uellm_deployer.planning import plan
+from uellm_deployer.replica import Phase, Replica
+from uellm_deployer.settings import DeployerSettings
+from uellm_deployer.workers import Worker
+
+from tests.support.checkpoints import write_checkpoint
+from uellm.core.errors import InvalidArgumentError
+from uellm.placement.even import EvenPlacer
+from uellm.placement.views import Device, PlannedReplica, PlannedStage
+from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
+
+
+def worker(kind: "topology_pb2.DeviceKind.ValueType", *stages: deployer_pb2.StageStatus) -> Worker:
+    device = topology_pb2.Device(
+        id="w/d:0", kind=kind, memory_total_bytes=1000, memory_free_bytes=600, healthy=True
+    )
+    return Worker("w", "w:1", 1, [device], 0.0, stages={stage.replica: stage for stage in stages})
+
+
+def replica(name: str, phase: Phase, memory_bytes: int) -> Replica:
+    stage = PlannedStage("w/d:0", 0, 1, True, True, memory_bytes, 0)
+    return Replica(name, 0, phase, planned=PlannedReplica((stage,)))
+
+
+def held(name: str, resident_bytes: int) -> deployer_pb2.StageStatus:
+    return deployer_pb2.StageStatus(replica=name, pid=1, resident_bytes=resident_bytes)
+
+
+CPU, CUDA = topology_pb2.DEVICE_KIND_CPU, topology_pb2.DEVICE_KIND_CUDA
+
+
+@pytest.mark.parametrize(
+    ("kind", "stages", "others", "expected"),
+    [
+        (CPU, [], [], 600),
+        # What others will still take is not free; what they have taken is gone already.
+        (CPU, [], [replica("o", Phase.FORMING, 150)], 450),
+        (CPU, [held("o", 100)], [replica("o", Phase.READY, 150)], 550),
+        (CUDA, [held("o", 9)], [replica("o", Phase.READY, 150)], 600),
+        (CPU, [], [replica("o", Phase.IDLE, 150)], 600),
+        # What the planned replica holds itself is free for it, up to all there is.
+        (CPU, [held("me", 250)], [], 850),
+        (CUDA, [held("me", 9)], [], 900),
+    ],
+)
+def test_pending_loads_are_reserved_and_ones_own_are_free(
+    kind: "topology_pb2.DeviceKind.ValueType",
+    stages: list[deployer_pb2.StageStatus],
+    others: list[Replica],
+    expected: int,
+) -> None:
+    me = replica("me", Phase.IDLE, 300)
+    (device,) = devices_for(me, [me, *others], [worker(kind, *stages)])
+    assert device.memory_bytes == expected
+    assert device.num_stages == sum(other.phase is not Phase.IDLE for other in others)
+
+
+async def test_accelerators_are_taken_before_cpus(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "m")
+    model = await resolve(common_pb2.ModelRef(name="m", source=str(source)))
+    gpu = Device("g/cuda:0", "g", "g", "cuda", 1 << 30)
+    cpu = Device("c/cpu:0", "c", "c", "cpu", 8 << 30)
+    small = Device("s/cuda:0", "s", "s", "cuda", 1 << 10)
+
+    def where(devices: list[Device], **wanted: object) -> tuple[list[str], str]:
+        request = deployer_pb2.PlanRequest(slots=1, **wanted)
+        made = plan(EvenPlacer(), model, request, devices, 1)
+        return [stage.device_id for stage in made.plan.replicas[0].stages], made.dtype
+
+    assert where([gpu, cpu]) == (["g/cuda:0"], "bfloat16")
+    assert where([small, cpu]) == (["c/cpu:0"], "float32")
+    assert where([gpu, cpu], stages=2) == (["c/cpu:0", "g/cuda:0"], "float32")
+    assert where([gpu, cpu], dtype="float16") == (["g/cuda:0"], "float16")
+    assert where([gpu, cpu], stages=1)[0] == ["g/cuda:0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "source"),
+    [
+        ("/models/tiny", "", "/models/tiny"),
+        ("org/tiny", "", "org/tiny"),
+        ("mine=org/tiny", "mine", "org/tiny"),
+        ("org/mine=/models/tiny", "org/mine", "/models/tiny"),
+    ],
+)
+def test_models_are_named_in_settings(text: str, name: str, source: str) -> None:
+    ref = parse_model(text)
+    assert (ref.name, ref.source) == (name, source)
+
+
+def test_a_model_is_named_after_its_source(tmp_path: Path) -> None:
+    request = deployer_pb2.PlanRequest(model=common_pb2.ModelRef(source="org/tiny/"))
+    wanted = checked(request, default_slots=6)
+    assert (wanted.model.name, wanted.replicas, wanted.slots) == ("tiny", 1, 6)
+    with pytest.raises(InvalidArgumentError, match="is no name"):
+        checked(deployer_pb2.PlanRequest(model=common_pb2.ModelRef(source="/a/b c")), 6)
+
+
+def test_models_are_a_list_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UELLM_DEPLOYER_MODELS", "a=/x, org/b")
+    assert DeployerSettings.load().models == ("a=/x", "org/b")
+    monkeypatch.setenv("UELLM_DEPLOYER_MODELS", '["a=/x"]')
+    assert DeployerSettings.load().models == ("a=/x",)
