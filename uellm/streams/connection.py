@@ -1,5 +1,6 @@
 """One way to reach Redis, with the settings that the queue protocol needs."""
 
+import asyncio
 from typing import Any, TypeAlias
 
 from redis.asyncio import Redis
@@ -22,6 +23,26 @@ UNREACHABLE = (RedisConnectionError, RedisTimeoutError, OSError)
 """What a call raises when Redis is away: whether it took effect is then unknown."""
 
 
+class _CancelledAtOnce:
+    """A connection whose sending can be cancelled.
+
+    redis-py sends under ``asyncio.wait_for``. Before Python 3.12 that loses a cancellation which
+    comes as the sending ends: a loop of reads that is stopped then goes on for ever.
+    """
+
+    socket_timeout: float | None
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        seconds, self.socket_timeout = self.socket_timeout, None
+        try:
+            async with asyncio.timeout(seconds):
+                await super().send_packed_command(command, check_health)  # type: ignore[misc]
+        except TimeoutError:
+            raise RedisTimeoutError("Timeout writing to socket") from None
+        finally:
+            self.socket_timeout = seconds
+
+
 def connect(url: str) -> RedisClient:
     """A client without automatic retries.
 
@@ -32,7 +53,7 @@ def connect(url: str) -> RedisClient:
         ConfigurationError: if ``url`` is not a Redis URL.
     """
     try:
-        return Redis.from_url(
+        client = Redis.from_url(
             url,
             retry=Retry(NoBackoff(), 0),
             retry_on_error=[],
@@ -47,6 +68,9 @@ def connect(url: str) -> RedisClient:
             f"UELLM_REDIS_URL: {error}; for instance redis://localhost:6379/0",
             field="redis_url",
         ) from None
+    pool = client.connection_pool
+    pool.connection_class = type("Connection", (_CancelledAtOnce, pool.connection_class), {})
+    return client
 
 
 async def check(redis: RedisClient, url: str) -> None:
