@@ -414,6 +414,23 @@ async def test_a_pipeline_loses_a_stage_and_regroups(
         await stage.child.kill()
 
 
+async def test_a_leader_leaves_at_once_while_a_step_hangs(
+    shard: ChildSpawner, checkpoint: Path
+) -> None:
+    stages = [await spawn(shard), await spawn(shard)]
+    await form(stages, checkpoint, 1)
+    await stages[0].add("a", PROMPT, max_tokens=100, ignore_eos=True)
+    await stages[0].expect("step")
+    os.kill(stages[1].child.pid, signal.SIGSTOP)
+    clock = asyncio.get_running_loop().time
+    asked_at = clock()
+    await stages[0].child.send(EngineCommand(leave=LeaveGroup()))
+    await stages[0].expect("left")
+    assert clock() - asked_at < 1.0
+    for stage in stages:
+        await stage.child.kill()
+
+
 async def test_large_activations_travel_over_the_process_group(
     shard: ChildSpawner, tmp_path: Path
 ) -> None:

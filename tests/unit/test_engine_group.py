@@ -125,6 +125,31 @@ def test_a_silent_peer_is_missed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs.close()
 
 
+def test_a_stage_that_joined_long_before_the_others_is_not_taken_as_lost() -> None:
+    ours, theirs = (Link(sock, 1) for sock in _tcp_pair())
+    ours.heard_at = theirs.heard_at = 0.0
+    inboxes = (Inbox(), Inbox())
+    groups = []
+    for index, link in enumerate((ours, theirs)):
+        inboxes[index].generation = GENERATION
+        groups.append(
+            Group(
+                assignment(index, 2),
+                {1 - index: link},
+                prepared().capacity,
+                ["cpu"] * 2,
+                "",
+                HOST,
+                inboxes[index],
+            )
+        )
+    groups[0].send_step(b"hello")
+    assert inboxes[1].take(block=True) == StepAnnounced(GENERATION, b"hello")
+    assert inboxes[0].take(block=False) is None
+    for group in groups:
+        group.close()
+
+
 def test_idle_stages_stay_together(
     form: Callable[[int], Stages], monkeypatch: pytest.MonkeyPatch
 ) -> None:

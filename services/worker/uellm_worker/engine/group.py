@@ -62,6 +62,9 @@ class Group:
         self._links = links
         self._inbox = inbox
         self._closed = False
+        for link in links.values():
+            # Whoever joined first has waited for the others in silence.
+            link.heard_at = time.monotonic()
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._listen, name="links", daemon=True)
         self._thread.start()
@@ -93,7 +96,7 @@ class Group:
                     selector.register(link.socket, selectors.EVENT_READ, link)
                 selector.register(self._woken, selectors.EVENT_READ, None)
                 self._serve(selector)
-        except PeerLostError as error:
+        except Exception as error:  # Nobody else watches the peers: whatever it is, say so.
             self._inbox.put(PeerLost(self.assignment.generation, str(error)))
         finally:
             # Closed links tell the other stages at once, however they are chained.
