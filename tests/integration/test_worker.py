@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+from uellm_worker import delivery
 
 from tests.support.waiting import eventually
 from tests.support.worker import (
@@ -24,7 +25,7 @@ from tests.support.worker import (
 )
 from uellm.convert import duration
 from uellm.embedded import EmbeddedRedis
-from uellm.v1 import common_pb2, deployer_pb2, worker_pb2
+from uellm.v1 import common_pb2, deployer_pb2, topology_pb2, worker_pb2
 
 SERVING = deployer_pb2.STAGE_STATE_SERVING
 FAILED = deployer_pb2.STAGE_STATE_FAILED
@@ -56,6 +57,35 @@ async def slow_worker(deployer: Deployer, redis_url: str) -> AsyncIterator[Runni
 
 async def serving(worker: RunningWorker, mesh: Mesh, generation: int = 1, slots: int = 4) -> None:
     await worker.bring_up(mesh.assignment(generation, slots=slots))
+    await mesh.route(generation)
+
+
+async def two_stages(
+    first: RunningWorker, second: RunningWorker, mesh: Mesh, generation: int
+) -> None:
+    """A replica over two workers, as a deployer forms it."""
+    peers = [
+        topology_pb2.Peer(stage=stage, worker=worker.worker, host="127.0.0.1")
+        for stage, worker in enumerate((first, second))
+    ]
+    answers = await asyncio.gather(
+        *(
+            worker.prepare(
+                mesh.assignment(
+                    generation,
+                    stage_index=stage,
+                    stage_count=2,
+                    first_layer=2 * stage,
+                    last_layer=2 * stage + 1,
+                    peers=peers,
+                )
+            )
+            for stage, worker in enumerate((first, second))
+        )
+    )
+    rendezvous = answers[0][-1].rendezvous
+    assert rendezvous
+    await asyncio.gather(*(w.commit(REPLICA, generation, rendezvous) for w in (first, second)))
     await mesh.route(generation)
 
 
@@ -153,8 +183,7 @@ async def test_registration_heartbeats_and_status(
     assert stage is not None
     assert stage.generation == 1
     assert stage.resident_bytes > 0
-    status = await worker.stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5)
-    assert status.stages[0].pid == stage.pid
+    assert (await worker.status())[0].pid == stage.pid
     echo = await worker.stub.Probe(worker_pb2.ProbeRequest(payload=b"x" * 1000), timeout=5)
     assert echo.payload == b"x" * 1000
 
@@ -187,8 +216,7 @@ async def test_other_files_than_those_deployed_are_refused(
         await worker.prepare(assignment)
     assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     assert "digest" in (caught.value.details() or "")
-    status = await worker.stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5)
-    assert not status.stages
+    assert not await worker.status()
 
 
 async def test_a_cancelled_request_frees_its_slot(slow_worker: RunningWorker, mesh: Mesh) -> None:
@@ -325,8 +353,7 @@ async def test_release_hands_back_and_ends_the_child(
     await slow_worker.stub.Release(release, timeout=10)
     for request_id in (running, waiting):
         assert await mesh.state(request_id) == "QUEUED"
-    status = await slow_worker.stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5)
-    assert not status.stages
+    assert not await slow_worker.status()
     ids, text = await mesh.logged(running)
     assert (ids, text) == mesh.oracle(1, len(ids))
 
@@ -408,6 +435,54 @@ async def test_appends_can_be_spaced_but_first_tokens_do_not_wait(
         assert len(chunks[0].tokens.ids) < 10
         assert len(chunks) < 20
         assert await mesh.logged(request_id) == mesh.oracle(7, 100)
+
+
+async def test_no_more_is_computed_than_can_be_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While Redis is away the child waits once enough is unsaid, and then goes on."""
+    monkeypatch.setattr(delivery, "MOST_UNSAID_TOKENS", 20)
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        async with (
+            mesh_at(server.url, tmp_path / "model") as mesh,
+            deployer_at(mesh.redis),
+            worker_at(server.url, instant_step_seconds=0.002) as worker,
+        ):
+            await serving(worker, mesh)
+            ids = [await mesh.accept(seed=seed, max_tokens=500) for seed in range(4)]
+            await mesh.dispatch(*ids)
+            await mesh.tokens(ids[0], 20)
+            server.kill()
+            await asyncio.to_thread(server.start)
+            await mesh.redis.connection_pool.disconnect()
+            for seed, request_id in enumerate(ids):
+                await mesh.ended(request_id)
+                assert await mesh.logged(request_id) == mesh.oracle(seed, 500)
+
+
+async def test_a_lost_stage_fails_the_others_which_keep_their_children(
+    slow_worker: RunningWorker, mesh: Mesh, deployer: Deployer
+) -> None:
+    async with worker_at(mesh.redis_url, service_id="worker-2") as second:
+        await two_stages(slow_worker, second, mesh, generation=1)
+        request_id = await mesh.accept(seed=3, max_tokens=200)
+        await mesh.dispatch(request_id)
+        await mesh.tokens(request_id, 20)
+        survivor, victim = [(await w.status())[0] for w in (slow_worker, second)]
+        os.kill(victim.pid, signal.SIGKILL)
+
+        async def both_failed() -> bool:
+            return all([(await w.status())[0].state == FAILED for w in (slow_worker, second)])
+
+        await eventually(both_failed)
+        assert (await slow_worker.status())[0].reason.startswith("PEER_LOST")
+        await mesh.reap()
+        await two_stages(slow_worker, second, mesh, generation=2)
+        assert (await slow_worker.status())[0].pid == survivor.pid
+        assert (await mesh.reap()).requeued == (request_id,)
+        await mesh.dispatch(request_id, epoch=2)
+        await mesh.ended(request_id)
+        assert await mesh.logged(request_id) == mesh.oracle(3, 200)
 
 
 async def test_what_is_meant_for_a_newer_leader_is_handed_back(

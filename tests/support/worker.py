@@ -114,11 +114,19 @@ class RunningWorker:
         request = worker_pb2.PrepareRequest(assignment=assignment)
         return [r async for r in self.stub.Prepare(request, timeout=CALL_SECONDS)]
 
-    async def commit(self, replica: str, generation: int) -> None:
-        """Commit a replica of one stage."""
-        await self.stub.Commit(
-            worker_pb2.CommitRequest(replica=replica, generation=generation), timeout=CALL_SECONDS
+    async def commit(self, replica: str, generation: int, rendezvous: str = "") -> None:
+        """Commit a replica's stage."""
+        request = worker_pb2.CommitRequest(
+            replica=replica, generation=generation, rendezvous=rendezvous
         )
+        await self.stub.Commit(request, timeout=CALL_SECONDS)
+
+    async def status(self) -> Sequence[deployer_pb2.StageStatus]:
+        """The stages that it holds."""
+        request = worker_pb2.GetStatusRequest()
+        answer = await self.stub.GetStatus(request, timeout=CALL_SECONDS)
+        stages: Sequence[deployer_pb2.StageStatus] = answer.stages
+        return stages
 
     async def bring_up(self, assignment: topology_pb2.ShardAssignment) -> None:
         """Prepare and commit."""

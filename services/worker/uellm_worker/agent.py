@@ -80,8 +80,9 @@ class Agent:
             self._registered = False
             if not self._away:
                 _log.warning(
-                    "the deployer does not answer; trying on",
+                    "the deployer takes no sign of life; trying on",
                     address=self._deployer.address if self._deployer else "",
+                    code=error.code().name,
                     error=error.details(),
                 )
             self._away = True
