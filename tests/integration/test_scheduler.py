@@ -329,6 +329,43 @@ async def test_a_withdrawn_model_is_served_to_the_end_and_let_go(
         await eventually(let_go)
 
 
+async def test_a_scheduler_that_lost_its_model_sends_nothing_until_it_owns_it_again(
+    mesh: Mesh, redis_url: str
+) -> None:
+    await mesh.deploy("r0", slots=8)
+    owner = mesh.gateway.keys.owner
+    async with scheduler(redis_url):
+        await mesh.accept()
+        (first,) = await mesh.received("r0", 1)
+        token = int(await mesh.redis.hget(owner, "token"))
+        # Another one took over while this one was stopped, as by a debugger.
+        until = int((await mesh.redis.time())[0] + 0.9) * 1000 + 1500
+        await mesh.redis.hset(
+            owner, mapping={"holder": "other", "token": token + 1, "until": until}
+        )
+        request_id = await mesh.accept()
+        await mesh.finish("r0", first)
+        (entry,) = await mesh.received("r0", 1)
+        assert entry.request_id == request_id
+        seconds, microseconds = await mesh.redis.time()
+        assert seconds * 1000 + microseconds // 1000 >= until
+        assert int(await mesh.redis.hget(owner, "token")) > token + 1
+
+
+async def test_an_idle_replica_is_known_by_its_deployers_estimates(
+    mesh: Mesh, redis_url: str
+) -> None:
+    await mesh.deploy("r0", slots=1, step_seconds=0.5)
+    async with scheduler(redis_url, lookahead_requests=0):
+        await mesh.promised(await mesh.accept(output=100))
+        # It reports for the first time, and has measured nothing yet.
+        await mesh.leader.append("r0", 1, 5000, report=queue_pb2.ReplicaReport(epoch=1, running=1))
+        await mesh.route("r1", 1)
+        promise = await mesh.promised(await mesh.accept(output=100))
+        start, finish = promise.start_p50.ToNanoseconds(), promise.finish_p50.ToNanoseconds()
+        assert (finish - start) / 1e9 == pytest.approx(50, rel=0.05)
+
+
 async def test_no_trace_is_broken(mesh: Mesh, redis_url: str) -> None:
     await mesh.deploy("r0")
     trace = "0af7651916cd43dd8448eb211c80319c"

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from redis.exceptions import OutOfMemoryError
+
+from uellm.core.errors import ResourceExhaustedError
 from uellm.streams.connection import RedisClient
 from uellm.streams.messages import (
     RETENTION_SECONDS,
@@ -39,17 +42,28 @@ class SchedulerQueue(ModelQueue):
         holder, until = await self._redis.hmget(self.keys.owner, ["holder", "until"])
         return (holder or b"").decode(), int(until or 0) / 1000
 
-    async def next_term(self) -> int:
-        """A number that every owner takes when it begins: names of batches start with it."""
-        return int(await self._redis.hincrby(self.keys.owner, "terms", 1))
+    async def term(self) -> int:
+        """How often the model changed hands."""
+        return int(await self._redis.hget(self.keys.owner, "term") or 0)
 
     async def policy(self) -> str:
         """The name of the policy that was chosen while running, or ""."""
         return str((await self._redis.get(self.keys.policy) or b"").decode())
 
     async def set_policy(self, name: str) -> None:
-        """Keep the name of the policy, for this owner and those after it."""
-        await self._redis.set(self.keys.policy, name)
+        """Keep the name of the policy, for this owner and those after it.
+
+        Raises:
+            ResourceExhaustedError: if Redis is full.
+        """
+        try:
+            await self._redis.set(self.keys.policy, name)
+        except OutOfMemoryError:
+            raise ResourceExhaustedError(
+                "Redis is at its memory limit; waiting requests free some as they end",
+                reason="QUEUE_MEMORY",
+                retry_after_seconds=5.0,
+            ) from None
 
     async def ensure_requests_group(self) -> None:
         """Create the schedulers' group, at 0: work accepted before it existed is not skipped."""

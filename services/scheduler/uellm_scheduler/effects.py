@@ -1,9 +1,8 @@
 """Carrying out what a policy decided."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import count
 
 from uellm import logs
 from uellm.convert import promise_to_proto, timestamp
@@ -29,19 +28,24 @@ class Effects:
         queue: the model's queues.
         book: what the owner knows; kept current here.
         token: the owner's fencing token.
-        term: names this owner's batches.
+        batch_names: one for every batch, to come behind its replica's.
         lease_ms: how long a replica holds a request without a sign of life.
     """
 
     def __init__(
-        self, queue: SchedulerQueue, book: Book, *, token: int, term: int, lease_ms: int
+        self,
+        queue: SchedulerQueue,
+        book: Book,
+        *,
+        token: int,
+        batch_names: Iterator[str],
+        lease_ms: int,
     ) -> None:
         self._queue = queue
         self._book = book
         self._token = token
-        self._term = term
+        self._batch_names = batch_names
         self._lease_ms = lease_ms
-        self._batches = count(1)
 
     async def carry_out(
         self, promises: dict[str, Promise], dispatches: Sequence[Dispatch], now: float
@@ -81,7 +85,7 @@ class Effects:
         ]
         if not tickets:
             return True
-        batch_id = f"{dispatch.replica}-{self._term}.{next(self._batches)}"
+        batch_id = f"{dispatch.replica}-{next(self._batch_names)}"
         entries = [
             _batch_entry(ticket, dispatch, rank, batch_id, now)
             for rank, ticket in enumerate(tickets)

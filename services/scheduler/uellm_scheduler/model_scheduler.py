@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from itertools import count
 
 from redis.exceptions import RedisError
 
@@ -15,7 +16,7 @@ from uellm.policy.views import DispatchPolicy, QueuedView, QueueView, Refusal
 from uellm.service import RETRY_SECONDS, Context
 from uellm.streams.messages import ReplicaRoute
 from uellm.streams.scheduler_queue import SchedulerQueue
-from uellm.v1 import common_pb2
+from uellm.v1 import common_pb2, queue_pb2
 from uellm_scheduler.book import REVISE_SECONDS, Book
 from uellm_scheduler.effects import Effects
 from uellm_scheduler.inbox import Inbox
@@ -67,6 +68,8 @@ class ModelScheduler:
         self._policy = dispatch_policy(settings.policy, settings.dispatch_settings)
         self._inbox: Inbox | None = None
         self._away = False
+        # Goes on after a recovery, so that no two batches of a term have one name.
+        self._numbers = count(1)
         self._polling = Timer(POLL_SECONDS)
         self._reconsider_at: float | None = None
         self._full_round_at = 0.0
@@ -101,11 +104,12 @@ class ModelScheduler:
         self._away = False
         book = self.book
         inbox = self._inbox = Inbox(self._queue, consumer, place)
+        term = await self._queue.term()
         effects = Effects(
             self._queue,
             book,
             token=self.token,
-            term=await self._queue.next_term(),
+            batch_names=(f"{term}.{n}" for n in self._numbers),
             lease_ms=self._settings.lease_ms,
         )
         upkeep = Upkeep(self._queue, book, effects, self.token, self._settings)
@@ -152,6 +156,9 @@ class ModelScheduler:
         sent_to = {ticket.replica for ticket in self.book.in_flight.values()}
         before = self.routes
         self.routes = await self._queue.routes(sorted({*self.replicas, *sent_to}))
+        for name, route in self.routes.items():
+            if name in before:
+                _keep_estimates(route.report, before[name].report)
         return any(
             name in before and before[name].epoch != route.epoch
             for name, route in self.routes.items()
@@ -215,6 +222,18 @@ class ModelScheduler:
         if self._inbox is not None:
             self._inbox.wake()
         return previous.name
+
+
+def _keep_estimates(report: queue_pb2.ReplicaReport, before: queue_pb2.ReplicaReport) -> None:
+    """Go on with what was known of a replica until it has measured it itself."""
+    for name in (
+        "slots",
+        "kv_tokens_total",
+        "prefill_seconds_per_token",
+        "decode_step_seconds",
+    ):
+        if not getattr(report, name):
+            setattr(report, name, getattr(before, name))
 
 
 async def _refuse(effects: Effects, refusals: Sequence[Refusal], now: float) -> None:

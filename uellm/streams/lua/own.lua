@@ -19,6 +19,8 @@ if holder ~= me and expires > now and expires <= now + 2 * lease then
 end
 if holder ~= me then
   token = math.max(token + 1, now)
+  -- A short number of the same change, for people: names of batches begin with it.
+  redis.call('HINCRBY', key, 'term', 1)
 end
 redis.call('HSET', key, 'holder', me, 'token', token, 'until', now + lease)
 return { token, me }
