@@ -13,8 +13,8 @@ from uellm.streams.messages import (
     operation_arguments,
     parse_batch,
 )
-from uellm.streams.queue import ModelQueue, ensure_group
-from uellm.streams.reading import GroupReader
+from uellm.streams.queue import ModelQueue
+from uellm.streams.reading import GroupReader, ensure_group
 from uellm.streams.scripts import Scripts
 from uellm.v1 import queue_pb2
 
