@@ -65,8 +65,9 @@ def request(**fields: Any) -> GenerateRequest:
 
 async def refusal(call: Any) -> errors.UellmError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for _ in call:
-            pass
+        async with asyncio.timeout(15):
+            async for _ in call:
+                pass
     return error_from(caught.value)
 
 
@@ -516,6 +517,39 @@ async def test_a_gateway_that_stops_hands_its_streams_over(
 async def _refuses(gateway: Gateway) -> bool:
     error = await refused(gateway.stub.Submit(SubmitRequest(request=request(text=""))))
     return error.reason == "GATEWAY_DRAINING"
+
+
+async def test_a_burst_takes_few_connections_and_a_server_may_forget_its_scripts(
+    gateway: Gateway, driver: MeshDriver, redis: Redis
+) -> None:
+    submit = SubmitRequest(request=request())
+    await redis.script_flush()
+    submitted = await asyncio.gather(*(gateway.stub.Submit(submit) for _ in range(300)))
+    ids = [request_id for response in submitted for request_id in response.request_ids]
+    assert len(set(ids)) == await redis.xlen(driver.leader.keys.requests) == 300
+    await asyncio.gather(*(gateway.stub.Get(GetRequest(request_id=i)) for i in ids))
+    streams = [gateway.stub.Watch(WatchRequest(request_id=i)) for i in ids]
+    reading = [asyncio.create_task(collect(stream)) for stream in streams]
+    assert len(await redis.client_list()) < 60
+    await asyncio.gather(*(gateway.stub.Cancel(CancelRequest(request_id=i)) for i in ids))
+    for collected in await asyncio.gather(*reading):
+        assert collected.finished.reason == common_pb2.FINISH_REASON_CANCELLED
+
+
+async def test_an_answer_that_redis_lost_is_not_found(
+    gateway: Gateway, driver: MeshDriver, redis: Redis
+) -> None:
+    stream = gateway.stub.Generate(request())
+    await read_event(stream)
+    request_id = await driver.start_next()
+    for part in PARTS[:2]:
+        await driver.say(request_id, part)
+    await redis.xtrim(driver.leader.keys.log(request_id), maxlen=1, approximate=False)
+    error = await refusal(gateway.stub.Watch(WatchRequest(request_id=request_id)))
+    assert (type(error), error.reason) == (errors.NotFoundError, "LOG_INCOMPLETE")
+    await redis.delete(driver.leader.keys.request(request_id))
+    error = await refusal(stream)
+    assert (type(error), error.reason) == (errors.NotFoundError, "REQUEST_NOT_FOUND")
 
 
 async def test_a_stream_outlives_a_restart_of_redis(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Every request that is wrong is refused with the field, the limit and the remedy."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
+from uellm_gateway.models import sampling_defaults
 from uellm_gateway.validation import (
     check_request,
     check_token_ids,
@@ -187,6 +190,15 @@ def test_defaults_are_filled_in() -> None:
     filled = resolve(asked, defaults=model)
     assert (filled.temperature, filled.top_p, filled.top_k, filled.seed) == (0, 0.5, 0, 0)
     assert resolve(Sampling(), prompt_tokens=99).max_tokens == 1
+
+
+def test_a_models_own_sampling_is_read_from_its_files(tmp_path: Path) -> None:
+    assert sampling_defaults(tmp_path) == {}
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"temperature": 0.5, "top_p": 0.9}))
+    assert sampling_defaults(tmp_path) == {}
+    path.write_text(json.dumps({"do_sample": True, "top_p": 0.9, "top_k": None}))
+    assert sampling_defaults(tmp_path) == {"temperature": 1.0, "top_p": 0.9}
 
 
 def test_token_ids_outside_the_vocabulary() -> None:

@@ -17,6 +17,7 @@ KEEP_ALIVE_CHECKS = 5
 CHECK_SECONDS = 1.0
 LINGER_SECONDS = 30.0
 CHECKED_AT_ONCE = 500
+BUSY_SECONDS = 0.001
 _FIRST_QUIET_CHECKS = (2, 3, 5)
 _QUIET_CHECKS = 8
 _log = logger("frames")
@@ -82,6 +83,7 @@ class ModelFrames:
 
     async def _read(self) -> None:
         after = self._after
+        begun = time.monotonic()
         place, frames = await self.source.queue.read_frames(self._gateway, after, BLOCK_MS)
         if self._after == after:
             self._after = place
@@ -90,6 +92,9 @@ class ModelFrames:
             for entry in frame.entries:
                 for watcher in watchers.get(entry.request_id, ()):
                     watcher.push(entry)
+        if time.monotonic() - begun < BUSY_SECONDS:
+            # Frames come faster than reading them one by one pays.
+            await asyncio.sleep(BUSY_SECONDS)
 
     async def check(self) -> None:
         """Keep the stream alive; find watchers that missed something."""

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from uellm.core.errors import UellmError, UnavailableError
+from uellm.core.errors import NotFoundError, UellmError
 from uellm.logs import logger
 from uellm.models.tokenizer import Tokenizer
 from uellm.streams.connection import UNREACHABLE
@@ -93,8 +93,7 @@ class AnswerSource:
         """Bring an answer up to what record and log hold.
 
         Raises:
-            NotFoundError: if the request is gone.
-            UnavailableError: if its log is not whole.
+            NotFoundError: if the request is gone, or a part of its log.
         """
         record = await self.queue.record(answer.request_id)
         chunks = await self.queue.read_log(answer.request_id, answer.next_offset)
@@ -107,9 +106,10 @@ class AnswerSource:
         if record.finished is not None and record.ended:
             whole = answer.add_finished(record.finished) and whole
         if not whole:
-            raise UnavailableError(
-                f"the log of {answer.request_id} ends before token {answer.next_offset}: Redis "
-                "lost a part of it; submit the request again",
+            raise NotFoundError(
+                f"the log of {answer.request_id} lacks token {answer.next_offset}: Redis lost a "
+                "part of it; submit the request again",
+                field="request_id",
                 reason="LOG_INCOMPLETE",
             )
 
