@@ -22,8 +22,11 @@ from uellm.core.errors import (
     ModelFilesError,
     NotFoundError,
     UellmError,
+    UnavailableError,
 )
+from uellm.embedded import EmbeddedRedis
 from uellm.rpc import channel, error_from
+from uellm.streams.connection import UNREACHABLE, connect
 from uellm.streams.keys import Keys
 from uellm.streams.queue import ModelQueue
 from uellm.streams.registry import Registry
@@ -82,7 +85,9 @@ class Mesh:
         described = await self.call("Describe", deployer_pb2.DescribeRequest())
         return name in [worker.worker for worker in described.workers]
 
-    async def call(self, method: str, request: Any, deployer: int = 0) -> Any:
+    async def call(
+        self, method: str, request: Any, deployer: int = 0, timeout: float = 10.0
+    ) -> Any:
         """Call a deployer.
 
         Raises:
@@ -91,7 +96,7 @@ class Mesh:
         async with channel(self.addresses[deployer]) as way:
             stub = deployer_pb2_grpc.DeployerServiceStub(way)
             try:
-                return await getattr(stub, method)(request, timeout=10)
+                return await getattr(stub, method)(request, timeout=timeout)
             except grpc.aio.AioRpcError as error:
                 raise error_from(error) from None
 
@@ -404,6 +409,81 @@ async def test_undeploy_waits_for_what_runs_then_lets_go(pair: Mesh) -> None:
         await pair.call("Undeploy", deployer_pb2.UndeployRequest(name=MODEL))
     await pair.apply(stages=2)
     await pair.ready(above=epoch)
+
+
+async def test_a_model_that_is_wanted_again_while_it_ends_is_formed_again(pair: Mesh) -> None:
+    await pair.apply(stages=2)
+    epoch = (await pair.ready()).replicas[0].epoch
+    await pair.redis.zadd(Keys(MODEL).leases, {"someone": 1})
+    await pair.call("Undeploy", deployer_pb2.UndeployRequest(name=MODEL))
+
+    async def draining() -> bool:
+        return await pair.route() == (epoch, "DRAINING")
+
+    await eventually(draining)
+    await pair.apply(stages=2)
+    assert layers(await pair.ready(above=epoch)) == BOTH
+
+
+async def test_what_redis_lost_is_asserted_again(pair: Mesh) -> None:
+    await pair.apply(stages=2)
+    before = await pair.ready()
+    await pair.redis.flushall()
+    assert (await pair.ready()).replicas == before.replicas
+    assert await pair.redis.hexists(DESIRED, MODEL)
+    pair.workers["w1"].fail_stage(REPLICA, "CHILD_LOST")
+    await pair.ready(above=before.replicas[0].epoch)
+
+
+async def test_redis_may_go_away_and_come_back(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        client = connect(server.url)
+        mesh = Mesh(client, server.url, write_checkpoint(tmp_path / "model", layers=6))
+        try:
+            await mesh.add_deployer()
+            await mesh.add_worker("w1")
+            await mesh.apply()
+            before = await mesh.ready()
+            server.kill()
+            await asyncio.to_thread(server.start)
+            mesh.workers["w1"].fail_stage(REPLICA, "CHILD_LOST")
+
+            async def again() -> bool:
+                with suppress(*UNREACHABLE):
+                    await client.ping()
+                    return True
+                return False
+
+            await eventually(again)
+            await mesh.ready(above=before.replicas[0].epoch)
+        finally:
+            await mesh.close()
+            await client.aclose()
+
+
+async def test_a_deployer_that_lost_its_lease_touches_nothing(pair: Mesh) -> None:
+    await pair.apply(stages=2)
+    before = await pair.ready()
+    owner = "uellm:deployer:owner"
+
+    async def deposed() -> bool:
+        until = (await pair.redis.time())[0] * 1000 + 5000
+        other = {"holder": "x@127.0.0.1:1", "token": 99, "until": until}
+        await pair.redis.hset(owner, mapping=other)
+        try:
+            await pair.call("Describe", deployer_pb2.DescribeRequest(), timeout=0.5)
+        except UnavailableError:
+            return True
+        return False
+
+    await eventually(deposed)
+    pair.workers["w1"].fail_stage(REPLICA, "CHILD_LOST")
+
+    async def untouched() -> bool:
+        await deposed()
+        return await pair.published() == before and (await pair.route())[1] == "READY"
+
+    await stays(untouched, 1.5)
 
 
 async def test_a_stage_of_an_unknown_replica_is_released(pair: Mesh) -> None:

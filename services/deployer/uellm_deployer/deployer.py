@@ -1,6 +1,7 @@
 """The deployer that acts: all deployments, the workers, and one loop that keeps them together."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 
@@ -24,6 +25,7 @@ from uellm_deployer.workers import Workers
 _log = logger("deployer")
 TURN_SECONDS = 0.25
 RELEASE_AGAIN_SECONDS = 5.0
+REASSERT_SECONDS = 2.0
 
 
 class Deployer:
@@ -46,11 +48,12 @@ class Deployer:
         self._links = Links(context, self._wake)
         self._placer = EvenPlacer()
         self._planning = asyncio.Lock()
-        self._token = 0
+        self._term = 0
         self._deployments: dict[str, Deployment] = {}
         self._woken = asyncio.Event()
         self._news = asyncio.Event()
         self._released: dict[reconcile.Orphan, float] = {}
+        self._reassert_at = 0.0
         self._tools = self._make_tools()
 
     def _make_tools(self) -> Tools:
@@ -79,29 +82,30 @@ class Deployer:
             await self._leadership.changed.wait()
             self._leadership.changed.clear()
             return
-        if self._token != self._leadership.token:
+        if self._term != self._leadership.term:
             self.step_down()
-            await self._take_over(self._leadership.token)
-        now = time.monotonic()
+            await self._take_over(self._leadership.term)
+        try:
+            await self._round(time.monotonic())
+        except AbortedError as error:
+            # The lease ran out in the middle; the next turn sees to it.
+            _log.warning("stopped in the middle", error=error.message)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TURN_SECONDS):
+                await self._woken.wait()
+
+    async def _round(self, now: float) -> None:
         for name, deployment in list(self._deployments.items()):
-            try:
-                await deployment.step(now)
-            except AbortedError as error:
-                # The lease ran out in the middle; the next turn sees to it.
-                _log.warning("stopped in the middle", error=error.message)
-                return
-            if deployment.ended:
+            await deployment.step(now)
+            if deployment.ended and self._deployments.get(name) is deployment:
                 del self._deployments[name]
+        await self._reassert(now)
         self._release_orphans(now)
         self.workers.forget(now)
         await self._links.keep(list(self.workers.all))
-        try:
-            async with asyncio.timeout(TURN_SECONDS):
-                await self._woken.wait()
-        except TimeoutError:
-            pass
 
-    async def _take_over(self, token: int) -> None:
+    async def _take_over(self, term: int) -> None:
         """Read what is wanted and what there is."""
         for text in self._settings.models:
             await self._want_from_settings(text)
@@ -117,8 +121,8 @@ class Deployer:
                 deployment.adopt(published[name], routes, now)
             deployment.ending = name not in desired
             self._deployments[name] = deployment
-        self._token, self.acting = token, True
-        _log.info("acts", deployments=sorted(self._deployments), token=token)
+        self._term, self.acting = term, True
+        _log.info("knows what is wanted", deployments=sorted(self._deployments))
 
     async def _want_from_settings(self, text: str) -> None:
         settings = self._settings
@@ -135,11 +139,19 @@ class Deployer:
         )
         await self._store.want(request)
 
+    async def _reassert(self, now: float) -> None:
+        if now < self._reassert_at:
+            return
+        published = await self._store.published()
+        for name, deployment in list(self._deployments.items()):
+            await deployment.reassert(published.get(name))
+        self._reassert_at = now + REASSERT_SECONDS
+
     def step_down(self) -> None:
         """Another deployer acts: forget everything, touch nothing."""
         if not self.acting:
             return
-        self.acting, self._token = False, 0
+        self.acting, self._term = False, 0
         for deployment in self._deployments.values():
             deployment.stop()
         self._deployments = {}
@@ -173,7 +185,7 @@ class Deployer:
         }
 
     def _check(self) -> None:
-        if not self._leadership.held or self._leadership.token != self._token:
+        if not self._leadership.held or self._leadership.term != self._term:
             raise AbortedError("another deployer acts now", reason="NOT_LEADER")
 
     def _wake(self) -> None:
@@ -187,8 +199,12 @@ class Deployer:
 
     def register(self, request: deployer_pb2.RegisterWorkerRequest) -> None:
         """Take note of a worker."""
+        known = self.workers.get(request.worker)
         worker = self.workers.register(request, time.monotonic())
         self._links.watch(worker)
+        if worker is not known:
+            for deployment in self._deployments.values():
+                deployment.devices_came()
         self._wake()
 
     def hear(self, request: deployer_pb2.HeartbeatRequest) -> bool:
@@ -233,7 +249,7 @@ class Deployer:
             request.model.source = model.ref.source
         await self._store.want(request)
         deployment = self._deployments.get(request.model.name)
-        if deployment is None:
+        if deployment is None or deployment.ended:
             deployment = Deployment(request, self._tools)
             self._deployments[request.model.name] = deployment
         await deployment.update(request, model)

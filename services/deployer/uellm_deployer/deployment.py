@@ -124,12 +124,38 @@ class Deployment:
         changed = same != request or (
             model is not None and self.model is not None and model.ref != self.model.ref
         )
+        if self.ending:
+            await self._cancel("")
+            for replica in self.replicas:
+                await self._suspend(replica, "forms again: it is wanted after all")
         self.request, self.ending = request, False
         self.model = model or (None if changed else self.model)
         if changed:
             self.avoided.clear()
             for replica in self.replicas:
                 await self._drop(replica, "forms again, as it is wanted otherwise now")
+
+    def devices_came(self) -> None:
+        """Try at once what there was no room for."""
+        for replica in self.replicas:
+            if replica.phase is Phase.IDLE and replica.failed:
+                replica.retry_at = 0.0
+
+    async def reassert(self, published: topology_pb2.Deployment | None) -> None:
+        """Publish and route again what Redis lost, or what a deposed deployer overwrote."""
+        if self.ending or self._published == topology_pb2.Deployment():
+            return
+        if published != self._published:
+            _log.warning("publishes again what was lost or overwritten", model=self.name)
+            self.tools.check()
+            await self.tools.store.want(self.request)
+            await self.tools.store.publish(self._published)
+        ready = [replica for replica in self.replicas if replica.phase is Phase.READY]
+        routes = await self.tools.store.routed(self.name, [replica.id for replica in ready])
+        for replica in ready:
+            if replica.id not in routes and replica.phase is Phase.READY:
+                self.tools.check()
+                await self.tools.store.route(self.name, replica.id, replica.epoch, "READY")
 
     # ---- deciding ------------------------------------------------------------------------------
 

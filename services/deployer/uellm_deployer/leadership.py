@@ -17,7 +17,9 @@ class Leadership:
     """The lease of the deployer that acts.
 
     Attributes:
-        token: rises with every change of holder; 0 while another holds the lease.
+        token: of the lease; 0 while another holds it.
+        term: rises every time that this deployer begins to act, or does so again after its lease
+            ran out. Within a term nobody else can have acted, even if Redis lost its data.
         leader: address of the holder, or "".
         changed: set when any of it changes; the listener clears it.
     """
@@ -28,6 +30,7 @@ class Leadership:
         self._me = f"{context.identity}@{context.address}"
         self._held_until = float("-inf")
         self.token = 0
+        self.term = 0
         self.leader = ""
         self.changed = asyncio.Event()
 
@@ -46,6 +49,7 @@ class Leadership:
         token, holder = await self._scripts("own", PREFIX, self._me, round(LEASE_SECONDS * 1000))
         token, leader = int(token), holder.decode().rpartition("@")[2]
         resumed = bool(token) and not self.held
+        self.term += resumed
         if token:
             self._held_until = before + LEASE_SECONDS
         if resumed or (token, leader) != (self.token, self.leader):
