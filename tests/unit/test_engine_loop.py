@@ -373,6 +373,28 @@ def test_reports_say_how_the_replica_is_doing() -> None:
     assert report.decode_step_seconds > 0
 
 
+def test_who_got_a_slot_is_told_before_the_step_computes() -> None:
+    told: list[list[str]] = []
+
+    class Watcher(Recorder):
+        def run(self, plan: StepPlan) -> StepResult:
+            if plan.admissions:
+                assert len(told[-1]) == len(plan.admissions)
+            return super().run(plan)
+
+    loop = EngineLoop(
+        Watcher(),
+        FcfsStep(),
+        Capacity(2, 64, 128),
+        Vocabulary(VOCAB),
+        announce=lambda report: told.append(list(report.admitted)),
+    )
+    for request_id in "abc":
+        loop.add(add(request_id))
+    run(loop)
+    assert told == [["a", "b"], ["c"]]
+
+
 def test_a_step_that_raises_names_its_suspects() -> None:
     class Fatal(Recorder):
         def run(self, plan: StepPlan) -> StepResult:

@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
     from uellm_worker.engine.packing import PackedLinear, pack, packable
     from uellm_worker.engine.shard_engine import ShardEngine, ShardMember
-    from uellm_worker.engine.transport import Loopback
+    from uellm_worker.engine.transport import Loopback, from_bytes, to_bytes
 
 from uellm_worker.engine.capacity import Capacity, Prepared  # noqa: E402
 from uellm_worker.engine.loop import EngineLoop  # noqa: E402
@@ -384,6 +384,13 @@ def test_without_packing_the_answers_are_exact_as_well(
     answers = generate(pipeline(directory, (2, 2)), prompts(), partial(greedy, 10))
     for prompt, answer in zip(prompts(), answers, strict=True):
         assert_exact(model, prompt, answer, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_activations_survive_as_bytes(dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        activation = torch.randn(5, 7).to(dtype)
+        assert torch.equal(from_bytes(to_bytes(activation), 5, dtype), activation)
 
 
 def test_progress_runs_up_to_the_total(checkpoint: Callable[[str], tuple[Path, Model]]) -> None:

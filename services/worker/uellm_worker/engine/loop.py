@@ -112,6 +112,7 @@ class EngineLoop:
         sequence = self._by_id.get(command.request_id)
         if sequence is not None and sequence.generation == command.generation:
             self._remove(sequence)
+        self._outputs = [output for output in self._outputs if not _same(output, command)]
 
     # ---- steps ---------------------------------------------------------------------------------
 
@@ -334,3 +335,8 @@ def _output(
         finish=finish,
         failure=failure,
     )
+
+
+def _same(output: SequenceOutput, command: DropSequence) -> bool:
+    """Both are of one holder of one request."""
+    return (output.request_id, output.generation) == (command.request_id, command.generation)

@@ -96,6 +96,16 @@ class Loopback:
         """Nothing to give up."""
 
 
+def to_bytes(tensor: torch.Tensor) -> bytes:
+    """A contiguous CPU tensor's content, in the byte order of the machine."""
+    return bytes(tensor.view(torch.uint8).numpy())
+
+
+def from_bytes(data: bytes, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of ``to_bytes`` for ``[rows, …]``."""
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(rows, -1)
+
+
 def open_store(bind_host: str) -> TCPStore:
     """Stage 0's store for forming one process group, on a free port of one address."""
     listener = listen(bind_host)
@@ -182,8 +192,7 @@ class ProcessGroupTransport:
         """See ``Transport``."""
         tensor = activation.to(self._carrier).contiguous()
         if tensor.nbytes <= INLINE_BYTES and not self._nccl:
-            raw = tensor.view(torch.uint8).numpy().tobytes()
-            self._group.send_step(meta + raw)
+            self._group.send_step(meta + to_bytes(tensor))
             return
         if self._sent is not None:
             self._wait(*self._sent)
@@ -198,8 +207,7 @@ class ProcessGroupTransport:
     def receive_activation(self, rows: int, inline: bytes) -> torch.Tensor:
         """See ``Transport``."""
         if inline:
-            flat = torch.frombuffer(bytearray(inline), dtype=self._dtype)
-            return flat.view(rows, self._hidden_size).to(self._device)
+            return from_bytes(inline, rows, self._dtype).to(self._device)
         tensor = torch.empty(rows, self._hidden_size, dtype=self._dtype, device=self._carrier)
         try:
             work = self._process_group.recv([tensor], self._stage - 1, 0)
