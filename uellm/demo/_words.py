@@ -13,91 +13,77 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# plural -> (singular, items); every category has the same number of items
-CATEGORIES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
-    plural: (singular, _words(items))
-    for plural, singular, items in (
+# every category has the same number of items
+CATEGORIES: Final[dict[str, tuple[str, ...]]] = {
+    category: _words(items)
+    for category, items in (
         (
             "animals",
-            "animal",
             "cat dog horse cow pig sheep goat lion tiger bear wolf fox deer rabbit mouse "
             "elephant monkey camel zebra otter",
         ),
         (
             "birds",
-            "bird",
             "eagle hawk owl robin sparrow crow raven dove pigeon duck goose swan heron stork "
             "parrot pelican penguin finch falcon wren",
         ),
         (
             "fruits",
-            "fruit",
             "apple pear peach plum cherry grape lemon lime orange mango banana melon fig date "
             "kiwi papaya guava apricot quince lychee",
         ),
         (
             "vegetables",
-            "vegetable",
             "carrot potato onion leek cabbage spinach lettuce celery turnip radish beet pea bean "
             "pumpkin squash kale broccoli garlic fennel parsnip",
         ),
         (
             "colours",
-            "colour",
             "red blue green yellow purple pink brown black white grey silver gold crimson violet "
             "indigo teal beige maroon turquoise scarlet",
         ),
         (
             "tools",
-            "tool",
             "hammer saw drill wrench chisel file plane axe shovel rake spade level clamp pliers "
             "screwdriver trowel mallet crowbar anvil vise",
         ),
         (
             "instruments",
-            "instrument",
             "piano violin guitar flute drum trumpet harp cello clarinet oboe tuba banjo organ lute "
             "viola bassoon trombone accordion fiddle cymbal",
         ),
         (
             "vehicles",
-            "vehicle",
             "car bus train truck boat ship lorry bicycle tram ferry van canoe tractor scooter sled "
             "wagon raft yacht glider kayak",
         ),
         (
             "clothes",
-            "garment",
             "shirt coat hat scarf glove sock shoe boot dress skirt jacket sweater vest belt cap "
             "tie robe apron blouse cloak",
         ),
         (
             "trees",
-            "tree",
             "oak pine maple birch willow elm cedar ash beech spruce fir poplar palm cypress larch "
             "hazel walnut chestnut alder rowan",
         ),
         (
             "foods",
-            "food",
             "bread cheese butter rice pasta soup salad cake pie honey jam egg yoghurt noodle "
             "pancake biscuit stew waffle muffin porridge",
         ),
         (
             "jobs",
-            "job",
             "teacher doctor farmer baker nurse pilot sailor painter writer singer tailor carpenter "
             "plumber lawyer judge chef miner weaver dentist gardener",
         ),
         (
             "sports",
-            "sport",
             "football tennis hockey rugby cricket golf boxing rowing sailing skiing swimming "
             "running cycling fencing archery judo karate polo climbing diving",
         ),
         (
             "rooms",
-            "room",
             "kitchen bedroom bathroom attic cellar hall library office nursery pantry study garage "
             "studio lounge porch balcony workshop laundry chapel gallery",
         ),
@@ -145,12 +131,12 @@ PHRASES: Final[tuple[str, ...]] = (
 )
 
 ALL_WORDS: Final[tuple[str, ...]] = tuple(
-    dict.fromkeys([item for _, items in CATEGORIES.values() for item in items] + list(COMMON_WORDS))
+    dict.fromkeys([item for items in CATEGORIES.values() for item in items] + list(COMMON_WORDS))
 )
 
 STORY_HEROES: Final[tuple[str, ...]] = (
-    *CATEGORIES["animals"][1],
-    *CATEGORIES["birds"][1][:8],
+    *CATEGORIES["animals"],
+    *CATEGORIES["birds"][:8],
     "dragon",
     "robot",
     "wizard",

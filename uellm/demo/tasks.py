@@ -40,6 +40,7 @@ MAX_COUNT: Final = 150
 MAX_COUNT_STEPS: Final = 90
 MAX_ADDEND: Final = 99
 MAX_REPEATS: Final = 60
+MIN_ITEMS: Final = 2
 MAX_ITEMS: Final = 20
 MIN_SENTENCES: Final = 2
 MAX_SENTENCES: Final = len(STORY_BEATS) + 2
@@ -204,7 +205,7 @@ def generate_task(rng: Random, split: Split = "train", kind: Kind | None = None)
 def write_answer(kind: Kind, arguments: Arguments, rng: Random) -> str:
     """Writes a right answer; ``rng`` decides where several are right."""
     if kind == "list":
-        items = CATEGORIES[str(arguments[0])][1]
+        items = CATEGORIES[str(arguments[0])]
         start = rng.randrange(len(items))
         return _numbered((items[start:] + items[:start])[: int(arguments[1])])
     if kind == "story":
@@ -297,7 +298,7 @@ def _draw_repeat(rng: Random) -> Arguments:
 _DRAW: Final[dict[Kind, Callable[[Random], Arguments]]] = {
     "count": _draw_count,
     "spell": lambda rng: (_word(rng, MAX_LETTERS),),
-    "list": lambda rng: (rng.choice(list(CATEGORIES)), rng.randint(1, MAX_ITEMS)),
+    "list": lambda rng: (rng.choice(list(CATEGORIES)), rng.randint(MIN_ITEMS, MAX_ITEMS)),
     "repeat": _draw_repeat,
     "add": lambda rng: (rng.randint(0, MAX_ADDEND), rng.randint(0, MAX_ADDEND)),
     "reverse": lambda rng: (_word(rng, MAX_REVERSED_LETTERS),),
@@ -316,7 +317,7 @@ def _slots(kind: Kind, arguments: Arguments, *, spelled_out: bool) -> dict[str, 
     number = _NUMBER_WORDS[n] if spelled_out and n < len(_NUMBER_WORDS) else str(n)
     plural = "" if n == 1 else "s"
     if kind == "list":
-        return {"items": f"{number} {CATEGORIES[what][0] if n == 1 else what}"}
+        return {"items": f"{number} {what}"}
     if kind == "repeat":
         noun = "phrase" if " " in what else "word"
         return {"noun": noun, "what": what, "times": f"{number} time{plural}"}
@@ -333,10 +334,7 @@ def _arguments(kind: Kind, slots: dict[str, str]) -> Arguments:
     what, number = slots["what"], slots["n"]
     n = int(number) if number.isdigit() else _NUMBER_WORDS.index(number)
     if kind == "list" and what not in CATEGORIES:
-        plurals = {singular: plural for plural, (singular, _) in CATEGORIES.items()}
-        if what not in plurals:
-            raise ValueError(f"unknown category {what!r}")
-        what = plurals[what]
+        raise ValueError(f"unknown category {what!r}")
     return what, n
 
 
@@ -380,7 +378,7 @@ def _is_right(kind: Kind, arguments: Arguments, text: str) -> bool:
     if kind == "list":
         category, n = arguments
         items = [line.partition(". ")[2] for line in text.split("\n")]
-        known = CATEGORIES[str(category)][1]
+        known = CATEGORIES[str(category)]
         return len(items) == len(set(items) & set(known)) == n and text == _numbered(items)
     if kind == "story":
         hero, sentences = arguments
