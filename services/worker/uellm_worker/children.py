@@ -222,8 +222,11 @@ class ChildSpawner:
 
 
 def _environment() -> dict[str, str]:
-    """The fork server's environment: nothing that starts threads or CUDA while importing."""
+    """The fork server's: nothing starts threads or CUDA while importing, nothing spins."""
     return {
+        # Threads that spin while they wait take the cores from the other stages of this host: on
+        # four busy cores a step of two stages, four threads each, took a second; asleep, 5 ms.
+        "OMP_WAIT_POLICY": "PASSIVE",
         **os.environ,
         "OPENBLAS_NUM_THREADS": "1",
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
