@@ -316,8 +316,9 @@ async def test_a_restarted_deployer_adopts_what_runs(pair: Mesh) -> None:
     for worker in pair.workers.values():
         worker.calls.clear()
         await worker.turn_to(pair.addresses)
-    await eventually(lambda: pair.knows("w1"))
-    await eventually(lambda: pair.knows("w2"))
+    # A new deployer does not say what is where before the workers have told it.
+    described = await pair.call("Describe", deployer_pb2.DescribeRequest())
+    assert [worker.stages[0].replica for worker in described.workers] == [REPLICA] * 2
 
     async def untouched() -> bool:
         after = await pair.published()

@@ -26,6 +26,7 @@ _log = logger("deployer")
 TURN_SECONDS = 0.25
 RELEASE_AGAIN_SECONDS = 5.0
 REASSERT_SECONDS = 2.0
+SURVEY_POLL_SECONDS = 0.05
 
 
 class Deployer:
@@ -54,6 +55,7 @@ class Deployer:
         self._news = asyncio.Event()
         self._released: dict[reconcile.Orphan, float] = {}
         self._reassert_at = 0.0
+        self._acting_since = 0.0
         self._tools = self._make_tools()
 
     def _make_tools(self) -> Tools:
@@ -121,7 +123,7 @@ class Deployer:
                 deployment.adopt(published[name], routes, now)
             deployment.ending = name not in desired
             self._deployments[name] = deployment
-        self._term, self.acting = term, True
+        self._term, self.acting, self._acting_since = term, True, now
         _log.info("knows what is wanted", deployments=sorted(self._deployments))
 
     async def _want_from_settings(self, text: str) -> None:
@@ -212,6 +214,26 @@ class Deployer:
         known = self.workers.hear(request, time.monotonic())
         self._wake()
         return known
+
+    async def survey(self, seconds: float) -> None:
+        """After a takeover, wait for the workers of what runs to say how their stages are.
+
+        Args:
+            seconds: no longer than this, nor than a worker may be silent.
+        """
+        end = min(
+            time.monotonic() + seconds,
+            self._acting_since + self._settings.worker_silence_seconds,
+        )
+        while not self._heard_of_all():
+            if time.monotonic() > end:
+                return
+            await asyncio.sleep(SURVEY_POLL_SECONDS)
+
+    def _heard_of_all(self) -> bool:
+        names = {name for replica in self._tools.replicas() for name in replica.workers}
+        found = [self.workers.get(name) for name in names]
+        return all(worker is not None and worker.heard_at is not None for worker in found)
 
     async def plan(self, request: deployer_pb2.PlanRequest) -> topology_pb2.Plan:
         """Where a model would go.

@@ -14,6 +14,7 @@ from uellm_deployer.forwarding import Forwarding
 from uellm_deployer.workers import Worker
 
 HEARTBEAT_SECONDS = 1.0
+SURVEY_SECONDS = 2.0
 
 Call = grpc.aio.ServicerContext[Any, Any]
 
@@ -85,6 +86,8 @@ class DeployerServicer(deployer_pb2_grpc.DeployerServiceServicer):
         """Say what is where."""
         answer = await self._forwarding.unary("Describe", request, context)
         if answer is None:
+            left = context.time_remaining()
+            await self._deployer.survey(SURVEY_SECONDS if left is None else left / 2)
             answer = deployer_pb2.DescribeResponse(
                 deployments=self._deployer.deployments,
                 workers=[_status(worker) for worker in self._deployer.workers.all],
