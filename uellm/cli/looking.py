@@ -26,6 +26,9 @@ def health(
             help="The mesh's Redis; by default that of the mesh that `uellm up` runs here.",
         ),
     ] = "",
+    address: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Ask only the service at this address.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Ask every service how it is; exit with 0 only if all are there and serving."""
@@ -33,6 +36,8 @@ def health(
     from uellm.cli.loops import run
     from uellm.cli.mesh_address import redis_url
 
+    if address:
+        raise typer.Exit(run(overview.probe(address, as_json=as_json)))
     raise typer.Exit(run(overview.health(redis_url(redis), as_json=as_json)))
 
 

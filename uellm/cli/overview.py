@@ -96,15 +96,29 @@ async def health(redis_url: str, *, as_json: bool) -> int:
     return exits.OK if well else exits.FAILED
 
 
+async def probe(address: str, *, as_json: bool) -> int:
+    """One service, registered or not."""
+    status = await _ask(address)
+    if as_json:
+        _print_json({"address": address, "status": status})
+    else:
+        sys.stdout.write(f"{status}\n")
+    return exits.OK if status == "SERVING" else exits.FAILED
+
+
 async def _probe(service: ServiceAddress) -> ServiceHealth:
-    async with channel(service.address) as connection:
+    status = await _ask(service.address)
+    return ServiceHealth(service.role, service.service_id, service.address, service.pid, status)
+
+
+async def _ask(address: str) -> str:
+    async with channel(address) as connection:
         stub: Any = health_pb2_grpc.HealthStub(connection)
         try:
             reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)
-            status = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+            return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
         except grpc.aio.AioRpcError as error:
-            status = error.code().name
-    return ServiceHealth(service.role, service.service_id, service.address, service.pid, status)
+            return error.code().name
 
 
 def _state(replica: topology_pb2.Replica) -> str:
