@@ -100,17 +100,21 @@ def context_of(parent: str) -> Context:
 def span(
     name: str,
     *,
-    parent: str = "",
+    parent: str | None = "",
     links: Sequence[str] = (),
     **attributes: str | int | float | bool,
 ) -> Iterator[trace.Span]:
-    """A span below ``parent`` (a traceparent; else the present one), linked to others."""
+    """A span below ``parent`` (a traceparent; else the present one), linked to others.
+
+    With None for a parent it is below none: a loop that was started within a call would otherwise
+    go on adding to that call's trace for ever.
+    """
     contexts = (
         trace.get_current_span(context_of(link)).get_span_context() for link in links if link
     )
     with tracer.start_as_current_span(
         name,
-        context=context_of(parent) if parent else None,
+        context=Context() if parent is None else context_of(parent) if parent else None,
         links=[trace.Link(context) for context in contexts if context.is_valid],
         attributes=attributes,
     ) as current:

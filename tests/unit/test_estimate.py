@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_dispatch_policies import NOW, QUEUES, queued, replica
+from uellm.core.request import QuantileFunction, ResourceProfile
 from uellm.policy.estimate import (
     DEFAULT_PREFILL_SECONDS_PER_TOKEN,
     DEFAULT_STEP_SECONDS,
@@ -17,10 +18,18 @@ from uellm.policy.estimate import (
 )
 from uellm.policy.views import InFlightView, QueuedView
 
+# Most answers are short, one in ten is very long.
+SKEWED = ResourceProfile(10, QuantileFunction((0.1, 0.5, 0.8, 0.9), (10, 20, 40, 300)))
+
 
 def finishes(order: list[QueuedView], *views: object) -> list[float]:
     found = estimates(order, list(views), NOW)  # type: ignore[arg-type]
     return [estimate.finish_at(r)[0] - NOW for r, estimate in zip(order, found, strict=True)]
+
+
+def taken(request: QueuedView) -> float:
+    """Seconds that it takes of its slot: prefill, and steps for its mean length."""
+    return 0.01 + request.profile.output_tokens.mean * 0.01
 
 
 def test_an_idle_replica_takes_prefill_and_steps() -> None:
@@ -30,10 +39,12 @@ def test_an_idle_replica_takes_prefill_and_steps() -> None:
 
 def test_what_a_replica_does_not_know_is_assumed() -> None:
     view = replica(slots=0, prefill_seconds_per_token=0.0, decode_step_seconds=0.0)
-    expected = 10 * DEFAULT_PREFILL_SECONDS_PER_TOKEN + 20 * DEFAULT_STEP_SECONDS
+    prefill = 10 * DEFAULT_PREFILL_SECONDS_PER_TOKEN
+    expected = prefill + 20 * DEFAULT_STEP_SECONDS
+    ahead = prefill + queued("a").profile.output_tokens.mean * DEFAULT_STEP_SECONDS
     assert finishes([queued("a"), queued("b")], view) == [
         pytest.approx(expected),
-        pytest.approx(2 * expected),
+        pytest.approx(ahead + expected),
     ]
 
 
@@ -43,8 +54,15 @@ def test_slots_serve_one_after_the_other() -> None:
     assert finishes(order, replica(slots=2)) == [
         pytest.approx(1.01),
         pytest.approx(0.21),
-        pytest.approx(0.42),
+        pytest.approx(taken(order[1]) + 0.21),
     ]
+
+
+def test_what_waits_behind_skewed_lengths_waits_for_their_means() -> None:
+    order = [replace(queued("a"), profile=SKEWED), queued("b")]
+    assert SKEWED.output_tokens.at(0.5) == 20
+    assert SKEWED.output_tokens.mean > 60
+    assert finishes(order, replica(slots=1))[1] > 0.6 + 0.21
 
 
 def test_work_in_flight_is_waited_for_as_far_as_it_is_not_done() -> None:
@@ -68,7 +86,9 @@ def test_logged_tokens_are_prefilled_and_not_generated_again() -> None:
 def test_kv_room_limits_what_runs_at_once() -> None:
     order = [queued("a", tokens=50), queued("b", tokens=50)]
     # Each needs 10 + 70 tokens at its peak: one at a time in a room of 100.
-    assert finishes(order, replica(slots=2, kv_tokens_total=100))[1] == pytest.approx(2 * 0.51)
+    assert finishes(order, replica(slots=2, kv_tokens_total=100))[1] == pytest.approx(
+        taken(order[0]) + 0.51
+    )
 
 
 @given(QUEUES, st.integers(1, 4), st.floats(0.001, 0.1))

@@ -2,7 +2,7 @@
 
 Deliberately simple: every slot serves one request after the other, a request takes
 ``prefill + tokens · step`` seconds, and the next in order goes to the slot that is free first.
-Medians add up along a slot; the uncertainty of a start is that of all work ahead, shared by all
+Means add up along a slot; the uncertainty of a start is that of all work ahead, shared by all
 slots. A promise is checked against what happened, so a bias here shows.
 """
 
@@ -170,10 +170,10 @@ def estimates(
         spread = math.sqrt(variance) / slots if begin > now else 0.0
         yield Estimate(position, begin, spread, speed)
         _, median, high = low_median_high(request.profile.output_tokens)
-        seconds = (
-            _prefill_tokens(request) * speed.prefill_per_token
-            + max(median - request.resume_tokens, 1.0) * speed.step
-        )
+        # Answer lengths are skewed, and many short ones do not make up for one long: what adds
+        # up along a slot is their means.
+        left = max(request.profile.output_tokens.mean - request.resume_tokens, 1.0)
+        seconds = _prefill_tokens(request) * speed.prefill_per_token + left * speed.step
         heapq.heapreplace(heap, (begin + seconds, i))
         variance += ((high - median) * speed.step / Z90) ** 2
 

@@ -159,7 +159,7 @@ class Intake:
         for batch_id, members in batches.items():
             facts: Attributes = {"uellm.batch.id": batch_id, "uellm.batch.size": len(members)}
             links = [entry.traceparent for entry, _ in members]
-            with span("worker.batch", parent="", links=links, **facts):
+            with span("worker.batch", parent=None, links=links, **facts):
                 for entry, record in members:
                     arrivals.answers.append(await self._answer(entry, record))
         return done
