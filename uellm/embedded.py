@@ -113,9 +113,7 @@ class EmbeddedRedis:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 tail = log.read_text()[-500:] if log.exists() else ""
                 self.stop()
-                raise ConfigurationError(
-                    f"{self.binary} did not start on port {self.port}: {tail}"
-                )
+                raise ConfigurationError(f"{self.binary} did not start on port {self.port}: {tail}")
             time.sleep(0.01)
         return self
 

@@ -60,7 +60,7 @@ def a_row(*, answer: str = "8 9", seconds: float = 1.5) -> Row:
         timings=common_pb2.Timings(accepted_at=at(100), finished_at=at(100 + seconds)),
         slo=common_pb2.SloVerdict(met=seconds <= 2),
         replica="demo-0",
-        batch="b-0001",
+        batch="b-0-1.7",
     )
     for event in (
         GenerationEvent(accepted=Accepted(accepted_at=at(100))),
@@ -100,7 +100,7 @@ def rendered(what: object) -> str:
 
 def test_the_table_holds_what_was_predicted_and_what_was() -> None:
     shown = rendered(screens.results([a_row(), a_row(seconds=3)], {"demo-0": "w1:0-3 w2:4-7"}))
-    for cell in ("Count from 8 to 9.", "1.50", "met", "missed", "b-0001", "w1:0-3 w2:4-7"):
+    for cell in ("Count from 8 to 9.", "1.50", "met", "missed", "1.7", "w1:0-3 w2:4-7"):
         assert cell in shown
 
 

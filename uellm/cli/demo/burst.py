@@ -15,6 +15,7 @@ from uellm.v1 import common_pb2, inference_pb2
 MODEL = "demo"
 FILLER = "Count from 1 to 20."
 FILLER_TOKENS = 60
+"""Its answer is no longer."""
 
 
 @dataclass(slots=True)
@@ -70,6 +71,12 @@ class Row:
         """Whether its SLO was met, as the mesh itself judged it."""
         return self.finished is not None and self.finished.slo.met
 
+    @property
+    def promise_kept(self) -> bool:
+        """Whether it was ready by the 90 % quantile of the first promise."""
+        p90, finish = self.promised("finish_p90"), self.finish_seconds
+        return p90 is not None and finish is not None and finish <= p90
+
     def promised(self, name: str) -> float | None:
         """A time of the first promise, for instance ``finish_p90``."""
         if self.first_promise is None:
@@ -107,7 +114,7 @@ def _rounded(value: float | None) -> float | None:
 
 def filler() -> inference_pb2.GenerateRequest:
     """A request that takes a slot for a while."""
-    return new_request(MODEL, [("user", FILLER)], max_tokens=2 * FILLER_TOKENS)
+    return new_request(MODEL, [("user", FILLER)], max_tokens=FILLER_TOKENS)
 
 
 async def warm_up(client: Client, slots: int) -> float:

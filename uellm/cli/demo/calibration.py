@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from uellm.demo.tasks import DemoPrompt
 
-ROOM = 1.4
+ROOM = 1.3
 """Answers may take this much longer than measured."""
-FIXED_SECONDS = 0.4
+FIXED_SECONDS = 0.3
 """For what does not grow with the answer: the way through the mesh, and a machine that is busy."""
 LENGTH_SHARE = 0.85
 """Of the length limit: no right answer of the demo's prompts is longer."""

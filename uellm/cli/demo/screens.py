@@ -118,7 +118,7 @@ def results(rows: Sequence[Row], where: Mapping[str, str]) -> Table:
             _seconds(row.promised("finish_p90")),
             _seconds(row.finish_seconds),
             Text("met", style="green") if row.met else Text("missed", style="red"),
-            finished.batch[-6:] if finished else "-",
+            finished.batch.rpartition("-")[2] if finished else "-",
             where.get(finished.replica, "-") if finished else "-",
         )
     return table
@@ -129,11 +129,7 @@ def summary(rows: Sequence[Row]) -> str:
     checkable = [row for row in rows if row.prompt.checkable]
     right = sum(row.right for row in checkable)
     met = sum(row.met for row in rows)
-    kept = sum(
-        row.finish_seconds is not None and row.finish_seconds <= p90
-        for row in rows
-        if (p90 := row.promised("finish_p90")) is not None
-    )
+    kept = sum(row.promise_kept for row in rows)
     return (
         f"{right} of {len(checkable)} answers right, {met} of {len(rows)} deadlines met, "
         f"{kept} of {len(rows)} ready by the p90 promised at admission"
@@ -146,6 +142,7 @@ def measures(rows: Sequence[Row]) -> dict[str, float]:
     return {
         "slos_met": sum(row.met for row in rows),
         "requests": len(rows),
+        "promises_kept": sum(row.promise_kept for row in rows),
         "mean_lateness_seconds": round(sum(late) / len(late), 3),
         "max_lateness_seconds": round(max(late), 3),
         "last_finish_seconds": round(max(row.finish_seconds or 0.0 for row in rows), 3),

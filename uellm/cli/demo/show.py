@@ -91,10 +91,12 @@ class Demo:
             "checkable": sum(row.prompt.checkable for row in rows),
             "rows": [row.as_dict() | {"layers": self._layers(row)} for row in rows],
             "policies": self.measures(),
+            "bursts": {
+                policy: [row.as_dict() for row in burst] for policy, burst in self.bursts.items()
+            },
             "seconds_per_token": calibration.seconds_per_token if calibration else None,
             "deadline_scale": calibration.scale if calibration else None,
             "placements": self.where,
-            "pids": self._mesh.pids(),
         }
 
     def _layers(self, row: Row) -> str:
@@ -155,6 +157,7 @@ async def show(*, once: bool, as_json: bool, trace: Path | None) -> int:
         async with mesh.running():
             facts["start_seconds"] = round(time.monotonic() - started, 2)
             await mesh.while_alive(demo.run())
+            facts["pids"] = mesh.pids()
             facts["run_seconds"] = round(time.monotonic() - started, 2)
             if not once and not as_json and console.is_terminal:
                 (worker, pid) = next(w for w in mesh.pids().items() if w[0].startswith("worker-2"))

@@ -51,15 +51,19 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def way_of(request_id: str, spans: Sequence[Span]) -> list[Span]:
-    """The spans of one request: its trace, and what is linked to it.
+    """The spans of one request: its trace, what is linked to it, and what lies below that.
 
-    A step or a batch belongs to many requests: its span lies in no request's trace and links to
-    the spans of all of them.
+    A batch belongs to many requests: its span lies in no request's trace and links to the spans
+    of all of them.
     """
-    own = {span.trace_id for span in spans if request_id in map(str, span.attributes.values())}
-    ids = {span.span_id for span in spans if span.trace_id in own}
-    linked = {span.trace_id for span in spans if span.links & ids}
-    return [span for span in spans if span.trace_id in own | linked]
+    traces = {span.trace_id for span in spans if request_id in map(str, span.attributes.values())}
+    own = {span.span_id for span in spans if span.trace_id in traces}
+    taken = own | {span.span_id for span in spans if span.links & own}
+    found = len(own)
+    while len(taken) > found:
+        found = len(taken)
+        taken |= {span.span_id for span in spans if span.parent_id in taken}
+    return [span for span in spans if span.span_id in taken]
 
 
 def summarise(request_id: str, spans: Sequence[Span]) -> dict[str, Any]:
@@ -75,6 +79,11 @@ def summarise(request_id: str, spans: Sequence[Span]) -> dict[str, Any]:
                 "name": span.name,
                 "parent": known[span.parent_id].name if span.parent_id in known else "",
                 "parent_service": known[span.parent_id].service if span.parent_id in known else "",
+                "attributes": {
+                    name: value
+                    for name, value in span.attributes.items()
+                    if not name.startswith(("rpc.", "net."))
+                },
                 "links": sorted({known[link].name for link in span.links if link in known}),
             }
             for span in way
