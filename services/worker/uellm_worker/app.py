@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 
+from uellm.core.errors import ConfigurationError
 from uellm.models import files
 from uellm.models.tokenizer import Tokenizer
 from uellm.service import Context, serve
@@ -70,7 +71,19 @@ class WorkerApplication:
     async def start(self) -> None:
         """Start the fork server, which loads its libraries meanwhile, and look for a deployer."""
         await self._spawner.start()
-        self._context.spawn(self._agent.run(), "agent")
+        self._context.spawn(self._offer(), "agent")
+
+    async def _offer(self) -> None:
+        """Tell the deployer once a stage can start at once: until then others are faster."""
+        try:
+            await self._spawner.warm()
+        except ConnectionError:
+            raise ConfigurationError(
+                "the engine's libraries could not be loaded, see above; "
+                "pip install 'uellm[worker]', or set UELLM_WORKER_ENGINE=instant",
+                field="engine",
+            ) from None
+        await self._agent.run()
 
     async def drain(self) -> None:
         """Say so, then finish or hand back everything led here."""

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 from uellm.v1.engine_pb2 import EngineCommand, EngineEvent
-from uellm_worker.engine.forkserver import EXITED, KILL, REPLY, REQUEST, SPAWN
+from uellm_worker.engine.forkserver import EXITED, KILL, REPLY, REQUEST, SPAWN, WARM
 from uellm_worker.engine.wire import LENGTH, pack, unpack_length
 
 
@@ -104,9 +104,11 @@ class ChildSpawner:
         self._children: dict[int, EngineChild] = {}
         self._open: set[EngineChild] = set()
         self._early_exits: dict[int, int] = {}
+        self._warm = asyncio.Event()
 
     async def start(self) -> None:
         """Start the fork server; it loads its libraries in the background."""
+        self._warm = asyncio.Event()
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
@@ -124,6 +126,19 @@ class ChildSpawner:
             )
         self._control = ours
         self._listener = asyncio.create_task(self._listen(ours))
+
+    async def warm(self) -> None:
+        """Wait until the libraries are loaded: from then on a child starts in milliseconds.
+
+        Raises:
+            ConnectionError: if the fork server ended instead; its own words are in the log.
+        """
+        assert self._listener is not None, "not started"  # noqa: S101
+        warm = asyncio.create_task(self._warm.wait())
+        await asyncio.wait({warm, self._listener}, return_when=asyncio.FIRST_COMPLETED)
+        warm.cancel()
+        if not self._warm.is_set():
+            raise ConnectionResetError("the fork server ended while it loaded its libraries")
 
     async def spawn(self) -> EngineChild:
         """A new child, empty; the first one waits for the fork server's libraries.
@@ -202,6 +217,9 @@ class ChildSpawner:
 
     def _take(self, kind: int, pid: int, code: int) -> None:
         """One reply of the fork server."""
+        if kind == WARM:
+            self._warm.set()
+            return
         if kind == EXITED:
             self._ended(pid, code)
             return

@@ -26,9 +26,9 @@ from typing import NoReturn
 REQUEST = struct.Struct("!BI")
 """Kind and pid."""
 REPLY = struct.Struct("!BIi")
-"""Kind, pid (0: not forked) and exit code (not forked: the errno)."""
+"""Kind, pid (0: not forked) and exit code (not forked: the errno); of WARM the kind alone."""
 SPAWN, KILL = 1, 2
-SPAWNED, EXITED = 1, 2
+SPAWNED, EXITED, WARM = 1, 2, 3
 
 _PRELOAD = {
     "instant": ("uellm_worker.engine.child", "uellm_worker.engine.instant"),
@@ -63,7 +63,8 @@ class ForkServer:
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
 
     def serve(self) -> None:
-        """Serve until the agent is gone."""
+        """Say that the libraries are loaded, then serve until the agent is gone."""
+        self._control.sendall(REPLY.pack(WARM, 0, 0))
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(self._woken, selectors.EVENT_READ)
