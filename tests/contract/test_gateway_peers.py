@@ -45,7 +45,8 @@ class Profiler(ProfilerServiceServicer):
         await self.late.wait()
         quantiles = common_pb2.QuantileFunction(levels=self.levels, values=[5.0] * len(LEVELS))
         profile = common_pb2.ResourceProfile(predictor="test", output_tokens=quantiles)
-        return profiler_pb2.ProfileResponse(profile=profile)
+        item = profiler_pb2.ProfiledItem(profile=profile)
+        return profiler_pb2.ProfileResponse(items=[item] * len(request.items))
 
     def DescribeModel(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
@@ -103,7 +104,7 @@ async def test_the_profilers_answer_is_used(
         # Generous: what is tested is the answer, not this machine's speed.
         profile = await eventually(lambda: _by_profiler(gateway))
         assert profile.predictor == "test"
-        asked = profiler.asked[-1]
+        asked = profiler.asked[-1].items[0]
         prompt = driver.tokenizer.encode(REQUEST.text, special=True)
         assert (asked.model, asked.sampling_regime) == (MODEL, "greedy")
         assert (asked.prompt_tokens, asked.max_tokens) == (len(prompt), 512 - len(prompt))

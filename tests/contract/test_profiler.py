@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.scheduling import MODEL, Mesh, Running, completion, profiler
 from tests.support.waiting import eventually
-from uellm.core.errors import InvalidArgumentError, NotFoundError
+from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import LEVELS
 from uellm.rpc import channel, error_from
 from uellm.v1 import common_pb2, profiler_pb2, profiler_pb2_grpc
@@ -51,12 +51,13 @@ async def learnt(stub: Any, count: int) -> profiler_pb2.DescribeModelResponse:
 
 def profile_request(**fields: Any) -> profiler_pb2.ProfileRequest:
     chosen = {"model": MODEL, "sampling_regime": "greedy", "prompt_tokens": 3, "max_tokens": 500}
-    return profiler_pb2.ProfileRequest(**{**chosen, **fields})
+    item = profiler_pb2.ProfileItem(**{**chosen, **fields})
+    return profiler_pb2.ProfileRequest(items=[item])
 
 
 async def test_the_first_request_gets_an_honest_profile(mesh: Mesh, redis_url: str) -> None:
     async with profiler(redis_url) as service, stub_of(service) as stub:
-        profile = (await stub.Profile(profile_request(), timeout=5)).profile
+        profile = (await stub.Profile(profile_request(), timeout=5)).items[0].profile
     assert tuple(profile.output_tokens.levels) == LEVELS
     assert profile.output_tokens.values[-1] == 500
     assert profile.output_tokens.values[0] < 50
@@ -80,8 +81,8 @@ async def test_two_profilers_learn_the_same_whenever_they_started(
             answers = [await stub.Profile(profile_request(), timeout=5) for stub in (one, other)]
     assert descriptions[0] == descriptions[1]
     assert answers[0] == answers[1]
-    assert answers[0].profile.output_tokens.values[LEVELS.index(0.3)] == 40
-    assert answers[0].profile.output_tokens.values[LEVELS.index(0.7)] == 80
+    assert answers[0].items[0].profile.output_tokens.values[LEVELS.index(0.3)] == 40
+    assert answers[0].items[0].profile.output_tokens.values[LEVELS.index(0.7)] == 80
 
 
 async def test_what_never_ran_teaches_nothing(mesh: Mesh, redis_url: str) -> None:
@@ -97,17 +98,29 @@ async def test_a_model_deployed_later_is_known_at_once(mesh: Mesh, redis_url: st
     async with profiler(redis_url) as service, stub_of(service) as stub:
         await Mesh(mesh.redis, "later").deploy("r0")
         answer = await stub.Profile(profile_request(model="later"), timeout=5)
-        assert answer.profile.kv_bytes > 0
+        assert answer.items[0].profile.kv_bytes > 0
 
 
 async def test_bad_calls_name_what_is_wrong(mesh: Mesh, redis_url: str) -> None:
+    many = profiler_pb2.ProfileRequest(items=257 * list(profile_request().items))
     async with profiler(redis_url) as service, stub_of(service) as stub:
-        for request, error, message in (
-            (profile_request(model="nothing"), NotFoundError, "'nothing' is not deployed"),
-            (profile_request(prompt_tokens=0), InvalidArgumentError, "at least one token"),
+        for request, field in (
+            (profiler_pb2.ProfileRequest(), "items"),
+            (many, "items"),
+            (profile_request(prompt_tokens=0), "items[0].prompt_tokens"),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await stub.Profile(request, timeout=5)
             found = error_from(raised.value)
-            assert isinstance(found, error)
-            assert message in found.message
+            assert isinstance(found, InvalidArgumentError)
+            assert found.field == field
+
+
+async def test_a_model_that_is_not_deployed_spoils_no_others_profile(
+    mesh: Mesh, redis_url: str
+) -> None:
+    known, unknown = profile_request().items[0], profile_request(model="nothing").items[0]
+    request = profiler_pb2.ProfileRequest(items=[known, unknown, known])
+    async with profiler(redis_url) as service, stub_of(service) as stub:
+        answer = await stub.Profile(request, timeout=5)
+    assert [item.HasField("profile") for item in answer.items] == [True, False, True]

@@ -3,8 +3,10 @@
 isort:skip_file
 The resource profiler (paper, section III-A)."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from uellm.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
@@ -18,7 +20,7 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class ProfileRequest(_message.Message):
+class ProfileItem(_message.Message):
     """What a prediction may look at."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -29,6 +31,7 @@ class ProfileRequest(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Served name."""
     adapter: _builtins.str
@@ -41,6 +44,8 @@ class ProfileRequest(_message.Message):
     """Cap on the answer, defaults filled in."""
     text: _builtins.str
     """The prompt as the user wrote it; may be empty. Never logged."""
+    traceparent: _builtins.str
+    """W3C trace context of the request."""
     def __init__(
         self,
         *,
@@ -50,25 +55,50 @@ class ProfileRequest(_message.Message):
         prompt_tokens: _builtins.int = ...,
         max_tokens: _builtins.int = ...,
         text: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "max_tokens", b"max_tokens", "model", b"model", "prompt_tokens", b"prompt_tokens", "sampling_regime", b"sampling_regime", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "max_tokens", b"max_tokens", "model", b"model", "prompt_tokens", b"prompt_tokens", "sampling_regime", b"sampling_regime", "text", b"text", "traceparent", b"traceparent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProfileItem: _TypeAlias = ProfileItem  # noqa: Y015
+
+@_typing.final
+class ProfileRequest(_message.Message):
+    """Requests to profile."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProfileItem]:
+        """At least 1, at most 256."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___ProfileItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProfileRequest: _TypeAlias = ProfileRequest  # noqa: Y015
 
 @_typing.final
-class ProfileResponse(_message.Message):
-    """The prediction."""
+class ProfiledItem(_message.Message):
+    """What came of one item."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROFILE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def profile(self) -> _common_pb2.ResourceProfile:
-        """What it will need."""
+        """What it will need; unset if the profiler does not know the model (yet)."""
 
     def __init__(
         self,
@@ -78,6 +108,30 @@ class ProfileResponse(_message.Message):
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProfiledItem: _TypeAlias = ProfiledItem  # noqa: Y015
+
+@_typing.final
+class ProfileResponse(_message.Message):
+    """The predictions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProfiledItem]:
+        """One per item, in their order."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___ProfiledItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

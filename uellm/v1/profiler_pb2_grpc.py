@@ -52,7 +52,7 @@ class ProfilerServiceServicer(object):
     """
 
     def Profile(self, request, context):
-        """Profiles one request.
+        """Profiles requests; callers put those together that come at the same time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

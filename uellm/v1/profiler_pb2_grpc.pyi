@@ -34,7 +34,7 @@ class ProfilerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ProfilerServiceAsyncStub: ...
     Profile: _grpc.UnaryUnaryMultiCallable[_profiler_pb2.ProfileRequest, _profiler_pb2.ProfileResponse]
-    """Profiles one request."""
+    """Profiles requests; callers put those together that come at the same time."""
     DescribeModel: _grpc.UnaryUnaryMultiCallable[_profiler_pb2.DescribeModelRequest, _profiler_pb2.DescribeModelResponse]
     """What the profiler has learnt about a model."""
 
@@ -44,7 +44,7 @@ class ProfilerServiceAsyncStub(ProfilerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Profile: _aio.UnaryUnaryMultiCallable[_profiler_pb2.ProfileRequest, _profiler_pb2.ProfileResponse]  # type: ignore[assignment]
-    """Profiles one request."""
+    """Profiles requests; callers put those together that come at the same time."""
     DescribeModel: _aio.UnaryUnaryMultiCallable[_profiler_pb2.DescribeModelRequest, _profiler_pb2.DescribeModelResponse]  # type: ignore[assignment]
     """What the profiler has learnt about a model."""
 
@@ -57,7 +57,7 @@ class ProfilerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _profiler_pb2.ProfileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_profiler_pb2.ProfileResponse, _abc.Awaitable[_profiler_pb2.ProfileResponse]]:
-        """Profiles one request."""
+        """Profiles requests; callers put those together that come at the same time."""
 
     @_abc_1.abstractmethod
     def DescribeModel(

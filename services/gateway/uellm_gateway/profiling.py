@@ -2,24 +2,22 @@
 
 from collections.abc import Sequence
 
-import grpc
-
 from uellm import convert
 from uellm.core.request import LEVELS, QuantileFunction
 from uellm.prediction.interface import PredictionRequest, sampling_regime
 from uellm.prediction.prior import Prior
 from uellm.prediction.resources import build_profile
 from uellm.v1 import common_pb2, profiler_pb2
-from uellm.v1.profiler_pb2_grpc import ProfilerServiceStub
 from uellm_gateway.models import ServedModel
 from uellm_gateway.peers import Peers
+from uellm_gateway.profiler_calls import ProfilerCalls
 
 FEWEST_LEVELS = 9
 MOST_TEXT_CHARACTERS = 16_384
 
 
 class Profiling:
-    """Asks the profilers in turn; one that fails is left alone for a second.
+    """Asks a profiler, and answers itself where none does.
 
     Args:
         peers: the profilers.
@@ -27,8 +25,7 @@ class Profiling:
     """
 
     def __init__(self, peers: Peers, budget_seconds: float) -> None:
-        self._peers = peers
-        self._budget_seconds = budget_seconds
+        self._calls = ProfilerCalls(peers, budget_seconds)
         # It learns nothing here, so that one answer serves all requests: only the cap differs.
         prior = Prior()
         self._prior_name, self._prior_version = prior.name, prior.version
@@ -53,29 +50,18 @@ class Profiling:
             text: the prompt as the user wrote it.
             traceparent: W3C context to pass on.
         """
-        peer = self._peers.next()
-        if peer is not None:
-            request = profiler_pb2.ProfileRequest(
-                model=model.name,
-                adapter=adapter,
-                sampling_regime=sampling_regime(sampling.temperature),
-                prompt_tokens=prompt_tokens,
-                max_tokens=sampling.max_tokens,
-                text=text[:MOST_TEXT_CHARACTERS],
-            )
-            stub = ProfilerServiceStub(peer.channel)
-            try:
-                response = await stub.Profile(
-                    request,
-                    timeout=self._budget_seconds,
-                    metadata=(("traceparent", traceparent),) if traceparent else None,
-                )
-            except grpc.aio.AioRpcError:
-                peer.rest()
-            else:
-                if _is_sound(response.profile):
-                    return response.profile
-                peer.rest()
+        item = profiler_pb2.ProfileItem(
+            model=model.name,
+            adapter=adapter,
+            sampling_regime=sampling_regime(sampling.temperature),
+            prompt_tokens=prompt_tokens,
+            max_tokens=sampling.max_tokens,
+            text=text[:MOST_TEXT_CHARACTERS],
+            traceparent=traceparent,
+        )
+        profile = await self._calls.profile(item)
+        if profile is not None and _is_sound(profile):
+            return profile
         return self._fallback(model, sampling, prompt_tokens)
 
     def _fallback(

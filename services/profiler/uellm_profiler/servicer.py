@@ -1,15 +1,19 @@
 """ProfilerService: between its messages and what has been learnt."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
 
 from uellm.convert import profile_to_proto, quantiles_to_proto
-from uellm.core.errors import InvalidArgumentError
+from uellm.core.errors import InvalidArgumentError, NotFoundError
 from uellm.prediction.interface import GREEDY, PredictionRequest
 from uellm.prediction.resources import build_profile
+from uellm.telemetry import span
 from uellm.v1 import profiler_pb2, profiler_pb2_grpc
 from uellm_profiler.learning import Learning
+
+MOST_ITEMS = 256
 
 
 class ProfilerServicer(profiler_pb2_grpc.ProfilerServiceServicer):
@@ -23,33 +27,37 @@ class ProfilerServicer(profiler_pb2_grpc.ProfilerServiceServicer):
         request: profiler_pb2.ProfileRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> profiler_pb2.ProfileResponse:
-        """Predict what a request will need."""
+        """Predict what requests will need."""
         del context
-        if request.prompt_tokens == 0:
-            raise InvalidArgumentError(
-                "prompt_tokens: 0; a prompt has at least one token", field="prompt_tokens"
-            )
-        model = await self._learning.model(request.model)
+        check_items(request.items)
+        return profiler_pb2.ProfileResponse(items=[await self._profile(i) for i in request.items])
+
+    async def _profile(self, item: profiler_pb2.ProfileItem) -> profiler_pb2.ProfiledItem:
+        try:
+            model = await self._learning.model(item.model)
+        except NotFoundError:
+            return profiler_pb2.ProfiledItem()
         predictor = self._learning.predictor
-        quantiles = predictor.predict(
-            PredictionRequest(
-                model=request.model,
-                adapter=request.adapter,
-                regime=request.sampling_regime or GREEDY,
-                prompt_tokens=request.prompt_tokens,
-                max_tokens=request.max_tokens,
-                text=request.text,
+        with span("profiler.profile", parent=item.traceparent):
+            quantiles = predictor.predict(
+                PredictionRequest(
+                    model=item.model,
+                    adapter=item.adapter,
+                    regime=item.sampling_regime or GREEDY,
+                    prompt_tokens=item.prompt_tokens,
+                    max_tokens=item.max_tokens,
+                    text=item.text,
+                )
             )
-        )
-        profile = build_profile(
-            model,
-            request.prompt_tokens,
-            quantiles,
-            request.max_tokens,
-            predictor.name,
-            predictor.version,
-        )
-        return profiler_pb2.ProfileResponse(profile=profile_to_proto(profile))
+            profile = build_profile(
+                model,
+                item.prompt_tokens,
+                quantiles,
+                item.max_tokens,
+                predictor.name,
+                predictor.version,
+            )
+        return profiler_pb2.ProfiledItem(profile=profile_to_proto(profile))
 
     async def DescribeModel(
         self,
@@ -66,3 +74,21 @@ class ProfilerServicer(profiler_pb2_grpc.ProfilerServiceServicer):
             predictor=predictor.name,
             predictor_version=predictor.version,
         )
+
+
+def check_items(items: Sequence[profiler_pb2.ProfileItem]) -> None:
+    """Refuse a call that nobody should make.
+
+    Raises:
+        InvalidArgumentError: naming the field and the limit.
+    """
+    if not 1 <= len(items) <= MOST_ITEMS:
+        raise InvalidArgumentError(
+            f"items: {len(items)}; from 1 to {MOST_ITEMS} in one call", field="items"
+        )
+    for index, item in enumerate(items):
+        if item.prompt_tokens == 0:
+            raise InvalidArgumentError(
+                f"items[{index}].prompt_tokens: 0; a prompt has at least one token",
+                field=f"items[{index}].prompt_tokens",
+            )
