@@ -36,7 +36,7 @@ Arguments = tuple[str | int, ...]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 HELDOUT_SHARE: Final = 0.15
 
-MAX_COUNT: Final = 150
+MAX_COUNT: Final = 99
 MAX_COUNT_STEPS: Final = 90
 MAX_ADDEND: Final = 99
 MAX_REPEATS: Final = 60
