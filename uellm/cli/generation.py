@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 
 from uellm.cli import exits
 from uellm.cli.promises import ANSWERED, describe_end, describe_promise
@@ -71,9 +72,13 @@ class Outcome:
         return {
             "request_id": self.request_id,
             "text": self.text,
-            "promises": [MessageToDict(promise) for promise in self.promises],
-            "finished": MessageToDict(self.finished) if self.finished is not None else None,
+            "promises": [_facts(promise) for promise in self.promises],
+            "finished": _facts(self.finished) if self.finished is not None else None,
         }
+
+
+def _facts(message: Message) -> dict[str, Any]:
+    return MessageToDict(message, preserving_proto_field_name=True)
 
 
 async def choose_model(client: Client, name: str) -> inference_pb2.Model:

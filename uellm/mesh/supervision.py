@@ -108,7 +108,7 @@ class Supervised:
             if self._stopping:
                 return
             if code == CONFIGURATION_EXIT:
-                raise ConfigurationError(self._last_words(1) or f"{self.spec.service_id} ended")
+                raise ConfigurationError(self._complaint())
             pause = self._backoff.after(clock() - started)
             _log.warning("a service ended", service_id=self.spec.service_id, exit=_meaning(code))
             if pause is None:
@@ -158,6 +158,11 @@ class Supervised:
         self._stopping = True
         if (pid := self.pid) is not None:
             os.killpg(pid, signal.SIGKILL)
+
+    def _complaint(self) -> str:
+        """What a service that refused to start said, in one line."""
+        said = self._last_words(1).removeprefix("uellm ")
+        return said or f"{self.spec.service_id} refused to start and did not say why"
 
     def _last_words(self, lines: int) -> str:
         """The end of its log."""

@@ -1,0 +1,73 @@
+"""`uellm demo --once --json`: every answer right, shards on both workers, one request's spans."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if "UELLM_" not in name}
+    environment["UELLM_HOME"] = str(tmp_path_factory.mktemp("home"))
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    done = subprocess.run(
+        [Path(sys.executable).parent / "uellm", "demo", "--once", "--json"],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
+
+
+def test_every_checkable_answer_is_right(demo: dict[str, Any]) -> None:
+    assert demo["right"]
+    assert demo["checkable"] == len(demo["rows"]) == 24
+    for burst in demo["bursts"].values():
+        assert [row["prompt"] for row in burst if not row["right"]] == []
+
+
+def test_shards_are_on_both_workers(demo: dict[str, Any]) -> None:
+    assert {row["layers"] for row in demo["rows"]} == {"w1:0-3 w2:4-7"}
+
+
+def test_every_row_has_its_promise_and_its_end(demo: dict[str, Any]) -> None:
+    for row in demo["rows"]:
+        assert 0 < row["predicted_finish_p50_seconds"] <= row["predicted_finish_p90_seconds"]
+        assert row["tokens"] > 0
+        assert row["finish_seconds"] > 0
+        assert row["batch"]
+        assert row["slo_met"] == (row["finish_seconds"] <= row["deadline_seconds"])
+
+
+def test_deadline_order_is_less_late_than_order_of_arrival(demo: dict[str, Any]) -> None:
+    policies = demo["policies"]
+    assert policies["edf"]["mean_lateness_seconds"] < policies["fcfs"]["mean_lateness_seconds"]
+    assert policies["edf"]["slos_met"] > policies["fcfs"]["slos_met"]
+
+
+def test_spans_of_one_request_hang_together(demo: dict[str, Any]) -> None:
+    trace = demo["trace"]
+    spans = {span["name"]: span for span in trace["spans"]}
+    assert spans["gateway.profile"]["parent"] == "gateway.generate"
+    profile = spans["/uellm.v1.ProfilerService/Profile"]
+    assert (profile["service"], profile["parent"]) == ("profiler-1", "gateway.profile")
+    queue = spans["scheduler.queue"]
+    assert (queue["service"], queue["parent"]) == ("scheduler-1", "gateway.generate")
+    assert spans["worker.generate"]["parent"] == "scheduler.queue"
+    assert spans["worker.batch"]["links"] == ["scheduler.queue"]
+    stages = [span for span in trace["spans"] if span["name"] == "worker.stage"]
+    assert [span["parent"] for span in stages] == ["worker.generate"] * 2
+    assert [span["attributes"]["uellm.worker"] for span in stages] == ["worker-1", "worker-2"]

@@ -1,0 +1,123 @@
+"""`uellm up` as a user runs it: it comes up, answers, goes down in order, and leaves nothing."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.waiting import eventually
+from uellm.mesh.state import MeshState, read_state
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+UELLM = Path(sys.executable).parent / "uellm"
+
+
+class Up:
+    """A mesh without models' libraries: its engine makes tokens of seed and position."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("UELLM_")}
+        self.environment |= {"UELLM_HOME": str(home), "UELLM_WORKER_ENGINE": "instant"}
+        self.process: asyncio.subprocess.Process | None = None
+        self.tree: list[psutil.Process] = []
+
+    async def start(self, *arguments: str) -> MeshState:
+        self.process = await asyncio.create_subprocess_exec(
+            UELLM, "up", "--port", "0", *arguments, env=self.environment,
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert self.process.stderr is not None
+        while line := await self.process.stderr.readline():
+            if line.startswith(b"try"):
+                break
+        assert line, "it ended before it was up"
+        state = read_state(self.home)
+        assert state is not None
+        self.tree = psutil.Process(self.process.pid).children(recursive=True)
+        return state
+
+    async def run(self, *arguments: str) -> tuple[int, str, str]:
+        process = await asyncio.create_subprocess_exec(
+            UELLM, *arguments, env=self.environment,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, err = await process.communicate()
+        return process.returncode or 0, out.decode(), err.decode()
+
+    async def gone(self) -> None:
+        def left() -> list[psutil.Process]:
+            return [p for p in self.tree if p.is_running() and p.status() != "zombie"]
+
+        await eventually(lambda: not left(), 20)
+
+
+@pytest.fixture
+async def up(tmp_path: Path) -> AsyncIterator[Up]:
+    mesh = Up(tmp_path / "home")
+    yield mesh
+    if mesh.process is not None and mesh.process.returncode is None:
+        mesh.process.kill()
+        await mesh.process.wait()
+    await mesh.gone()
+
+
+async def test_it_answers_heals_and_drains(up: Up) -> None:
+    state = await up.start("--workers", "2")
+    assert up.process is not None
+    assert set(state.pids) == {
+        *("gateway-1", "profiler-1", "scheduler-1", "deployer-1", "worker-1", "worker-2")
+    }
+    status, out, err = await up.run("generate", "Hello", "--max-tokens", "8", "--deadline", "30s")
+    assert (status, bool(out.strip())) == (0, True), err
+    assert "sure to make it" in err
+    assert "deadline met" in err
+    status, out, _ = await up.run("models", "--json")
+    assert [model["name"] for model in json.loads(out)] == ["demo"]
+    status, out, _ = await up.run("health", "--json")
+    health = json.loads(out)
+    assert status == 0, out
+    assert {service["status"] for service in health["services"]} == {"SERVING"}
+    assert health["deployments"][0]["replicas"][0]["state"] == "READY"
+
+    os.kill(state.pids["gateway-1"], signal.SIGKILL)
+    status, out, err = await up.run("generate", "Hello again", "--max-tokens", "8")
+    assert status == 0, err
+    after = read_state(up.home)
+    assert after is not None
+    assert after.gateways == state.gateways
+    up.tree += psutil.Process(up.process.pid).children(recursive=True)
+
+    up.process.send_signal(signal.SIGINT)
+    assert await up.process.wait() == 130
+    await up.gone()
+    assert read_state(up.home) is None
+    status, _, err = await up.run("models")
+    assert (status, "uellm up" in err) == (3, True)
+
+
+async def test_nothing_outlives_it_when_it_is_killed(up: Up) -> None:
+    await up.start()
+    assert up.process is not None
+    up.process.kill()
+    await up.process.wait()
+    await up.gone()
+
+
+async def test_a_taken_port_is_said_and_nothing_is_started(up: Up) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        status, _, err = await up.run("up", "--port", port)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert port in err
+    assert "--port" in err
