@@ -157,6 +157,15 @@ async def test_an_end_whose_reply_was_lost_may_be_repeated(sides: Sides) -> None
     assert await sides.unrest() == []
 
 
+async def test_another_answer_that_ended_the_same_is_no_repetition(sides: Sides) -> None:
+    request_id = await sides.held()
+    await sides.say(append(request_id, 1, 0, [1, 2]), finish(request_id, 1))
+    # For instance from a leader of the same epoch that was restarted meanwhile.
+    again = (append(request_id, 1, 0, [1]), append(request_id, 1, 1, [2]), finish(request_id, 1))
+    assert await sides.say(*again) == [request_id]
+    assert await sides.say(append(request_id, 1, 0, [1, 2]), finish(request_id, 1)) == []
+
+
 async def test_an_end_by_another_hand_is_no_repetition(sides: Sides) -> None:
     request_id = await sides.held()
     await sides.cancel(request_id)

@@ -38,15 +38,23 @@ def new_request(
     cost: int = 10,
     prompt: Sequence[int] = (1, 2, 3),
     max_tokens: int = 0,
+    seed: int = 0,
 ) -> NewRequest:
-    """A request as a gateway would accept it."""
+    """A request as a gateway would accept it.
+
+    Its seed travels in the entry too, in the place of a trace: the payload goes when it ends.
+    """
     request_id = request_id or new_request_id(MODEL)
     return NewRequest(
         request_id=request_id,
         tenant=tenant,
         scope="submit",
-        payload=queue_pb2.RequestPayload(prompt_ids=prompt),
-        entry=queue_pb2.RequestEntry(request_id=request_id, tenant=tenant, max_tokens=max_tokens),
+        payload=queue_pb2.RequestPayload(
+            prompt_ids=prompt, sampling=common_pb2.Sampling(seed=seed)
+        ),
+        entry=queue_pb2.RequestEntry(
+            request_id=request_id, tenant=tenant, max_tokens=max_tokens, traceparent=str(seed)
+        ),
         idempotency_key=key,
         content_hash=content,
         gateway=gateway,

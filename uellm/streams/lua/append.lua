@@ -16,7 +16,7 @@ if report ~= '' then
   redis.call('HSET', P .. 'replica:' .. replica, 'report', report, 'reported_ms', now)
 end
 
-local lost, noticed = {}, {}
+local lost, noticed, differs = {}, {}, {}
 local function lose(id)
   if lost[id] == nil then
     noticed[#noticed + 1] = id
@@ -35,18 +35,27 @@ for i = 7, 6 + renewals do
   end
 end
 
+-- A LogChunk, and the id of its entry: the offset behind it. So Redis itself refuses to log a
+-- token twice.
+local function log_entry(generation, offset, tokens, count)
+  return field_varint(1, tonumber(generation)) .. field_bytes(2, tokens),
+    (tonumber(offset) + tonumber(count)) .. '-0'
+end
+
+local function is_logged(id, chunk, entry_id)
+  local there = redis.call('XRANGE', P .. 'log:' .. id, entry_id, entry_id)[1]
+  return there ~= nil and there[2][2] == chunk
+end
+
 -- Appends to a request's log; false if other tokens stand there.
 local function log_tokens(id, r, generation, offset, tokens, count)
-  local after = tonumber(offset) + tonumber(count)
-  -- The entry's id is the offset behind it: Redis itself refuses to log a token twice.
-  local key, entry_id = P .. 'log:' .. id, after .. '-0'
-  local chunk = field_varint(1, tonumber(generation)) .. field_bytes(2, tokens)
+  local chunk, entry_id = log_entry(generation, offset, tokens, count)
   if r.tokens ~= offset then
-    local there = redis.call('XRANGE', key, entry_id, entry_id)[1]
-    return there ~= nil and there[2][2] == chunk
+    return is_logged(id, chunk, entry_id)
   end
-  redis.call('XADD', key, entry_id, 'payload', chunk)
-  redis.call('HSET', record_key(id), 'state', 'RUNNING', 'tokens', after)
+  redis.call('XADD', P .. 'log:' .. id, entry_id, 'payload', chunk)
+  redis.call('HSET', record_key(id), 'state', 'RUNNING', 'tokens',
+    tonumber(offset) + tonumber(count))
   if offset == '0' then
     redis.call('HSET', record_key(id), 'first_token_ms', now)
   end
@@ -57,10 +66,14 @@ end
 for i = 7 + renewals, #ARGV, 6 do
   local op, id, generation = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   local r = read_standing(id)
-  if op == 'finish' and ended_as(r, generation, ARGV[i + 3]) then
-    lost[id] = false
-  elseif lost[id] or not r or r.generation ~= generation or not HELD[r.state] then
+  if lost[id] or not r or r.generation ~= generation or not HELD[r.state] then
     lose(id)
+    if op == 'tokens' and not differs[id] then
+      differs[id] = not is_logged(id, log_entry(generation, ARGV[i + 3], ARGV[i + 4], ARGV[i + 5]))
+    elseif op == 'finish' and not differs[id] and ended_as(r, generation, ARGV[i + 3]) then
+      -- All of it was said before, the end included.
+      lost[id] = false
+    end
   elseif op == 'start' then
     redis.call('HSET', record_key(id), 'state', 'RUNNING')
   elseif op == 'finish' then
