@@ -122,7 +122,7 @@ class Answer:
         )
 
     def admitted(self) -> None:
-        """The engine gave it a slot; said to the log once, before its first token."""
+        """The engine gave it a slot; said to the log once, if no token says so sooner."""
         if not self.started:
             self.started = self._start_due = True
 
@@ -160,9 +160,9 @@ class Answer:
     def operations(self, replica: str, now: float) -> list[Operation]:
         """What the log has to be told, as of ``now``; said only once."""
         operations: list[Operation] = []
-        if self._start_due:
-            self._start_due = False
+        if self._start_due and not self._released:
             operations.append(Start(self.request_id, self.generation))
+        self._start_due = False
         if self._released:
             operations.append(Append(self.request_id, self.generation, self._run(now)))
         if self.finish:

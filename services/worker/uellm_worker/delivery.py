@@ -22,6 +22,8 @@ BEAT_SECONDS = 1.0
 MOST_UNSAID_TOKENS = 65_536
 """With more than this unsaid, the child is left waiting until Redis has taken some."""
 RETRY_SECONDS = 0.2
+START_SECONDS = 0.05
+"""After this, that a request began is said by itself; its first tokens say it sooner."""
 
 
 async def wait(event: asyncio.Event, seconds: float) -> bool:
@@ -107,7 +109,10 @@ class Delivery:
         for request_id in step.admitted:
             if (answer := self.held.get(request_id)) is not None:
                 answer.admitted()
-                self._mark(answer)
+                self._dirty[request_id] = answer
+        if step.admitted:
+            # An append of its own would only be in the way of the first tokens.
+            asyncio.get_running_loop().call_later(START_SECONDS, self._work.set)
         stopped = [
             answer
             for output in step.outputs
@@ -116,7 +121,7 @@ class Delivery:
         self.give_back(answer for i in step.handed_back if (answer := self.held.get(i)) is not None)
         if step.HasField("report"):
             self._report, self._report_said = step.report, False
-        self._work.set()
+            self._work.set()
         for answer in stopped:
             await self._drop(answer)
         if self._unsaid_tokens > MOST_UNSAID_TOKENS and not self._ending:
