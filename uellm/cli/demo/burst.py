@@ -3,19 +3,24 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from random import Random
+from statistics import median
 from typing import Any
 
 from uellm import convert
 from uellm.cli.demo.calibration import Calibration
 from uellm.cli.promises import ANSWERED, REASONS
 from uellm.client import Client, new_request
-from uellm.demo.tasks import DemoPrompt, check
+from uellm.demo.tasks import DemoPrompt, check, generate_task
 from uellm.v1 import common_pb2, inference_pb2
 
 MODEL = "demo"
 FILLER = "Count from 1 to 20."
 FILLER_TOKENS = 60
 """Its answer is no longer."""
+WARM_UP_SEED = 4
+MEASURED_TOKENS = 20
+"""Shorter answers say little about the time per token."""
 
 
 @dataclass(slots=True)
@@ -117,21 +122,27 @@ def filler() -> inference_pb2.GenerateRequest:
     return new_request(MODEL, [("user", FILLER)], max_tokens=FILLER_TOKENS)
 
 
-async def warm_up(client: Client, slots: int) -> float:
-    """Seconds per token of one answer while all slots are taken, after a first round unmeasured."""
-    per_token = [0.0]
-    for _ in range(2):
-        per_token = await asyncio.gather(*(_measure(client) for _ in range(slots)))
-    return max(per_token)
+async def warm_up(client: Client, prompts: Sequence[DemoPrompt]) -> float:
+    """Serve other prompts of the same kinds, as a mesh that has run for a while would have.
+
+    Returns:
+        Seconds per token of one answer, while all slots are taken.
+    """
+    rng = Random(WARM_UP_SEED)  # noqa: S311 - the same prompts every time
+    tasks = [generate_task(rng, "heldout", prompt.kind) for prompt in prompts[::2]]
+    measured = await asyncio.gather(*(_measure(client, task.prompt) for task in tasks))
+    return median(seconds for seconds in measured if seconds is not None)
 
 
-async def _measure(client: Client) -> float:
+async def _measure(client: Client, prompt: str) -> float | None:
+    """Seconds per token of an answer; None for one that is too short to tell."""
     finished = inference_pb2.Finished()
-    async for event in client.generate(filler()):
+    async for event in client.generate(new_request(MODEL, [("user", prompt)])):
         finished = event.finished
     first = convert.seconds(finished.timings.first_token_at)
     last = convert.seconds(finished.timings.finished_at)
-    return (last - first) / max(finished.usage.output_tokens - 1, 1)
+    tokens = finished.usage.output_tokens
+    return (last - first) / (tokens - 1) if tokens >= MEASURED_TOKENS else None
 
 
 async def run_burst(

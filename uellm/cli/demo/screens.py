@@ -124,16 +124,16 @@ def results(rows: Sequence[Row], where: Mapping[str, str]) -> Table:
     return table
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """The table in one line."""
+def summary(rows: Sequence[Row], *, promises: bool) -> str:
+    """A burst in one line; with ``promises`` it says how many were kept."""
     checkable = [row for row in rows if row.prompt.checkable]
     right = sum(row.right for row in checkable)
     met = sum(row.met for row in rows)
-    kept = sum(row.promise_kept for row in rows)
-    return (
-        f"{right} of {len(checkable)} answers right, {met} of {len(rows)} deadlines met, "
-        f"{kept} of {len(rows)} ready by the p90 promised at admission"
-    )
+    line = f"{right} of {len(checkable)} answers right, {met} of {len(rows)} deadlines met"
+    if promises:
+        kept = sum(row.promise_kept for row in rows)
+        line += f", {kept} of {len(rows)} ready by the p90 promised at admission"
+    return line
 
 
 def measures(rows: Sequence[Row]) -> dict[str, float]:

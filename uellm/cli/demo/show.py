@@ -25,7 +25,8 @@ from uellm.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 WORKERS = 2
 SLOTS = 4
-POLICIES = ("edf", "fcfs")
+OURS, BASELINE = "edf", "fcfs"
+POLICIES = (OURS, BASELINE)
 """The first one is the table's, and stays in force."""
 WIDTH = 118
 
@@ -52,7 +53,7 @@ class Demo:
         prompts = demo_prompts()
         async with Client(self._mesh.address) as client:
             self._progress("warming up and measuring this machine")
-            per_token = await warm_up(client, SLOTS)
+            per_token = await warm_up(client, prompts)
             calibration = calibrate(prompts, SLOTS, per_token, FILLER_TOKENS)
             self.calibration = calibration
             for placed in await self._mesh.placements(MODEL):
@@ -60,7 +61,7 @@ class Demo:
             for policy in POLICIES:
                 await self._set_policy(policy)
                 self._progress.done()
-                self._say(screens.explain_calibration(calibration, SLOTS), policy == POLICIES[0])
+                self._say(screens.explain_calibration(calibration, SLOTS), policy == OURS)
                 self._say(f"{len(prompts)} prompts at once, {screens.POLICY_NAMES[policy]}:", True)
                 streams = screens.Streams(self._console)
                 try:
@@ -70,7 +71,7 @@ class Demo:
                 finally:
                     streams.stop()
                 self._show_table(policy)
-            await self._set_policy(POLICIES[0])
+            await self._set_policy(OURS)
         self._say(screens.comparison(self.measures()), True)
 
     @property
@@ -84,7 +85,7 @@ class Demo:
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
-        rows = self.bursts[POLICIES[0]]
+        rows = self.bursts[OURS]
         calibration = self.calibration
         return {
             "right": self.right,
@@ -109,8 +110,8 @@ class Demo:
 
     def _show_table(self, policy: str) -> None:
         rows = self.bursts[policy]
-        self._say(screens.results(rows, self.where), policy == POLICIES[0])
-        self._say(screens.summary(rows), True)
+        self._say(screens.results(rows, self.where), policy == OURS)
+        self._say(screens.summary(rows, promises=policy == OURS), True)
 
     async def _set_policy(self, policy: str) -> None:
         async with channel(await self._mesh.address_of("scheduler")) as connection:
@@ -168,7 +169,7 @@ async def show(*, once: bool, as_json: bool, trace: Path | None) -> int:
         progress.done()
     if as_json:
         # One from the middle of the burst: it waited, was dispatched with others, and streamed.
-        request_id = demo.bursts[POLICIES[0]][len(demo_prompts()) // 2].request_id
+        request_id = demo.bursts[OURS][len(demo_prompts()) // 2].request_id
         facts["trace"] = summarise(request_id, read_spans(mesh.trace_directory))
         sys.stdout.write(json.dumps(demo.as_dict() | facts, indent=1) + "\n")
     return exits.OK if demo.right else exits.FAILED
