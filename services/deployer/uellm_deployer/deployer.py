@@ -13,13 +13,14 @@ from uellm.v1 import deployer_pb2, topology_pb2
 from uellm_deployer import planning, reconcile
 from uellm_deployer.budgets import devices_for
 from uellm_deployer.catalog import checked, parse_model, resolve
-from uellm_deployer.deployment import Deployment, Tools
+from uellm_deployer.deployment import Deployment
 from uellm_deployer.forming import Former
 from uellm_deployer.leadership import Leadership
 from uellm_deployer.links import Links
 from uellm_deployer.replica import Replica
 from uellm_deployer.settings import DeployerSettings
 from uellm_deployer.store import Store
+from uellm_deployer.tools import Tools
 from uellm_deployer.workers import Workers
 
 _log = logger("deployer")

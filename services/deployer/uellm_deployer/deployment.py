@@ -3,64 +3,26 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from uellm.convert import model_from_proto, model_to_proto
 from uellm.core.errors import UellmError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger
-from uellm.placement.views import Placer
 from uellm.streams.connection import UNREACHABLE
-from uellm.v1 import deployer_pb2, topology_pb2
+from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
 from uellm_deployer import reconcile
 from uellm_deployer.adoption import adopt
 from uellm_deployer.catalog import ResolvedModel, resolve
 from uellm_deployer.formation import form
-from uellm_deployer.forming import Former
 from uellm_deployer.replica import Phase, Replica, backoff
-from uellm_deployer.settings import DeployerSettings
-from uellm_deployer.store import Store
-from uellm_deployer.workers import Workers
+from uellm_deployer.tools import Tools
 
 _log = logger("deployment")
 RESOLVE_AGAIN_SECONDS = 5.0
 POLL_SECONDS = 0.1
 STABLE_SECONDS = 30.0
 """A replica that served for so long has not failed because of how it was formed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """What all deployments work with.
-
-    Attributes:
-        settings: the deployer's.
-        store: Redis.
-        workers: who is there.
-        former: calls to them.
-        placer: decides where layers go.
-        planning: held while a plan is made and noted, so that no two plan the same memory.
-        replicas: all replicas of all deployments.
-        spawn: runs work beside the server.
-        check: raises AbortedError unless this deployer still acts.
-        changed: to be called when what is published changes.
-        wake: to be called when there is something to decide.
-        now: the present by Redis TIME.
-    """
-
-    settings: DeployerSettings
-    store: Store
-    workers: Workers
-    former: Former
-    placer: Placer
-    planning: asyncio.Lock
-    replicas: Callable[[], list[Replica]]
-    spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
-    check: Callable[[], None]
-    changed: Callable[[], None]
-    wake: Callable[[], None]
-    now: Callable[[], float]
 
 
 class Deployment:
@@ -348,7 +310,7 @@ class Deployment:
             slots=min((stage.slots for stage in running), default=0),
         )
 
-    def _ref(self) -> Any:
+    def _ref(self) -> common_pb2.ModelRef:
         return self.model.ref if self.model is not None else self.request.model
 
     async def publish(self) -> None:

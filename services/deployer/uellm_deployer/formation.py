@@ -2,22 +2,23 @@
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from uellm.convert import timestamp
 from uellm.core.errors import AbortedError, FailedPreconditionError, ModelFilesError, UellmError
+from uellm.core.model import ModelProfile
 from uellm.logs import logger
 from uellm.placement.views import PlannedReplica
 from uellm.streams.connection import UNREACHABLE
+from uellm.v1 import deployer_pb2
 from uellm_deployer import planning
 from uellm_deployer.budgets import devices_for
+from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.forming import StageError
 from uellm_deployer.planning import Planned
 from uellm_deployer.reconcile import SETTLED_SECONDS
 from uellm_deployer.replica import Phase, Replica, backoff, worker_of
-
-if TYPE_CHECKING:
-    from uellm_deployer.deployment import Deployment
+from uellm_deployer.tools import Tools
 
 _log = logger("formation")
 AVOID_SECONDS = 30.0
@@ -33,7 +34,26 @@ class InfeasibleError(FailedPreconditionError):
     default_reason = "PLACEMENT_INFEASIBLE"
 
 
-async def form(deployment: "Deployment", replica: Replica, *, grow: bool = False) -> None:
+class Formed(Protocol):
+    """What forming a replica needs of the deployment that it belongs to; see ``Deployment``."""
+
+    request: deployer_pb2.PlanRequest
+    tools: Tools
+    model: ResolvedModel | None
+    profile: ModelProfile | None
+    avoided: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """The served name."""
+        ...
+
+    async def publish(self) -> None:
+        """Publish the deployment as it is now."""
+        ...
+
+
+async def form(deployment: Formed, replica: Replica, *, grow: bool = False) -> None:
     """Bring a replica up at a new generation; on failure leave nothing behind, and say why.
 
     Args:
@@ -68,7 +88,7 @@ async def form(deployment: "Deployment", replica: Replica, *, grow: bool = False
 
 
 async def _plan(
-    deployment: "Deployment", replica: Replica, *, fresh: bool
+    deployment: Formed, replica: Replica, *, fresh: bool
 ) -> tuple[Planned, PlannedReplica]:
     """Plan one replica and note it, so that the next plan knows of it.
 
@@ -107,7 +127,7 @@ async def _plan(
 
 
 async def _bring_up(
-    deployment: "Deployment", replica: Replica, planned: Planned, copy: PlannedReplica
+    deployment: Formed, replica: Replica, planned: Planned, copy: PlannedReplica
 ) -> None:
     tools, before = deployment.tools, replica.assignments
     model = deployment.model
@@ -148,7 +168,7 @@ async def _bring_up(
     await deployment.publish()
 
 
-def _shortfall(deployment: "Deployment", planned: Planned, copy: PlannedReplica) -> str:
+def _shortfall(deployment: Formed, planned: Planned, copy: PlannedReplica) -> str:
     """What a replica that serves has less of than was wanted, or ""."""
     request = deployment.request
     less = len(copy.stages) < request.stages or planned.plan.slots < request.slots
@@ -158,7 +178,7 @@ def _shortfall(deployment: "Deployment", planned: Planned, copy: PlannedReplica)
 class _Progress:
     """Shows how much is loaded, now and then."""
 
-    def __init__(self, deployment: "Deployment", replica: Replica) -> None:
+    def __init__(self, deployment: Formed, replica: Replica) -> None:
         self._deployment = deployment
         self._replica = replica
         self._shown_at = 0.0
@@ -171,7 +191,7 @@ class _Progress:
             self._deployment.tools.wake()
 
 
-def _note_failure(deployment: "Deployment", replica: Replica, error: UellmError) -> None:
+def _note_failure(deployment: Formed, replica: Replica, error: UellmError) -> None:
     if isinstance(error, StageError) and not error.transient:
         deployment.avoided[error.worker] = time.monotonic() + AVOID_SECONDS
     if held := error.metadata.get("held_generation"):

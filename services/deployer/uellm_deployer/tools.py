@@ -1,0 +1,46 @@
+"""What every deployment of a deployer works with."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from uellm.placement.views import Placer
+from uellm_deployer.forming import Former
+from uellm_deployer.replica import Replica
+from uellm_deployer.settings import DeployerSettings
+from uellm_deployer.store import Store
+from uellm_deployer.workers import Workers
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What all deployments work with.
+
+    Attributes:
+        settings: the deployer's.
+        store: Redis.
+        workers: who is there.
+        former: calls to them.
+        placer: decides where layers go.
+        planning: held while a plan is made and noted, so that no two plan the same memory.
+        replicas: all replicas of all deployments.
+        spawn: runs work beside the server.
+        check: raises AbortedError unless this deployer still acts.
+        changed: to be called when what is published changes.
+        wake: to be called when there is something to decide.
+        now: the present by Redis TIME.
+    """
+
+    settings: DeployerSettings
+    store: Store
+    workers: Workers
+    former: Former
+    placer: Placer
+    planning: asyncio.Lock
+    replicas: Callable[[], list[Replica]]
+    spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
+    check: Callable[[], None]
+    changed: Callable[[], None]
+    wake: Callable[[], None]
+    now: Callable[[], float]
