@@ -10,6 +10,7 @@ import difflib
 import os
 import socket
 import tomllib
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -122,7 +123,7 @@ def check_environment(role: str) -> None:
     Raises:
         ConfigurationError: naming the variable and the closest one that exists.
     """
-    settings = next((s for s in _subclasses(ServiceSettings) if s.role == role), ServiceSettings)
+    settings = _settings_of(role)
     common = {name.upper() for name in ServiceSettings.model_fields} | CLIENT_VARIABLES
     own = {f"{role.upper()}_{name.upper()}" for name in settings.model_fields}
     others = tuple(f"{other.upper()}_" for other in ROLES if other != role)
@@ -130,11 +131,19 @@ def check_environment(role: str) -> None:
         name = variable.removeprefix("UELLM_")
         if name == variable or name in common or name in own or name.startswith(others):
             continue
-        close = difflib.get_close_matches(name, sorted(common | own), n=1)
-        hint = f"; did you mean UELLM_{close[0]}?" if close else ""
+        hint = _hint(name, common | own, prefix="UELLM_")
         raise ConfigurationError(
             f"{variable}: no such setting{hint} (docs/configuration.md)", field=variable
         )
+
+
+def _hint(name: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _settings_of(role: str) -> type[ServiceSettings]:
+    return next((s for s in _subclasses(ServiceSettings) if s.role == role), ServiceSettings)
 
 
 def _subclasses(cls: type[ServiceSettings]) -> list[type[ServiceSettings]]:
@@ -149,11 +158,23 @@ def _read_file(role: str) -> dict[str, Any]:
         content = tomllib.loads(Path(name).read_text())
     except OSError as error:
         raise ConfigurationError(f"UELLM_CONFIG: {error}", field="UELLM_CONFIG") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"UELLM_CONFIG: {name}: {error}", field="UELLM_CONFIG") from None
     common = {key: value for key, value in content.items() if key not in ROLES}
-    unknown = sorted(common.keys() - ServiceSettings.model_fields.keys())
-    if unknown:
-        raise ConfigurationError(f"{name}: no such setting: {unknown[0]}", field=unknown[0])
-    own: dict[str, Any] = content.get(role, {})
+    _check_names(name, common, {*ServiceSettings.model_fields, *ROLES})
+    own: Any = content.get(role, {})
+    if not isinstance(own, dict):
+        raise ConfigurationError(
+            f"{name}: {role} = {own!r}: a table of settings, [{role}]", field=role
+        )
+    _check_names(f"{name}: [{role}]", own, _settings_of(role).model_fields)
     return common | own
+
+
+def _check_names(place: str, given: Iterable[str], known: Collection[str]) -> None:
+    for setting in sorted(given):
+        if setting not in known:
+            hint = _hint(setting, known)
+            raise ConfigurationError(
+                f"{place}: {setting}: no such setting{hint} (docs/configuration.md)", field=setting
+            )

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -120,8 +121,10 @@ class EmbeddedRedis:
     def _answers(self) -> bool:
         try:
             with socket.create_connection(("127.0.0.1", self.port), 0.2) as probe:
-                probe.sendall(b"PING\r\n")
-                return probe.recv(16).startswith(b"+PONG")
+                # Asked for its directory, so that another server on the port is not taken for it.
+                probe.sendall(b"PING\r\nCONFIG GET dir\r\nQUIT\r\n")
+                answer = b"".join(iter(partial(probe.recv, 4096), b""))
+                return answer.startswith(b"+PONG") and bytes(self._directory.resolve()) in answer
         except OSError:
             return False
 

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
@@ -87,7 +88,7 @@ def error_from(rpc_error: Any) -> UellmError:
     cls = _ERRORS.get(name, errors.UnavailableError if name == "DEADLINE_EXCEEDED" else UellmError)
     message = rpc_error.details() or name
     reason, field, retry, metadata = None, "", None, {}
-    status = rpc_status.from_call(rpc_error)
+    status = _details(rpc_error)
     for packed in status.details if status is not None else ():
         info, bad, again = (
             error_details_pb2.ErrorInfo(),
@@ -101,6 +102,15 @@ def error_from(rpc_error: Any) -> UellmError:
         elif packed.Unpack(again):
             retry = again.retry_delay.ToNanoseconds() / 1e9
     return cls(message, reason=reason, field=field, retry_after_seconds=retry, metadata=metadata)
+
+
+def _details(rpc_error: Any) -> Status | None:
+    # Whoever answered may be no part of this mesh: a proxy, another service on the port.
+    try:
+        status: Status | None = rpc_status.from_call(rpc_error)
+    except (ValueError, DecodeError):
+        return None
+    return status
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from itertools import pairwise
+from math import isfinite
 
 
 class Priority(IntEnum):
@@ -42,7 +43,7 @@ class QuantileFunction:
 
     Args:
         levels: strictly ascending, in (0, 1).
-        values: non-descending, one per level.
+        values: finite, non-descending, one per level.
 
     Raises:
         ValueError: if a condition above does not hold.
@@ -55,8 +56,8 @@ class QuantileFunction:
             raise ValueError(f"{len(levels)} levels and {len(values)} values: equal, not 0")
         if not levels[0] > 0 or not levels[-1] < 1 or any(a >= b for a, b in pairwise(levels)):
             raise ValueError("levels must ascend strictly within (0, 1)")
-        if any(a > b for a, b in pairwise(values)):
-            raise ValueError("values must not descend")
+        if any(a > b for a, b in pairwise(values)) or not all(map(isfinite, values)):
+            raise ValueError("values must be finite and must not descend")
         self.levels = tuple(levels)
         self.values = tuple(values)
 
