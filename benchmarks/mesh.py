@@ -4,8 +4,10 @@ Usage: ``python -m benchmarks.mesh [--json]``
 
 Each service is a process of its own, so its CPU time is its own. Requests for 1 token and for
 ``--tokens`` tokens are run in turn: the difference is what a token costs, the rest what a request
-costs. Then requests for one token arrive at random at 30 % of the rate that the first runs
-reached; with nothing computed, their time to first token is what the mesh adds.
+costs when tokens come as fast as they can and share messages. Then requests for one token arrive
+at random at 30 % of the rate that the first runs reached; with nothing computed, their time to
+first token is what the mesh adds. Last, a second mesh whose steps take 20 ms, as a real engine's:
+what a token costs when each step's tokens go out by themselves.
 
 Goals: gateway at most 650 µs a request and 20 µs a token; added time to first token at most 3 ms
 at the median.
@@ -18,6 +20,8 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,13 @@ from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import MeshOptions, ModelSource
 
 MODEL = "instant"
-GOALS = {"gateway_us_per_request": 650.0, "gateway_us_per_token": 20.0, "ttft_p50_ms": 3.0}
+STEP_SECONDS = 0.02
+GOALS = {
+    "gateway_us_per_request": 650.0,
+    "gateway_us_per_token": 20.0,
+    "gateway_us_per_streamed_token": 20.0,
+    "ttft_p50_ms": 3.0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +131,33 @@ async def measure_latency(mesh: Mesh, settings: Settings, rate: float) -> dict[s
     }
 
 
-async def run(settings: Settings) -> dict[str, Any]:
-    """Start a mesh, measure, stop it."""
+async def measure_streaming(
+    mesh: Mesh, settings: Settings, per_request: dict[str, float]
+) -> dict[str, float]:
+    """CPU µs per token of each service when every step is a real engine's length."""
+    spent: dict[str, list[float]] = {}
+    tokens = settings.concurrency * settings.tokens
+    for _ in range(settings.repeats):
+        before = cpu_seconds(mesh)
+        await closed_loop(
+            mesh.address,
+            MODEL,
+            requests=settings.concurrency,
+            concurrency=settings.concurrency,
+            tokens=settings.tokens,
+        )
+        for name, value in cpu_seconds(mesh).items():
+            used = (value - before.get(name, 0.0)) * 1e6
+            used -= settings.concurrency * per_request.get(name, 0.0)
+            spent.setdefault(name, []).append(used / tokens)
+    return {name: round(statistics.median(values), 2) for name, values in spent.items()}
+
+
+@asynccontextmanager
+async def warm_mesh(step_seconds: float) -> AsyncIterator[Mesh]:
+    """A mesh whose engine computes nothing in ``step_seconds``, after its first requests."""
     os.environ["UELLM_WORKER_ENGINE"] = "instant"
+    os.environ["UELLM_WORKER_INSTANT_STEP_SECONDS"] = str(step_seconds)
     options = MeshOptions(
         models=(ModelSource(MODEL, str(Path(uellm.demo.__file__).parent / "model")),),
         slots=64,
@@ -132,13 +166,25 @@ async def run(settings: Settings) -> dict[str, Any]:
     async with Mesh(options).running() as mesh:
         await wait_ready(mesh.address, MODEL)
         await closed_loop(mesh.address, MODEL, requests=50, concurrency=8, tokens=8)
+        yield mesh
+
+
+async def run(settings: Settings) -> dict[str, Any]:
+    """Start the meshes, measure, stop them."""
+    async with warm_mesh(0.0) as mesh:
         cost = await measure_cost(mesh, settings)
         rate = 0.3 * cost["requests_per_second_1_token"]
         latency = await measure_latency(mesh, settings, rate)
+    per_request = {name: each["us_per_request"] for name, each in cost["services"].items()}
+    async with warm_mesh(STEP_SECONDS) as mesh:
+        streaming = await measure_streaming(mesh, settings, per_request)
+    for name, value in streaming.items():
+        cost["services"][name]["us_per_streamed_token"] = value
     gateway = cost["services"]["gateway-1"]
     reached = {
         "gateway_us_per_request": gateway["us_per_request"],
         "gateway_us_per_token": gateway["us_per_token"],
+        "gateway_us_per_streamed_token": gateway["us_per_streamed_token"],
         "ttft_p50_ms": latency["ttft_p50_ms"],
     }
     return {
@@ -155,9 +201,12 @@ async def run(settings: Settings) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Print the result for people."""
-    print(f"{'service':<22}{'µs/request':>12}{'µs/token':>10}")
+    print(f"{'service':<22}{'µs/request':>12}{'µs/token':>10}{'µs/streamed token':>20}")
     for name, cost in sorted(result["services"].items()):
-        print(f"{name:<22}{cost['us_per_request']:>12}{cost['us_per_token']:>10}")
+        print(
+            f"{name:<22}{cost['us_per_request']:>12}{cost['us_per_token']:>10}"
+            f"{cost['us_per_streamed_token']:>20}"
+        )
     print(
         f"saturated: {result['requests_per_second_1_token']} requests/s of one token, "
         f"{result['tokens_per_second']} tokens/s"
