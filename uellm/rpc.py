@@ -118,6 +118,8 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) 
         error = errors.UnavailableError(
             "Redis does not answer; nothing is known to have changed", retry_after_seconds=1.0
         )
+    if isinstance(error, NotImplementedError):
+        error = errors.UnimplementedError("this service does not offer the method")
     if not isinstance(error, UellmError):
         _log.error("unexpected error", exc_info=error)
         error = UellmError("internal error; the service's log has the details")
