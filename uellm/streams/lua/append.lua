@@ -54,8 +54,10 @@ local function log_tokens(id, r, generation, offset, tokens, count)
     return is_logged(id, chunk, entry_id)
   end
   redis.call('XADD', P .. 'log:' .. id, entry_id, 'payload', chunk)
-  redis.call('HSET', record_key(id), 'state', 'RUNNING', 'tokens',
-    tonumber(offset) + tonumber(count))
+  redis.call('HSET', record_key(id), 'tokens', tonumber(offset) + tonumber(count))
+  if r.state ~= 'RUNNING' then
+    redis.call('HSET', record_key(id), 'state', 'RUNNING')
+  end
   if offset == '0' then
     redis.call('HSET', record_key(id), 'first_token_ms', now)
   end
@@ -65,7 +67,13 @@ end
 
 for i = 7 + renewals, #ARGV, 6 do
   local op, id, generation = ARGV[i], ARGV[i + 1], ARGV[i + 2]
-  local r = read_standing(id)
+  local r
+  if op == 'finish' then
+    r = read_standing(id)
+  else
+    -- The call that is made most: no more is read than it needs.
+    r = record(id, 'state', 'generation', 'tokens', 'subs')
+  end
   if lost[id] or not r or r.generation ~= generation or not HELD[r.state] then
     lose(id)
     if op == 'tokens' and not differs[id] then
