@@ -152,6 +152,6 @@ def test_the_way_of_a_request_takes_in_what_is_linked_to_it(tmp_path: Path) -> N
 
 
 def test_next_steps_can_be_pasted() -> None:
-    steps = screens.next_steps("worker-2", 4711)
+    steps = screens.next_steps(".venv/bin/uellm", "worker-2", 4711)
     assert "kill -9 4711" in steps
-    assert "--deadline" in steps
+    assert ".venv/bin/uellm generate 'Count from 5 to 30.' --model demo --deadline 3s\n" in steps

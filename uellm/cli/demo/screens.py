@@ -169,16 +169,23 @@ def comparison(policies: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
-def next_steps(worker: str, pid: int) -> str:
-    """What to try while the mesh goes on serving; each line can be pasted."""
+def next_steps(uellm: str, worker: str, pid: int) -> str:
+    """What to try while the mesh goes on serving; each line can be pasted.
+
+    Args:
+        uellm: how this program is called.
+        worker: a worker's id.
+        pid: its process.
+    """
+    long = f"{uellm} generate 'Repeat the word captain 60 times.' --model {MODEL}"
     return (
         "The mesh goes on serving until Ctrl-C. In another terminal:\n\n"
         "# a prompt with a deadline\n"
-        f"uellm generate 'Count from 5 to 30.' --model {MODEL} --deadline 3s\n\n"
+        f"{uellm} generate 'Count from 5 to 30.' --model {MODEL} --deadline 3s\n\n"
         f"# the loss of {worker} while an answer streams\n"
-        f"uellm generate 'Count from 1 to 90.' --model {MODEL} & sleep 0.5; kill -9 {pid}; wait\n\n"
+        f"{long} & sleep 1.5; kill -9 {pid}; wait\n\n"
         "# who is there, and where the layers are\n"
-        "uellm health\n\n"
+        f"{uellm} health\n\n"
         "# a real model (downloads 270 MB)\n"
-        f"uellm up --model {REAL_MODEL} --allow-download --workers 2 --port 50052"
+        f"{uellm} up --model {REAL_MODEL} --allow-download --workers 2"
     )

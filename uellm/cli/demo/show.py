@@ -1,7 +1,10 @@
 """The demo from beginning to end."""
 
+import asyncio
+import contextlib
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -123,6 +126,14 @@ class Demo:
                 raise error_from(error) from None
 
 
+def _called() -> str:
+    """How this program can be called from here."""
+    path = Path(sys.argv[0])
+    if shutil.which(path.name) == str(path):
+        return path.name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def _abbreviated(stage: str) -> str:
     return re.sub(r"^worker-(\d+):", r"w\1:", stage)
 
@@ -161,9 +172,11 @@ async def show(*, once: bool, as_json: bool, trace: Path | None) -> int:
             facts["pids"] = mesh.pids()
             facts["run_seconds"] = round(time.monotonic() - started, 2)
             if not once and not as_json and console.is_terminal:
-                (worker, pid) = next(w for w in mesh.pids().items() if w[0].startswith("worker-2"))
-                console.print(screens.next_steps(worker, pid), markup=False)
-                await mesh.watch()
+                worker, pid = sorted(mesh.pids().items())[-1]
+                console.print(screens.next_steps(_called(), worker, pid), markup=False)
+                # Ctrl-C is how this part ends.
+                with contextlib.suppress(asyncio.CancelledError):
+                    await mesh.watch()
             progress("draining")
     finally:
         progress.done()
