@@ -10,9 +10,9 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-from uellm_worker import delivery
+from uellm_worker import delivery, stage_child
 
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, stays
 from tests.support.worker import (
     REPLICA,
     Deployer,
@@ -266,6 +266,49 @@ async def test_a_killed_child_fails_its_stage_and_the_answer_goes_on(
         assert record.finished.batch == "batch-1"
     await mesh.ended(waiting)
     assert await mesh.logged(waiting) == mesh.oracle(9, 5)
+
+
+async def test_a_stopped_child_is_replaced_and_the_answer_goes_on(
+    slow_worker: RunningWorker, mesh: Mesh, deployer: Deployer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no peers that could miss it, and its leader would renew its leases for ever."""
+    monkeypatch.setattr(stage_child, "BEAT_SECONDS", 0.1)
+    await serving(slow_worker, mesh)
+    request_id = await mesh.accept(max_tokens=150)
+    await mesh.dispatch(request_id)
+    await mesh.tokens(request_id, 20)
+    stage = await eventually(deployer.stage)
+    assert stage is not None
+    os.kill(stage.pid, signal.SIGSTOP)
+    await eventually(lambda: (s := deployer.stage()) and s.state == FAILED, timeout=5)
+    failed = deployer.stage()
+    assert failed is not None
+    assert failed.reason.startswith("CHILD_HUNG")
+    await eventually(lambda: not psutil.pid_exists(stage.pid))
+
+    await serving(slow_worker, mesh, generation=2)
+    await mesh.reap()
+    await mesh.reap()
+    await mesh.dispatch(request_id, epoch=2)
+    await mesh.ended(request_id)
+    assert await mesh.logged(request_id) == mesh.oracle(7, 150)
+
+
+async def test_a_child_stuck_in_a_step_is_ended_but_not_an_idle_one(
+    mesh: Mesh, deployer: Deployer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_child, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(stage_child, "MOST_SILENT_BEATS", 1000)
+    monkeypatch.setattr(stage_child, "MOST_STEPLESS_BEATS", 10)
+    async with worker_at(mesh.redis_url, instant_step_seconds=60.0) as worker:
+        await serving(worker, mesh)
+        await eventually(lambda: (s := deployer.stage()) and s.state == SERVING)
+        await stays(lambda: (s := deployer.stage()) is not None and s.state == SERVING, 0.5)
+        await mesh.dispatch(await mesh.accept(max_tokens=5))
+        await eventually(lambda: (s := deployer.stage()) and s.state == FAILED, timeout=5)
+        stage = deployer.stage()
+        assert stage is not None
+        assert stage.reason.startswith("CHILD_HUNG")
 
 
 async def test_text_is_the_same_after_every_crash(

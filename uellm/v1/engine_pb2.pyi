@@ -35,6 +35,7 @@ class EngineCommand(_message.Message):
     ADD_FIELD_NUMBER: _builtins.int
     DROP_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
+    PING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prepare(self) -> Global___PrepareShard:
         """Load a stage; answered by Progress and Prepared."""
@@ -55,6 +56,10 @@ class EngineCommand(_message.Message):
     def leave(self) -> Global___LeaveGroup:
         """Drop the peers and all sequences; keep the weights. Answered by Left."""
 
+    @_builtins.property
+    def ping(self) -> Global___Ping:
+        """Say that the process runs; answered by Alive at once, whatever it computes."""
+
     def __init__(
         self,
         *,
@@ -63,12 +68,13 @@ class EngineCommand(_message.Message):
         add: Global___AddSequence | None = ...,
         drop: Global___DropSequence | None = ...,
         leave: Global___LeaveGroup | None = ...,
+        ping: Global___Ping | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "command", b"command", "commit", b"commit", "drop", b"drop", "leave", b"leave", "prepare", b"prepare"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "command", b"command", "commit", b"commit", "drop", b"drop", "leave", b"leave", "ping", b"ping", "prepare", b"prepare"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "command", b"command", "commit", b"commit", "drop", b"drop", "leave", b"leave", "prepare", b"prepare"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "command", b"command", "commit", b"commit", "drop", b"drop", "leave", b"leave", "ping", b"ping", "prepare", b"prepare"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["prepare", "commit", "add", "drop", "leave"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["prepare", "commit", "add", "drop", "leave", "ping"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -250,6 +256,23 @@ class LeaveGroup(_message.Message):
 Global___LeaveGroup: _TypeAlias = LeaveGroup  # noqa: Y015
 
 @_typing.final
+class Ping(_message.Message):
+    """A question whether the process runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ping: _TypeAlias = Ping  # noqa: Y015
+
+@_typing.final
 class EngineEvent(_message.Message):
     """Child to agent."""
 
@@ -261,6 +284,7 @@ class EngineEvent(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     LEFT_FIELD_NUMBER: _builtins.int
+    ALIVE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___LoadProgress:
         """Weights are being read."""
@@ -285,6 +309,10 @@ class EngineEvent(_message.Message):
     def left(self) -> Global___ShardLeft:
         """The peers were left, the weights kept."""
 
+    @_builtins.property
+    def alive(self) -> Global___Alive:
+        """The process runs."""
+
     def __init__(
         self,
         *,
@@ -294,12 +322,13 @@ class EngineEvent(_message.Message):
         step: Global___StepReport | None = ...,
         failed: Global___ShardFailed | None = ...,
         left: Global___ShardLeft | None = ...,
+        alive: Global___Alive | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "left", b"left", "prepared", b"prepared", "progress", b"progress", "serving", b"serving", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "event", b"event", "failed", b"failed", "left", b"left", "prepared", b"prepared", "progress", b"progress", "serving", b"serving", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "left", b"left", "prepared", b"prepared", "progress", b"progress", "serving", b"serving", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "event", b"event", "failed", b"failed", "left", b"left", "prepared", b"prepared", "progress", b"progress", "serving", b"serving", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "prepared", "serving", "step", "failed", "left"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "prepared", "serving", "step", "failed", "left", "alive"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -399,6 +428,23 @@ class ShardLeft(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ShardLeft: _TypeAlias = ShardLeft  # noqa: Y015
+
+@_typing.final
+class Alive(_message.Message):
+    """The process runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Alive: _TypeAlias = Alive  # noqa: Y015
 
 @_typing.final
 class ShardFailed(_message.Message):

@@ -88,6 +88,11 @@ class Delivery:
         self.idle = asyncio.Event()
         self.idle.set()
 
+    @property
+    def owed_steps(self) -> bool:
+        """Whether the engine has still to say something of a request."""
+        return any(not (answer.finish or answer.leaving) for answer in self.held.values())
+
     # ---- what comes in -------------------------------------------------------------------------
 
     def hold(self, answer: Answer) -> None:

@@ -75,6 +75,11 @@ class Leader:
         self._reading = spawn(self._read(), f"intake of {self._replica}")
         self._delivering = spawn(self._delivery.run(), f"delivery of {self._replica}")
 
+    @property
+    def owed_steps(self) -> bool:
+        """Whether the child has sequences to compute."""
+        return self._delivery.owed_steps
+
     async def report(self, step: engine_pb2.StepReport) -> None:
         """Take in what a step produced."""
         await self._delivery.report(step)

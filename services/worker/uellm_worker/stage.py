@@ -114,6 +114,16 @@ class Stage:
                 failed = event.failed
                 self.fail(f"{failed.reason}: {failed.message}")
 
+    @property
+    def serving(self) -> bool:
+        """See ``uellm_worker.stage_child.Listener``."""
+        return self.state == SERVING
+
+    @property
+    def owed_steps(self) -> bool:
+        """See ``uellm_worker.stage_child.Listener``."""
+        return self.leader is not None and self.leader.owed_steps
+
     def lost(self, exit_code: int) -> None:
         """See ``uellm_worker.stage_child.Listener``."""
         self.fail(f"CHILD_LOST: its process {describe_exit(exit_code)}")

@@ -1,6 +1,7 @@
 """A child process as the stage that it serves sees it; it may outlive stages of old generations."""
 
 import asyncio
+import contextlib
 from typing import Protocol
 
 from uellm.logs import logger
@@ -10,6 +11,13 @@ from uellm_worker.children import EngineChild
 _log = logger("child")
 LEAVE_SECONDS = 2.0
 """How long a child may take to leave its group before it is replaced."""
+BEAT_SECONDS = 1.0
+MOST_SILENT_BEATS = 5
+"""A child that serves and leaves so many questions in a row unanswered is stopped or stuck. Beats
+are counted, not seconds: what stops the agent as well does not count against the child."""
+MOST_STEPLESS_BEATS = 300
+"""A child that owes steps and ends none for so long is stuck in one; the longest that a slow
+machine takes is far below."""
 
 
 class Listener(Protocol):
@@ -21,6 +29,20 @@ class Listener(Protocol):
 
     def lost(self, exit_code: int) -> None:
         """The child is gone."""
+        ...
+
+    @property
+    def serving(self) -> bool:
+        """Whether the child has to answer: loading may keep it from that."""
+        ...
+
+    @property
+    def owed_steps(self) -> bool:
+        """Whether the child has sequences to compute."""
+        ...
+
+    def fail(self, reason: str) -> None:
+        """The child is no good any more, and is being ended."""
         ...
 
 
@@ -36,6 +58,9 @@ class StageChild:
         self._listener: Listener | None = None
         self._left = asyncio.Event()
         self._gone = False
+        self._telling = False
+        self._silent_beats = 0
+        self._stepless_beats = 0
 
     @property
     def pid(self) -> int:
@@ -53,15 +78,56 @@ class StageChild:
 
     async def run(self) -> None:
         """Pass on the child's events until it is gone."""
-        async for event in self._child.events():
-            if event.WhichOneof("event") == "left":
-                self._left.set()
-            elif self._listener is not None:
-                await self._listener.hear(event)
+        watch = asyncio.create_task(self._watch(), name=f"watch of child {self.pid}")
+        try:
+            await self._hear()
+        finally:
+            watch.cancel()
         exit_code = await self._child.exit_code
         self._gone = True
         if self._listener is not None:
             self._listener.lost(exit_code)
+
+    async def _hear(self) -> None:
+        async for event in self._child.events():
+            self._silent_beats = 0
+            kind = event.WhichOneof("event")
+            if kind == "step":
+                self._stepless_beats = 0
+            if kind == "left":
+                self._left.set()
+            elif kind != "alive" and self._listener is not None:
+                self._telling = True
+                try:
+                    await self._listener.hear(event)
+                finally:
+                    self._telling = False
+
+    async def _watch(self) -> None:
+        """End a child that is stopped or stuck: nobody else would notice one without peers."""
+        ping = engine_pb2.EngineCommand(ping=engine_pb2.Ping())
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                async with asyncio.timeout(BEAT_SECONDS):
+                    await self.send(ping)
+            listener = self._listener
+            if listener is None or not listener.serving or self._telling:
+                # While the listener is busy, nobody reads what the child says.
+                self._silent_beats = self._stepless_beats = 0
+                continue
+            self._silent_beats += 1
+            self._stepless_beats = self._stepless_beats + 1 if listener.owed_steps else 0
+            if self._silent_beats > MOST_SILENT_BEATS:
+                why = f"its process {self.pid} does not answer"
+            elif self._stepless_beats > MOST_STEPLESS_BEATS:
+                why = f"its process {self.pid} does not come to the end of a step"
+            else:
+                continue
+            _log.error("a child hangs; ending it", pid=self.pid, reason=why)
+            listener.fail(f"CHILD_HUNG: {why}")
+            await self.kill()
+            return
 
     async def send(self, command: engine_pb2.EngineCommand) -> None:
         """Send a command.

@@ -12,6 +12,7 @@ import threading
 from uellm.core.errors import ModelFilesError
 from uellm.policy.registry import step_policy
 from uellm.v1.engine_pb2 import (
+    Alive,
     CommitShard,
     EngineCommand,
     EngineEvent,
@@ -227,7 +228,10 @@ def serve(sock: socket.socket, engine: Engine) -> None:
 
     def read_commands() -> None:
         while (command := channel.receive()) is not None:
-            inbox.put(command)
+            if command.HasField("ping"):
+                channel.send(EngineEvent(alive=Alive()))
+            else:
+                inbox.put(command)
         # No agent, no purpose; the engine may be deep in a step, so it is not asked.
         os._exit(0)
 
