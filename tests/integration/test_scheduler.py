@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from tests.support.scheduling import LEASE_SECONDS, MODEL, Mesh, scheduler
 from tests.support.waiting import eventually
@@ -11,6 +12,7 @@ from uellm.core.errors import AbortedError, ConfigurationError
 from uellm.embedded import EmbeddedRedis
 from uellm.streams.connection import connect
 from uellm.streams.messages import Start
+from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.v1 import common_pb2, inference_pb2, queue_pb2
 
 
@@ -64,6 +66,29 @@ async def test_every_request_is_promised(mesh: Mesh, redis_url: str) -> None:
         assert promise.start_p50.ToNanoseconds() <= promise.start_p90.ToNanoseconds()
         assert promise.finish_p50.ToNanoseconds() < promise.finish_p90.ToNanoseconds()
         assert promise.output_tokens_p50 == 100
+
+
+async def test_a_promise_that_did_not_reach_redis_is_given_again(
+    mesh: Mesh, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promise = SchedulerQueue.promise
+    failed: list[str] = []
+
+    async def away_once(self: SchedulerQueue, token: int, promises: Any) -> None:
+        if not failed:
+            failed.extend(promises)
+            raise RedisConnectionError("away")
+        await promise(self, token, promises)
+
+    monkeypatch.setattr(SchedulerQueue, "promise", away_once)
+    # Nothing runs: no estimate changes, so that none is revised.
+    await mesh.deploy("r0", slots=1)
+    ids = [await mesh.accept() for _ in range(3)]
+    async with scheduler(redis_url, lookahead_requests=0):
+        await mesh.received("r0", 1)
+        for request_id in ids[1:]:
+            assert (await mesh.promised(request_id)).revision == 1
+    assert failed
 
 
 async def test_a_promise_that_no_longer_holds_is_revised(mesh: Mesh, redis_url: str) -> None:

@@ -89,7 +89,7 @@ class ModelScheduler:
             except* AbortedError:
                 lost = True
             except* (RedisError, OSError) as group:
-                error = str(group.exceptions[0])
+                error = str(_first_leaf(group))
             if lost:
                 _log.warning("another scheduler owns the model now", model=self.model)
                 return
@@ -100,7 +100,7 @@ class ModelScheduler:
 
     async def _serve(self) -> None:
         consumer = self._settings.identity
-        self.book, place = await recover(self._queue, self.token, consumer, self.book)
+        self.book, place = await recover(self._queue, self.token, consumer)
         self._away = False
         book = self.book
         inbox = self._inbox = Inbox(self._queue, consumer, place)
@@ -222,6 +222,12 @@ class ModelScheduler:
         if self._inbox is not None:
             self._inbox.wake()
         return previous.name
+
+
+def _first_leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _keep_estimates(report: queue_pb2.ReplicaReport, before: queue_pb2.ReplicaReport) -> None:

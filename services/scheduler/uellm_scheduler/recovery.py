@@ -6,9 +6,7 @@ from uellm_scheduler.book import Book
 AT_ONCE = 500
 
 
-async def recover(
-    queue: SchedulerQueue, token: int, consumer: str, before: Book
-) -> tuple[Book, str]:
+async def recover(queue: SchedulerQueue, token: int, consumer: str) -> tuple[Book, str]:
     """A book of all waiting and sent requests, and the completions' place that it is current to.
 
     Nothing is lost between the two: the place is read first, and an end that is read twice is
@@ -32,7 +30,7 @@ async def recover(
         for record in await queue.records(sent[i : i + AT_ONCE]):
             if record is not None and record.state in {"LEASED", "RUNNING"}:
                 book.restore(record)
-    await _remember_promises(queue, book, before)
+    await _remember_promises(queue, book)
     return book, place
 
 
@@ -44,12 +42,8 @@ async def claim(queue: SchedulerQueue, token: int, consumer: str, book: Book) ->
     return taken
 
 
-async def _remember_promises(queue: SchedulerQueue, book: Book, before: Book) -> None:
-    for request_id in book.unpromised():
-        known = before.waiting.get(request_id) or before.in_flight.get(request_id)
-        if known is not None:
-            ticket = book.waiting[request_id]
-            ticket.promise, ticket.promised_at = known.promise, known.promised_at
+async def _remember_promises(queue: SchedulerQueue, book: Book) -> None:
+    """Take promises from their records alone: one that was made and not recorded was not given."""
     unknown = book.unpromised()
     for i in range(0, len(unknown), AT_ONCE):
         chunk = unknown[i : i + AT_ONCE]
