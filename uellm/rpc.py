@@ -116,7 +116,8 @@ def _details(rpc_error: Any) -> Status | None:
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
     if isinstance(error, UNREACHABLE):
         error = errors.UnavailableError(
-            "Redis does not answer; nothing is known to have changed", retry_after_seconds=1.0
+            "Redis does not answer, or takes no writes; nothing is known to have changed",
+            retry_after_seconds=1.0,
         )
     if isinstance(error, NotImplementedError):
         error = errors.UnimplementedError("this service does not offer the method")

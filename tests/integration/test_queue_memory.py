@@ -1,11 +1,16 @@
-"""A full Redis refuses new work and lets the rest finish."""
+"""A full Redis refuses new work and lets the rest finish; with a full disk, all of it waits."""
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 
+import psutil
 import pytest
 
 from tests.support.queues import GATEWAY, REPLICA, SCHEDULER, Sides, append, finish
+from tests.support.waiting import eventually
 from uellm.core.errors import ResourceExhaustedError
+from uellm.embedded import EmbeddedRedis
+from uellm.streams.connection import UNREACHABLE, connect
 from uellm.streams.messages import Start
 from uellm.streams.registry import Registry, ServiceAddress
 from uellm.v1 import common_pb2, topology_pb2
@@ -78,3 +83,39 @@ async def test_services_stay_registered(full: Sides) -> None:
     assert list(await registry.deployments()) == ["model"]
     await registry.unregister("worker", "worker-1")
     await registry.withdraw("model")
+
+
+def _with_a_small_disk(command: Sequence[str]) -> list[str]:
+    # No file grows beyond 1 MiB; the signal that usually ends who tries is ignored.
+    return ["sh", "-c", "trap '' XFSZ; ulimit -S -f 2048; exec \"$@\"", "sh", *command]
+
+
+async def test_with_a_full_disk_everything_waits(queue_server: EmbeddedRedis) -> None:
+    with EmbeddedRedis(binary=queue_server.binary, wrap=_with_a_small_disk) as server:
+        client = connect(server.url)
+        sides = Sides(client)
+        await sides.open()
+        held = await sides.held()
+
+        async def refused() -> bool:
+            try:
+                await sides.accept(prompt=range(20_000))
+            except UNREACHABLE:
+                return True
+            return False
+
+        await eventually(refused, timeout=20)
+        with pytest.raises(UNREACHABLE):
+            await sides.say(append(held, 1, 0, [1]))
+        with pytest.raises(UNREACHABLE):
+            await sides.read()
+        psutil.Process(server.pid).rlimit(psutil.RLIMIT_FSIZE, (1 << 30, 1 << 30))
+
+        async def logged() -> bool:
+            with contextlib.suppress(*UNREACHABLE):
+                return await sides.say(append(held, 1, 0, [1]), finish(held, 1)) == []
+            return False
+
+        await eventually(logged, timeout=20)
+        assert await sides.logged(held) == [1]
+        await client.aclose()

@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from uellm.core.errors import ConfigurationError
@@ -19,12 +19,18 @@ RedisClient: TypeAlias = Any
 SOCKET_TIMEOUT_SECONDS = 10.0
 BLOCK_MS = 2000
 
-UNREACHABLE = (RedisConnectionError, RedisTimeoutError, OSError)
-"""What a call raises when Redis is away: whether it took effect is then unknown."""
+UNREACHABLE = (
+    *(RedisConnectionError, RedisTimeoutError, OSError),
+    *(OutOfMemoryError, ReadOnlyError),
+)
+"""What a call raises when Redis is away, or there and taking no writes: to be tried again later.
+
+Whether the call took effect is then unknown.
+"""
 
 
-class _CancelledAtOnce:
-    """A connection whose sending can be cancelled.
+class _Connection:
+    """A connection that can be cancelled while it sends, and says when Redis takes no writes.
 
     redis-py sends under ``asyncio.wait_for``. Before Python 3.12 that loses a cancellation which
     comes as the sending ends: a loop of reads that is stopped then goes on for ever.
@@ -41,6 +47,15 @@ class _CancelledAtOnce:
             raise RedisTimeoutError("Timeout writing to socket") from None
         finally:
             self.socket_timeout = seconds
+
+    async def read_response(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*arguments, **options)  # type: ignore[misc]
+        except ResponseError as error:
+            # Its disk is full or failing. It answers again as before when that is over.
+            if str(error).startswith("MISCONF"):
+                raise RedisConnectionError(str(error)) from None
+            raise
 
 
 def connect(url: str) -> RedisClient:
@@ -69,7 +84,7 @@ def connect(url: str) -> RedisClient:
             field="redis_url",
         ) from None
     pool = client.connection_pool
-    pool.connection_class = type("Connection", (_CancelledAtOnce, pool.connection_class), {})
+    pool.connection_class = type("Connection", (_Connection, pool.connection_class), {})
     return client
 
 
