@@ -14,7 +14,14 @@ from uellm import logs
 from uellm.core.errors import ConfigurationError
 from uellm.embedded import EmbeddedRedis, free_port
 from uellm.mesh.options import DRAIN_ORDER, MeshOptions
-from uellm.mesh.readiness import Placement, Report, deploy, placement, wait_for_services
+from uellm.mesh.readiness import (
+    Placement,
+    Report,
+    deploy,
+    placement,
+    wait_for_gateway,
+    wait_for_services,
+)
 from uellm.mesh.state import MeshState, home
 from uellm.mesh.supervision import Supervised
 from uellm.mesh.tether import tethered
@@ -141,6 +148,7 @@ class Mesh:
         registry = Registry(self._redis)
         await wait_for_services(registry, self._services, self._report)
         await deploy(registry, self.options, self._report)
+        await wait_for_gateway(self.address, self.options)
 
     def _check_port(self) -> None:
         with socket.socket() as probe:

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from uellm.client import Client
 from uellm.core.errors import ConfigurationError, UnavailableError
 from uellm.mesh.options import MeshOptions
 from uellm.mesh.supervision import Supervised
@@ -123,3 +124,19 @@ async def _wait_for_model(registry: Registry, name: str, report: Report) -> None
             if deployment.status and deployment.status != told:
                 report(f"{name}: {(told := deployment.status)}")
         await asyncio.sleep(_POLL_SECONDS)
+
+
+async def wait_for_gateway(address: str, options: MeshOptions) -> None:
+    """Wait until the gateway serves every model, too: it looks around twice a second.
+
+    Raises:
+        UnavailableError: if it does not within START_SECONDS.
+    """
+    wanted = {model.name for model in options.models}
+    deadline = time.monotonic() + START_SECONDS
+    async with Client(address) as client:
+        while time.monotonic() < deadline:
+            if wanted <= {model.name for model in await client.models() if model.ready_replicas}:
+                return
+            await asyncio.sleep(_POLL_SECONDS)
+    raise UnavailableError(f"the gateway at {address} does not list {sorted(wanted)}")
