@@ -6,14 +6,18 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
 import pytest
 from uellm_worker import delivery, stage_child
+from uellm_worker.intake import Intake, Leadership
+from uellm_worker.journal import Journal
 
 from tests.support.waiting import eventually, stays
 from tests.support.worker import (
+    MODEL,
     REPLICA,
     Deployer,
     Mesh,
@@ -25,6 +29,7 @@ from tests.support.worker import (
 )
 from uellm.convert import duration
 from uellm.embedded import EmbeddedRedis
+from uellm.streams.leader_queue import LeaderQueue
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2, worker_pb2
 
 SERVING = deployer_pb2.STAGE_STATE_SERVING
@@ -541,6 +546,55 @@ async def test_what_is_meant_for_a_newer_leader_is_handed_back(
         return record.state == "QUEUED" and record.generation == 2
 
     await eventually(handed_back)
+
+
+async def test_a_leader_that_ends_hands_back_what_is_meant_for_a_newer_one(mesh: Mesh) -> None:
+    async def no_stages() -> tuple[()]:
+        return ()
+
+    leadership = Leadership(REPLICA, 1, 1, no_stages)
+    intake = Intake(LeaderQueue(mesh.redis, MODEL), mesh.tokenizer, leadership)
+    await mesh.route(2)
+    request_id = await mesh.accept(max_tokens=5)
+    await mesh.dispatch(request_id, epoch=2)
+    assert await intake.unread({}) == []
+    assert await mesh.state(request_id) == "QUEUED"
+
+
+async def test_a_leader_that_was_silent_past_its_lease_goes_on_with_the_next_turn(
+    slow_worker: RunningWorker, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the same epoch it may be sent a request again that it still holds."""
+    append = Journal.append
+    speaks = asyncio.Event()
+    speaks.set()
+
+    async def append_later(self: Journal, *arguments: Any) -> list[str]:
+        await speaks.wait()
+        return await append(self, *arguments)
+
+    async def read_again() -> bool:
+        (group,) = await mesh.redis.xinfo_groups(mesh.gateway.keys.batches(REPLICA))
+        return bool(group["pending"] == 1 and group["lag"] == 0)
+
+    monkeypatch.setattr(Journal, "append", append_later)
+    await serving(slow_worker, mesh)
+    request_id = await mesh.accept(max_tokens=200)
+    await mesh.dispatch(request_id)
+    await mesh.tokens(request_id, 20)
+    await mesh.reap()
+    speaks.clear()
+    await asyncio.sleep(0.1)  # What is under way ends, and more gathers.
+    await mesh.expire_lease(request_id)
+    assert (await mesh.reap()).requeued == (request_id,)
+    before = await mesh.record(request_id)
+    await mesh.dispatch(request_id)
+    await eventually(read_again)
+    await asyncio.sleep(0.1)  # It begins what it read.
+    speaks.set()
+    await mesh.tokens(request_id, before.tokens + 5, timeout=3.0)
+    await mesh.ended(request_id)
+    assert await mesh.logged(request_id) == mesh.oracle(7, 200)
 
 
 async def test_reports_go_on_while_idle(worker: RunningWorker, mesh: Mesh) -> None:

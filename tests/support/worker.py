@@ -380,6 +380,10 @@ class Mesh:
         """Reap as a scheduler does that has been there all the time."""
         return await self.scheduler.reap(self.token, LEASE_MS, most_gap_ms=600_000, most_strikes=3)
 
+    async def expire_lease(self, request_id: str) -> None:
+        """Let the holder's time run out."""
+        await self.redis.zadd(self.gateway.keys.leases, {request_id: 1}, xx=True)
+
     def oracle(self, seed: int, count: int) -> tuple[list[int], str]:
         """What the instant engine answers."""
         ids = [instant_token(seed, i, self.tokenizer.vocab_size) for i in range(count)]

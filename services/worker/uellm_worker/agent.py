@@ -1,7 +1,6 @@
 """The worker's side of the deployer: registers, then gives signs of life."""
 
 import asyncio
-import time
 
 import grpc
 from redis.exceptions import RedisError
@@ -38,7 +37,8 @@ class Agent:
         self._context = context
         self._devices = devices
         self._stages = stages
-        self.incarnation = time.time_ns()
+        # By Redis TIME: the host's clock may have gone back since the start before.
+        self.incarnation = round(context.clock.now() * 1e9)
         self._deployer: ServiceAddress | None = None
         self._channel: grpc.aio.Channel | None = None
         self._registered = False

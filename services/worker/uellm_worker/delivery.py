@@ -96,7 +96,9 @@ class Delivery:
     # ---- what comes in -------------------------------------------------------------------------
 
     def hold(self, answer: Answer) -> None:
-        """Take a request on."""
+        """Take a request on; a turn of it that this leader lost and still holds gives way."""
+        if (before := self.held.get(answer.request_id)) is not None:
+            self._forget(before)
         self.held[answer.request_id] = answer
         self.idle.clear()
         if answer.finish:
@@ -213,10 +215,11 @@ class Delivery:
                 finished.append(answer)
         report = self._fresh_report(now, beat=beat)
         if beat or operations or report is not None:
+            concerned = {**self.held, **dirty} if beat else dirty
             renew = list(self.held) if beat else ()
             lost = await self._journal.append(operations, report, renew)
             self._close(finished)
-            await self._lose(lost)
+            await self._lose([concerned[i] for i in lost])
         if beat and self._report is None:
             await self._take_over_report()
         if leaving:
@@ -228,11 +231,10 @@ class Delivery:
             answer.trace.end(answer.finish, answer.prompt_tokens, answer.output_tokens, report)
             self._forget(answer)
 
-    async def _lose(self, lost: Sequence[str]) -> None:
-        """Let go of requests that ended or were taken over."""
-        for request_id in lost:
-            answer = self.held.get(request_id)
-            if answer is not None:
+    async def _lose(self, lost: Sequence[Answer]) -> None:
+        """Let go of requests that ended or were taken over; not of their next turns here."""
+        for answer in lost:
+            if self.held.get(answer.request_id) is answer:
                 self._forget(answer)
                 await self._drop(answer)
 

@@ -108,7 +108,9 @@ class Intake:
                 leads.replica, leads.epoch, MOST_PENDING, None, pending=pending
             ):
                 entry = message.entry
-                if entry is not None and entry.request_id not in held:
+                if message.epoch > leads.epoch:
+                    await self._pass_on(message)
+                elif entry is not None and entry.request_id not in held:
                     found.append((entry.request_id, entry.generation))
         return found
 
