@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.support.waiting import eventually
-from uellm.mesh.state import MeshState, read_state
+from uellm.mesh.state import MeshState, find_mesh
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 UELLM = Path(sys.executable).parent / "uellm"
@@ -39,7 +39,7 @@ class Up:
             if line.startswith(b"try"):
                 break
         assert line, "it ended before it was up"
-        state = read_state(self.home)
+        state = find_mesh(self.home)
         assert state is not None
         self.tree = psutil.Process(self.process.pid).children(recursive=True)
         return state
@@ -90,7 +90,7 @@ async def test_it_answers_heals_and_drains(up: Up) -> None:
     os.kill(state.pids["gateway-1"], signal.SIGKILL)
     status, out, err = await up.run("generate", "Hello again", "--max-tokens", "8")
     assert status == 0, err
-    after = read_state(up.home)
+    after = find_mesh(up.home)
     assert after is not None
     assert after.gateways == state.gateways
     up.tree += psutil.Process(up.process.pid).children(recursive=True)
@@ -98,7 +98,7 @@ async def test_it_answers_heals_and_drains(up: Up) -> None:
     up.process.send_signal(signal.SIGINT)
     assert await up.process.wait() == 130
     await up.gone()
-    assert read_state(up.home) is None
+    assert find_mesh(up.home) is None
     status, _, err = await up.run("models")
     assert (status, "uellm up" in err) == (3, True)
 

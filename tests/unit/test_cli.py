@@ -118,7 +118,9 @@ def test_errors_are_one_line_with_a_status(
 
 
 def test_a_dead_mesh_is_told_from_none(uellm_home: Path) -> None:
-    MeshState(999_999_999, ("127.0.0.1:1",), "redis://127.0.0.1:1/0").write(uellm_home)
+    MeshState(999_999_999, ("127.0.0.1:1",), "redis://127.0.0.1:1/0").write(
+        uellm_home / "logs" / "old"
+    )
     result = CliRunner().invoke(app, ["models"])
     assert result.exit_code == exits.UNREACHABLE
     assert "999999999 ran here is gone" in result.output

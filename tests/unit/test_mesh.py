@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from tests.support.waiting import eventually
 from uellm.core.errors import ConfigurationError, UnavailableError
 from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import DRAIN_ORDER, MeshOptions, ModelSource
-from uellm.mesh.state import MeshState, home, read_state
+from uellm.mesh.state import MeshState, find_mesh, home, read_state
 from uellm.mesh.supervision import Backoff, ServiceSpec, Supervised
 
 
@@ -102,15 +103,39 @@ async def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
 
 def test_state_is_of_this_process_only(tmp_path: Path) -> None:
     state = MeshState.of_this_process(("127.0.0.1:1",), "redis://127.0.0.1:2/0", {"worker-1": 3})
-    state.write(home())
-    assert read_state(home()) == state
+    state.write(tmp_path)
+    assert read_state(tmp_path) == state
     assert state.alive
     other = MeshState(state.pid, state.gateways, state.redis_url, {}, state.started - 100)
     assert not other.alive
-    MeshState(state.pid + 1, (), "").remove(home())
-    assert read_state(home()) is not None
-    state.remove(home())
-    assert read_state(home()) is None
+    MeshState.remove(tmp_path)
+    assert read_state(tmp_path) is None
+
+
+def test_of_several_meshes_the_last_one_that_runs_is_found(tmp_path: Path) -> None:
+    assert find_mesh(tmp_path) is None
+    dead = MeshState(999_999_999, ("127.0.0.1:1",), "redis://127.0.0.1:2/0", {}, 9e9)
+    dead.write(tmp_path / "logs" / "dead")
+    assert find_mesh(tmp_path) == dead
+    first = MeshState.of_this_process(("127.0.0.1:3",), "redis://127.0.0.1:4/0", {})
+    first.write(tmp_path / "logs" / "first")
+    second = replace(first, gateways=("127.0.0.1:5",), started=first.started + 0.5)
+    second.write(tmp_path / "logs" / "second")
+    assert find_mesh(tmp_path) == second
+    MeshState.remove(tmp_path / "logs" / "second")
+    assert find_mesh(tmp_path) == first
+
+
+async def test_logs_of_meshes_that_run_are_kept() -> None:
+    runs = [home() / "logs" / f"2020010{day}-000000-1" for day in range(1, 9)]
+    for run in runs:
+        run.mkdir(parents=True)
+    MeshState.of_this_process(("127.0.0.1:1",), "redis://127.0.0.1:2/0", {}).write(runs[0])
+    MeshState(999_999_999, (), "redis://127.0.0.1:2/0").write(runs[1])
+    with pytest.raises(ConfigurationError):
+        async with Mesh(MeshOptions(models=(), redis_url="redis://127.0.0.1:1/0")).running():
+            pass
+    assert [run.exists() for run in runs] == [True, False, False, *[True] * 5]
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"pid": "x"}', "null"])
@@ -161,5 +186,5 @@ async def test_a_mesh_that_cannot_start_leaves_nothing(
         async with mesh.running():
             pass
     assert psutil.Process().children(recursive=True) == others
-    assert read_state(home()) is None
+    assert find_mesh(home()) is None
     assert not (mesh.directory / "redis").exists()

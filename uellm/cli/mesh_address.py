@@ -1,7 +1,7 @@
 """Which mesh a command speaks to."""
 
 from uellm.core.errors import UnavailableError
-from uellm.mesh.state import MeshState, home, read_state
+from uellm.mesh.state import MeshState, find_mesh, home
 
 
 def gateways(server: str) -> list[str]:
@@ -27,7 +27,7 @@ def redis_url(named: str) -> str:
 
 
 def _local(otherwise: str) -> MeshState:
-    state = read_state(home())
+    state = find_mesh(home())
     if state is None:
         raise UnavailableError(f"no mesh runs here; start one with `uellm up`, or name {otherwise}")
     if not state.alive:

@@ -22,7 +22,7 @@ from uellm.mesh.readiness import (
     wait_for_gateway,
     wait_for_services,
 )
-from uellm.mesh.state import MeshState, home
+from uellm.mesh.state import MeshState, home, read_state, runs
 from uellm.mesh.supervision import Supervised
 from uellm.mesh.tether import tethered
 from uellm.streams.connection import RedisClient, check, connect
@@ -52,13 +52,12 @@ class Mesh:
         # Fixed from here on: a gateway that is started again is found where it was.
         self.options = replace(options, port=options.port or free_port())
         run = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.options.port}"
-        self.directory = home() / "logs" / run
+        self.directory = runs(home()) / run
         self.trace_directory = trace_directory or self.directory / "spans"
         self._report = report
         self._redis_server: EmbeddedRedis | None = None
         self._services: list[Supervised] = []
         self._tasks: list[asyncio.Task[None]] = []
-        self._state: MeshState | None = None
         self._redis: RedisClient = None
 
     @property
@@ -163,20 +162,24 @@ class Mesh:
                 ) from None
 
     def _prepare_directory(self) -> None:
-        runs = self.directory.parent
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigurationError(
-                f"cannot write to {runs} ({error.strerror}); set UELLM_HOME to a directory of yours"
+                f"cannot write to {self.directory.parent} ({error.strerror}); set UELLM_HOME to a "
+                "directory of yours"
             ) from None
-        finished = sorted(path for path in runs.iterdir() if path != self.directory)
+        finished = sorted(path for path in runs(home()).iterdir() if not self._in_use(path))
         for old in finished[:-KEPT_RUNS]:
             shutil.rmtree(old, ignore_errors=True)
 
+    def _in_use(self, directory: Path) -> bool:
+        state = read_state(directory)
+        return directory == self.directory or (state is not None and state.alive)
+
     def _write_state(self) -> None:
-        self._state = MeshState.of_this_process((self.address,), self.redis_url, self.pids())
-        self._state.write(home())
+        state = MeshState.of_this_process((self.address,), self.redis_url, self.pids())
+        state.write(self.directory)
 
     async def _stop(self) -> None:
         for role in DRAIN_ORDER:
@@ -190,8 +193,7 @@ class Mesh:
         if self._redis_server is not None:
             self._redis_server.stop()
             shutil.rmtree(self.directory / "redis", ignore_errors=True)
-        if self._state is not None:
-            self._state.remove(home())
+        MeshState.remove(self.directory)
 
 
 async def _keep(server: EmbeddedRedis) -> None:

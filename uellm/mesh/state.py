@@ -1,4 +1,4 @@
-"""Where the running mesh of this user is: a file that `uellm up` keeps while it runs."""
+"""Where the meshes of this user are: each keeps a file beside its logs while it runs."""
 
 import json
 import os
@@ -18,6 +18,15 @@ def home() -> Path:
         return Path(named).expanduser()
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     return Path(state).expanduser() / "uellm"
+
+
+def runs(directory: Path) -> Path:
+    """Where every mesh has a directory of its own.
+
+    Args:
+        directory: as ``home`` gives it.
+    """
+    return directory / "logs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +71,27 @@ class MeshState:
         draft.write_text(json.dumps(asdict(self), indent=1) + "\n")
         draft.replace(path)
 
-    def remove(self, directory: Path) -> None:
-        """Remove the file, unless another mesh has written it since."""
-        found = read_state(directory)
-        if found is not None and found.pid == self.pid:
-            (directory / STATE_FILE).unlink(missing_ok=True)
+    @staticmethod
+    def remove(directory: Path) -> None:
+        """Remove the file."""
+        (directory / STATE_FILE).unlink(missing_ok=True)
+
+
+def find_mesh(directory: Path) -> MeshState | None:
+    """The mesh that was started last, or None if none was left running.
+
+    One that runs comes before one whose supervisor is dead: see ``alive``.
+
+    Args:
+        directory: as ``home`` gives it.
+    """
+    paths = runs(directory).glob("*/")
+    found = [state for path in paths if (state := read_state(path)) is not None]
+    return max(found, key=lambda state: (state.alive, state.started), default=None)
 
 
 def read_state(directory: Path) -> MeshState | None:
-    """The mesh of this user, or None if none was left running. It may be dead: see ``alive``."""
+    """The mesh whose directory this is; None if it has ended. It may be dead: see ``alive``."""
     try:
         raw: dict[str, Any] = json.loads((directory / STATE_FILE).read_text())
         return MeshState(
