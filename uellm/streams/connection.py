@@ -52,8 +52,9 @@ class _Connection:
         try:
             return await super().read_response(*arguments, **options)  # type: ignore[misc]
         except ResponseError as error:
-            # Its disk is full or failing. It answers again as before when that is over.
-            if str(error).startswith("MISCONF"):
+            # Its disk is full or failing, or its replicas are gone. It answers again as before when
+            # that is over.
+            if str(error).startswith(("MISCONF", "NOREPLICAS")):
                 raise RedisConnectionError(str(error)) from None
             raise
 
