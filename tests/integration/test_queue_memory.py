@@ -121,17 +121,15 @@ async def test_with_a_full_disk_everything_waits(queue_server: EmbeddedRedis) ->
         await client.aclose()
 
 
-async def test_without_the_replicas_that_it_needs_everything_waits(redis: Any) -> None:
-    sides = Sides(redis)
-    await sides.open()
+async def test_without_the_replicas_that_it_needs_everything_waits(sides: Sides) -> None:
     held = await sides.held()
-    await redis.config_set("min-replicas-to-write", 1)
+    await sides.redis.config_set("min-replicas-to-write", 1)
     try:
         with pytest.raises(UNREACHABLE):
             await sides.accept()
         with pytest.raises(UNREACHABLE):
             await sides.say(append(held, 1, 0, [1]))
     finally:
-        await redis.config_set("min-replicas-to-write", 0)
+        await sides.redis.config_set("min-replicas-to-write", 0)
     assert await sides.say(append(held, 1, 0, [1]), finish(held, 1)) == []
     assert await sides.logged(held) == [1]
