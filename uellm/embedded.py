@@ -103,12 +103,16 @@ class EmbeddedRedis:
             *("--logfile", str(log), "--maxmemory-policy", "noeviction"),
         ]
         # A session of its own: the terminal's Ctrl-C is for the services, which still need it.
-        self._process = subprocess.Popen(  # noqa: S603
-            self._wrap(command),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(  # noqa: S603
+                self._wrap(command),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self.stop()
+            raise ConfigurationError(f"{self.binary} cannot be run: {error}") from None
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:

