@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from uellm.core.errors import ModelFilesError
+from uellm.models.architectures import check_architecture
 from uellm.models.safetensors import read_header, read_header_bytes
 from uellm.v1 import common_pb2
 
@@ -196,12 +197,7 @@ def _refuse_unservable(path: Path, config: dict[str, Any]) -> None:
             f"{path} describes a quantised checkpoint (quantization_config), which is not served; "
             "use the model's unquantised weights"
         )
-    names = config.get("architectures") or []
-    if names and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names):
-        raise ModelFilesError(
-            f"{path} describes {names[0]}, which is no causal language model; use a checkpoint "
-            "whose architecture ends in ForCausalLM or LMHeadModel"
-        )
+    check_architecture(path, config)
 
 
 def _no_weights(directory: Path) -> ModelFilesError:

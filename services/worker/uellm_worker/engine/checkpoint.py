@@ -14,23 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from uellm.core.errors import ModelFilesError
-
-ARCHITECTURES = {
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3_text",
-    "GemmaForCausalLM": "gemma",
-    "GraniteForCausalLM": "granite",
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Olmo2ForCausalLM": "olmo2",
-    "Phi3ForCausalLM": "phi3",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "SmolLM3ForCausalLM": "smollm3",
-    "StableLmForCausalLM": "stablelm",
-    "Starcoder2ForCausalLM": "starcoder2",
-}
-"""Architectures whose sharded answers were found equal to the whole model's, and their types."""
+from uellm.models.architectures import check_architecture
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -70,12 +54,7 @@ def read_config(model_dir: Path) -> Any:
         )
     if raw.get("quantization_config"):
         raise ModelFilesError(f"{path}: quantised checkpoints are not served; use the original")
-    architecture = next(iter(raw.get("architectures") or ()), "")
-    if ARCHITECTURES.get(architecture) != raw.get("model_type"):
-        raise ModelFilesError(
-            f"{path}: architecture {architecture or '(none)'!r} of type "
-            f"{raw.get('model_type')!r} is not served; served are {', '.join(ARCHITECTURES)}"
-        )
+    check_architecture(path, raw)
     try:
         return AutoConfig.from_pretrained(
             str(model_dir), trust_remote_code=False, local_files_only=True
