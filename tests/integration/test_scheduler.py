@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
+from uellm_scheduler import ownership
+from uellm_scheduler.book import Book
+from uellm_scheduler.effects import Effects
 
 from tests.support.scheduling import LEASE_SECONDS, MODEL, Mesh, scheduler
 from tests.support.waiting import eventually
@@ -352,6 +355,51 @@ async def test_a_withdrawn_model_is_served_to_the_end_and_let_go(
             return await mesh.redis.hget(mesh.gateway.keys.owner, "holder") == b""
 
         await eventually(let_go)
+
+
+async def test_what_waits_for_a_withdrawn_model_is_ended(
+    mesh: Mesh, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "WITHDRAWN_SECONDS", 1.0)
+    await mesh.deploy("r0", slots=1)
+    async with scheduler(redis_url, lookahead_requests=0):
+        await mesh.accept()
+        (running,) = await mesh.received("r0", 1)
+        waiting = await mesh.accept()
+        await mesh.promised(waiting)
+        assert await mesh.leader.route("r0", 1, "DRAINING")
+        await mesh.finish("r0", running)
+        await mesh.registry.withdraw(MODEL)
+
+        async def ended() -> bool:
+            return (await mesh.record(waiting)).ended
+
+        await eventually(ended)
+        finished = (await mesh.record(waiting)).finished
+        assert finished is not None
+        assert finished.failure.reason == "MODEL_WITHDRAWN"
+
+        async def let_go() -> bool:
+            return bool(await mesh.redis.hget(mesh.gateway.keys.owner, "holder") == b"")
+
+        await eventually(let_go)
+
+
+async def test_a_request_that_moved_on_as_it_was_given_up_comes_back(mesh: Mesh) -> None:
+    """Its end is not remembered, or its next turn would be taken for an old one."""
+    book = Book()
+    queue = SchedulerQueue(mesh.redis, MODEL)
+    token = await queue.own("s", 60_000)
+    await queue.ensure_requests_group()
+    effects = Effects(queue, book, token=token, batch_names=iter(()), lease_ms=1000)
+    await mesh.accept()
+    (queued,) = await queue.read_requests("s", 10, None)
+    book.queue(queued)
+    (ticket,) = book.waiting.values()
+    ticket.generation -= 1
+    await effects.bury(ticket, "CRASHED_ITS_WORKERS", "", 0.0)
+    assert not book.waiting
+    assert book.queue(queued)
 
 
 async def test_a_scheduler_that_lost_its_model_sends_nothing_until_it_owns_it_again(

@@ -8,6 +8,7 @@ from uellm import logs
 from uellm.convert import promise_to_proto, timestamp
 from uellm.core.request import Promise
 from uellm.policy.views import Dispatch, Refusal
+from uellm.streams.messages import Finish
 from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.telemetry import span
 from uellm.v1 import common_pb2, queue_pb2
@@ -118,17 +119,27 @@ class Effects:
             if refusal.expired
             else (common_pb2.FINISH_REASON_REFUSED, "DEADLINE_INFEASIBLE")
         )
-        await self._queue.finish(
-            self._token, finish_of(ticket, reason, failure, refusal.message, now)
-        )
-        self._book.end(refusal.request_id)
+        await self._end(ticket, finish_of(ticket, reason, failure, refusal.message, now))
+
+    async def fail(self, ticket: Ticket, failure: str, message: str, now: float) -> None:
+        """End a request that nothing will answer any more."""
+        reason = common_pb2.FINISH_REASON_FAILED
+        await self._end(ticket, finish_of(ticket, reason, failure, message, now))
 
     async def bury(self, ticket: Ticket, failure: str, message: str, now: float) -> None:
         """End a request that was given up, and note it in the dead-letter stream."""
         finish = finish_of(ticket, common_pb2.FINISH_REASON_DEAD, failure, message, now)
-        if await self._queue.finish(self._token, finish, dead_reason=failure):
+        if await self._end(ticket, finish, dead_reason=failure):
             _log.warning("request given up", request_id=ticket.request_id, reason=failure)
-        self._book.end(ticket.request_id)
+
+    async def _end(self, ticket: Ticket, finish: Finish, *, dead_reason: str = "") -> bool:
+        """End a request; False if it had moved on, and may come back by another turn."""
+        ended = await self._queue.finish(self._token, finish, dead_reason=dead_reason)
+        if ended:
+            self._book.end(ticket.request_id)
+        else:
+            self._book.drop(ticket.request_id)
+        return ended
 
 
 def _batch_entry(

@@ -51,6 +51,7 @@ class ModelScheduler:
         book: who waits and who was sent where.
         order: ids of the waiting requests as last ordered.
         routes: the replicas as last read.
+        withdrawn: the model is not deployed any more; kept current by the ownership.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class ModelScheduler:
         self.book = Book()
         self.order: tuple[str, ...] = ()
         self.routes: dict[str, ReplicaRoute] = {}
+        self.withdrawn = False
         self._context = context
         self._settings = settings
         self._queue = queue
@@ -128,6 +130,8 @@ class ModelScheduler:
                 if await self._read_routes(inbox):
                     upkeep.reaping.hasten()
                     await upkeep.tend(self._context.clock.now())
+                if self.withdrawn and book.waiting:
+                    await self._give_up_waiting(effects)
                 if book.waiting:
                     await self._decide(effects, inbox)
 
@@ -138,6 +142,20 @@ class ModelScheduler:
             if self._reconsider_at is not None:
                 seconds = min(seconds, self._reconsider_at - self._context.clock.now())
         return max(seconds, 0.001)
+
+    async def _give_up_waiting(self, effects: Effects) -> None:
+        """End what waits for a model that is gone: its clients would wait for ever."""
+        if any(route.state == "READY" for route in self.routes.values()):
+            return
+        now = self._context.clock.now()
+        for ticket in list(self.book.waiting.values()):
+            await effects.fail(
+                ticket,
+                "MODEL_WITHDRAWN",
+                f"{self.model} was withdrawn while the request waited; deploy it again, or ask "
+                "another model",
+                now,
+            )
 
     async def _choose_policy(self) -> None:
         name = await self._queue.policy() or self._settings.policy

@@ -15,6 +15,9 @@ from uellm.streams.scripts import Scripts
 from uellm_scheduler.model_scheduler import ModelScheduler
 from uellm_scheduler.settings import SchedulerSettings
 
+WITHDRAWN_SECONDS = 30.0
+"""A model may be deployed again so soon after it was withdrawn that its requests are kept."""
+
 _log = logs.logger("ownership")
 
 
@@ -32,6 +35,7 @@ class Ownership:
         self._settings = settings
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._free_since: dict[str, float] = {}
+        self._withdrawn_since: dict[str, float] = {}
         self._sweeping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -60,7 +64,9 @@ class Ownership:
         for name, deployment in deployments.items():
             if name not in self.owned:
                 await self._contest(name, share)
+            self._withdrawn_since.pop(name, None)
             if name in self.owned:
+                self.owned[name].withdrawn = False
                 self.owned[name].replicas = [replica.id for replica in deployment.replicas]
         for name in self.owned.keys() - deployments.keys():
             await self._leave(name)
@@ -96,8 +102,11 @@ class Ownership:
 
     async def _leave(self, name: str) -> None:
         """Let go of a model that is not deployed any more, once nothing is left of it."""
+        since = self._withdrawn_since.setdefault(name, time.monotonic())
+        self.owned[name].withdrawn = time.monotonic() - since > WITHDRAWN_SECONDS
         book = self.owned[name].book
         if not book.waiting and not book.in_flight:
+            del self._withdrawn_since[name]
             await self._stop(name)
             await self._queue(name).own(self._settings.identity, 0)
 
