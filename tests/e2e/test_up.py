@@ -121,3 +121,11 @@ async def test_a_taken_port_is_said_and_nothing_is_started(up: Up) -> None:
     assert err.count("\n") == 1
     assert port in err
     assert "--port" in err
+
+
+async def test_more_stages_than_devices_are_refused_and_nothing_is_left(up: Up) -> None:
+    status, _, err = await up.run("up", "--port", "0", "--stages", "3", "--workers", "2")
+    assert status == 2
+    assert "--stages: 3" in err
+    assert "have 2" in err
+    assert find_mesh(up.home) is None

@@ -11,15 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from tests.support.checkpoints import write_checkpoint
 from uellm import convert
 from uellm.cli import exits
 from uellm.cli.app import app
 from uellm.cli.durations import parse_duration, show_duration
+from uellm.cli.mesh_address import gateways
 from uellm.cli.promises import describe_end, describe_promise
 from uellm.core.errors import (
     ConfigurationError,
     NotFoundError,
     ResourceExhaustedError,
+    UellmError,
     UnavailableError,
 )
 from uellm.mesh.state import MeshState
@@ -103,6 +106,13 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         (["up", "--model", " "], exits.USAGE, "--model"),
         (["serve", "cook"], exits.USAGE, "cook"),
         (["up", "--workers", "0"], exits.USAGE, "workers"),
+        (["up", "--max-model-len", "99999999"], exits.USAGE, "at most 1024"),
+        (["up", "--port", "47999", "--host", "192.0.2.1"], exits.USAGE, "correct --host"),
+        (["models", "--server", "localhost"], exits.USAGE, "not host:port"),
+        (["models", "--server", "http://127.0.0.1:1"], exits.USAGE, "not host:port"),
+        (["models", "--server", "127.0.0.1:1,127.0.0.1:99999"], exits.USAGE, "'127.0.0.1:99999'"),
+        (["health", "--address", "nonsense"], exits.USAGE, "--address"),
+        (["health", "--address", "127.0.0.1:1"], exits.UNREACHABLE, "no service answers"),
     ],
 )
 def test_errors_are_one_line_with_a_status(
@@ -115,6 +125,20 @@ def test_errors_are_one_line_with_a_status(
     assert "Traceback" not in result.output
     if result.output.startswith("uellm: "):
         assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "gateway-1.mesh:50051", "[::1]:50051"])
+def test_addresses_are_taken_as_they_are(address: str) -> None:
+    assert gateways(f" {address},,localhost:2 ") == [address, "localhost:2"]
+
+
+def test_a_model_whose_tokenizer_cannot_be_read_is_not_started(
+    tmp_path: Path,
+) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    (directory / "tokenizer.json").write_text("{}")
+    result = CliRunner().invoke(app, ["up", "--model", str(directory)])
+    assert (result.exit_code, "not a tokenizer.json" in result.output) == (exits.USAGE, True)
 
 
 def test_a_dead_mesh_is_told_from_none(uellm_home: Path) -> None:
@@ -135,7 +159,7 @@ def test_a_dead_mesh_is_told_from_none(uellm_home: Path) -> None:
         (ResourceExhaustedError("full", retry_after_seconds=1.5), 1, "full (try again in 1.5 s)"),
     ],
 )
-def test_errors_in_words(error: exits.UellmError, status: int, line: str) -> None:
+def test_errors_in_words(error: UellmError, status: int, line: str) -> None:
     assert (exits.status_of(error), exits.explain(error)) == (status, line)
 
 

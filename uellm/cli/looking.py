@@ -34,9 +34,10 @@ def health(
     """Ask every service how it is; exit with 0 only if all are there and serving."""
     from uellm.cli import overview
     from uellm.cli.loops import run
-    from uellm.cli.mesh_address import redis_url
+    from uellm.cli.mesh_address import check_address, redis_url
 
     if address:
+        check_address(address, "--address")
         raise typer.Exit(run(overview.probe(address, as_json=as_json)))
     raise typer.Exit(run(overview.health(redis_url(redis), as_json=as_json)))
 

@@ -1,7 +1,12 @@
 """Which mesh a command speaks to."""
 
-from uellm.core.errors import UnavailableError
+import re
+
+from uellm.core.errors import ConfigurationError, UnavailableError
 from uellm.mesh.state import MeshState, find_mesh, home
+
+_ADDRESS = re.compile(r"(?:[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
+_HIGHEST_PORT = 65535
 
 
 def gateways(server: str) -> list[str]:
@@ -11,10 +16,33 @@ def gateways(server: str) -> list[str]:
         server: ``host:port``, or several with commas; "": find out.
 
     Raises:
+        ConfigurationError: if what is given is no address.
         UnavailableError: if none is given and none runs here.
     """
-    named = [address.strip() for address in server.split(",") if address.strip()]
+    named = [
+        check_address(address.strip(), "--server or UELLM_SERVER")
+        for address in server.split(",")
+        if address.strip()
+    ]
     return named or list(_local("a gateway with --server or UELLM_SERVER (host:port)").gateways)
+
+
+def check_address(address: str, option: str) -> str:
+    """An address ``host:port`` as it was given.
+
+    Args:
+        address: what was given.
+        option: where, for the message.
+
+    Raises:
+        ConfigurationError: if it is anything else.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if match is None or not 0 < int(match["port"]) <= _HIGHEST_PORT:
+        raise ConfigurationError(
+            f"{option}: {address!r} is not host:port; for instance localhost:50051"
+        )
+    return address
 
 
 def redis_url(named: str) -> str:

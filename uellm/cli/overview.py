@@ -15,6 +15,7 @@ from rich.table import Table
 from uellm.cli import exits
 from uellm.client import Client
 from uellm.config import ROLES
+from uellm.core.errors import UnavailableError
 from uellm.mesh.readiness import placement
 from uellm.rpc import channel
 from uellm.streams.connection import check, connect
@@ -103,6 +104,8 @@ async def probe(address: str, *, as_json: bool) -> int:
         _print_json({"address": address, "status": status})
     else:
         sys.stdout.write(f"{status}\n")
+    if status == grpc.StatusCode.UNAVAILABLE.name:
+        raise UnavailableError(f"no service answers at {address}; start it, or correct --address")
     return exits.OK if status == "SERVING" else exits.FAILED
 
 

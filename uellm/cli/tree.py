@@ -6,9 +6,12 @@ import time
 from rich.console import Console
 
 from uellm.cli import exits
+from uellm.core.errors import ConfigurationError
 from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import MeshOptions
 from uellm.models import files
+from uellm.models.profile import read_profile
+from uellm.models.tokenizer import Tokenizer
 
 
 class Progress:
@@ -34,13 +37,21 @@ class Progress:
 
 
 def check(options: MeshOptions, *, allow_download: bool) -> None:
-    """Find every model before anything is started; fetch it if that is wished.
+    """Find and read every model before anything is started; fetch it if that is wished.
 
     Raises:
-        ModelFilesError: naming what is missing and the remedy.
+        UellmError: naming what is missing or impossible, and the remedy.
     """
+    longest = 0
     for model in options.models:
-        files.resolve(model.source, allow_download=allow_download)
+        directory = files.resolve(model.source, allow_download=allow_download)
+        Tokenizer(directory)
+        longest = max(longest, read_profile(directory, options.dtype or "float32").max_tokens)
+    if options.max_tokens > longest:
+        raise ConfigurationError(
+            f"--max-model-len: {options.max_tokens}; at most {longest}, the model's own length",
+            field="max-model-len",
+        )
 
 
 async def keep_up(mesh: Mesh, progress: Progress) -> int:
@@ -55,11 +66,21 @@ async def keep_up(mesh: Mesh, progress: Progress) -> int:
     return exits.FAILED
 
 
+def _choice(mesh: Mesh) -> str:
+    """The option that says which model, if there are several."""
+    models = mesh.options.models
+    return f" --model {models[0].name}" if len(models) > 1 else ""
+
+
 async def _welcome(mesh: Mesh) -> None:
     console = Console(stderr=True, highlight=False)
     for model in mesh.options.models:
         for placed in await mesh.placements(model.name):
             console.print(f"{model.name}: {placed.replica}  {'  '.join(placed.stages)}")
-    console.print(f"gateway {mesh.address}, Redis {mesh.redis_url}, logs {mesh.directory}")
-    console.print("try: [bold]uellm generate 'Count from 1 to 20.' --deadline 5s[/bold]")
+    # Not wrapped: paths and commands are there to be copied.
+    for line in (
+        f"gateway {mesh.address}, Redis {mesh.redis_url}, logs {mesh.directory}",
+        f"try: [bold]uellm generate 'Count from 1 to 20.' --deadline 5s{_choice(mesh)}[/bold]",
+    ):
+        console.print(line, soft_wrap=True)
     console.print("Ctrl-C drains and ends; a second one forces")

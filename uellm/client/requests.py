@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 
 from uellm.convert import duration
+from uellm.core.errors import InvalidArgumentError
 from uellm.v1 import common_pb2, inference_pb2
 
 Turn = tuple[str, str]
 """A turn of a conversation: role and text."""
+LARGEST_MAX_TOKENS = 2**32 - 1
+LARGEST_SEED = 2**64 - 1
 
 
 def new_request(
@@ -34,7 +37,12 @@ def new_request(
         deadline_seconds: when the whole answer is needed, counted from acceptance.
         ttft_seconds: when the first token is needed, counted from acceptance.
         refuse: have it refused if the deadline cannot be met; else it is done as well as can be.
+
+    Raises:
+        InvalidArgumentError: if a number does not fit the contract's field.
     """
+    _check_range("sampling.max_tokens", max_tokens, LARGEST_MAX_TOKENS)
+    _check_range("sampling.seed", seed, LARGEST_SEED)
     request = inference_pb2.GenerateRequest(
         model=model,
         sampling=common_pb2.Sampling(
@@ -56,3 +64,8 @@ def new_request(
     if ttft_seconds is not None:
         request.slo.ttft.CopyFrom(duration(ttft_seconds))
     return request
+
+
+def _check_range(field: str, value: int | None, largest: int) -> None:
+    if value is not None and not 0 <= value <= largest:
+        raise InvalidArgumentError(f"{field}: {value}; between 0 and {largest}", field=field)

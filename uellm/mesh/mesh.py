@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import shutil
 import socket
 import time
@@ -155,10 +156,16 @@ class Mesh:
             try:
                 probe.bind((self.options.host, self.options.port))
             except OSError as error:
+                taken = error.errno == errno.EADDRINUSE
+                remedy = (
+                    "choose another with --port, or stop what is there"
+                    if taken
+                    else "correct --host or --port"
+                )
                 raise ConfigurationError(
                     f"cannot listen on {self.options.host}:{self.options.port} "
-                    f"({error.strerror}); choose another with --port, or stop what is there",
-                    field="port",
+                    f"({error.strerror}); {remedy}",
+                    field="port" if taken else "host",
                 ) from None
 
     def _prepare_directory(self) -> None:

@@ -84,7 +84,7 @@ async def deploy(registry: Registry, options: MeshOptions, report: Report) -> No
     async with channel(deployer.address) as connection:
         stub: Any = deployer_pb2_grpc.DeployerServiceStub(connection)
         try:
-            await _wait_for_workers(stub, options.workers, report)
+            await _wait_for_workers(stub, options, report)
             for model in options.models:
                 report(f"placing {model.name}")
                 request = deployer_pb2.ApplyRequest(deployment=options.plan_request(model))
@@ -95,17 +95,28 @@ async def deploy(registry: Registry, options: MeshOptions, report: Report) -> No
         await _wait_for_model(registry, model.name, report)
 
 
-async def _wait_for_workers(stub: Any, workers: int, report: Report) -> None:
+def _check_stages(options: MeshOptions, devices: int) -> None:
+    """The deployer would wait for more devices, and none are going to come."""
+    if options.stages > devices:
+        raise ConfigurationError(
+            f"--stages: {options.stages}, each on a device of its own, and the {options.workers} "
+            f"worker(s) have {devices}; start more with --workers, or ask for at most {devices}",
+            field="stages",
+        )
+
+
+async def _wait_for_workers(stub: Any, options: MeshOptions, report: Report) -> None:
     deadline = time.monotonic() + START_SECONDS
     report("waiting for the workers to report their devices")
     while True:
         described = await stub.Describe(deployer_pb2.DescribeRequest(), timeout=CALL_SECONDS)
-        if len(described.workers) >= workers:
+        if len(described.workers) >= options.workers:
+            _check_stages(options, sum(len(worker.devices) for worker in described.workers))
             return
         if time.monotonic() > deadline:
             raise UnavailableError(
-                f"{workers} workers were started, and {len(described.workers)} have reported to "
-                f"the deployer within {START_SECONDS:.0f} s"
+                f"{options.workers} workers were started, and {len(described.workers)} have "
+                f"reported to the deployer within {START_SECONDS:.0f} s"
             )
         await asyncio.sleep(_POLL_SECONDS)
 

@@ -81,7 +81,7 @@ def _check_chat(chat: inference_pb2.Chat) -> None:
             if kind is None:
                 raise _refuse(f"{at}.content[{j}]", "empty part; set text")
     if not any(part.text for message in chat.messages for part in message.content):
-        raise _refuse("chat.messages", "no message has any text", "EMPTY_PROMPT")
+        raise _refuse("chat.messages", "all are empty; give one of them text", "EMPTY_PROMPT")
 
 
 def check_sampling(sampling: common_pb2.Sampling) -> None:

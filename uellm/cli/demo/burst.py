@@ -11,7 +11,8 @@ from uellm import convert
 from uellm.cli.demo.calibration import Calibration
 from uellm.cli.promises import ANSWERED, REASONS
 from uellm.client import Client, new_request
-from uellm.demo.tasks import DemoPrompt, check, generate_task
+from uellm.demo.prompts import DemoPrompt
+from uellm.demo.tasks import check, generate_task
 from uellm.v1 import common_pb2, inference_pb2
 
 MODEL = "demo"

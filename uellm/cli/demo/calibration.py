@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from uellm.demo.tasks import DemoPrompt
+from uellm.demo.prompts import DemoPrompt
 
 ROOM = 1.3
 """Answers may take this much longer than measured."""

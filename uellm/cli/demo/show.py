@@ -20,7 +20,7 @@ from uellm.cli.demo.calibration import Calibration, calibrate
 from uellm.cli.demo.spans import read_spans, summarise
 from uellm.cli.tree import Progress
 from uellm.client import Client
-from uellm.demo.tasks import demo_prompts
+from uellm.demo.prompts import demo_prompts
 from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import DEMO_MODEL, MeshOptions, ModelSource
 from uellm.rpc import CALL_SECONDS, channel, error_from

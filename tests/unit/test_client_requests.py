@@ -1,0 +1,23 @@
+"""Requests from plain arguments."""
+
+import pytest
+
+from uellm.client import new_request
+from uellm.core.errors import InvalidArgumentError
+
+
+def test_a_request_says_what_was_asked() -> None:
+    request = new_request("m", "hi", max_tokens=2**32 - 1, seed=2**64 - 1, stop=["."])
+    assert (request.model, request.text, request.slo.HasField("deadline")) == ("m", "hi", False)
+    assert request.sampling.max_tokens == 2**32 - 1
+    assert request.sampling.seed == 2**64 - 1
+    chat = new_request("m", [("user", "hi")], deadline_seconds=1.5).chat
+    assert [(m.role, m.content[0].text) for m in chat.messages] == [("user", "hi")]
+
+
+@pytest.mark.parametrize("number", [-1, 2**64, 10**30])
+@pytest.mark.parametrize("name", ["max_tokens", "seed"])
+def test_a_number_that_does_not_fit_is_refused_by_name(name: str, number: int) -> None:
+    with pytest.raises(InvalidArgumentError, match=str(number)) as error:
+        new_request("m", "hi", **{name: number})  # type: ignore[arg-type]
+    assert error.value.field == f"sampling.{name}"

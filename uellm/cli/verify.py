@@ -1,0 +1,119 @@
+"""Command: verify. The comparison is the worker's, and runs in a process of its own."""
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from uellm.cli import exits
+from uellm.cli.asking import Json
+from uellm.cli.serving import Dtype
+
+
+def verify(
+    model: Annotated[
+        str,
+        typer.Argument(help="Directory or hub id of the model; by default the demo model."),
+    ] = "",
+    shards: Annotated[
+        int, typer.Option(min=0, help="Stages to split it into; 0: three, or one per layer.")
+    ] = 0,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts to try, one a line.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 48,
+    dtype: Annotated[
+        Dtype, typer.Option(help="In half precision rounding alone may change answers.")
+    ] = Dtype.FLOAT32,
+    threads: Annotated[int, typer.Option(min=0, help="Threads to compute with; 0: all.")] = 0,
+    allow_download: Annotated[
+        bool, typer.Option(help="Fetch a hub model that is not in the local cache.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare a model's split, batched, preempted answers with transformers' own, token by token.
+
+    Exit status: 0 exact, 1 different, 2 the model cannot be used.
+    """
+    from uellm.core.errors import ConfigurationError
+    from uellm.mesh.options import DEMO_MODEL
+    from uellm.models import files
+
+    if find_spec("uellm_worker") is None or find_spec("torch") is None:
+        raise ConfigurationError("the worker is not installed: pip install 'uellm[worker]'")
+    directory = files.resolve(model or str(DEMO_MODEL), allow_download=allow_download)
+    options = [f"--shards={shards}", f"--max-tokens={max_tokens}", f"--dtype={dtype.value}"]
+    if prompts is not None:
+        options.append(f"--prompts={prompts}")
+    result = _run([str(directory), *options, f"--threads={threads}"])
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    else:
+        _show(result)
+    raise typer.Exit(exits.OK if result["exact"] else exits.FAILED)
+
+
+def _run(arguments: list[str]) -> dict[str, Any]:
+    """The worker's comparison.
+
+    Raises:
+        ConfigurationError: if it comes to no verdict.
+    """
+    import subprocess
+
+    from uellm.core.errors import ConfigurationError
+
+    # By name and not by import: the shared library depends on no service.
+    command = [sys.executable, "-m", "uellm_worker.verify", *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
+    try:
+        result: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise ConfigurationError(
+            f"the comparison ended with status {done.returncode}: {lines[-1]}"
+        ) from None
+    if "error" in result:
+        raise ConfigurationError(result["error"], field=result["field"])
+    return result
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("prompt", "tokens", "answer", "ties", "logit error", "verdict", box=None)
+    for prompt in result["prompts"]:
+        table.add_row(
+            str(prompt["prompt"]),
+            str(prompt["prompt_tokens"]),
+            str(prompt["answer_tokens"]),
+            str(len(prompt["ties"])),
+            f"{prompt['logit_error']:.1e}",
+            _verdict(prompt, within=prompt["logits_agree"]),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    split = " + ".join(map(str, result["split"]))
+    console.print(
+        f"{'exact' if result['exact'] else 'different'}: {result['model']} in {result['dtype']}, "
+        f"layers {split}, {result['slots']} at once, each preempted; {result['seconds']:.1f} s",
+        soft_wrap=True,
+    )
+
+
+def _verdict(prompt: dict[str, Any], *, within: bool) -> str:
+    difference = prompt["difference"]
+    if difference is None:
+        return "exact" if within else f"logits differ, most at token {prompt['logit_error_at']}"
+    got, wanted = (
+        "its end" if difference[side] is None else str(difference[side])
+        for side in ("got", "wanted")
+    )
+    return (
+        f"differs at token {difference['token']}: {got}, and transformers says {wanted} "
+        f"by {difference['margin']:.2g}"
+    )
