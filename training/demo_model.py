@@ -38,7 +38,8 @@ from transformers import (
 )
 
 from uellm.demo._words import ALL_WORDS, PHRASES
-from uellm.demo.tasks import KINDS, Kind, Task, check, demo_prompts, generate_task
+from uellm.demo.prompts import demo_prompts
+from uellm.demo.tasks import KINDS, Kind, Task, check, generate_task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

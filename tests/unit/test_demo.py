@@ -13,7 +13,7 @@ from uellm.cli.demo import screens
 from uellm.cli.demo.burst import Row
 from uellm.cli.demo.calibration import calibrate, finish_times
 from uellm.cli.demo.spans import read_spans, summarise
-from uellm.demo.tasks import DemoPrompt, demo_prompts
+from uellm.demo.prompts import DemoPrompt, demo_prompts
 from uellm.v1 import common_pb2
 from uellm.v1.inference_pb2 import Accepted, Finished, GenerationEvent, Tokens
 

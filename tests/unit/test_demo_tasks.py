@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from uellm import demo
+from uellm.demo.prompts import demo_prompts
 from uellm.demo.tasks import (
     HELDOUT_SHARE,
     KINDS,
@@ -21,7 +22,6 @@ from uellm.demo.tasks import (
     Split,
     Task,
     check,
-    demo_prompts,
     generate_task,
     is_heldout,
     parse,
