@@ -127,11 +127,13 @@ def check_environment(role: str) -> None:
     common = {name.upper() for name in ServiceSettings.model_fields} | CLIENT_VARIABLES
     own = {f"{role.upper()}_{name.upper()}" for name in settings.model_fields}
     others = tuple(f"{other.upper()}_" for other in ROLES if other != role)
+    # Of others' settings only the common ones are known here: enough to recognise their prefix.
+    theirs = {f"{other}{name}" for other in others for name in common - CLIENT_VARIABLES}
     for variable in sorted(os.environ):
         name = variable.removeprefix("UELLM_")
         if name == variable or name in common or name in own or name.startswith(others):
             continue
-        hint = _hint(name, common | own, prefix="UELLM_")
+        hint = _hint(name, common | own | theirs, prefix="UELLM_")
         raise ConfigurationError(
             f"{variable}: no such setting{hint} (docs/configuration.md)", field=variable
         )

@@ -73,6 +73,7 @@ def test_other_services_settings_are_let_be(monkeypatch: pytest.MonkeyPatch) -> 
     ("variable", "hint"),
     [
         ("UELLM_REDIS", "UELLM_REDIS_URL"),
+        ("UELLM_GATWAY_PORT", "UELLM_GATEWAY_PORT"),
         ("UELLM_LOGLEVEL", "UELLM_LOG_LEVEL"),
         ("UELLM_PROFILER_BUDGET", "UELLM_PROFILER_BUDGET_SECONDS"),
         ("UELLM_PROFILER_BUGDET_SECONDS", "UELLM_PROFILER_BUDGET_SECONDS"),
