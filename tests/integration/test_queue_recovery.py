@@ -96,6 +96,24 @@ async def test_a_void_cancellation_leaves_with_its_epoch(sides: Sides) -> None:
     assert await sides.unrest() == []
 
 
+async def test_leaders_that_are_gone_leave_no_name_behind(sides: Sides) -> None:
+    holding = await sides.held()
+    for epoch in range(2, 12):
+        await sides.scheduler.route(REPLICA, epoch, "READY")
+        await sides.leader.read_batches(REPLICA, epoch, 100, 1)
+    consumers = await sides.redis.xinfo_consumers(sides.keys.batches(REPLICA), "leader")
+    # What the first one holds is still under its name, until it is reaped.
+    assert b"1" in (names := {consumer["name"] for consumer in consumers})
+    assert names <= {b"1", b"11"}
+    await sides.reaped_lately()
+    assert (await sides.reap()).requeued == (holding,)
+    await sides.scheduler.route(REPLICA, 12, "READY")
+    assert {
+        consumer["name"]
+        for consumer in await sides.redis.xinfo_consumers(sides.keys.batches(REPLICA), "leader")
+    } == set()
+
+
 async def test_a_holder_that_is_not_routed_to_is_not_told(sides: Sides) -> None:
     request_id = await sides.held()
     await sides.scheduler.route(REPLICA, 2, "READY")

@@ -160,6 +160,22 @@ local function read_standing(id)
   return r
 end
 
+-- The consumers of a group with what they have pending; none if there is no such group.
+local function consumers_of(stream, group)
+  local found = redis.pcall('XINFO', 'CONSUMERS', stream, group)
+  local consumers = {}
+  if not found.err then
+    for _, info in ipairs(found) do
+      local consumer = {}
+      for i = 1, #info, 2 do
+        consumer[info[i]] = info[i + 1]
+      end
+      consumers[#consumers + 1] = consumer
+    end
+  end
+  return consumers
+end
+
 -- True if `token` is the present owner's. A scheduler that lost its lease can change nothing.
 local function owns(token)
   return redis.call('HGET', P .. 'owner', 'token') == token

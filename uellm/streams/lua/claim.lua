@@ -6,17 +6,8 @@ if not owns(ARGV[1]) then
   return { 'stale' }
 end
 local stream, me, most = P .. 'requests', ARGV[2], tonumber(ARGV[3])
-local consumers = redis.pcall('XINFO', 'CONSUMERS', stream, 'scheduler')
-if consumers.err then
-  -- No stream, or no group on it: nobody has read anything.
-  return { 'ok', {} }
-end
 local taken = {}
-for _, info in ipairs(consumers) do
-  local consumer = {}
-  for i = 1, #info, 2 do
-    consumer[info[i]] = info[i + 1]
-  end
+for _, consumer in ipairs(consumers_of(stream, 'scheduler')) do
   if consumer.name ~= me then
     if consumer.pending == 0 then
       redis.call('XGROUP', 'DELCONSUMER', stream, 'scheduler', consumer.name)

@@ -16,6 +16,12 @@ if epoch > current then
       redis.call('XDEL', batches, entry[1])
     end
   end
+  -- Every epoch's leader reads under a name of its own.
+  for _, consumer in ipairs(consumers_of(batches, 'leader')) do
+    if consumer.pending == 0 and consumer.name ~= ARGV[2] then
+      redis.call('XGROUP', 'DELCONSUMER', batches, 'leader', consumer.name)
+    end
+  end
 end
 redis.call('HSET', key, 'epoch', ARGV[2], 'state', ARGV[3])
 if ARGV[4] ~= '' then
