@@ -436,6 +436,18 @@ async def test_what_redis_lost_is_asserted_again(pair: Mesh) -> None:
     await pair.ready(above=before.replicas[0].epoch)
 
 
+async def test_a_route_that_somebody_closed_is_opened_again(pair: Mesh) -> None:
+    """A deposed deployer's last word, or one of this deployer's whose reply was lost."""
+    await pair.apply()
+    epoch = (await pair.ready()).replicas[0].epoch
+    assert await pair.queue.route(REPLICA, epoch, "FORMING")
+
+    async def open_again() -> bool:
+        return await pair.route() == (epoch, "READY")
+
+    await eventually(open_again)
+
+
 async def test_redis_may_go_away_and_come_back(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path / "redis") as server:
         client = connect(server.url)

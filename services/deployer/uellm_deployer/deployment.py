@@ -104,7 +104,7 @@ class Deployment:
                 replica.retry_at = 0.0
 
     async def reassert(self, published: topology_pb2.Deployment | None) -> None:
-        """Publish and route again what Redis lost, or what a deposed deployer overwrote."""
+        """Publish and route again what Redis lost, or what somebody else overwrote."""
         if self.ending or self._published == topology_pb2.Deployment():
             return
         if published != self._published:
@@ -115,7 +115,9 @@ class Deployment:
         ready = [replica for replica in self.replicas if replica.phase is Phase.READY]
         routes = await self.tools.store.routed(self.name, [replica.id for replica in ready])
         for replica in ready:
-            if replica.id not in routes and replica.phase is Phase.READY:
+            # A leader that closes it has lost a stage, or its worker is going: soon heard of.
+            as_known = routes.get(replica.id) == (replica.epoch, "READY")
+            if not as_known and replica.phase is Phase.READY:
                 self.tools.check()
                 await self.tools.store.route(self.name, replica.id, replica.epoch, "READY")
 
