@@ -101,6 +101,13 @@ async def choose_model(client: Client, name: str) -> inference_pb2.Model:
     raise FailedPreconditionError("no model is served; serve one with `uellm up --model …`")
 
 
+def warn_of_waiting(model: inference_pb2.Model, notes: TextIO) -> None:
+    """Say that a request will wait, if nothing is there that could answer it."""
+    if not model.ready_replicas:
+        why = model.status or "no replica is ready"
+        notes.write(f"{model.name}: {why}; the request waits in the queue, Ctrl-C cancels it\n")
+
+
 async def answer(
     client: Client, request: inference_pb2.GenerateRequest, out: TextIO | None, notes: TextIO | None
 ) -> Outcome:
@@ -143,6 +150,7 @@ async def generate(
     """
     async with Client(servers) as client:
         model = await choose_model(client, wishes.model)
+        warn_of_waiting(model, sys.stderr)
         templated = model.has_chat_template if as_chat is None else as_chat
         request = wishes.request(model.name, [("user", prompt)] if templated else prompt)
         out = None if as_json else sys.stdout
@@ -172,8 +180,10 @@ def chat(servers: Sequence[str], wishes: Wishes, system: str) -> int:
     with asyncio.Runner() as runner:
         client = Client(servers)
         try:
-            model = runner.run(choose_model(client, wishes.model)).name
+            chosen = runner.run(choose_model(client, wishes.model))
+            model = chosen.name
             sys.stderr.write(f"{model}: Ctrl-D ends\n")
+            warn_of_waiting(chosen, sys.stderr)
             while (line := _read_line()) is not None:
                 if line:
                     _take_turn(runner, client, wishes, model, turns, line)
