@@ -28,7 +28,10 @@ from uellm.core.errors import (
 from uellm.mesh.state import MeshState
 from uellm.v1 import common_pb2, inference_pb2
 
-COMMANDS = ["demo", "up", "serve", "generate", "chat", "models", "health", "cancel", "version"]
+COMMANDS = [
+    *("demo", "up", "serve", "generate", "chat", "cancel"),
+    *("models", "health", "verify", "version"),
+]
 NOON = 1_700_000_000.0
 
 

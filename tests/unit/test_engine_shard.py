@@ -1,8 +1,6 @@
 """The shard engine against transformers' own ``generate``, on tiny checkpoints of every family.
 
-*Exact* means token for token at float32. Where the reference's two likeliest tokens are within
-1e-4 the order is a matter of rounding: such a tie is passed over, and the reference goes on from
-the tokens that were chosen.
+*Exact* means token for token at float32, but for ties; see ``uellm_worker.verification``.
 """
 
 import json
@@ -20,7 +18,9 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
     from uellm_worker.engine.packing import PackedLinear, pack, packable
     from uellm_worker.engine.shard_engine import ShardEngine, ShardMember
-    from uellm_worker.engine.transport import Loopback, from_bytes, to_bytes
+    from uellm_worker.engine.transport import from_bytes, to_bytes
+    from uellm_worker.verification.pipeline import Pipeline, generate
+    from uellm_worker.verification.reference import Reference
 
 from uellm_worker.engine.capacity import Capacity, Prepared  # noqa: E402
 from uellm_worker.engine.loop import EngineLoop  # noqa: E402
@@ -31,7 +31,6 @@ from uellm.v1.common_pb2 import ModelRef, Sampling  # noqa: E402
 from uellm.v1.engine_pb2 import AddSequence, PrepareShard  # noqa: E402
 from uellm.v1.topology_pb2 import ShardAssignment  # noqa: E402
 
-TIE = 1e-4
 LAYERS, VOCAB, CONTEXT = 4, 97, 96
 BASE = {
     "vocab_size": VOCAB,
@@ -137,36 +136,9 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
 
 
-def reference(model: Model, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens, and by how much each was likelier than the next."""
-    out = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=count,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    margins = [float(-torch.diff(logits[0].topk(2).values)[0]) for logits in out.logits]
-    return out.sequences[0, len(prompt) :].tolist(), margins
-
-
 def assert_exact(model: Model, prompt: list[int], got: list[int], count: int) -> None:
     """``got`` (without its end-of-sequence token) is what the reference generates."""
-    done = 0
-    while done < count:
-        wanted, margins = reference(model, prompt + got[:done], count - done)
-        if wanted[-1] == BASE["eos_token_id"]:
-            wanted = wanted[:-1]
-        rest = got[done:]
-        if rest == wanted:
-            return
-        first = next(
-            (i for i, (a, b) in enumerate(zip(rest, wanted, strict=False)) if a != b),
-            min(len(rest), len(wanted)),
-        )
-        assert margins[first] <= TIE, f"token {done + first}: margin {margins[first]}"
-        done += first + 1
+    assert Reference(model).compare(prompt, got, count).difference is None
 
 
 def prepare(engine: ShardEngine, directory: Path, **fields: Any) -> Prepared:
@@ -185,55 +157,7 @@ def prepare(engine: ShardEngine, directory: Path, **fields: Any) -> Prepared:
 
 def pipeline(directory: Path, split: tuple[int, ...], **fields: Any) -> EngineLoop:
     """A loop over stages of so many layers each, in this process."""
-    members, hub, capacity = [], [], Capacity(10**6, 10**6, 10**9)
-    first = 0
-    for index, layers in enumerate(split):
-        engine = ShardEngine()
-        prepared = prepare(
-            engine,
-            directory,
-            stage_index=index,
-            stage_count=len(split),
-            first_layer=first,
-            last_layer=first + layers - 1,
-            has_embed=index == 0,
-            has_head=index == len(split) - 1,
-            **fields,
-        )
-        assert engine._stage is not None
-        transport = Loopback(hub) if len(split) > 1 else None
-        members.append(ShardMember(engine._stage, transport))
-        if transport is not None:
-            transport.follow = members[-1].follow
-        capacity = capacity.at_most(prepared.capacity)
-        first += layers
-    return EngineLoop(members[0], FcfsStep(), capacity, prepared.vocabulary)
-
-
-def generate(
-    loop: EngineLoop,
-    prompts: list[list[int]],
-    sampling: Callable[[int], Sampling],
-    logged: list[list[int]] | None = None,
-) -> list[list[int]]:
-    """Run all prompts together; the answers, what was logged included."""
-    answers = [list(tokens) for tokens in logged or [[] for _ in prompts]]
-    for index, prompt in enumerate(prompts):
-        loop.add(
-            AddSequence(
-                request_id=str(index),
-                token_ids=prompt + answers[index],
-                prompt_tokens=len(prompt),
-                sampling=sampling(index),
-            )
-        )
-    while loop.busy:
-        report = loop.step()
-        assert report is not None
-        for output in report.outputs:
-            assert not output.HasField("failure"), output.failure
-            answers[int(output.request_id)] += output.token_ids
-    return answers
+    return Pipeline(directory, split, **{"max_tokens": CONTEXT, **fields}).loop()
 
 
 def greedy(count: int, _index: int) -> Sampling:

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from uellm.cli import asking, exits, looking, serving
+from uellm.cli import asking, exits, looking, serving, verify
 from uellm.core.errors import UellmError
 
 
@@ -37,7 +37,7 @@ app = typer.Typer(
 _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run": (serving.demo, serving.up, serving.serve),
     "Ask": (asking.generate, asking.chat, asking.cancel),
-    "Look": (looking.models, looking.health, looking.version),
+    "Look": (looking.models, looking.health, verify.verify, looking.version),
 }
 for _panel, _commands in _PANELS.items():
     for _command in _commands:

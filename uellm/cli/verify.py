@@ -2,6 +2,7 @@
 
 import json
 import sys
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,14 @@ import typer
 
 from uellm.cli import exits
 from uellm.cli.asking import Json
-from uellm.cli.serving import Dtype
+
+
+class Dtype(StrEnum):
+    """A compute dtype."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 def verify(
@@ -64,11 +72,16 @@ def _run(arguments: list[str]) -> dict[str, Any]:
     """
     import subprocess
 
+    from rich.console import Console
+
     from uellm.core.errors import ConfigurationError
 
     # By name and not by import: the shared library depends on no service.
     command = [sys.executable, "-m", "uellm_worker.verify", *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
+    with Console(stderr=True).status("comparing with transformers"):
+        done = subprocess.run(  # noqa: S603
+            command, check=False, capture_output=True, text=True
+        )
     try:
         result: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
@@ -100,7 +113,8 @@ def _show(result: dict[str, Any]) -> None:
     split = " + ".join(map(str, result["split"]))
     console.print(
         f"{'exact' if result['exact'] else 'different'}: {result['model']} in {result['dtype']}, "
-        f"layers {split}, {result['slots']} at once, each preempted; {result['seconds']:.1f} s",
+        f"layers {split}, {result['slots']} at once, {result['preemptions']} preemptions; "
+        f"{result['seconds']:.1f} s",
         soft_wrap=True,
     )
 

@@ -1,0 +1,137 @@
+"""The whole model as transformers runs it, and where an answer departs from its own.
+
+Where the reference holds the token that was chosen for as likely as its own, but for rounding, the
+order of the two is chance: such a *tie* is passed over, and the reference goes on from the tokens
+that were chosen (*teacher-forced*).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from uellm.core.errors import ModelFilesError
+
+TIE = 1e-4
+"""Logits that are this close are equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first token of an answer that is not the reference's.
+
+    Attributes:
+        token: its place in the answer, from 0.
+        got: the token chosen; None for the end of the answer.
+        wanted: the reference's; None for the end of the answer.
+        margin: by how much the reference's logit of its own token exceeds that of the chosen one.
+    """
+
+    token: int
+    got: int | None
+    wanted: int | None
+    margin: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """An answer beside the reference's.
+
+    Attributes:
+        ties: places where either token was right.
+        difference: the first place where it was not; None for an exact answer.
+    """
+
+    ties: tuple[int, ...] = ()
+    difference: Difference | None = None
+
+
+class Reference:
+    """The whole model under transformers.
+
+    Args:
+        model: ``…ForCausalLM`` in evaluation mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        eos = model.generation_config.eos_token_id
+        self.eos_ids = sorted({*eos} if isinstance(eos, list) else {eos} - {None})
+
+    @classmethod
+    def load(cls, directory: Path, dtype: torch.dtype) -> "Reference":
+        """From a checkpoint.
+
+        Raises:
+            ModelFilesError: if transformers cannot load it.
+        """
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # Whatever a malformed checkpoint makes the library raise.
+            line = str(error).strip().partition("\n")[0]
+            raise ModelFilesError(f"{directory}: transformers cannot load it: {line}") from error
+        return cls(model.eval().requires_grad_(False))
+
+    def greedy(self, prompt: Sequence[int], count: int) -> tuple[list[int], list[torch.Tensor]]:
+        """The answer without its end-of-sequence token, and the logits behind every token."""
+        # The model's own config may ask for penalties and the like, which are not greedy.
+        self._model.generation_config = GenerationConfig(
+            do_sample=False,
+            eos_token_id=self.eos_ids or None,
+            pad_token_id=self.eos_ids[0] if self.eos_ids else 0,
+        )
+        output = self._model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=count,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = [int(token) for token in output.sequences[0, len(prompt) :]]
+        if tokens[-1] in self.eos_ids:
+            tokens.pop()
+        return tokens, [logits[0].float() for logits in output.logits]
+
+    def logits(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+        """``[answer + 1, vocabulary]``: behind every token of an answer, and behind its end."""
+        tokens = torch.tensor([[*prompt, *answer]])
+        with torch.inference_mode():
+            output = self._model(tokens, use_cache=False, logits_to_keep=len(answer) + 1)
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    def compare(self, prompt: Sequence[int], answer: Sequence[int], count: int) -> Comparison:
+        """Compare a greedy answer, given without its end-of-sequence token.
+
+        Args:
+            prompt: token ids.
+            answer: what is to be judged.
+            count: most tokens that it could have had.
+        """
+        done = 0
+        ties: list[int] = []
+        while done < count:
+            wanted, logits = self.greedy([*prompt, *answer[:done]], count - done)
+            pairs = enumerate(zip_longest(answer[done:], wanted))
+            unequal = next(((i, got, want) for i, (got, want) in pairs if got != want), None)
+            if unequal is None:
+                break
+            place, got, want = unequal
+            if place >= len(logits):  # More tokens than were allowed.
+                return Comparison(tuple(ties), Difference(done + place, got, want, float("inf")))
+            row = logits[place]
+            chosen = [got] if got is not None else self.eos_ids
+            margin = float(row.max() - row[chosen].max()) if chosen else float("inf")
+            if not margin <= TIE:  # Not a number is no tie either.
+                return Comparison(tuple(ties), Difference(done + place, got, want, margin))
+            ties.append(done + place)
+            if got is None:
+                break
+            done += place + 1
+        return Comparison(tuple(ties))
