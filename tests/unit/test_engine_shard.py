@@ -26,6 +26,7 @@ from uellm_worker.engine.capacity import Capacity, Prepared  # noqa: E402
 from uellm_worker.engine.loop import EngineLoop  # noqa: E402
 
 from uellm.core.errors import ModelFilesError  # noqa: E402
+from uellm.models.profile import read_profile  # noqa: E402
 from uellm.policy.fcfs import FcfsStep  # noqa: E402
 from uellm.v1.common_pb2 import ModelRef, Sampling  # noqa: E402
 from uellm.v1.engine_pb2 import AddSequence, PrepareShard  # noqa: E402
@@ -52,6 +53,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+MHA = {"num_key_value_heads": 4}
 # Windows are shorter than the prompts, so that they matter.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -91,6 +93,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "starcoder2": ("Starcoder2Config", {"sliding_window": 7}),
     "stablelm": ("StableLmConfig", {}),
+    "gpt2": ("GPT2Config", MHA | {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt_neox": ("GPTNeoXConfig", MHA | {"rotary_pct": 0.5}),
+    "gpt_neox-serial": ("GPTNeoXConfig", MHA | {"use_parallel_residual": False}),
+    "opt": ("OPTConfig", MHA | {"ffn_dim": 48}),
+    "opt-projected": (
+        "OPTConfig",
+        MHA | {"ffn_dim": 48, "word_embed_proj_dim": 24, "do_layer_norm_before": False},
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "sliding_window": 11}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 16,
+            "moe_intermediate_size": 24,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
 }
 PROMPT_LENGTHS = (1, 5, 17, 30, 3, 41)
 Model = Any
@@ -182,10 +204,33 @@ def test_any_split_and_batch_is_exact(
     assert len({token for answer in first for token in answer}) > 5, "too tame to tell"
 
 
-def test_a_resumed_answer_continues_as_it_would_have(
-    checkpoint: Callable[[str], tuple[Path, Model]],
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_profile_counts_the_bytes_that_are_loaded(
+    family: str, checkpoint: Callable[[str], tuple[Path, Model]]
 ) -> None:
-    directory, _ = checkpoint("llama")
+    directory, _ = checkpoint(family)
+    profile = read_profile(directory, "float32")
+    layers = [layer.weight_bytes for layer in profile.layers]
+    engine = ShardEngine()
+    first = prepare(engine, directory, last_layer=0, has_head=False)
+    assert first.total_bytes == profile.embed_bytes + layers[0]
+    second = prepare(
+        engine, directory, first_layer=1, last_layer=1, has_embed=False, has_head=False
+    )
+    assert second.total_bytes == layers[1]
+    assert engine._stage is not None
+    cache = engine._stage._cache
+    held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    assert held == profile.layers[1].kv_bytes_per_token * second.capacity.kv_tokens
+    last = prepare(engine, directory, first_layer=2, has_embed=False)
+    assert last.total_bytes == profile.head_bytes + sum(layers[2:])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3_moe"])
+def test_a_resumed_answer_continues_as_it_would_have(
+    family: str, checkpoint: Callable[[str], tuple[Path, Model]]
+) -> None:
+    directory, _ = checkpoint(family)
 
     def sampling(index: int) -> Sampling:
         return Sampling(
@@ -368,7 +413,7 @@ def edited(directory: Path, source: Path, **changes: Any) -> Path:
     [
         ({"auto_map": {"AutoModel": "m.M"}}, "never executed"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
-        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
+        ({"architectures": ["FalconForCausalLM"], "model_type": "falcon"}, "FalconForCausalLM"),
         ({"architectures": []}, "(none)"),
         ({"model_type": "mistral"}, "mistral"),
         ({"num_hidden_layers": 2}, "which has 2"),

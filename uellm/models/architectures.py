@@ -1,42 +1,28 @@
-"""Which kinds of model are served."""
+"""Refuses kinds of model that are not served."""
 
 from pathlib import Path
 from typing import Any
 
 from uellm.core.errors import ModelFilesError
-
-ARCHITECTURES = {
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3_text",
-    "GemmaForCausalLM": "gemma",
-    "GraniteForCausalLM": "granite",
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Olmo2ForCausalLM": "olmo2",
-    "Phi3ForCausalLM": "phi3",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "SmolLM3ForCausalLM": "smollm3",
-    "StableLmForCausalLM": "stablelm",
-    "Starcoder2ForCausalLM": "starcoder2",
-}
-"""Architectures whose sharded answers were found equal to the whole model's, and their types."""
+from uellm.models.families import Family, architectures, family
 
 
-def check_architecture(path: Path, config: dict[str, Any]) -> None:
-    """Fail unless a model of this kind is served.
+def check_architecture(path: Path, config: dict[str, Any]) -> Family:
+    """The family that a config belongs to.
 
     Args:
         path: where the config was read, for the message.
         config: what config.json holds.
 
     Raises:
-        ModelFilesError: naming the kind, and those that are served.
+        ModelFilesError: naming the kind, and those that are served, if it is not served.
     """
     names = config.get("architectures")
     architecture = str(names[0]) if isinstance(names, list) and names else ""
-    if not architecture or ARCHITECTURES.get(architecture) != config.get("model_type"):
+    found = family(architecture) if architecture else None
+    if found is None or found.model_type != config.get("model_type"):
         raise ModelFilesError(
             f"{path}: architecture {architecture or '(none)'!r} of type "
-            f"{config.get('model_type')!r} is not served; served are {', '.join(ARCHITECTURES)}"
+            f"{config.get('model_type')!r} is not served; served are {', '.join(architectures())}"
         )
+    return found

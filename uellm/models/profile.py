@@ -19,7 +19,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings)\.weight$")
-_POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions)\.weight$")
+# What the stage that embeds holds besides: learned positions, a projection to the hidden size.
+_BESIDE = re.compile(r"(?:^|\.)(?:wpe|embed_positions|project_in)\.weight$")
+_EXPERT = re.compile(r"\.experts\.")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
 # Masks and frequencies that old checkpoints carry; they are computed, not loaded.
 _BUFFER = re.compile(r"\.(?:attn|attention)\.(?:masked_)?bias$|rotary_emb\.inv_freq$")
@@ -28,8 +30,8 @@ _BUFFER = re.compile(r"\.(?:attn|attention)\.(?:masked_)?bias$|rotary_emb\.inv_f
 def read_profile(directory: Path, dtype: str) -> ModelProfile:
     """Read a model's needs.
 
-    FLOPs count two for every weight of a layer and token: right for dense models, too many for
-    mixtures of experts, of which a token uses a part.
+    FLOPs count two for every weight of a layer that a token meets; of a mixture of experts, those
+    that the router sends it to.
 
     Args:
         directory: as ``uellm.models.files.resolve`` gives it.
@@ -53,12 +55,16 @@ def read_profile(directory: Path, dtype: str) -> ModelProfile:
             f"{directory / CONFIG} says tie_word_embeddings = false, but the weights hold no "
             "lm_head.weight; download them again"
         )
+    # The share of the experts that a token does not meet.
+    used = config.number("num_experts_per_tok", default=1)
+    unused = 1 - used / max(used, config.number("num_local_experts", "num_experts", default=used))
     kv_bytes = 2 * kv_heads * head_dim * size
     return ModelProfile(
         layers=tuple(
-            LayerProfile(elements * size, kv_bytes, 2.0 * elements) for elements in parts.layers
+            LayerProfile(elements * size, kv_bytes, 2.0 * (elements - unused * experts))
+            for elements, experts in zip(parts.layers, parts.experts, strict=True)
         ),
-        embed_bytes=(parts.embedding + parts.positions) * size,
+        embed_bytes=(parts.embedding + parts.beside) * size,
         head_bytes=((parts.head or parts.embedding) + parts.rest) * size,
         tied=tied,
         activation_bytes_per_token=hidden * size,
@@ -126,7 +132,8 @@ class _Parts:
 
     def __init__(self, directory: Path, num_layers: int) -> None:
         self.layers = [0] * num_layers
-        self.embedding = self.positions = self.head = self.rest = 0
+        self.experts = [0] * num_layers
+        self.embedding = self.beside = self.head = self.rest = 0
         dtypes: Counter[str] = Counter()
         for path in tensor_files(directory):
             for name, tensor in read_header(path).items():
@@ -143,8 +150,8 @@ class _Parts:
         self.embedding = self.embedding or self.head
         if not self.embedding:
             raise ModelFilesError(
-                f"the weights in {directory} hold no token embedding (embed_tokens.weight or "
-                "wte.weight)"
+                f"the weights in {directory} hold no token embedding (embed_tokens.weight, "
+                "wte.weight or embed_in.weight)"
             )
         most = dtypes.most_common(1)[0][0]
         self.stored_dtype = _STORED.get(most, most)
@@ -155,10 +162,12 @@ class _Parts:
             # Layers behind the last are extras, such as those of speculative heads.
             if int(layer[1]) < len(self.layers):
                 self.layers[int(layer[1])] += tensor.elements
+                if _EXPERT.search(name):
+                    self.experts[int(layer[1])] += tensor.elements
         elif _EMBEDDING.search(name):
             self.embedding += tensor.elements
-        elif _POSITIONS.search(name):
-            self.positions += tensor.elements
+        elif _BESIDE.search(name):
+            self.beside += tensor.elements
         elif _HEAD.search(name):
             self.head += tensor.elements
         else:

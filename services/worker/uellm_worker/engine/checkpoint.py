@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from uellm.core.errors import ModelFilesError
 from uellm.models.architectures import check_architecture
+from uellm.models.families import Family
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -40,7 +41,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(model_dir: Path) -> Any:
-    """The transformers config of a checkpoint that can be served.
+    """See ``read_model``."""
+    return read_model(model_dir)[1]
+
+
+def read_model(model_dir: Path) -> tuple[Family, Any]:
+    """The family and the transformers config of a checkpoint that can be served.
 
     Raises:
         ModelFilesError: if it is missing, or not of a kind that is served.
@@ -54,9 +60,9 @@ def read_config(model_dir: Path) -> Any:
         )
     if raw.get("quantization_config"):
         raise ModelFilesError(f"{path}: quantised checkpoints are not served; use the original")
-    check_architecture(path, raw)
+    family = check_architecture(path, raw)
     try:
-        return AutoConfig.from_pretrained(
+        return family, AutoConfig.from_pretrained(
             str(model_dir), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # Whatever a malformed config makes the library raise.
@@ -113,6 +119,10 @@ class TensorFiles:
             raise ModelFilesError(
                 f"{path} is not a whole safetensors file: {error}; download it again"
             ) from error
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._files
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """The named tensors as stored, file by file.

@@ -6,7 +6,6 @@ their input on. Masks, rotary embeddings, multipliers and soft caps stay in the 
 
 import gc
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +14,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from uellm.core.errors import ModelFilesError
+from uellm.models.families import Family
 from uellm_worker.engine.attention import ATTENTION
-from uellm_worker.engine.checkpoint import TensorFiles, read_config, read_eos_ids
+from uellm_worker.engine.checkpoint import read_eos_ids, read_model
 from uellm_worker.engine.packing import PackedLinear, pack, packable
 from uellm_worker.engine.runner import Progress
+from uellm_worker.engine.weights import Held, ShardSpec, read_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Compute dtypes by name."""
-_TIED_FROM, _TIED_TO = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class PassThrough(nn.Module):
@@ -34,37 +34,13 @@ class PassThrough(nn.Module):
         return hidden_states
 
 
-@dataclass(frozen=True, slots=True)
-class ShardSpec:
-    """Which part of which model.
+class NoPositions(nn.Module):
+    """Stands for learned positions, which another stage has added."""
 
-    Attributes:
-        model_dir: the checkpoint.
-        digest: identifies its content; weights are kept only between equal ones.
-        dtype: to compute in.
-        device: to compute on.
-        first_layer: inclusive.
-        last_layer: inclusive.
-        has_embed: holds the embedding.
-        has_head: holds final norm and head.
-    """
-
-    model_dir: Path
-    digest: str
-    dtype: torch.dtype
-    device: torch.device
-    first_layer: int
-    last_layer: int
-    has_embed: bool
-    has_head: bool
-
-    def same_weights(self, other: "ShardSpec") -> bool:
-        """Tensors loaded for one serve the other."""
-        return (self.digest or str(self.model_dir), self.dtype, self.device) == (
-            other.digest or str(other.model_dir),
-            other.dtype,
-            other.device,
-        )
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Zero."""
+        del args, kwargs
+        return torch.zeros(())
 
 
 @dataclass(slots=True)
@@ -73,6 +49,7 @@ class Shard:
 
     Attributes:
         spec: which.
+        family: where the model keeps its parts.
         model: the hollowed ``…ForCausalLM``.
         tensors: its weights.
         eos_ids: of the model.
@@ -81,8 +58,9 @@ class Shard:
     """
 
     spec: ShardSpec
+    family: Family
     model: Any
-    tensors: dict["Held", torch.Tensor]
+    tensors: dict[Held, torch.Tensor]
     eos_ids: frozenset[int]
     kept_bytes: int
     total_bytes: int
@@ -93,18 +71,33 @@ class Shard:
         return self.model.config
 
     @property
+    def decoder(self) -> Any:
+        """The model without its head."""
+        return self.model.get_submodule(self.family.inner)
+
+    @property
     def layers(self) -> list[Any]:
         """The decoder layers held here."""
-        return list(self.model.model.layers[self.spec.first_layer : self.spec.last_layer + 1])
+        layers = self.decoder.get_submodule(self.family.layers)
+        return list(layers[self.spec.first_layer : self.spec.last_layer + 1])
+
+    @property
+    def attentions(self) -> list[Any]:
+        """Their attention modules."""
+        return [layer.get_submodule(self.family.attention) for layer in self.layers]
+
+    @property
+    def head_dim(self) -> int:
+        """Size of an attention head."""
+        return int(getattr(self.attentions[0], self.family.head_dim))
 
 
-def _hollow_model(spec: ShardSpec) -> Any:
+def _hollow_model(spec: ShardSpec, family: Family, config: Any) -> Any:
     """The model without storage, and without what other stages hold.
 
     Raises:
         ModelFilesError: if the range does not fit the model.
     """
-    config = read_config(spec.model_dir)
     if not 0 <= spec.first_layer <= spec.last_layer < config.num_hidden_layers:
         raise ModelFilesError(
             f"layers {spec.first_layer} to {spec.last_layer} of {spec.model_dir}, "
@@ -115,45 +108,37 @@ def _hollow_model(spec: ShardSpec) -> Any:
         model = AutoModelForCausalLM.from_config(
             config, dtype=spec.dtype, attn_implementation=ATTENTION, trust_remote_code=False
         )
-    inner = model.model
+    inner = model.get_submodule(family.inner)
+    layers = inner.get_submodule(family.layers)
     for index in range(config.num_hidden_layers):
         if not spec.first_layer <= index <= spec.last_layer:
-            inner.layers[index] = PassThrough()
+            layers[index] = PassThrough()
     if not spec.has_embed:
-        inner.embed_tokens = PassThrough()
+        for path in (family.embedding, *family.after_embedding):
+            setattr(inner, path, PassThrough())
+        if family.positions:
+            setattr(inner, family.positions, NoPositions())
         if hasattr(inner, "embedding_multiplier"):
             # The model applies it to whatever comes in; stage 0 has done so.
             inner.embedding_multiplier = 1.0
     if not spec.has_head:
-        inner.norm = PassThrough()
-        model.lm_head = PassThrough()
+        for path in family.tail:
+            setattr(inner, path, PassThrough())
+        setattr(model, family.head, PassThrough())
     return model.eval().requires_grad_(False)
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A weight as it is held.
-
-    Attributes:
-        key: in the checkpoint.
-        packed: laid out for a linear layer.
-    """
-
-    key: str
-    packed: bool
-
-
-def _weights(model: Any, spec: ShardSpec) -> dict[str, Held]:
+def _weights(model: Any, spec: ShardSpec, family: Family) -> dict[str, Held]:
     """How the weight behind each parameter of the hollowed model is to be held."""
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     packs = packable(spec.device, spec.dtype)
     weights = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
-        key = _TIED_FROM if tied and name == _TIED_TO else name
+        key = family.embedding_weight if tied and name == family.head_weight else name
         owner, _, leaf = name.rpartition(".")
         linear = type(model.get_submodule(owner)) is nn.Linear and leaf == "weight"
         # A head that shares the embedding's weight must take it as that does: by rows.
-        shared = tied and spec.has_embed and key == _TIED_FROM
+        shared = tied and spec.has_embed and key == family.embedding_weight
         weights[name] = Held(key, packed=packs and linear and not shared)
     return weights
 
@@ -176,24 +161,17 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
             tensors = earlier.tensors
         earlier.model, earlier.tensors = None, {}
         gc.collect()  # Modules refer to each other in circles.
-    model = _hollow_model(spec)
-    weights = _weights(model, spec)
+    family, config = read_model(spec.model_dir)
+    model = _hollow_model(spec, family, config)
+    weights = _weights(model, spec, family)
     shapes = {weights[name]: parameter.shape for name, parameter in model.named_parameters()}
     tensors = {held: tensor for held, tensor in tensors.items() if held in shapes}
     sizes = {held: shape.numel() * spec.dtype.itemsize for held, shape in shapes.items()}
     kept, total = sum(sizes[held] for held in tensors), sum(sizes.values())
     progress(kept, total)
     loaded = reported = kept
-    lacking = {held.key: held for held in shapes if held not in tensors}
-    for key, stored in TensorFiles(spec.model_dir).read(lacking):
-        held = lacking[key]
-        if stored.shape != shapes[held]:
-            raise ModelFilesError(
-                f"{spec.model_dir}, tensor {key!r}: shape {tuple(stored.shape)}, and the config "
-                f"asks for {tuple(shapes[held])}; config and weights do not belong together"
-            )
-        # A copy, so that no page of the file is needed, or trusted, later on.
-        tensor = stored.to(device=spec.device, dtype=spec.dtype, copy=True)
+    lacking = {held: shape for held, shape in shapes.items() if held not in tensors}
+    for held, tensor in read_weights(spec, family, lacking):
         tensors[held] = pack(tensor) if held.packed else tensor
         loaded += sizes[held]
         if loaded - reported >= total // 100:
@@ -202,7 +180,7 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
     _fill(model, weights, tensors)
     model.to(spec.device)  # Buffers: rotary frequencies, embedding scales.
     eos_ids = read_eos_ids(spec.model_dir, model.config)
-    return Shard(spec, model, tensors, eos_ids, kept, total)
+    return Shard(spec, family, model, tensors, eos_ids, kept, total)
 
 
 def _fill(model: Any, weights: dict[str, Held], tensors: dict[Held, torch.Tensor]) -> None:

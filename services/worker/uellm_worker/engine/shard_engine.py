@@ -26,8 +26,9 @@ from uellm_worker.engine.plan import (
 )
 from uellm_worker.engine.runner import Progress
 from uellm_worker.engine.sampling import Choice, choose
-from uellm_worker.engine.shard import DTYPES, Shard, ShardSpec, load_shard, longest_context
+from uellm_worker.engine.shard import DTYPES, Shard, load_shard, longest_context
 from uellm_worker.engine.transport import ProcessGroupTransport, Transport, open_store
+from uellm_worker.engine.weights import ShardSpec
 
 
 class ShardStage:
@@ -43,18 +44,18 @@ class ShardStage:
         self.capacity = capacity
         self._eos_ids = sorted(shard.eos_ids)
         self._admissions: dict[int, Admission] = {}
-        layers = shard.layers
+        attentions = shard.attentions
         self._cache = SlotCache(
-            layers=len(layers),
+            layers=len(attentions),
             slots=capacity.slots,
             kv_heads=_kv_heads(shard.config),
             max_tokens=capacity.max_tokens,
-            head_dim=layers[0].self_attn.head_dim,
+            head_dim=shard.head_dim,
             dtype=shard.spec.dtype,
             device=shard.spec.device,
         )
-        for index, layer in enumerate(layers):
-            layer.self_attn.uellm = LayerCache(self._cache, index)
+        for index, module in enumerate(attentions):
+            module.uellm = LayerCache(self._cache, index)
 
     def compute(self, plan: StepPlan, activation: torch.Tensor | None) -> torch.Tensor:
         """Compute a step.
@@ -82,7 +83,7 @@ class ShardStage:
             if self.shard.spec.has_head and len(step.samples):
                 output = self.shard.model(**inputs, logits_to_keep=step.samples).logits[0]
             else:
-                output = self.shard.model.model(**inputs).last_hidden_state[0]
+                output = self.shard.decoder(**inputs).last_hidden_state[0]
         self._cache.step = None
         return output
 
@@ -230,8 +231,7 @@ def shard_capacity(shard: Shard, assignment: ShardAssignment) -> Capacity:
     Raises:
         ModelFilesError: if nothing fits, or the context changes the model's rotary embedding.
     """
-    layers = shard.layers
-    numbers_per_token = 2 * len(layers) * _kv_heads(shard.config) * layers[0].self_attn.head_dim
+    numbers_per_token = 2 * len(shard.attentions) * _kv_heads(shard.config) * shard.head_dim
     bytes_per_token = numbers_per_token * shard.spec.dtype.itemsize
     slots = max(assignment.slots, 1)
     max_tokens = longest_context(shard.config, assignment.max_tokens)

@@ -1,0 +1,61 @@
+"""Which architectures are served, and what their checkpoints call their weights."""
+
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+
+import pytest
+
+from uellm.core.errors import ModelFilesError
+from uellm.models import families
+from uellm.models.architectures import check_architecture
+from uellm.models.families import Family, Piece, architectures, family
+
+OFFERED = Family("other", layers="blocks")
+CONFIG = {"architectures": ["OtherForCausalLM"], "model_type": "other"}
+
+
+def test_packages_can_offer_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path("config.json")
+    with pytest.raises(ModelFilesError, match="OtherForCausalLM"):
+        check_architecture(path, CONFIG)
+    entry = EntryPoint("OtherForCausalLM", f"{__name__}:OFFERED", families.GROUP)
+    monkeypatch.setattr(families, "entry_points", lambda *, group: EntryPoints((entry,)))
+    assert check_architecture(path, CONFIG) == OFFERED
+    assert "OtherForCausalLM" in architectures()
+    with pytest.raises(ModelFilesError, match="of type 'llama'"):
+        check_architecture(path, CONFIG | {"model_type": "llama"})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "stored"),
+    [
+        ("LlamaForCausalLM", "model.norm.weight", "model.norm.weight"),
+        ("LlamaForCausalLM", "model.norm.weight", "norm.weight"),
+        ("GPT2LMHeadModel", "transformer.wte.weight", "wte.weight"),
+        ("GPTNeoXForCausalLM", "lm_head.weight", "embed_out.weight"),
+        ("OPTForCausalLM", "model.decoder.layers.0.fc1.bias", "decoder.layers.0.fc1.bias"),
+    ],
+)
+def test_checkpoints_spell_names_in_several_ways(architecture: str, name: str, stored: str) -> None:
+    found = family(architecture)
+    assert found is not None
+    assert found.pieces(name, 0, {stored}.__contains__) == [Piece(stored)]
+
+
+def test_experts_are_stacked_unless_they_are_stored_so() -> None:
+    found = family("MixtralForCausalLM")
+    assert found is not None
+    name, theirs = "model.layers.0.mlp.experts.", "model.layers.0.block_sparse_moe.experts."
+    stored = {f"{theirs}{expert}.w{leaf}.weight" for expert in range(2) for leaf in (1, 2, 3)}
+    assert found.pieces(f"{name}gate_up_proj", 2, stored.__contains__) == [
+        Piece(f"{theirs}0.w1.weight", 0, 0, 2),
+        Piece(f"{theirs}0.w3.weight", 0, 1, 2),
+        Piece(f"{theirs}1.w1.weight", 1, 0, 2),
+        Piece(f"{theirs}1.w3.weight", 1, 1, 2),
+    ]
+    assert found.pieces(f"{name}down_proj", 2, stored.__contains__)[1].key == (
+        f"{theirs}1.w2.weight"
+    )
+    stacked = f"{name}down_proj"
+    assert found.pieces(stacked, 2, {stacked}.__contains__) == [Piece(stacked)]
+    assert found.pieces(stacked, 2, lambda _: False) == [Piece(stacked)]
