@@ -6,13 +6,14 @@ import pytest
 from redis.asyncio import Redis
 
 from uellm.embedded import EmbeddedRedis
+from uellm.mesh.tether import tethered
 from uellm.streams.connection import connect
 
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[EmbeddedRedis]:
     """A real server for the whole run of one test process."""
-    with EmbeddedRedis() as server:
+    with EmbeddedRedis(wrap=tethered) as server:
         yield server
 
 
