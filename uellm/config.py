@@ -73,7 +73,7 @@ class ServiceSettings(BaseSettings):
         Raises:
             ConfigurationError: naming each wrong setting, where it was set and what is allowed.
         """
-        check_environment(cls.role)
+        check_environment(cls)
         try:
             return cls(**{name: value for name, value in overrides.items() if value is not None})
         except ValidationError as error:
@@ -100,7 +100,7 @@ class ServiceSettings(BaseSettings):
         own = EnvSettingsSource(settings_cls, env_prefix=f"UELLM_{cls.role.upper()}_")
         common = EnvSettingsSource(ServiceSettings, env_prefix="UELLM_")
         shared = InitSettingsSource(settings_cls, common())
-        return (init_settings, own, shared, InitSettingsSource(settings_cls, _read_file(cls.role)))
+        return (init_settings, own, shared, InitSettingsSource(settings_cls, _read_file(cls)))
 
     @property
     def advertised_host(self) -> str:
@@ -117,13 +117,16 @@ class ServiceSettings(BaseSettings):
         return self.service_id or f"{self.role}-{socket.gethostname()}-{os.getpid()}"
 
 
-def check_environment(role: str) -> None:
+def check_environment(settings: type[ServiceSettings]) -> None:
     """Refuse variables that nothing reads.
+
+    Args:
+        settings: those of the service that is to start.
 
     Raises:
         ConfigurationError: naming the variable and the closest one that exists.
     """
-    settings = _settings_of(role)
+    role = settings.role
     common = {name.upper() for name in ServiceSettings.model_fields} | CLIENT_VARIABLES
     own = {f"{role.upper()}_{name.upper()}" for name in settings.model_fields}
     others = tuple(f"{other.upper()}_" for other in ROLES if other != role)
@@ -144,15 +147,8 @@ def _hint(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _settings_of(role: str) -> type[ServiceSettings]:
-    return next((s for s in _subclasses(ServiceSettings) if s.role == role), ServiceSettings)
-
-
-def _subclasses(cls: type[ServiceSettings]) -> list[type[ServiceSettings]]:
-    return [cls, *(s for child in cls.__subclasses__() for s in _subclasses(child))]
-
-
-def _read_file(role: str) -> dict[str, Any]:
+def _read_file(settings: type[ServiceSettings]) -> dict[str, Any]:
+    role = settings.role
     name = os.environ.get("UELLM_CONFIG", "")
     if not name:
         return {}
@@ -169,7 +165,7 @@ def _read_file(role: str) -> dict[str, Any]:
         raise ConfigurationError(
             f"{name}: {role} = {own!r}: a table of settings, [{role}]", field=role
         )
-    _check_names(f"{name}: [{role}]", own, _settings_of(role).model_fields)
+    _check_names(f"{name}: [{role}]", own, settings.model_fields)
     return common | own
 
 

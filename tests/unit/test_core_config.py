@@ -94,7 +94,7 @@ def test_an_unknown_variable_is_named_with_the_closest(
 def test_a_variable_like_nothing_has_no_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UELLM_QQQQQQ", "1")
     with pytest.raises(ConfigurationError) as error:
-        check_environment("profiler")
+        check_environment(ProfilerLike)
     assert "did you mean" not in error.value.message
 
 

@@ -13,7 +13,7 @@ class GatewaySettings(ServiceSettings):
     role: ClassVar[str] = "gateway"
 
     profile_budget_seconds: float = Field(
-        0.05,
+        0.1,
         gt=0,
         description="Longest time to wait for a profiler before the built-in prior answers.",
     )

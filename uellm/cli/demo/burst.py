@@ -34,6 +34,7 @@ class Row:
     text: str = ""
     tokens: int = 0
     accepted_at: float = 0.0
+    profiled: bool = False
     first_promise: common_pb2.Promise | None = None
     finished: inference_pb2.Finished | None = None
     events: int = field(default=0, repr=False)
@@ -45,6 +46,7 @@ class Row:
         match event.WhichOneof("event"):
             case "accepted":
                 self.accepted_at = convert.seconds(event.accepted.accepted_at)
+                self.profiled = not event.accepted.profile.fallback
             case "promise":
                 self.first_promise = self.first_promise or event.promise
             case "tokens":
