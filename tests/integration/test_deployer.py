@@ -583,4 +583,6 @@ async def test_changes_are_watched(pair: Mesh) -> None:
             states = [replica.state for d in answer.deployments for replica in d.replicas]
             if states == [READY]:
                 break
+        else:
+            pytest.fail("the watch ended before the deployment was ready")
         watch.cancel()

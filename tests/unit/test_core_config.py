@@ -66,7 +66,7 @@ def test_other_services_settings_are_let_be(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("UELLM_WORKER_ANYTHING", "1")
     monkeypatch.setenv("UELLM_SERVER", "localhost:1")
     monkeypatch.setenv("OTHER", "1")
-    ProfilerLike.load()
+    assert ProfilerLike.load().budget_seconds == 0.5
 
 
 @pytest.mark.parametrize(

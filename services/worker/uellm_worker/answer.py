@@ -86,11 +86,6 @@ class Answer:
         self._text.take()
 
     @property
-    def buffered(self) -> int:
-        """Tokens that no append has taken yet, held ones included."""
-        return len(self._token_ids)
-
-    @property
     def prompt_tokens(self) -> int:
         """Length of its prompt."""
         return len(self._record.payload.prompt_ids)

@@ -40,11 +40,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(model_dir: Path) -> Any:
-    """See ``read_model``."""
-    return read_model(model_dir)[1]
-
-
 def read_model(model_dir: Path) -> tuple[Family, Any]:
     """The family and the transformers config of a checkpoint that can be served.
 
