@@ -67,7 +67,7 @@ def pipeline(directory: Path) -> Pipeline:
 
 def perturb(damaged: Pipeline, factor: float) -> None:
     """Scale a norm of the middle stage."""
-    for held, tensor in damaged.stages[1].shard.tensors.items():
+    for held, tensor in damaged.stages[1].first.tensors.items():
         if held.key.endswith("input_layernorm.weight"):
             tensor.mul_(factor)
 

@@ -1,20 +1,19 @@
 """The engine that computes: a layer range of a model, stepping packed batches over a slot cache."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import TCPStore
 
 from uellm.core.errors import ModelFilesError
 from uellm.v1.engine_pb2 import PrepareShard
-from uellm.v1.topology_pb2 import ShardAssignment
-from uellm_worker.engine.attention import LayerCache, PackedStep, SlotCache
 from uellm_worker.engine.capacity import Capacity, Prepared, Vocabulary
 from uellm_worker.engine.group import Group, advertised_host
 from uellm_worker.engine.inbox import Inbox
+from uellm_worker.engine.part import Part, shard_capacity
 from uellm_worker.engine.plan import (
     Admission,
     StepPlan,
@@ -26,65 +25,53 @@ from uellm_worker.engine.plan import (
 )
 from uellm_worker.engine.runner import Progress
 from uellm_worker.engine.sampling import Choice, choose
-from uellm_worker.engine.shard import DTYPES, Shard, load_shard, longest_context
+from uellm_worker.engine.shard import DTYPES, Shard, load_shard
 from uellm_worker.engine.transport import ProcessGroupTransport, Transport, open_store
 from uellm_worker.engine.weights import ShardSpec
 
 
 class ShardStage:
-    """One stage's part of every step.
+    """One worker's part of every step: parts on one or several devices, chained.
 
     Args:
-        shard: its layers.
-        capacity: of its cache.
+        parts: in layer order; each has room for ``capacity``.
+        capacity: of the caches.
     """
 
-    def __init__(self, shard: Shard, capacity: Capacity) -> None:
-        self.shard = shard
+    def __init__(self, parts: Sequence[Part], capacity: Capacity) -> None:
+        self.parts = tuple(parts)
         self.capacity = capacity
-        self._eos_ids = sorted(shard.eos_ids)
+        self._eos_ids = sorted(self.last.eos_ids)
         self._admissions: dict[int, Admission] = {}
-        attentions = shard.attentions
-        self._cache = SlotCache(
-            layers=len(attentions),
-            slots=capacity.slots,
-            kv_heads=_kv_heads(shard.config),
-            max_tokens=capacity.max_tokens,
-            head_dim=shard.head_dim,
-            dtype=shard.spec.dtype,
-            device=shard.spec.device,
-        )
-        for index, module in enumerate(attentions):
-            module.uellm = LayerCache(self._cache, index)
+
+    @property
+    def first(self) -> Shard:
+        """The layers that activations come in at."""
+        return self.parts[0].shard
+
+    @property
+    def last(self) -> Shard:
+        """The layers that activations, or logits, go out at."""
+        return self.parts[-1].shard
 
     def compute(self, plan: StepPlan, activation: torch.Tensor | None) -> torch.Tensor:
         """Compute a step.
 
         Args:
             plan: what.
-            activation: ``[T, hidden]`` of the stage before; None where the embedding is.
+            activation: ``[T, hidden]`` of the stage before, on the first part's device; None where
+                the embedding is.
 
         Returns:
-            ``[T, hidden]``, or where the head is ``[n, vocabulary]`` of the rows that sample.
+            ``[T, hidden]``, or where the head is ``[n, vocabulary]`` of the rows that sample, on
+            the last part's device.
         """
         for admission in plan.admissions:
             self._admissions[admission.slot] = admission
-            if admission.scrub:
-                self._cache.scrub(admission.slot)
-        device = self.shard.spec.device
-        step = PackedStep(plan.chunks, device)
-        inputs: dict[str, Any] = {"position_ids": step.positions[None], "use_cache": False}
-        if activation is None:
-            inputs["input_ids"] = torch.tensor([plan.token_ids], device=device)
-        else:
-            inputs["inputs_embeds"] = activation[None]
-        self._cache.step = step
-        with torch.inference_mode():
-            if self.shard.spec.has_head and len(step.samples):
-                output = self.shard.model(**inputs, logits_to_keep=step.samples).logits[0]
-            else:
-                output = self.shard.decoder(**inputs).last_hidden_state[0]
-        self._cache.step = None
+        first, *others = self.parts
+        output = first.compute(plan, activation)
+        for part in others:
+            output = part.compute(plan, output.to(part.shard.spec.device, non_blocking=True))
         return output
 
     def sample(self, plan: StepPlan, logits: torch.Tensor) -> StepResult:
@@ -133,7 +120,7 @@ class ShardMember:
         activation = self._transport.receive_activation(plan.rows, inline)
         started = time.perf_counter()
         output = self._stage.compute(plan, activation)
-        if not self._stage.shard.spec.has_head:
+        if not self._stage.last.spec.has_head:
             seconds = (*plan.seconds, time.perf_counter() - started)
             self._transport.send_step(encode_plan(replace(plan, seconds=seconds)), output)
             return
@@ -165,7 +152,7 @@ class ShardEngine:
         earlier, self._shard, self._stage = self._shard, None, None
         self._shard = shard = load_shard(spec, earlier, progress)
         capacity = shard_capacity(shard, command.assignment)
-        self._stage = ShardStage(shard, capacity)
+        self._stage = ShardStage([Part(shard, capacity)], capacity)
         return Prepared(
             capacity=capacity,
             vocabulary=Vocabulary(shard.config.vocab_size, shard.eos_ids),
@@ -186,15 +173,15 @@ class ShardEngine:
         if group is None:
             return ShardMember(self._stage, None)
         store, self._store = self._store, None
-        spec = self._stage.shard.spec
+        first = self._stage.first
         transport = ProcessGroupTransport(
             group,
             inbox,
             self._host,
             store,
-            device=spec.device,
-            hidden_size=self._stage.shard.config.hidden_size,
-            dtype=spec.dtype,
+            device=first.spec.device,
+            hidden_size=first.config.hidden_size,
+            dtype=first.spec.dtype,
         )
         return ShardMember(self._stage, transport)
 
@@ -221,35 +208,6 @@ def shard_spec(command: PrepareShard) -> ShardSpec:
         has_embed=assignment.has_embed,
         has_head=assignment.has_head,
     )
-
-
-def shard_capacity(shard: Shard, assignment: ShardAssignment) -> Capacity:
-    """How many slots of which length fit the memory that was granted; 0 bytes: as many as asked.
-
-    Every slot has room for the longest context. Where not even one has, the context is shortened.
-
-    Raises:
-        ModelFilesError: if nothing fits, or the context changes the model's rotary embedding.
-    """
-    numbers_per_token = 2 * len(shard.attentions) * _kv_heads(shard.config) * shard.head_dim
-    bytes_per_token = numbers_per_token * shard.spec.dtype.itemsize
-    slots = max(assignment.slots, 1)
-    max_tokens = longest_context(shard.config, assignment.max_tokens)
-    if assignment.kv_bytes:
-        room = assignment.kv_bytes // bytes_per_token
-        slots = min(slots, max(room // max_tokens, 1))
-        max_tokens = min(max_tokens, room)
-    if max_tokens < 1:
-        raise ModelFilesError(
-            f"kv_bytes {assignment.kv_bytes} hold no token of {bytes_per_token} bytes; "
-            "grant more memory, or split the model into more stages"
-        )
-    return Capacity(slots, max_tokens, slots * max_tokens)
-
-
-def _kv_heads(config: Any) -> int:
-    """Key heads per layer."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _device_name(device: torch.device) -> str:

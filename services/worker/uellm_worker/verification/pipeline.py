@@ -15,9 +15,10 @@ from uellm.v1.engine_pb2 import AddSequence, PrepareShard
 from uellm.v1.topology_pb2 import ShardAssignment
 from uellm_worker.engine.capacity import Capacity, Vocabulary
 from uellm_worker.engine.loop import EngineLoop
+from uellm_worker.engine.part import Part, shard_capacity
 from uellm_worker.engine.plan import StepPlan, StepResult
 from uellm_worker.engine.shard import load_shard
-from uellm_worker.engine.shard_engine import ShardMember, ShardStage, shard_capacity, shard_spec
+from uellm_worker.engine.shard_engine import ShardMember, ShardStage, shard_spec
 from uellm_worker.engine.transport import Loopback
 
 
@@ -126,7 +127,7 @@ class Pipeline:
             spec = shard_spec(PrepareShard(assignment=assignment, model_dir=str(directory)))
             shard = load_shard(spec, None, lambda *_: None)
             capacity = shard_capacity(shard, assignment)
-            self.stages.append(_ListeningStage(shard, capacity))
+            self.stages.append(_ListeningStage([Part(shard, capacity)], capacity))
             self.capacity = self.capacity.at_most(capacity)
         self.vocabulary = Vocabulary(shard.config.vocab_size, shard.eos_ids)
 

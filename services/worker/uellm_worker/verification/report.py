@@ -96,7 +96,7 @@ def verify(
     record = Record(_RECORD_BYTES)
     loop = pipeline.loop(PreemptOnce(), record)
     answers = generate(loop, prompts, lambda _: Sampling(max_tokens=max_tokens))
-    spec = pipeline.stages[0].shard.spec
+    spec = pipeline.stages[0].first.spec
     reports = []
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         count = min(max_tokens, room - len(prompt))

@@ -1,0 +1,95 @@
+"""One device's layers of a stage: the weights, their KV cache, and the computing of a step."""
+
+from typing import Any
+
+import torch
+
+from uellm.core.errors import ModelFilesError
+from uellm.v1.topology_pb2 import ShardAssignment
+from uellm_worker.engine.attention import LayerCache, PackedStep, SlotCache
+from uellm_worker.engine.capacity import Capacity
+from uellm_worker.engine.plan import StepPlan
+from uellm_worker.engine.shard import Shard, longest_context
+
+
+class Part:
+    """Consecutive layers on one device.
+
+    Args:
+        shard: its layers.
+        capacity: of its cache.
+    """
+
+    def __init__(self, shard: Shard, capacity: Capacity) -> None:
+        self.shard = shard
+        attentions = shard.attentions
+        self._cache = SlotCache(
+            layers=len(attentions),
+            slots=capacity.slots,
+            kv_heads=_kv_heads(shard.config),
+            max_tokens=capacity.max_tokens,
+            head_dim=shard.head_dim,
+            dtype=shard.spec.dtype,
+            device=shard.spec.device,
+        )
+        for index, module in enumerate(attentions):
+            module.uellm = LayerCache(self._cache, index)
+
+    def compute(self, plan: StepPlan, activation: torch.Tensor | None) -> torch.Tensor:
+        """Compute a step.
+
+        Args:
+            plan: what.
+            activation: ``[T, hidden]`` of the part before, on this part's device; None where the
+                embedding is.
+
+        Returns:
+            ``[T, hidden]``, or where the head is ``[n, vocabulary]`` of the rows that sample.
+        """
+        for admission in plan.admissions:
+            if admission.scrub:
+                self._cache.scrub(admission.slot)
+        device = self.shard.spec.device
+        step = PackedStep(plan.chunks, device)
+        inputs: dict[str, Any] = {"position_ids": step.positions[None], "use_cache": False}
+        if activation is None:
+            inputs["input_ids"] = torch.tensor([plan.token_ids], device=device)
+        else:
+            inputs["inputs_embeds"] = activation[None]
+        self._cache.step = step
+        with torch.inference_mode():
+            if self.shard.spec.has_head and len(step.samples):
+                output = self.shard.model(**inputs, logits_to_keep=step.samples).logits[0]
+            else:
+                output = self.shard.decoder(**inputs).last_hidden_state[0]
+        self._cache.step = None
+        return output
+
+
+def shard_capacity(shard: Shard, assignment: ShardAssignment) -> Capacity:
+    """How many slots of which length fit the memory that was granted; 0 bytes: as many as asked.
+
+    Every slot has room for the longest context. Where not even one has, the context is shortened.
+
+    Raises:
+        ModelFilesError: if nothing fits, or the context changes the model's rotary embedding.
+    """
+    numbers_per_token = 2 * len(shard.attentions) * _kv_heads(shard.config) * shard.head_dim
+    bytes_per_token = numbers_per_token * shard.spec.dtype.itemsize
+    slots = max(assignment.slots, 1)
+    max_tokens = longest_context(shard.config, assignment.max_tokens)
+    if assignment.kv_bytes:
+        room = assignment.kv_bytes // bytes_per_token
+        slots = min(slots, max(room // max_tokens, 1))
+        max_tokens = min(max_tokens, room)
+    if max_tokens < 1:
+        raise ModelFilesError(
+            f"kv_bytes {assignment.kv_bytes} hold no token of {bytes_per_token} bytes; "
+            "grant more memory, or split the model into more stages"
+        )
+    return Capacity(slots, max_tokens, slots * max_tokens)
+
+
+def _kv_heads(config: Any) -> int:
+    """Key heads per layer."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
