@@ -219,7 +219,7 @@ def test_the_profile_counts_the_bytes_that_are_loaded(
     )
     assert second.total_bytes == layers[1]
     assert engine._stage is not None
-    cache = engine._stage._cache
+    cache = engine._stage.parts[0].cache
     held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
     assert held == profile.layers[1].kv_bytes_per_token * second.capacity.kv_tokens
     last = prepare(engine, directory, first_layer=2, has_embed=False)
@@ -391,7 +391,7 @@ def test_the_cache_keeps_to_its_memory(
     capacity = prepare(engine, checkpoint("llama")[0], kv_bytes=kv_tokens * per_token).capacity
     assert capacity == Capacity(slots, max_tokens, slots * max_tokens)
     assert engine._stage is not None
-    cache = engine._stage._cache
+    cache = engine._stage.parts[0].cache
     held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
     assert held == capacity.kv_tokens * per_token
 

@@ -18,12 +18,15 @@ class Part:
     Args:
         shard: its layers.
         capacity: of its cache.
+
+    Attributes:
+        cache: keys and values of its layers.
     """
 
     def __init__(self, shard: Shard, capacity: Capacity) -> None:
         self.shard = shard
         attentions = shard.attentions
-        self._cache = SlotCache(
+        self.cache = SlotCache(
             layers=len(attentions),
             slots=capacity.slots,
             kv_heads=_kv_heads(shard.config),
@@ -33,7 +36,7 @@ class Part:
             device=shard.spec.device,
         )
         for index, module in enumerate(attentions):
-            module.uellm = LayerCache(self._cache, index)
+            module.uellm = LayerCache(self.cache, index)
 
     def compute(self, plan: StepPlan, activation: torch.Tensor | None) -> torch.Tensor:
         """Compute a step.
@@ -48,7 +51,7 @@ class Part:
         """
         for admission in plan.admissions:
             if admission.scrub:
-                self._cache.scrub(admission.slot)
+                self.cache.scrub(admission.slot)
         device = self.shard.spec.device
         step = PackedStep(plan.chunks, device)
         inputs: dict[str, Any] = {"position_ids": step.positions[None], "use_cache": False}
@@ -56,13 +59,13 @@ class Part:
             inputs["input_ids"] = torch.tensor([plan.token_ids], device=device)
         else:
             inputs["inputs_embeds"] = activation[None]
-        self._cache.step = step
+        self.cache.step = step
         with torch.inference_mode():
             if self.shard.spec.has_head and len(step.samples):
                 output = self.shard.model(**inputs, logits_to_keep=step.samples).logits[0]
             else:
                 output = self.shard.decoder(**inputs).last_hidden_state[0]
-        self._cache.step = None
+        self.cache.step = None
         return output
 
 
