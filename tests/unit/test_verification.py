@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
+    from uellm_worker.verification.flips import count_flips
     from uellm_worker.verification.pipeline import Pipeline
     from uellm_worker.verification.reference import TIE, Reference
     from uellm_worker.verification.report import verify
@@ -93,6 +94,23 @@ def test_three_shards_are_exact(directory: Path, model: Model) -> None:
     for report in result.prompts:
         assert report.compared_tokens >= report.answer_tokens > 0
         assert report.logit_error < 1e-4
+
+
+def test_float32_flips_no_token(directory: Path, model: Model) -> None:
+    flips = count_flips(pipeline(directory), Reference(model), PROMPTS, TOKENS)
+    assert (flips.dtype, flips.flipped) == ("float32", 0)
+    assert flips.tokens >= TOKENS
+
+
+def test_tokens_that_rounding_changed_are_counted(directory: Path, model: Model) -> None:
+    half = Pipeline(directory, (2, 2), slots=3, max_tokens=50, dtype="bfloat16")
+    for held, tensor in half.stages[1].shard.tensors.items():
+        if held.key.endswith("input_layernorm.weight"):
+            tensor.neg_()  # No rounding does this much, so that some token must change.
+    flips = count_flips(half, Reference(model), PROMPTS, TOKENS)
+    assert flips.dtype == "bfloat16"
+    assert 0 < flips.flipped <= flips.tokens
+    assert flips.rate == flips.flipped / flips.tokens
 
 
 def test_a_damaged_shard_is_found_with_place_and_margin(directory: Path, model: Model) -> None:

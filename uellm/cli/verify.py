@@ -36,6 +36,10 @@ def verify(
     dtype: Annotated[
         Dtype, typer.Option(help="In half precision rounding alone may change answers.")
     ] = Dtype.FLOAT32,
+    flips: Annotated[
+        Dtype | None,
+        typer.Option(help="Also count the tokens that this dtype chooses otherwise than float32."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads to compute with; 0: all.")] = 0,
     allow_download: Annotated[
         bool, typer.Option(help="Fetch a hub model that is not in the local cache.")
@@ -54,6 +58,13 @@ def verify(
         raise ConfigurationError("the worker is not installed: pip install 'uellm[worker]'")
     directory = files.resolve(model or str(DEMO_MODEL), allow_download=allow_download)
     options = [f"--shards={shards}", f"--max-tokens={max_tokens}", f"--dtype={dtype.value}"]
+    if flips is not None:
+        if dtype is not Dtype.FLOAT32:
+            raise ConfigurationError(
+                f"flips are counted against float32, not {dtype.value}; leave out --dtype",
+                field="flips",
+            )
+        options.append(f"--flips={flips.value}")
     if prompts is not None:
         options.append(f"--prompts={prompts}")
     result = _run([str(directory), *options, f"--threads={threads}"])
@@ -117,6 +128,12 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['seconds']:.1f} s",
         soft_wrap=True,
     )
+    if flips := result.get("flips"):
+        console.print(
+            f"{flips['dtype']}: {flips['flipped']} of {flips['tokens']} tokens "
+            f"({flips['rate']:.2%}) are not those of float32",
+            soft_wrap=True,
+        )
 
 
 def _verdict(prompt: dict[str, Any], *, within: bool) -> str:

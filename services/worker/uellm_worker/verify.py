@@ -75,22 +75,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch  # noqa: PLC0415
 
     from uellm_worker.engine.shard import DTYPES  # noqa: PLC0415
+    from uellm_worker.verification.flips import count_flips  # noqa: PLC0415
     from uellm_worker.verification.pipeline import Pipeline  # noqa: PLC0415
     from uellm_worker.verification.reference import Reference  # noqa: PLC0415
     from uellm_worker.verification.report import verify  # noqa: PLC0415
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    pipeline = Pipeline(
-        directory,
-        split,
-        slots=SLOTS,
-        max_tokens=max(map(len, prompts)) + arguments.max_tokens,
-        dtype=arguments.dtype,
-    )
+
+    def pipeline(dtype: str) -> Pipeline:
+        room = max(map(len, prompts)) + arguments.max_tokens
+        return Pipeline(directory, split, slots=SLOTS, max_tokens=room, dtype=dtype)
+
     reference = Reference.load(directory, DTYPES[arguments.dtype])
-    result = verify(pipeline, reference, prompts, arguments.max_tokens)
-    return {"model": str(directory), "exact": result.exact, **asdict(result)}
+    result = verify(pipeline(arguments.dtype), reference, prompts, arguments.max_tokens)
+    report = {"model": str(directory), "exact": result.exact, **asdict(result)}
+    if arguments.flips:
+        flips = count_flips(pipeline(arguments.flips), reference, prompts, arguments.max_tokens)
+        report["flips"] = asdict(flips) | {"rate": flips.rate}
+    return report
 
 
 def main() -> int:
@@ -101,6 +104,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--flips", default="")
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["HF_HUB_OFFLINE"] = "1"
