@@ -104,7 +104,7 @@ def test_float32_flips_no_token(directory: Path, model: Model) -> None:
 
 def test_tokens_that_rounding_changed_are_counted(directory: Path, model: Model) -> None:
     half = Pipeline(directory, (2, 2), slots=3, max_tokens=50, dtype="bfloat16")
-    for held, tensor in half.stages[1].shard.tensors.items():
+    for held, tensor in half.stages[1].first.tensors.items():
         if held.key.endswith("input_layernorm.weight"):
             tensor.neg_()  # No rounding does this much, so that some token must change.
     flips = count_flips(half, Reference(model), PROMPTS, TOKENS)

@@ -48,5 +48,5 @@ def count_flips(
         flipped += sum(ours != theirs for ours, theirs in zip(answer, wanted, strict=False))
         # An answer that is short of its limit ended by a token of its own.
         flipped += len(answer) < limit and wanted[len(answer)] not in reference.eos_ids
-    dtype = str(pipeline.stages[0].shard.spec.dtype).removeprefix("torch.")
+    dtype = str(pipeline.stages[0].first.spec.dtype).removeprefix("torch.")
     return Flips(dtype, tokens, flipped)
