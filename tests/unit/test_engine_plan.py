@@ -3,6 +3,8 @@ from hypothesis import strategies as st
 from uellm_worker.engine.plan import (
     Admission,
     Chunk,
+    Copy,
+    Release,
     StepPlan,
     StepResult,
     decode_plan,
@@ -26,12 +28,16 @@ SAMPLINGS = st.builds(
     stop=st.lists(st.text(max_size=5), max_size=2),
 )
 ADMISSIONS = st.builds(Admission, U32, U32, SAMPLINGS, st.booleans())
+MOVES = st.builds(Release, U32, U32) | st.builds(Copy, U32, U32, U32).filter(
+    lambda copy: copy.source != copy.slot
+)
 PLANS = st.builds(
     StepPlan,
     step=st.integers(0, 2**64 - 1),
     chunks=st.lists(CHUNKS, max_size=5).map(tuple),
     admissions=st.lists(ADMISSIONS, max_size=3).map(tuple),
     seconds=SECONDS,
+    moves=st.lists(MOVES, max_size=4).map(tuple),
 )
 LOGPROBS = st.none() | st.builds(
     TokenLogprobs, logprob=st.floats(-9, 0, width=32), top_ids=st.lists(U32, max_size=3)

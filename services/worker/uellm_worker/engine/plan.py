@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from uellm.v1.common_pb2 import Sampling
 from uellm.v1.inference_pb2 import TokenLogprobs
 
-_PLAN = struct.Struct("!QIII")
+_PLAN = struct.Struct("!QIIII")
 _CHUNK = struct.Struct("!III?")
 _ADMISSION = struct.Struct("!III?")
+_MOVE = struct.Struct("!III")
 _RESULT = struct.Struct("!II?")
 
 
@@ -32,6 +33,39 @@ class Chunk:
     start: int
     count: int
     sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A slot's memory from a token on is given back; it reads as zeros, or as what it was.
+
+    Attributes:
+        slot: whose.
+        from_token: the first token that is not needed; if it is 0, nothing of the content stays,
+            which may not be finite.
+    """
+
+    slot: int
+    from_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The first tokens of a slot's cache are copied to another slot.
+
+    Attributes:
+        source: from where.
+        slot: to where.
+        tokens: how many.
+    """
+
+    source: int
+    slot: int
+    tokens: int
+
+
+Move = Release | Copy
+"""What happens to the cache before a step is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +95,7 @@ class StepPlan:
         admissions: new owners of slots.
         token_ids: inputs of all chunks, one after another; stage 0 only.
         seconds: what the stages before this one took to compute it.
+        moves: of the cache, to be carried out in this order before anything is computed.
     """
 
     step: int
@@ -68,6 +103,7 @@ class StepPlan:
     admissions: tuple[Admission, ...] = ()
     token_ids: tuple[int, ...] = ()
     seconds: tuple[float, ...] = ()
+    moves: tuple[Move, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -92,19 +128,21 @@ class StepResult:
 
 def encode_plan(plan: StepPlan) -> bytes:
     """A plan without its token ids."""
-    parts = [_PLAN.pack(plan.step, len(plan.chunks), len(plan.admissions), len(plan.seconds))]
+    lists = (plan.chunks, plan.admissions, plan.seconds, plan.moves)
+    parts = [_PLAN.pack(plan.step, *map(len, lists))]
     parts += [_CHUNK.pack(c.slot, c.start, c.count, c.sample) for c in plan.chunks]
     parts.append(struct.pack(f"!{len(plan.seconds)}d", *plan.seconds))
     for admission in plan.admissions:
         sampling = admission.sampling.SerializeToString()
         head = (admission.slot, admission.prompt_tokens, len(sampling), admission.scrub)
         parts += [_ADMISSION.pack(*head), sampling]
+    parts += [_encode_move(move) for move in plan.moves]
     return b"".join(parts)
 
 
 def decode_plan(data: bytes) -> tuple[StepPlan, bytes]:
     """The inverse of ``encode_plan``, and what stands behind the plan."""
-    step, num_chunks, num_admissions, num_seconds = _PLAN.unpack_from(data)
+    step, num_chunks, num_admissions, num_seconds, num_moves = _PLAN.unpack_from(data)
     offset = _PLAN.size
     chunks = tuple(
         Chunk(*_CHUNK.unpack_from(data, offset + i * _CHUNK.size)) for i in range(num_chunks)
@@ -119,7 +157,23 @@ def decode_plan(data: bytes) -> tuple[StepPlan, bytes]:
         sampling = Sampling.FromString(data[offset : offset + length])
         admissions.append(Admission(slot, prompt_tokens, sampling, scrub))
         offset += length
-    return StepPlan(step, chunks, tuple(admissions), seconds=seconds), data[offset:]
+    moves = tuple(_decode_move(data, offset + i * _MOVE.size) for i in range(num_moves))
+    offset += num_moves * _MOVE.size
+    plan = StepPlan(step, chunks, tuple(admissions), seconds=seconds, moves=moves)
+    return plan, data[offset:]
+
+
+def _encode_move(move: Move) -> bytes:
+    """A release goes as a copy of a slot to itself."""
+    if isinstance(move, Release):
+        return _MOVE.pack(move.slot, move.slot, move.from_token)
+    return _MOVE.pack(move.source, move.slot, move.tokens)
+
+
+def _decode_move(data: bytes, offset: int) -> Move:
+    """The inverse of ``_encode_move``."""
+    source, slot, tokens = _MOVE.unpack_from(data, offset)
+    return Release(slot, tokens) if source == slot else Copy(source, slot, tokens)
 
 
 def encode_result(result: StepResult) -> bytes:

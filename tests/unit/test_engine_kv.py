@@ -1,0 +1,493 @@
+"""The account of the KV cache, against a stage that believes nothing."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from uellm_worker.engine.kv import PIECE_TOKENS, KvManager, KvUsage, Seat
+from uellm_worker.engine.plan import Copy, Move, Release
+
+Cell = tuple[str, tuple[int, ...]]
+"""Stands for one token's keys and values: they depend on all tokens up to it, and the scope."""
+
+
+def cell(scope: str, tokens: list[int], position: int) -> Cell:
+    return scope, tuple(tokens[: position + 1])
+
+
+class Memory:
+    """What a stage does with its cache, cell by cell and block by block."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
+        self.cells: dict[int, dict[int, Cell]] = {}
+        self.blocks: set[tuple[int, int]] = set()
+        self.most = 0
+
+    def write(self, slot: int, position: int, content: Cell) -> None:
+        self.cells.setdefault(slot, {})[position] = content
+        self.blocks.add((slot, position // self.block_tokens))
+        self.most = max(self.most, len(self.blocks))
+
+    def carry_out(self, moves: tuple[Move, ...]) -> None:
+        for move in moves:
+            if isinstance(move, Copy):
+                assert move.source != move.slot
+                for position in range(move.tokens):
+                    self.write(move.slot, position, self.cells[move.source][position])
+            else:
+                assert move.from_token % self.block_tokens == 0
+                cells = self.cells.get(move.slot, {})
+                for position in [p for p in cells if p >= move.from_token]:
+                    del cells[position]
+                first = move.from_token // self.block_tokens
+                self.blocks = {b for b in self.blocks if b[0] != move.slot or b[1] < first}
+
+    def prefix(self, slot: int, scope: str, tokens: list[int]) -> int:
+        """How many leading tokens of a sequence truly lie in a slot."""
+        cells = self.cells.get(slot, {})
+        for position in range(len(tokens)):
+            if cells.get(position) != cell(scope, tokens, position):
+                return position
+        return len(tokens)
+
+
+@dataclass
+class Running:
+    slot: int
+    scope: str
+    tokens: list[int]
+    computed: int
+    group: int | None
+    reserve: int
+    planned: int = 0
+
+
+@dataclass
+class World:
+    """A manager, a stage and the sequences that run, checked after each action."""
+
+    slots: int
+    max_tokens: int
+    kv_tokens: int
+    block_tokens: int
+    groups: int = 1
+    sharing: bool = True
+    running: list[Running] = field(default_factory=list)
+    left: list[list[int]] = field(default_factory=list)
+    left_in: dict[int, int] = field(default_factory=dict)
+    log: list[object] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.kv = KvManager(
+            self.slots,
+            self.max_tokens,
+            self.kv_tokens,
+            self.block_tokens,
+            self.groups,
+            self.sharing,
+        )
+        self.memory = Memory(self.block_tokens)
+        self.hits = 0
+
+    def seat(self, tokens: list[int], reserve: int, group: int | None, scope: str) -> Seat | None:
+        before = self.kv.usage
+        seat = self.kv.seat(tokens, reserve_tokens=reserve, group=group, scope=scope)
+        self.log.append(seat)
+        block = self.block_tokens
+        asked = -(-min(max(reserve, len(tokens)), self.max_tokens) // block) * block
+        in_range = [
+            number
+            for number in range(self.slots)
+            if group is None
+            or self.slots * group // self.groups <= number < self.slots * (group + 1) // self.groups
+        ]
+        busy = {sequence.slot for sequence in self.running}
+        if seat is None:
+            assert asked > before.free_tokens or busy.issuperset(in_range)
+        else:
+            assert asked <= before.free_tokens
+            assert seat.slot not in busy
+            assert seat.slot in in_range
+            assert seat.cached_tokens < len(tokens)
+            if not self.sharing:
+                assert seat.cached_tokens == 0
+            self.hits += seat.cached_tokens
+            self.running.append(Running(seat.slot, scope, tokens, seat.cached_tokens, group, asked))
+        return seat
+
+    def grow(self, which: int, tokens: list[int]) -> bool:
+        """Plan the next tokens of a sequence: those it has left, else these new ones."""
+        sequence = self.running[which % len(self.running)]
+        start = sequence.computed + sequence.planned
+        if start == len(sequence.tokens):
+            sequence.tokens = sequence.tokens + tokens[: self.max_tokens - start]
+        count = min(len(tokens), len(sequence.tokens) - start)
+        grown = self.kv.grow(sequence.slot, sequence.tokens[start : start + count])
+        self.log.append(grown)
+        if grown:
+            sequence.planned += count
+        else:
+            assert start + count > sequence.reserve
+            assert self.kv.usage.free_tokens < start + count - sequence.reserve
+        return grown
+
+    def leave(self, which: int, keep: bool) -> None:
+        sequence = self.running.pop(which % len(self.running))
+        self.kv.leave(sequence.slot, keep)
+        self.left.append(sequence.tokens)
+        self.left_in[sequence.slot] = sequence.computed
+
+    def flush(self) -> None:
+        """Compute a step: nobody may build on what is not there."""
+        moves = self.kv.flush()
+        self.log.append(moves)
+        self.memory.carry_out(moves)
+        for sequence in self.running:
+            held = self.memory.prefix(sequence.slot, sequence.scope, sequence.tokens)
+            assert held >= sequence.computed
+            for position in range(sequence.computed, sequence.computed + sequence.planned):
+                content = cell(sequence.scope, sequence.tokens, position)
+                self.memory.write(sequence.slot, position, content)
+            sequence.computed += sequence.planned
+            sequence.planned = 0
+
+    def check(self) -> None:
+        usage = self.kv.usage
+        budget = self.kv_tokens // self.block_tokens * self.block_tokens
+        assert usage.total_tokens == budget
+        assert usage.used_tokens == sum(s.computed + s.planned for s in self.running)
+        assert usage.used_tokens <= usage.reserved_tokens <= budget
+        assert usage.used_tokens + usage.cached_tokens <= usage.committed_tokens <= budget
+        assert usage.fragmented_tokens >= 0
+        assert usage.hit_tokens == self.hits
+        assert self.memory.most * self.block_tokens <= budget
+
+    def settled(self) -> None:
+        """After a step, the account is that of the memory."""
+        committed = len(self.memory.blocks) * self.block_tokens
+        assert committed == self.kv.usage.committed_tokens
+
+
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=3)
+ACTIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["seat", "seat", "grow", "grow", "leave", "flush", "taint", "clear"]),
+        st.integers(0, 7),
+        st.integers(1, 40),
+        st.integers(0, 100),
+    ),
+    max_size=60,
+)
+
+
+def sequence_of(world: World, number: int, length: int) -> list[int]:
+    """Often the beginning of what was there before, then something else."""
+    known = world.left + [sequence.tokens for sequence in world.running]
+    start = known[number % len(known)][: number % 7 * 11] if known and number % 3 else []
+    tokens = start + [(number + i) % 2 for i in range(length)]
+    return tokens[: world.max_tokens]
+
+
+def act(world: World, action: tuple[str, int, int, int]) -> None:
+    what, number, length, extra = action
+    if what == "seat":
+        tokens = sequence_of(world, number, length)
+        group = number % world.groups if number % 2 else None
+        world.seat(tokens, len(tokens) + extra, group, "ab"[number % 5 == 0])
+    elif what == "grow" and world.running:
+        world.grow(number, [extra % 2] * length)
+    elif what in ("leave", "taint") and world.running:
+        world.leave(number, keep=what == "leave")
+    elif what == "flush":
+        world.flush()
+        world.settled()
+    elif what == "clear":
+        world.kv.clear("a" if number % 2 else None)
+    world.check()
+
+
+WORLDS = st.builds(
+    World,
+    slots=st.integers(3, 6),
+    max_tokens=st.integers(40, 100),
+    kv_tokens=st.integers(20, 400),
+    block_tokens=st.sampled_from([1, 16, 20]),
+    groups=st.integers(1, 3),
+    sharing=st.sampled_from([True, True, False]),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(WORLDS, ACTIONS)
+def test_any_history_keeps_to_the_budget_and_to_the_truth(
+    world: World, actions: list[tuple[str, int, int, int]]
+) -> None:
+    for action in actions:
+        act(world, action)
+    while world.running:
+        world.leave(0, keep=True)
+    world.kv.clear()
+    world.flush()
+    usage = world.kv.usage
+    assert (usage.free_tokens, usage.committed_tokens) == (usage.total_tokens, 0)
+    assert not world.memory.blocks
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data(), ACTIONS)
+def test_the_same_history_leads_to_the_same_decisions(
+    data: st.DataObject, actions: list[tuple[str, int, int, int]]
+) -> None:
+    first = data.draw(WORLDS)
+    second = World(
+        first.slots,
+        first.max_tokens,
+        first.kv_tokens,
+        first.block_tokens,
+        first.groups,
+        first.sharing,
+    )
+    for action in actions:
+        act(first, action)
+        act(second, action)
+    assert first.log == second.log
+
+
+@settings(deadline=None, max_examples=200)
+@given(ACTIONS, st.integers(0, 7), st.integers(1, 40))
+def test_the_longest_prefix_is_found_wherever_it_lies(
+    actions: list[tuple[str, int, int, int]], number: int, length: int
+) -> None:
+    world = World(slots=5, max_tokens=90, kv_tokens=5 * 96, block_tokens=16)
+    for action in actions:
+        act(world, action)
+    world.flush()
+    tokens = sequence_of(world, number, length)
+    known = world.left_in | {sequence.slot: sequence.computed for sequence in world.running}
+    longest = max(
+        (min(world.memory.prefix(slot, "a", tokens[:-1]), known[slot]) for slot in known), default=0
+    )
+    seat = world.seat(tokens, len(tokens), None, "a")
+    if seat is not None:
+        assert seat.cached_tokens == (longest if longest >= PIECE_TOKENS else 0)
+
+
+# ---- single decisions --------------------------------------------------------------------------
+
+
+def run_once(kv: KvManager, tokens: list[int], reserve: int = 0, scope: str = "") -> int:
+    """Seat a sequence, compute all of it, and let it leave; its slot."""
+    seat = kv.seat(tokens, reserve_tokens=reserve, scope=scope)
+    assert seat is not None
+    assert kv.grow(seat.slot, tokens[seat.cached_tokens :])
+    kv.flush()
+    kv.leave(seat.slot)
+    return seat.slot
+
+
+def distinct(number: int, length: int) -> list[int]:
+    return [1000 * number + i for i in range(length)]
+
+
+def test_a_finished_sequence_is_continued_in_its_slot() -> None:
+    kv = KvManager(4, 128, 256, 16)
+    slot = run_once(kv, distinct(1, 40))
+    seat = kv.seat([*distinct(1, 40), 7, 8], reserve_tokens=60)
+    assert seat == Seat(slot, 40)
+    assert kv.flush() == ()
+
+
+def test_a_prompt_that_is_wholly_cached_computes_its_last_token() -> None:
+    kv = KvManager(4, 128, 256, 16)
+    run_once(kv, distinct(1, 33))
+    seat = kv.seat(distinct(1, 33), reserve_tokens=40)
+    assert seat is not None
+    assert seat.cached_tokens == 32
+
+
+def test_a_running_sequence_lends_its_prefix() -> None:
+    kv = KvManager(4, 128, 256, 16)
+    first = kv.seat(distinct(1, 50), reserve_tokens=60)
+    assert first is not None
+    assert kv.grow(first.slot, distinct(1, 50))
+    in_same_step = kv.seat([*distinct(1, 40), 5], reserve_tokens=60)
+    assert in_same_step is not None
+    assert in_same_step.cached_tokens == 0, "nothing of it is computed yet"
+    kv.flush()
+    second = kv.seat([*distinct(1, 40), 5], reserve_tokens=60)
+    assert second is not None
+    assert second.cached_tokens == 40
+    assert kv.flush() == (Copy(first.slot, second.slot, 40),)
+
+
+def test_a_short_prefix_does_not_cost_a_long_one() -> None:
+    kv = KvManager(4, 256, 512, 16)
+    long = distinct(1, 200)
+    slot = run_once(kv, long)
+    short = kv.seat([*long[:20], 5], reserve_tokens=30)
+    assert short is not None
+    assert short.slot != slot
+    assert kv.flush() == (Copy(slot, short.slot, 20),)
+    again = kv.seat([*long, 6], reserve_tokens=220)
+    assert again == Seat(slot, 200)
+
+
+def test_scopes_share_nothing() -> None:
+    kv = KvManager(4, 128, 256, 16)
+    run_once(kv, distinct(1, 40), scope="adapter")
+    seat = kv.seat(distinct(1, 40), reserve_tokens=50)
+    assert seat is not None
+    assert seat.cached_tokens == 0
+
+
+def test_what_was_only_planned_is_no_prefix() -> None:
+    kv = KvManager(2, 128, 256, 16)
+    seat = kv.seat(distinct(1, 64), reserve_tokens=64)
+    assert seat is not None
+    kv.grow(seat.slot, distinct(1, 64)[:32])
+    kv.flush()
+    kv.grow(seat.slot, distinct(1, 64)[32:])
+    kv.leave(seat.slot)
+    again = kv.seat(distinct(1, 64), reserve_tokens=64)
+    assert again == Seat(seat.slot, 32)
+
+
+def test_tainted_content_is_wiped_before_the_next_step() -> None:
+    kv = KvManager(2, 128, 256, 16)
+    seat = kv.seat(distinct(1, 64), reserve_tokens=64)
+    assert seat is not None
+    kv.grow(seat.slot, distinct(1, 64))
+    kv.flush()
+    kv.leave(seat.slot, keep=False)
+    assert kv.flush() == (Release(seat.slot, 0),)
+    again = kv.seat(distinct(1, 64), reserve_tokens=64)
+    assert again is not None
+    assert again.cached_tokens == 0
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(17, 60), min_size=2, max_size=6),
+    st.lists(st.integers(0, 5), max_size=4),
+    st.integers(16, 96),
+)
+def test_the_least_recently_used_gives_way_first_and_from_its_end(
+    lengths: list[int], touched: list[int], wanted: int
+) -> None:
+    """Against a list: sequences in the order of their last use, with what is left of each."""
+    kv = KvManager(8, 96, 400, 16)
+    order = list(range(len(lengths)))
+    slots = [run_once(kv, distinct(n, length)) for n, length in enumerate(lengths)]
+    for number in touched:
+        if number < len(lengths):
+            assert run_once(kv, distinct(number, lengths[number])) == slots[number]
+            order.remove(number)
+            order.append(number)
+    kv.flush()
+    room = 25 - sum(-(-length // 16) for length in lengths)
+    seat = kv.seat(distinct(9, wanted), reserve_tokens=wanted)
+    assert seat is not None
+    assert kv.grow(seat.slot, distinct(9, wanted))
+    lacking = -(-wanted // 16) - room
+    expected = []
+    for number in order:
+        if lacking <= 0:
+            break
+        blocks = -(-lengths[number] // 16)
+        left = max(blocks - lacking, 0)
+        expected.append(Release(slots[number], 16 * left))
+        lacking -= blocks - left
+    assert list(kv.flush()) == expected
+
+
+def test_reservations_are_kept_and_what_exceeds_them_takes_what_is_free() -> None:
+    kv = KvManager(4, 128, 128, 16)
+    first = kv.seat(distinct(1, 10), reserve_tokens=32)
+    second = kv.seat(distinct(2, 10), reserve_tokens=70)
+    assert first is not None
+    assert second is not None
+    assert kv.usage.free_tokens == 128 - 32 - 80
+    assert kv.seat(distinct(3, 10), reserve_tokens=17) is None
+    assert kv.grow(first.slot, distinct(1, 48)), "16 tokens are nobody's"
+    assert not kv.grow(first.slot, [1])
+    assert kv.grow(second.slot, distinct(2, 80)), "it was promised"
+    kv.leave(second.slot)
+    assert kv.grow(first.slot, [1])
+
+
+def test_prefixes_give_way_to_reservations_only_when_these_are_used() -> None:
+    kv = KvManager(4, 128, 128, 16)
+    slot = run_once(kv, distinct(1, 64))
+    seat = kv.seat(distinct(2, 10), reserve_tokens=128)
+    assert seat is not None
+    assert kv.grow(seat.slot, distinct(2, 64))
+    assert kv.flush() == ()
+    assert kv.grow(seat.slot, distinct(2, 16))
+    assert kv.flush() == (Release(slot, 48),)
+
+
+def test_a_copy_shrinks_to_the_memory_beside_its_source() -> None:
+    kv = KvManager(4, 128, 96, 16, groups=2)
+    assert run_once(kv, distinct(1, 64)) == 0
+    seat = kv.seat(distinct(1, 64), reserve_tokens=96, group=1)
+    assert seat == Seat(2, 32)
+    assert kv.flush() == (Copy(0, 2, 32),)
+    assert kv.grow(2, distinct(1, 64)[32:])
+    assert kv.flush() == (Release(0, 32),)
+
+
+def test_usage_adds_up() -> None:
+    kv = KvManager(4, 128, 256, 16)
+    run_once(kv, distinct(1, 40))
+    seat = kv.seat(distinct(2, 20), reserve_tokens=50)
+    assert seat is not None
+    kv.grow(seat.slot, distinct(2, 20))
+    assert kv.usage == KvUsage(
+        total_tokens=256,
+        used_tokens=20,
+        reserved_tokens=64,
+        cached_tokens=40,
+        committed_tokens=48 + 32,
+        fragmented_tokens=12,
+        hit_tokens=0,
+    )
+
+
+def test_groups_are_ranges() -> None:
+    kv = KvManager(7, 64, 640, 16, groups=3)
+    got: list[list[int]] = []
+    for group in range(3):
+        got.append([])
+        while (seat := kv.seat([1], reserve_tokens=2, group=group)) is not None:
+            got[-1].append(seat.slot)
+    assert [sorted(slots) for slots in got] == [[0, 1], [2, 3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field_name"),
+    [
+        ((0, 8, 64, 16, 1), "slots"),
+        ((4, 8, 64, 16, 5), "groups"),
+        ((4, 8, 15, 16, 1), "kv_tokens"),
+        ((4, 0, 64, 16, 1), "max_tokens"),
+    ],
+)
+def test_impossible_caches_are_refused(
+    arguments: tuple[int, int, int, int, int], field_name: str
+) -> None:
+    with pytest.raises(ValueError, match=field_name):
+        KvManager(*arguments)
+
+
+def test_misuse_is_refused() -> None:
+    kv = KvManager(2, 8, 64, 16)
+    with pytest.raises(ValueError, match="at most 8"):
+        kv.seat([1] * 9, reserve_tokens=1)
+    with pytest.raises(ValueError, match="at least one"):
+        kv.seat([], reserve_tokens=1)
+    with pytest.raises(ValueError, match="nobody"):
+        kv.leave(0)
+    with pytest.raises(ValueError, match="of a sequence"):
+        kv.grow(0, [1])
