@@ -419,7 +419,7 @@ def edited(directory: Path, source: Path, **changes: Any) -> Path:
         ({"num_hidden_layers": 2}, "which has 2"),
         ({"num_hidden_layers": "many"}, "not a valid config"),
         ({"intermediate_size": 64}, "do not belong together"),
-        ({"attention_bias": True}, "no tensor 'model.layers.0.self_attn.q_proj.bias'"),
+        ({"attention_bias": True}, "no tensor 'model.layers.0.self_attn.o_proj.bias'"),
         (
             {
                 "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},

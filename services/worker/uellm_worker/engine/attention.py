@@ -88,20 +88,20 @@ class PackedStep:
             row += len(run)
         self._masks: dict[tuple[int, int], torch.Tensor | None] = {}
 
-    def run_mask(self, index: int, window: int | None) -> torch.Tensor | None:
-        """``[count, 1, 1, longest]``, true where to attend; None for everywhere."""
+    def run_mask(self, index: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """``[count, 1, 1, longest]``, added to the scores; None to attend everywhere."""
         key = (index, window or 0)
         if key not in self._masks:
             run = self.runs[index]
             if run.even and (window is None or run.longest <= window):
                 self._masks[key] = None
             else:
-                mask = _visible(run.positions[:, None], run.longest, window)
+                mask = _hidden(run.positions[:, None], run.longest, window, dtype)
                 self._masks[key] = mask[:, None, None, :]
         return self._masks[key]
 
-    def chunk_mask(self, index: int, window: int | None) -> torch.Tensor | None:
-        """``[count, end]``, true where to attend; None for the plain causal pattern."""
+    def chunk_mask(self, index: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """``[count, end]``, added to the scores; None for the plain causal pattern."""
         key = (-1 - index, window or 0)
         if key not in self._masks:
             row, chunk = self.prefills[index]
@@ -110,17 +110,32 @@ class PackedStep:
                 self._masks[key] = None
             else:
                 positions = self.positions[row : row + chunk.count]
-                self._masks[key] = _visible(positions[:, None], end, window)
+                self._masks[key] = _hidden(positions[:, None], end, window, dtype)
         return self._masks[key]
 
 
-def _visible(positions: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
-    """Which of the first ``length`` tokens are seen from ``positions`` ``[n, 1]``."""
+def _hidden(
+    positions: torch.Tensor, length: int, window: int | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Minus infinity for those of the first ``length`` tokens that ``positions`` do not see.
+
+    Kernels would make these numbers of true and false, in every layer.
+
+    Args:
+        positions: ``[n, 1]``.
+        length: tokens in the cache.
+        window: see ``attend``.
+        dtype: of the scores.
+
+    Returns:
+        ``[n, length]``, 0 elsewhere.
+    """
     keys = torch.arange(length, device=positions.device)
-    mask = keys <= positions
+    unseen = keys > positions
     if window is not None:
-        mask &= keys > positions - window
-    return mask
+        unseen |= keys <= positions - window
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=positions.device)
+    return mask.masked_fill_(unseen, float("-inf"))
 
 
 class SlotCache:
@@ -203,28 +218,58 @@ def attention(
     keys, values = layer.cache.keys[layer.index], layer.cache.values[layer.index]
     keys[step.slots, :, step.positions] = key[0].transpose(0, 1)
     values[step.slots, :, step.positions] = value[0].transpose(0, 1)
-    heads, tokens, head_dim = query.shape[1:]
-    kv_heads = key.shape[1]
-    output = query.new_empty(1, tokens, heads, head_dim)
+    attended = attend(
+        step, query[0].transpose(0, 1), keys, values, scaling, sliding_window, softcap
+    )
+    return attended[None], None
+
+
+def attend(
+    step: PackedStep,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attend a packed step to a layer's cache, in which its keys and values are.
+
+    Args:
+        step: whose rows.
+        query: ``[T, heads, head_dim]``.
+        keys: ``[slots, kv_heads, max_tokens, head_dim]``.
+        values: as ``keys``.
+        scaling: of the scores; None for the inverse root of ``head_dim``.
+        window: tokens seen, the present one included; None for all.
+        softcap: of the scores; None for none.
+
+    Returns:
+        ``[T, heads, head_dim]``.
+    """
+    tokens, heads, head_dim = query.shape
+    kv_heads = keys.shape[1]
+    output = query.new_empty(tokens, heads, head_dim)
     for index, run in enumerate(step.runs):
         rows, slots = slice(run.row, run.row + run.count), slice(run.slot, run.slot + run.count)
         # The queries that share a key head stand where several tokens of one head would.
-        grouped = query[0, :, rows].transpose(0, 1).reshape(run.count, kv_heads, -1, head_dim)
         attended = _attend(
-            grouped,
+            query[rows].reshape(run.count, kv_heads, -1, head_dim),
             keys[slots, :, : run.longest],
             values[slots, :, : run.longest],
-            step.run_mask(index, sliding_window),
+            step.run_mask(index, window, query.dtype),
             scaling,
             softcap,
         )
-        output[0, rows] = attended.reshape(run.count, heads, head_dim)
+        if run.count == tokens:
+            return attended.reshape(tokens, heads, head_dim)
+        output[rows] = attended.reshape(run.count, heads, head_dim)
     for index, (row, chunk) in enumerate(step.prefills):
         rows = slice(row, row + chunk.count)
         end = chunk.start + chunk.count
-        mask = step.chunk_mask(index, sliding_window)
+        mask = step.chunk_mask(index, window, query.dtype)
         attended = _attend(
-            query[:, :, rows],
+            query[rows].transpose(0, 1)[None],
             keys[chunk.slot : chunk.slot + 1, :, :end],
             values[chunk.slot : chunk.slot + 1, :, :end],
             mask,
@@ -232,8 +277,8 @@ def attention(
             softcap,
             causal=mask is None and chunk.count > 1,
         )
-        output[0, rows] = attended[0].transpose(0, 1)
-    return output, None
+        output[rows] = attended[0].transpose(0, 1)
+    return output
 
 
 def _attend(
@@ -261,10 +306,10 @@ def _attend(
     scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
     scores = torch.tanh(scores / softcap) * softcap
     if causal:
-        count = query.shape[2]
-        mask = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
+        positions = torch.arange(query.shape[2], device=query.device)
+        mask = _hidden(positions[:, None], query.shape[2], None, scores.dtype)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores + mask
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 

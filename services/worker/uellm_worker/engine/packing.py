@@ -19,10 +19,14 @@ class PackedLinear(nn.Module):
     Args:
         weight: as ``pack`` returns it.
         bias: ``[out]``, or None.
+
+    Attributes:
+        out_features: numbers in a row that comes out.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
+        self.out_features = int(weight.shape[0])
         # Neither parameter nor buffer: an opaque tensor cannot be moved or converted.
         self._weight = weight
         self._bias = bias

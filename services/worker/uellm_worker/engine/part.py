@@ -53,18 +53,28 @@ class Part:
             if admission.scrub:
                 self.cache.scrub(admission.slot)
         device = self.shard.spec.device
-        step = PackedStep(plan.chunks, device)
-        inputs: dict[str, Any] = {"position_ids": step.positions[None], "use_cache": False}
-        if activation is None:
-            inputs["input_ids"] = torch.tensor([plan.token_ids], device=device)
-        else:
-            inputs["inputs_embeds"] = activation[None]
-        self.cache.step = step
         with torch.inference_mode():
-            if self.shard.spec.has_head and len(step.samples):
-                output = self.shard.model(**inputs, logits_to_keep=step.samples).logits[0]
-            else:
-                output = self.shard.decoder(**inputs).last_hidden_state[0]
+            step = PackedStep(plan.chunks, device)
+            given = activation
+            if given is None:
+                given = torch.tensor(plan.token_ids, device=device)
+            if self.shard.fused is not None:
+                return self.shard.fused(step, self.cache, given)
+            return self._compute_model(step, given, embedded=activation is not None)
+
+    def _compute_model(self, step: PackedStep, given: torch.Tensor, embedded: bool) -> torch.Tensor:
+        """Compute a step through the model's own code."""
+        inputs: dict[str, Any] = {
+            "position_ids": step.positions[None],
+            "inputs_embeds" if embedded else "input_ids": given[None],
+            "use_cache": False,
+        }
+        self.cache.step = step
+        output: torch.Tensor
+        if self.shard.spec.has_head and len(step.samples):
+            output = self.shard.model(**inputs, logits_to_keep=step.samples).logits[0]
+        else:
+            output = self.shard.decoder(**inputs).last_hidden_state[0]
         self.cache.step = None
         return output
 

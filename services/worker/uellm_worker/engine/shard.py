@@ -17,7 +17,9 @@ from uellm.core.errors import ModelFilesError
 from uellm.models.families import Family
 from uellm_worker.engine.attention import ATTENTION
 from uellm_worker.engine.checkpoint import read_eos_ids, read_model
+from uellm_worker.engine.fused import FusedDecoder, Fusion, join_layers
 from uellm_worker.engine.packing import PackedLinear, pack, packable
+from uellm_worker.engine.recipes import Join
 from uellm_worker.engine.runner import Progress
 from uellm_worker.engine.weights import Held, ShardSpec, read_weights
 
@@ -55,6 +57,7 @@ class Shard:
         eos_ids: of the model.
         kept_bytes: weights taken over from an earlier shard.
         total_bytes: weights in all.
+        fused: computes the layers instead of the model; None if not all are known.
     """
 
     spec: ShardSpec
@@ -64,6 +67,7 @@ class Shard:
     eos_ids: frozenset[int]
     kept_bytes: int
     total_bytes: int
+    fused: FusedDecoder | None = None
 
     @property
     def config(self) -> Any:
@@ -128,7 +132,31 @@ def _hollow_model(spec: ShardSpec, family: Family, config: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _weights(model: Any, spec: ShardSpec, family: Family) -> dict[str, Held]:
+def _join(model: Any, spec: ShardSpec, family: Family) -> Fusion | None:
+    """Join linear layers of the hollowed model, if its layers are to be fused."""
+    if spec.device.type != "cpu" or spec.dtype != torch.float32:
+        return None
+    path = f"{family.inner}.{family.layers}"
+    indices = range(spec.first_layer, spec.last_layer + 1)
+    layers = {f"{path}.{index}": model.get_submodule(f"{path}.{index}") for index in indices}
+    return join_layers(model.get_submodule(family.inner), layers)
+
+
+def _fuse(shard: Shard, fusion: Fusion) -> FusedDecoder:
+    spec, family, decoder = shard.spec, shard.family, shard.decoder
+    return FusedDecoder(
+        shard.model,
+        decoder,
+        shard.layers,
+        fusion,
+        embedding=getattr(decoder, family.embedding) if spec.has_embed else None,
+        head=getattr(shard.model, family.head) if spec.has_head else None,
+    )
+
+
+def _weights(
+    model: Any, spec: ShardSpec, family: Family, joins: dict[str, Join]
+) -> dict[str, Held]:
     """How the weight behind each parameter of the hollowed model is to be held."""
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     packs = packable(spec.device, spec.dtype)
@@ -139,7 +167,15 @@ def _weights(model: Any, spec: ShardSpec, family: Family) -> dict[str, Held]:
         linear = type(model.get_submodule(owner)) is nn.Linear and leaf == "weight"
         # A head that shares the embedding's weight must take it as that does: by rows.
         shared = tied and spec.has_embed and key == family.embedding_weight
-        weights[name] = Held(key, packed=packs and linear and not shared)
+        packed = packs and linear and not shared
+        join = joins.get(owner)
+        if join is None:
+            weights[name] = Held(key, packed)
+            continue
+        prefix = owner.removesuffix(join.path)
+        key, *below = (f"{prefix}{source}.{leaf}" for source in join.sources)
+        rows = tuple(zip(below, join.rows[1:], strict=True))
+        weights[name] = Held(key, packed, rows, join.pairs)
     return weights
 
 
@@ -159,11 +195,12 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
     if earlier is not None:
         if earlier.spec.same_weights(spec):
             tensors = earlier.tensors
-        earlier.model, earlier.tensors = None, {}
+        earlier.model, earlier.tensors, earlier.fused = None, {}, None
         gc.collect()  # Modules refer to each other in circles.
     family, config = read_model(spec.model_dir)
     model = _hollow_model(spec, family, config)
-    weights = _weights(model, spec, family)
+    fusion = _join(model, spec, family)
+    weights = _weights(model, spec, family, fusion.joins if fusion else {})
     shapes = {weights[name]: parameter.shape for name, parameter in model.named_parameters()}
     tensors = {held: tensor for held, tensor in tensors.items() if held in shapes}
     sizes = {held: shape.numel() * spec.dtype.itemsize for held, shape in shapes.items()}
@@ -180,7 +217,10 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
     _fill(model, weights, tensors)
     model.to(spec.device)  # Buffers: rotary frequencies, embedding scales.
     eos_ids = read_eos_ids(spec.model_dir, model.config)
-    return Shard(spec, family, model, tensors, eos_ids, kept, total)
+    shard = Shard(spec, family, model, tensors, eos_ids, kept, total)
+    if fusion is not None:
+        shard.fused = _fuse(shard, fusion)
+    return shard
 
 
 def _fill(model: Any, weights: dict[str, Held], tensors: dict[Held, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -45,16 +46,52 @@ class ShardSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Pairs:
+    """Rows of a weight that change places, so that what is rotated together lies together.
+
+    A rotary embedding of transformers turns number ``i`` of a head with number ``i + rotated / 2``.
+
+    Attributes:
+        rows: the first so many; heads below each other.
+        head_dim: rows of a head.
+        rotated: the first so many of each head.
+    """
+
+    rows: int
+    head_dim: int
+    rotated: int
+
+    def laid_out(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight ``[rows or more, ...]`` with its rows in their new places."""
+        order = torch.arange(self.head_dim)
+        order[: self.rotated] = order[: self.rotated].view(2, -1).T.reshape(-1)
+        heads = torch.arange(0, self.rows, self.head_dim)
+        rest = torch.arange(self.rows, weight.shape[0])
+        places = torch.cat(((heads[:, None] + order).view(-1), rest))
+        return weight.index_select(0, places.to(weight.device))
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """A weight as it is held.
 
     Attributes:
         key: the parameter's name, or that of the one it is tied to.
         packed: laid out for a linear layer.
+        below: further parameters, whose rows follow; their names and numbers of rows.
+        pairs: rows that change places.
     """
 
     key: str
     packed: bool
+    below: tuple[tuple[str, int], ...] = ()
+    pairs: Pairs | None = None
+
+    def rows(self, total: int) -> dict[str, slice]:
+        """Where each parameter lies among ``total`` rows."""
+        sizes = {self.key: total - sum(rows for _, rows in self.below), **dict(self.below)}
+        ends = accumulate(sizes.values())
+        return {key: slice(end - sizes[key], end) for key, end in zip(sizes, ends, strict=True)}
 
 
 def read_weights(
@@ -71,30 +108,44 @@ def read_weights(
         ModelFilesError: if one is missing, or its shape is not that of the config.
     """
     files = TensorFiles(spec.model_dir)
-    places: dict[str, tuple[Held, Piece]] = {}
-    outstanding: dict[Held, int] = {}
+    places: dict[str, _Place] = {}
+    outstanding: dict[Held, int] = dict.fromkeys(shapes, 0)
     for held, shape in shapes.items():
-        pieces = family.pieces(held.key, shape[0] if shape else 0, files.__contains__)
-        outstanding[held] = len(pieces)
-        places |= {piece.key: (held, piece) for piece in pieces}
-    stacks: dict[Held, torch.Tensor] = {}
+        total = shape[0] if shape else 0
+        for parameter, rows in held.rows(total).items():
+            pieces = family.pieces(parameter, total, files.__contains__)
+            outstanding[held] += len(pieces)
+            places |= {piece.key: _Place(held, piece, rows) for piece in pieces}
+    weights: dict[Held, torch.Tensor] = {}
     for key, stored in files.read(places):
-        held, piece = places[key]
-        wanted = shapes[held]
-        if piece.expert is not None:
-            wanted = torch.Size((wanted[1] // piece.parts, *wanted[2:]))
+        place = places[key]
+        held = place.held
+        wanted = place.within(torch.empty(shapes[held], device="meta")).shape
         if stored.shape != wanted:
             raise ModelFilesError(
                 f"{spec.model_dir}, tensor {key!r}: shape {tuple(stored.shape)}, and the config "
                 f"asks for {tuple(wanted)}; config and weights do not belong together"
             )
-        if piece.expert is None:
-            # A copy, so that no page of the file is needed, or trusted, later on.
-            yield held, stored.to(device=spec.device, dtype=spec.dtype, copy=True)
-            continue
-        if held not in stacks:
-            stacks[held] = torch.empty(shapes[held], dtype=spec.dtype, device=spec.device)
-        stacks[held][piece.expert].chunk(piece.parts)[piece.part].copy_(stored)
+        # A copy, so that no page of the file is needed, or trusted, later on.
+        if held not in weights:
+            weights[held] = torch.empty(shapes[held], dtype=spec.dtype, device=spec.device)
+        place.within(weights[held]).copy_(stored)
         outstanding[held] -= 1
         if not outstanding[held]:
-            yield held, stacks.pop(held)
+            weight = weights.pop(held)
+            yield held, held.pairs.laid_out(weight) if held.pairs else weight
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor of a checkpoint goes: all of a weight, some of its rows, part of an expert."""
+
+    held: Held
+    piece: Piece
+    rows: slice
+
+    def within(self, weight: torch.Tensor) -> torch.Tensor:
+        """That part of the weight."""
+        if self.piece.expert is not None:
+            return weight[self.piece.expert].chunk(self.piece.parts)[self.piece.part]
+        return weight[self.rows] if self.held.below else weight
