@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from uellm_worker.engine.plan import Chunk
+from uellm_worker.engine.slot_memory import SlotMemory
 
 ATTENTION = "uellm"
 """Name of the attention function."""
@@ -138,39 +139,14 @@ def _hidden(
     return mask.masked_fill_(unseen, float("-inf"))
 
 
-class SlotCache:
-    """Keys and values of the layers of one stage, and the step that uses them.
+class SlotCache(SlotMemory):
+    """Keys and values of the layers of one device, and the step that uses them.
 
-    Args:
-        layers: how many.
-        slots: sequences.
-        kv_heads: per layer.
-        max_tokens: per sequence.
-        head_dim: per head.
-        dtype: of keys and values.
-        device: where.
+    Attributes:
+        step: the one that is being computed.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        slots: int,
-        kv_heads: int,
-        max_tokens: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (slots, kv_heads, max_tokens, head_dim)
-        # Zeros, since what is masked out is still multiplied: it must be finite.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.step: PackedStep | None = None
-
-    def scrub(self, slot: int) -> None:
-        """Forget a slot's content, which may not be finite."""
-        for tensor in (*self.keys, *self.values):
-            tensor[slot].zero_()
+    step: PackedStep | None = None
 
 
 class LayerCache:

@@ -1,5 +1,6 @@
 """What a prepared stage can hold."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -10,19 +11,69 @@ class Capacity:
     Attributes:
         slots: most sequences that run at once.
         max_tokens: longest context of one sequence.
-        kv_tokens: KV room in all, in tokens.
+        kv_tokens: KV room in all, in tokens: whole blocks.
+        spare_slots: slots of the cache beyond these, for the prefixes of sequences that are over.
+        block_tokens: memory is committed by so many tokens; 1: all of it is, from the start.
     """
 
     slots: int
     max_tokens: int
     kv_tokens: int
+    spare_slots: int = 0
+    block_tokens: int = 1
+
+    @property
+    def cache_slots(self) -> int:
+        """Slots of the cache."""
+        return self.slots + self.spare_slots
 
     def at_most(self, other: "Capacity") -> "Capacity":
         """What both can hold."""
         slots = min(self.slots, other.slots)
-        max_tokens = min(self.max_tokens, other.max_tokens)
-        kv_tokens = min(self.kv_tokens, other.kv_tokens, slots * max_tokens)
-        return Capacity(slots, max_tokens, kv_tokens)
+        cache_slots = min(self.cache_slots, other.cache_slots)
+        block = math.lcm(self.block_tokens, other.block_tokens)
+        longest = min(self.max_tokens, other.max_tokens)
+        room = cache_slots * _whole(longest + block - 1, block)
+        kv_tokens = _whole(min(self.kv_tokens, other.kv_tokens, room), block)
+        return Capacity(slots, min(longest, kv_tokens), kv_tokens, cache_slots - slots, block)
+
+
+def fit(
+    slots: int, max_tokens: int, kv_bytes: int, bytes_per_token: int, block_tokens: int
+) -> Capacity:
+    """What fits the memory that was granted.
+
+    Where memory can be committed by blocks, the grant is the budget of all slots together, each of
+    them has virtual room for the longest context, and there are as many slots again for prefixes.
+    Otherwise every slot takes the memory of the longest context; where not even one fits, the
+    context is shortened.
+
+    Args:
+        slots: most sequences that are to run at once.
+        max_tokens: longest context wanted.
+        kv_bytes: granted; 0: as much as it takes.
+        bytes_per_token: of keys and values, in all layers.
+        block_tokens: memory can be committed by so many tokens; 1: it cannot.
+
+    Returns:
+        The capacity; ``max_tokens`` is 0 if nothing fits.
+    """
+    room = kv_bytes // bytes_per_token if kv_bytes else None
+    if block_tokens > 1 and (room is None or room >= slots * block_tokens):
+        whole = slots * _whole(max_tokens + block_tokens - 1, block_tokens)
+        kv_tokens = whole if room is None else min(_whole(room, block_tokens), 2 * whole)
+        return Capacity(slots, min(max_tokens, kv_tokens), kv_tokens, slots, block_tokens)
+    if room is None:
+        return Capacity(slots, max_tokens, slots * max_tokens)
+    max_tokens = min(max_tokens, room)
+    cache_slots = min(2 * slots, room // max(max_tokens, 1))
+    slots = min(slots, cache_slots)
+    return Capacity(slots, max_tokens, cache_slots * max_tokens, cache_slots - slots)
+
+
+def _whole(tokens: int, block_tokens: int) -> int:
+    """Rounded down to whole blocks."""
+    return tokens // block_tokens * block_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import selectors
 import socket
 import threading
 import time
+from dataclasses import asdict
 from typing import Any
 
 from uellm.v1.engine_pb2 import PrepareShard
@@ -172,10 +173,10 @@ class Rendezvous:
                 links[link.stage] = link
                 addresses[link.stage] = hello["address"]
                 devices[link.stage] = hello["device"]
-                capacity = capacity.at_most(Capacity(*hello["capacity"]))
+                capacity = capacity.at_most(Capacity(**hello["capacity"]))
             welcome = {
                 "addresses": addresses,
-                "capacity": _limits(capacity),
+                "capacity": asdict(capacity),
                 "devices": devices,
                 "offer": offer,
             }
@@ -215,7 +216,7 @@ def join(
                 "stage": stage,
                 "generation": generation,
                 "address": host_port(advertised_host, listener),
-                "capacity": _limits(prepared.capacity),
+                "capacity": asdict(prepared.capacity),
                 "device": prepared.device,
             }
             links[0].send(Kind.HELLO, json.dumps(hello).encode())
@@ -234,13 +235,8 @@ def join(
             _close(links)
             raise
     host = rendezvous.rpartition(":")[0].strip("[]")
-    agreed = Capacity(*welcome["capacity"])
+    agreed = Capacity(**welcome["capacity"])
     return Group(assignment, links, agreed, welcome["devices"], welcome["offer"], host, inbox)
-
-
-def _limits(capacity: Capacity) -> tuple[int, int, int]:
-    """A capacity for JSON."""
-    return capacity.slots, capacity.max_tokens, capacity.kv_tokens
 
 
 def advertised_host(command: PrepareShard) -> str:

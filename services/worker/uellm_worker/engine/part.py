@@ -7,9 +7,10 @@ import torch
 from uellm.core.errors import ModelFilesError
 from uellm.v1.topology_pb2 import ShardAssignment
 from uellm_worker.engine.attention import LayerCache, PackedStep, SlotCache
-from uellm_worker.engine.capacity import Capacity
-from uellm_worker.engine.plan import StepPlan
+from uellm_worker.engine.capacity import Capacity, fit
+from uellm_worker.engine.plan import Release, StepPlan
 from uellm_worker.engine.shard import Shard, longest_context
+from uellm_worker.engine.slot_memory import page_tokens
 
 
 class Part:
@@ -28,12 +29,13 @@ class Part:
         attentions = shard.attentions
         self.cache = SlotCache(
             layers=len(attentions),
-            slots=capacity.slots,
+            slots=capacity.cache_slots,
             kv_heads=_kv_heads(shard.config),
             max_tokens=capacity.max_tokens,
             head_dim=shard.head_dim,
             dtype=shard.spec.dtype,
             device=shard.spec.device,
+            block_tokens=capacity.block_tokens,
         )
         for index, module in enumerate(attentions):
             module.uellm = LayerCache(self.cache, index)
@@ -49,9 +51,8 @@ class Part:
         Returns:
             ``[T, hidden]``, or where the head is ``[n, vocabulary]`` of the rows that sample.
         """
-        for admission in plan.admissions:
-            if admission.scrub:
-                self.cache.scrub(admission.slot)
+        self.cache.carry_out(plan.moves)
+        self.cache.carry_out([Release(a.slot, 0) for a in plan.admissions if a.scrub])
         device = self.shard.spec.device
         with torch.inference_mode():
             step = PackedStep(plan.chunks, device)
@@ -80,27 +81,27 @@ class Part:
 
 
 def shard_capacity(shard: Shard, assignment: ShardAssignment) -> Capacity:
-    """How many slots of which length fit the memory that was granted; 0 bytes: as many as asked.
-
-    Every slot has room for the longest context. Where not even one has, the context is shortened.
+    """What fits the memory that was granted; see ``uellm_worker.engine.capacity.fit``.
 
     Raises:
         ModelFilesError: if nothing fits, or the context changes the model's rotary embedding.
     """
+    spec = shard.spec
     numbers_per_token = 2 * len(shard.attentions) * _kv_heads(shard.config) * shard.head_dim
-    bytes_per_token = numbers_per_token * shard.spec.dtype.itemsize
-    slots = max(assignment.slots, 1)
-    max_tokens = longest_context(shard.config, assignment.max_tokens)
-    if assignment.kv_bytes:
-        room = assignment.kv_bytes // bytes_per_token
-        slots = min(slots, max(room // max_tokens, 1))
-        max_tokens = min(max_tokens, room)
-    if max_tokens < 1:
+    bytes_per_token = numbers_per_token * spec.dtype.itemsize
+    capacity = fit(
+        slots=max(assignment.slots, 1),
+        max_tokens=longest_context(shard.config, assignment.max_tokens),
+        kv_bytes=assignment.kv_bytes,
+        bytes_per_token=bytes_per_token,
+        block_tokens=page_tokens(shard.head_dim, spec.dtype, spec.device),
+    )
+    if capacity.max_tokens < 1:
         raise ModelFilesError(
             f"kv_bytes {assignment.kv_bytes} hold no token of {bytes_per_token} bytes; "
             "grant more memory, or split the model into more stages"
         )
-    return Capacity(slots, max_tokens, slots * max_tokens)
+    return capacity
 
 
 def _kv_heads(config: Any) -> int:
