@@ -1,12 +1,14 @@
 """The account of the KV cache, against a stage that believes nothing."""
 
 from dataclasses import dataclass, field
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from uellm_worker.engine.kv import PIECE_TOKENS, KvManager, KvUsage, Seat
+from uellm_worker.engine.kv import KvManager, KvUsage, Seat
 from uellm_worker.engine.plan import Copy, Move, Release
+from uellm_worker.engine.prefixes import PIECE_TOKENS
 
 Cell = tuple[str, tuple[int, ...]]
 """Stands for one token's keys and values: they depend on all tokens up to it, and the scope."""
@@ -139,6 +141,16 @@ class World:
         self.left.append(sequence.tokens)
         self.left_in[sequence.slot] = sequence.computed
 
+    def reset(self) -> None:
+        """A plan is lost: the memory is left as it was before, but for some of its moves."""
+        moves = self.kv.flush()
+        self.memory.carry_out(moves[: len(moves) // 2])
+        self.kv.reset()
+        self.running.clear()
+        self.flush()
+        assert not self.memory.blocks
+        assert self.kv.usage.committed_tokens == 0
+
     def flush(self) -> None:
         """Compute a step: nobody may build on what is not there."""
         moves = self.kv.flush()
@@ -173,7 +185,9 @@ class World:
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=3)
 ACTIONS = st.lists(
     st.tuples(
-        st.sampled_from(["seat", "seat", "grow", "grow", "leave", "flush", "taint", "clear"]),
+        st.sampled_from(
+            ["seat", "seat", "grow", "grow", "leave", "flush", "taint", "clear", "reset"]
+        ),
         st.integers(0, 7),
         st.integers(1, 40),
         st.integers(0, 100),
@@ -205,6 +219,8 @@ def act(world: World, action: tuple[str, int, int, int]) -> None:
         world.settled()
     elif what == "clear":
         world.kv.clear("a" if number % 2 else None)
+    elif what == "reset":
+        world.reset()
     world.check()
 
 
@@ -233,6 +249,39 @@ def test_any_history_keeps_to_the_budget_and_to_the_truth(
     usage = world.kv.usage
     assert (usage.free_tokens, usage.committed_tokens) == (usage.total_tokens, 0)
     assert not world.memory.blocks
+
+
+KINDS = {
+    "calm": ["seat", "grow", "grow", "leave", "flush"],
+    "rough": ["seat", "seat", "grow", "grow", "grow", "leave", "flush", "flush", "taint", "clear"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_histories_keep_to_the_budget_and_to_the_truth(kind: str) -> None:
+    """Longer than hypothesis likes them, so that caches are full and prefixes meet."""
+    hits = copies = refusals = 0
+    for seed in range(150):
+        random = Random(seed)  # noqa: S311
+        world = World(
+            slots=random.randint(3, 6),
+            max_tokens=random.randint(40, 100),
+            kv_tokens=random.randint(20, 400),
+            block_tokens=random.choice([1, 16, 20]),
+            groups=random.randint(1, 3),
+            sharing=random.random() < 0.8,
+        )
+        for _ in range(80):
+            numbers = random.randint(0, 7), random.randint(1, 40), random.randint(0, 60)
+            act(world, (random.choice(KINDS[kind]), *numbers))
+        hits += world.hits > 0
+        copies += any(isinstance(move, Copy) for moves in world.log for move in moves_in(moves))
+        refusals += any(entry is False for entry in world.log)
+    assert min(hits, copies, refusals) > 15, "the histories are too tame"
+
+
+def moves_in(entry: object) -> tuple[Move, ...]:
+    return entry if isinstance(entry, tuple) else ()
 
 
 @settings(deadline=None, max_examples=50)
@@ -324,14 +373,50 @@ def test_a_running_sequence_lends_its_prefix() -> None:
 
 def test_a_short_prefix_does_not_cost_a_long_one() -> None:
     kv = KvManager(4, 256, 512, 16)
-    long = distinct(1, 200)
+    long = distinct(1, 60)
     slot = run_once(kv, long)
     short = kv.seat([*long[:20], 5], reserve_tokens=30)
     assert short is not None
     assert short.slot != slot
     assert kv.flush() == (Copy(slot, short.slot, 20),)
-    again = kv.seat([*long, 6], reserve_tokens=220)
-    assert again == Seat(slot, 200)
+    again = kv.seat([*long, 6], reserve_tokens=80)
+    assert again == Seat(slot, 60)
+
+
+def test_equal_hashes_do_not_pass_for_equal_tokens() -> None:
+    kv = KvManager(4, 128, 256, 16)
+    same_hash = 2**61 - 1
+    assert hash(same_hash) == hash(0)
+    run_once(kv, [0] * 40)
+    seat = kv.seat([same_hash] * 40, reserve_tokens=50)
+    assert seat is not None
+    assert seat.cached_tokens == 0
+
+
+def test_a_prefix_that_was_copied_counts_as_used() -> None:
+    kv = KvManager(4, 128, 256, 16, groups=2)
+    first, second = run_once(kv, distinct(1, 64)), run_once(kv, distinct(2, 64))
+    assert [first, second] == [0, 1]
+    seat = kv.seat(distinct(1, 64), reserve_tokens=128, group=1)
+    assert seat is not None
+    assert kv.flush() == (Copy(first, seat.slot, 63),)
+    assert kv.grow(seat.slot, distinct(3, 128 - 63))
+    rest = kv.seat(distinct(4, 50), reserve_tokens=50, group=1)
+    assert rest is not None
+    assert kv.grow(rest.slot, distinct(4, 50))
+    assert kv.flush() == (Release(second, 0),)
+
+
+def test_after_lost_plans_every_slot_is_wiped() -> None:
+    kv = KvManager(3, 128, 256, 16)
+    run_once(kv, distinct(1, 64))
+    kv.seat(distinct(2, 64), reserve_tokens=64)
+    kv.clear()
+    kv.flush()  # Lost: no stage carries it out.
+    kv.reset()
+    assert kv.flush() == (Release(0, 0), Release(1, 0), Release(2, 0))
+    assert kv.usage.free_tokens == 256
+    assert kv.seat(distinct(1, 64), reserve_tokens=256) == Seat(0, 0)
 
 
 def test_scopes_share_nothing() -> None:
@@ -365,6 +450,18 @@ def test_tainted_content_is_wiped_before_the_next_step() -> None:
     again = kv.seat(distinct(1, 64), reserve_tokens=64)
     assert again is not None
     assert again.cached_tokens == 0
+
+
+def test_what_proves_unsound_later_is_no_prefix_any_more() -> None:
+    kv = KvManager(2, 128, 256, 16)
+    slot = run_once(kv, distinct(1, 64))
+    kv.discard(slot)
+    assert kv.flush() == (Release(slot, 0),)
+    seat = kv.seat(distinct(1, 64), reserve_tokens=64)
+    assert seat is not None
+    assert seat.cached_tokens == 0
+    with pytest.raises(ValueError, match="has a sequence"):
+        kv.discard(seat.slot)
 
 
 @settings(deadline=None)

@@ -5,19 +5,16 @@ stage as *moves* in the plan of a step: releases and copies, to be carried out i
 the step computes. All stages take the steps in the same order, so that the account kept here is
 exact for each of them, however many steps are under way.
 
-Prefixes are found by a chain of hashes over pieces of tokens (Kwon et al., "Efficient Memory
-Management for Large Language Model Serving with PagedAttention", SOSP 2023, and vLLM's automatic
-prefix caching); the content of a slot stays contiguous in *virtual* memory, and what it takes of
-real memory grows and shrinks by blocks (Prabhu et al., "vAttention", arXiv 2405.04437).
+What a slot holds lies contiguously in *virtual* memory, and takes real memory by blocks (Prabhu et
+al., "vAttention: Dynamic Memory Management for Serving LLMs without PagedAttention", arXiv
+2405.04437).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from uellm_worker.engine.plan import Copy, Move, Release
-
-PIECE_TOKENS = 16
-"""Tokens behind one link of the hash chain; shorter common prefixes are not looked for."""
+from uellm_worker.engine.prefixes import PIECE_TOKENS, PrefixIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +61,19 @@ class KvUsage:
 
 @dataclass(slots=True)
 class _Slot:
-    """What a slot holds.
+    """What a slot takes.
 
     Attributes:
-        tokens: whose keys and values lie here once the steps planned so far are computed.
-        ready: how many of them the steps before the next one compute.
-        chain: a hash per whole piece of the ready tokens, each including all before it.
         committed: blocks in memory.
         reserved: blocks promised to its sequence.
         busy: it has a sequence.
-        scope: number of the scope of its content.
+        planned: tokens that the step being planned adds to its content.
     """
 
-    tokens: list[int] = field(default_factory=list)
-    ready: int = 0
-    chain: list[int] = field(default_factory=list)
     committed: int = 0
     reserved: int = 0
     busy: bool = False
-    scope: int = 0
+    planned: list[int] = field(default_factory=list)
 
     @property
     def charge(self) -> int:
@@ -136,8 +127,7 @@ class KvManager:
         self._ranges = [
             range(slots * group // groups, slots * (group + 1) // groups) for group in range(groups)
         ]
-        self._scopes: dict[str, int] = {}
-        self._holders: dict[int, dict[int, None]] = {}
+        self._index = PrefixIndex(slots)
         # Least recently used first; in blocks: what busy slots are charged, what is in memory.
         self._cached: dict[int, None] = {}
         self._charged = 0
@@ -149,21 +139,26 @@ class KvManager:
     @property
     def usage(self) -> KvUsage:
         """The account as it is now."""
-        busy = [slot for slot in self._slots if slot.busy]
-        used = sum(len(slot.tokens) for slot in busy)
+        busy = [number for number, slot in enumerate(self._slots) if slot.busy]
+        used = sum(self._length(number) for number in busy)
+        committed = sum(self._slots[number].committed for number in busy)
         return KvUsage(
             total_tokens=self._budget * self._block_tokens,
             used_tokens=used,
             reserved_tokens=self._charged * self._block_tokens,
-            cached_tokens=sum(self._slots[slot].ready for slot in self._cached),
+            cached_tokens=sum(map(self._index.length, self._cached)),
             committed_tokens=self._committed * self._block_tokens,
-            fragmented_tokens=sum(slot.committed for slot in busy) * self._block_tokens - used,
+            fragmented_tokens=committed * self._block_tokens - used,
             hit_tokens=self._hit_tokens,
         )
 
     def blocks(self, tokens: int) -> int:
         """Blocks that so many tokens take."""
         return -(-tokens // self._block_tokens)
+
+    def _length(self, number: int) -> int:
+        """Tokens that a slot holds after the step being planned."""
+        return self._index.length(number) + len(self._slots[number].planned)
 
     # ---- the life of a sequence ----------------------------------------------------------------
 
@@ -198,15 +193,16 @@ class KvManager:
         reserved = self.blocks(min(max(reserve_tokens, len(tokens)), self._max_tokens))
         if not free or reserved > self._budget - self._charged:
             return None
-        scope_id = self._scopes.setdefault(scope, len(self._scopes))
-        cached, holders = self._longest(tokens, scope_id)
+        # A state that covers all tokens fits no other sequence.
+        cached, holders = self._index.longest(tokens[:-1], scope) if self._sharing else (0, [])
         number, source = self._choose(free, cached, holders)
         slot = self._slots[number]
         self._cached.pop(number, None)
-        self._truncate(number, cached if source == number else 0)
+        self._index.truncate(number, cached if source == number else 0)
+        self._index.begin(number, scope)
         # Pages within the reservation stay: the sequence is going to fill them.
         self._shrink(number, reserved)
-        slot.busy, slot.reserved, slot.scope = True, reserved, scope_id
+        slot.busy, slot.reserved = True, reserved
         self._charged += slot.charge
         if source is not None and source != number:
             cached = self._copy(source, number, cached)
@@ -225,7 +221,7 @@ class KvManager:
             ValueError: if the slot is nobody's, or too short.
         """
         slot = self._slots[number]
-        length = len(slot.tokens) + len(tokens)
+        length = self._length(number) + len(tokens)
         if not slot.busy or length > self._max_tokens:
             raise ValueError(
                 f"{length} tokens in slot {number}: at most {self._max_tokens}, of a sequence"
@@ -236,7 +232,7 @@ class KvManager:
             return False
         self._charged += max(beyond, 0)
         self._commit(number, needed)
-        slot.tokens += tokens
+        slot.planned += tokens
         self._grown[number] = None
         return True
 
@@ -245,8 +241,11 @@ class KvManager:
 
         Args:
             number: of its slot.
-            keep: the content is sound, and may serve as a prefix; else it is wiped out before
-                anything else is computed.
+            keep: the content may serve as a prefix. A token that was chosen from it has shown it
+                to be finite; else it is to be wiped out before anything more is computed.
+
+        Raises:
+            ValueError: if the slot is nobody's.
         """
         slot = self._slots[number]
         if not slot.busy:
@@ -254,14 +253,25 @@ class KvManager:
         self._charged -= slot.charge
         slot.busy, slot.reserved = False, 0
         self._grown.pop(number, None)
-        # What was only planned has not been computed.
-        useful = keep and self._sharing and slot.ready >= PIECE_TOKENS
-        self._truncate(number, slot.ready if useful else 0)
-        if useful:
-            self._shrink(number, self.blocks(slot.ready))
+        slot.planned.clear()
+        length = self._index.length(number)
+        if keep and self._sharing and length >= PIECE_TOKENS:
+            self._shrink(number, self.blocks(length))
             self._cached[number] = None
         else:
-            self._shrink(number, 0)
+            self.discard(number)
+
+    def discard(self, number: int) -> None:
+        """Wipe out what a slot has kept: it proved not to be finite after its sequence had left.
+
+        Raises:
+            ValueError: if the slot has a sequence again; that one has to leave.
+        """
+        if self._slots[number].busy:
+            raise ValueError(f"slot {number} has a sequence")
+        self._cached.pop(number, None)
+        self._index.truncate(number, 0)
+        self._shrink(number, 0)
 
     def flush(self) -> tuple[Move, ...]:
         """The step is planned.
@@ -270,48 +280,31 @@ class KvManager:
             What every stage has to do, in this order, before it computes the step.
         """
         for number in self._grown:
-            self._note(number)
+            planned = self._slots[number].planned
+            self._index.extend(number, planned)
+            planned.clear()
         self._grown.clear()
         moves, self._moves = tuple(self._moves), []
         return moves
 
     def clear(self, scope: str | None = None) -> None:
         """Give back the memory of cached prefixes, of one scope or of all."""
-        scope_id = None if scope is None else self._scopes.get(scope, -1)
         for number in list(self._cached):
-            if scope_id in (None, self._slots[number].scope):
-                del self._cached[number]
-                self._truncate(number, 0)
-                self._shrink(number, 0)
+            if scope is None or self._index.scope(number) == scope:
+                self.discard(number)
+
+    def reset(self) -> None:
+        """Begin anew with every slot empty, since plans were not carried out as they were made.
+
+        All stages wipe all slots with the next plan, whatever they hold.
+        """
+        for number, slot in enumerate(self._slots):
+            if slot.busy:
+                self.leave(number, keep=False)
+            self.discard(number)
+        self._moves = [Release(number, 0) for number in range(len(self._slots))]
 
     # ---- prefixes ------------------------------------------------------------------------------
-
-    def _longest(self, tokens: Sequence[int], scope: int) -> tuple[int, list[int]]:
-        """Length of the longest prefix that a slot holds, and the slots that do, ascending."""
-        limit = len(tokens) - 1
-        depth, holders = 0, dict[int, None]()
-        for end, key in _links(tokens[:limit], scope):
-            if key not in self._holders:
-                break
-            depth, holders = end, self._holders[key]
-        # Hashes may collide, tokens do not.
-        known = list(tokens[:depth])
-        lengths = {
-            number: self._common(number, tokens, depth, limit)
-            for number in sorted(holders)
-            if self._slots[number].tokens[:depth] == known
-        }
-        longest = max(lengths.values(), default=0)
-        return longest, [number for number, length in lengths.items() if length == longest]
-
-    def _common(self, number: int, tokens: Sequence[int], start: int, limit: int) -> int:
-        """How many tokens agree with what a slot holds, if the first ``start`` do."""
-        slot = self._slots[number]
-        length = start
-        limit = min(limit, slot.ready)
-        while length < limit and slot.tokens[length] == tokens[length]:
-            length += 1
-        return length
 
     def _choose(self, free: list[int], cached: int, holders: list[int]) -> tuple[int, int | None]:
         """A slot, and where its prefix comes from: itself, another, or nowhere.
@@ -321,7 +314,7 @@ class KvManager:
         """
         near = set(free).intersection(holders)
         for number in sorted(near):
-            if len(self._slots[number].tokens) <= 2 * cached:
+            if self._length(number) <= 2 * cached:
                 return number, number
         if any(number not in self._cached for number in free):
             target = min(free, key=self._reluctance)
@@ -346,33 +339,8 @@ class KvManager:
             return 0
         self._commit(number, self.blocks(cached), source)
         self._moves.append(Copy(source, number, cached))
-        slot.tokens = self._slots[source].tokens[:cached]
-        self._note(number)
+        self._index.copy(source, number, cached)
         return cached
-
-    def _note(self, number: int) -> None:
-        """Put what a slot holds by now into the index."""
-        slot = self._slots[number]
-        slot.ready = len(slot.tokens)
-        if not self._sharing:
-            return
-        start = len(slot.chain) * PIECE_TOKENS
-        last = slot.chain[-1] if slot.chain else slot.scope
-        for _, key in _links(slot.tokens[start:], last):
-            slot.chain.append(key)
-            self._holders.setdefault(key, {})[number] = None
-
-    def _truncate(self, number: int, length: int) -> None:
-        """Forget the content of a slot from there on; its memory stays."""
-        slot = self._slots[number]
-        del slot.tokens[length:]
-        slot.ready = min(slot.ready, length)
-        for key in slot.chain[length // PIECE_TOKENS :]:
-            holders = self._holders[key]
-            del holders[number]
-            if not holders:
-                del self._holders[key]
-        del slot.chain[length // PIECE_TOKENS :]
 
     # ---- memory --------------------------------------------------------------------------------
 
@@ -385,12 +353,12 @@ class KvManager:
         while (lacking := self._committed + more - self._budget) > 0:
             oldest = next(other for other in self._cached if other != source)
             left = max(self._slots[oldest].committed - lacking, 0)
-            self._truncate(oldest, min(left * self._block_tokens, self._slots[oldest].ready))
-            if self._slots[oldest].ready < PIECE_TOKENS:
-                del self._cached[oldest]
-                self._truncate(oldest, 0)
-                left = 0
-            self._shrink(oldest, left)
+            length = min(left * self._block_tokens, self._index.length(oldest))
+            if length < PIECE_TOKENS:
+                self.discard(oldest)
+            else:
+                self._index.truncate(oldest, length)
+                self._shrink(oldest, left)
         slot.committed = needed
         self._committed += more
 
@@ -401,10 +369,3 @@ class KvManager:
             self._moves.append(Release(number, blocks * self._block_tokens))
             self._committed -= slot.committed - blocks
             slot.committed = blocks
-
-
-def _links(tokens: Sequence[int], last: int) -> Iterator[tuple[int, int]]:
-    """The hash chain over whole pieces: where each ends, and its hash with all before it."""
-    for end in range(PIECE_TOKENS, len(tokens) + 1, PIECE_TOKENS):
-        last = hash((last, *tokens[end - PIECE_TOKENS : end]))
-        yield end, last
