@@ -1,5 +1,7 @@
 """Between protobuf messages and the plain data that decisions are made on. One place, both ways."""
 
+from collections.abc import Sequence
+
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -30,6 +32,22 @@ def duration(value: float) -> Duration:
 def duration_seconds(message: Duration) -> float:
     """A Duration as seconds."""
     return message.ToNanoseconds() / 1e9
+
+
+def device_shards(
+    assignment: topology_pb2.ShardAssignment,
+) -> Sequence[topology_pb2.DeviceShard]:
+    """What each device of a stage holds, in layer order: at least one."""
+    if assignment.shards:
+        return assignment.shards
+    return [
+        topology_pb2.DeviceShard(
+            device_id=next(iter(assignment.device_ids), ""),
+            first_layer=assignment.first_layer,
+            last_layer=assignment.last_layer,
+            kv_bytes=assignment.kv_bytes,
+        )
+    ]
 
 
 def slo_from_proto(message: common_pb2.Slo, accepted_at: float) -> Slo:

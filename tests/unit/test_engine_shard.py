@@ -196,7 +196,7 @@ def test_any_split_and_batch_is_exact(
     directory, model = checkpoint(family)
     monkeypatch.setattr("uellm_worker.engine.loop.MAX_CHUNK_TOKENS", 13)
     first = None
-    for split in ((4,), (1, 3), (2, 1, 1)):
+    for split in ((4,), (1, 3), (2, (1, 1))):
         answers = generate(pipeline(directory, split), prompts(), partial(greedy, 20))
         if answers != first:
             for prompt, answer in zip(prompts(), answers, strict=True):

@@ -4,6 +4,7 @@ import socket
 
 import pytest
 from uellm_worker import devices as module
+from uellm_worker.accelerators import Accelerator
 from uellm_worker.devices import Devices
 
 from uellm.core.errors import ConfigurationError
@@ -66,3 +67,77 @@ def test_a_gpu_that_does_not_answer_is_not_healthy(monkeypatch: pytest.MonkeyPat
 def test_a_device_that_is_not_there_is_named(selection: str) -> None:
     with pytest.raises(ConfigurationError, match="UELLM_WORKER_DEVICES"):
         Devices("w", selection, 0)
+
+
+def test_workers_of_a_host_divide_what_each_of_them_measured() -> None:
+    devices = Devices("w", "cpu", 0)
+    (alone,) = devices.describe()
+    devices.sharers = 4
+    (shared,) = devices.describe()
+    assert shared.memory_total_bytes == alone.memory_total_bytes // 4
+    assert shared.memory_free_bytes <= shared.memory_total_bytes
+    told = Devices("w", "cpu", 1000)
+    told.sharers = 4
+    assert told.describe()[0].memory_total_bytes == 1000
+
+
+def test_simulated_devices_are_as_they_are_described() -> None:
+    devices = Devices("w", "sim:0-1:memory=2GiB:flops=1e12:bandwidth=100GB:paced,cpu", 1000)
+    first, second, cpu = devices.describe(300, {"w/sim:1": 1 << 30})
+    assert (first.id, second.id, cpu.id) == ("w/sim:0", "w/sim:1", "w/cpu:0")
+    assert first.kind == topology_pb2.DEVICE_KIND_SIMULATED
+    assert (first.memory_total_bytes, first.memory_free_bytes) == (2 << 30, 2 << 30)
+    assert (second.memory_total_bytes, second.memory_free_bytes) == (2 << 30, 1 << 30)
+    assert (first.flops_per_second, first.memory_bytes_per_second) == (1e12, 1e11)
+    assert not any(d.healthy for d in devices.describe(healthy=False))
+    assignment = topology_pb2.ShardAssignment(device_ids=["w/cpu:0", "w/sim:1"])
+    (given,) = devices.simulated(assignment, {"w/sim:1": 1 << 30})
+    assert (given.device_id, given.memory_bytes) == ("w/sim:1", 1 << 30)
+    assert (given.flops_per_second, given.memory_bytes_per_second) == (1e12, 1e11)
+
+
+def test_what_is_full_is_not_without_limit() -> None:
+    devices = Devices("w", "sim:0:memory=1000:flops=5", 0)
+    assignment = topology_pb2.ShardAssignment(device_ids=["w/sim:0"])
+    (given,) = devices.simulated(assignment, {"w/sim:0": 2000})
+    assert given.memory_bytes == 1
+    assert given.flops_per_second == 0, "not paced: as fast as the CPU is"
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("sim", "it is written"),
+        ("sim:x:memory=1", "it is written"),
+        ("sim:0", "no memory"),
+        ("sim:0:memory", "none of its properties"),
+        ("sim:0:memory=4GiB:speed=1", "'speed=1'"),
+        ("sim:0:memory=4GiB:memory=5GiB", "none of its properties"),
+        ("sim:0:memory=4GiB:paced=no", "'paced=no'"),
+        ("sim:0:memory=lots", "memory=lots"),
+        ("sim:0:memory=-1", "positive"),
+        ("sim:0:memory=1:flops=inf", "positive"),
+        ("sim:0:memory=4GiB:paced", "paced by what"),
+        ("sim:3-1:memory=4GiB", "no range"),
+    ],
+)
+def test_a_simulated_device_that_is_described_wrongly_is_refused(text: str, word: str) -> None:
+    with pytest.raises(ConfigurationError, match="UELLM_WORKER_DEVICES") as caught:
+        Devices("w", text, 0)
+    assert word in caught.value.message
+
+
+def test_another_accelerator_is_looked_for_by_torch() -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(ConfigurationError, match="npu:7 is not there: torch"):
+        Devices("w", "npu:7", 0)
+
+
+def test_another_accelerator_is_described_as_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"xpu:0": Accelerator("xpu:0", "Arc", 1000), "xpu:1": Accelerator("xpu:1", "Arc", 0)}
+    monkeypatch.setattr("uellm_worker.accelerators._probe", lambda: ("2", found))
+    (device,) = Devices("w", "xpu:0", 0).describe(held={"w/xpu:0": 300})
+    assert device.kind == topology_pb2.DEVICE_KIND_OTHER
+    assert (device.name, device.memory_total_bytes, device.memory_free_bytes) == ("Arc", 1000, 700)
+    with pytest.raises(ConfigurationError, match="how much memory xpu:1 has"):
+        Devices("w", "xpu:1", 0)

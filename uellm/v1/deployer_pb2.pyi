@@ -127,6 +127,7 @@ class StageStatus(_message.Message):
     FIRST_LAYER_FIELD_NUMBER: _builtins.int
     LAST_LAYER_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """Which replica."""
     generation: _builtins.int
@@ -145,6 +146,10 @@ class StageStatus(_message.Message):
     """Last layer it holds, inclusive."""
     resident_bytes: _builtins.int
     """Resident bytes of the child."""
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.DeviceUse]:
+        """What it holds on each device, in layer order, once it is prepared."""
+
     def __init__(
         self,
         *,
@@ -157,10 +162,11 @@ class StageStatus(_message.Message):
         first_layer: _builtins.int = ...,
         last_layer: _builtins.int = ...,
         resident_bytes: _builtins.int = ...,
+        devices: _abc.Iterable[_topology_pb2.DeviceUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_layer", b"first_layer", "generation", b"generation", "last_layer", b"last_layer", "pid", b"pid", "reason", b"reason", "replica", b"replica", "resident_bytes", b"resident_bytes", "stage_index", b"stage_index", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "first_layer", b"first_layer", "generation", b"generation", "last_layer", b"last_layer", "pid", b"pid", "reason", b"reason", "replica", b"replica", "resident_bytes", b"resident_bytes", "stage_index", b"stage_index", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

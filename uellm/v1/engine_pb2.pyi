@@ -90,6 +90,7 @@ class PrepareShard(_message.Message):
     MODEL_DIR_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
     BIND_HOST_FIELD_NUMBER: _builtins.int
+    SIMULATED_FIELD_NUMBER: _builtins.int
     model_dir: _builtins.str
     """The model's files on this host."""
     threads: _builtins.int
@@ -100,6 +101,10 @@ class PrepareShard(_message.Message):
     def assignment(self) -> _topology_pb2.ShardAssignment:
         """Which, what, with how much."""
 
+    @_builtins.property
+    def simulated(self) -> _containers.RepeatedCompositeFieldContainer[Global___SimulatedDevice]:
+        """Those of the stage's devices that are simulated."""
+
     def __init__(
         self,
         *,
@@ -107,14 +112,49 @@ class PrepareShard(_message.Message):
         model_dir: _builtins.str = ...,
         threads: _builtins.int = ...,
         bind_host: _builtins.str = ...,
+        simulated: _abc.Iterable[Global___SimulatedDevice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "bind_host", b"bind_host", "model_dir", b"model_dir", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "bind_host", b"bind_host", "model_dir", b"model_dir", "simulated", b"simulated", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrepareShard: _TypeAlias = PrepareShard  # noqa: Y015
+
+@_typing.final
+class SimulatedDevice(_message.Message):
+    """A device that the CPU plays."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    FLOPS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    """Which."""
+    memory_bytes: _builtins.int
+    """Memory that is left on it for this stage."""
+    flops_per_second: _builtins.float
+    """FLOP/s that steps are slowed down to; 0: as fast as the CPU is."""
+    memory_bytes_per_second: _builtins.float
+    """Bytes per second that steps are slowed down to; 0: as fast as the CPU is."""
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        memory_bytes: _builtins.int = ...,
+        flops_per_second: _builtins.float = ...,
+        memory_bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "flops_per_second", b"flops_per_second", "memory_bytes", b"memory_bytes", "memory_bytes_per_second", b"memory_bytes_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulatedDevice: _TypeAlias = SimulatedDevice  # noqa: Y015
 
 @_typing.final
 class CommitShard(_message.Message):
@@ -369,22 +409,28 @@ class ShardPrepared(_message.Message):
     RENDEZVOUS_FIELD_NUMBER: _builtins.int
     KEPT_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     rendezvous: _builtins.str
     """Stage 0: host:port of the store it opened."""
     kept_bytes: _builtins.int
     """Bytes that an earlier generation had left."""
     total_bytes: _builtins.int
     """In all."""
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.DeviceUse]:
+        """What is held on each device, in layer order."""
+
     def __init__(
         self,
         *,
         rendezvous: _builtins.str = ...,
         kept_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
+        devices: _abc.Iterable[_topology_pb2.DeviceUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept_bytes", b"kept_bytes", "rendezvous", b"rendezvous", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "kept_bytes", b"kept_bytes", "rendezvous", b"rendezvous", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -350,6 +350,66 @@ class Peer(_message.Message):
 Global___Peer: _TypeAlias = Peer  # noqa: Y015
 
 @_typing.final
+class DeviceShard(_message.Message):
+    """Consecutive layers of a stage on one device of its worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    LAST_LAYER_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    """The device."""
+    first_layer: _builtins.int
+    """First layer, inclusive."""
+    last_layer: _builtins.int
+    """Last layer, inclusive."""
+    kv_bytes: _builtins.int
+    """KV cache to set aside there."""
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        first_layer: _builtins.int = ...,
+        last_layer: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceShard: _TypeAlias = DeviceShard  # noqa: Y015
+
+@_typing.final
+class DeviceUse(_message.Message):
+    """Memory that is held on a device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    HELD_BYTES_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    """The device."""
+    held_bytes: _builtins.int
+    """Weights and KV cache."""
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        held_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "held_bytes", b"held_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceUse: _TypeAlias = DeviceUse  # noqa: Y015
+
+@_typing.final
 class ShardAssignment(_message.Message):
     """One stage of one replica, as pushed to its worker."""
 
@@ -371,6 +431,7 @@ class ShardAssignment(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     """The deployment: a served model."""
     replica: _builtins.str
@@ -392,7 +453,7 @@ class ShardAssignment(_message.Message):
     dtype: _builtins.str
     """Compute dtype: float32, bfloat16 or float16."""
     kv_bytes: _builtins.int
-    """KV cache to set aside."""
+    """KV cache to set aside, on all devices together."""
     slots: _builtins.int
     """Most sequences that run at once."""
     max_tokens: _builtins.int
@@ -408,6 +469,12 @@ class ShardAssignment(_message.Message):
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]:
         """All stages, this one included, in order."""
+
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceShard]:
+        """What each device holds, in layer order; the embedding is on the first, the head on the last.
+        Empty: all of it is on the first of device_ids.
+        """
 
     def __init__(
         self,
@@ -428,10 +495,11 @@ class ShardAssignment(_message.Message):
         slots: _builtins.int = ...,
         peers: _abc.Iterable[Global___Peer] | None = ...,
         max_tokens: _builtins.int = ...,
+        shards: _abc.Iterable[Global___DeviceShard] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "device_ids", b"device_ids", "dtype", b"dtype", "first_layer", b"first_layer", "generation", b"generation", "has_embed", b"has_embed", "has_head", b"has_head", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "max_tokens", b"max_tokens", "model", b"model", "peers", b"peers", "replica", b"replica", "slots", b"slots", "stage_count", b"stage_count", "stage_index", b"stage_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "device_ids", b"device_ids", "dtype", b"dtype", "first_layer", b"first_layer", "generation", b"generation", "has_embed", b"has_embed", "has_head", b"has_head", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "max_tokens", b"max_tokens", "model", b"model", "peers", b"peers", "replica", b"replica", "shards", b"shards", "slots", b"slots", "stage_count", b"stage_count", "stage_index", b"stage_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -97,7 +97,8 @@ class Agent:
     def devices(self) -> list[topology_pb2.Device]:
         """The devices as they are now."""
         used = sum(status.resident_bytes for status in self.statuses())
-        return self._devices.describe(used, healthy=not self._going)
+        held = self._stages.held_bytes()
+        return self._devices.describe(used, held, healthy=not self._going)
 
     def statuses(self) -> list[deployer_pb2.StageStatus]:
         """The stages as they are now."""
@@ -113,8 +114,11 @@ class Agent:
         """Stay with the deployer that is known while it is there, else take the first."""
         try:
             found = await self._context.registry.find("deployer")
+            workers = await self._context.registry.find("worker")
         except (*UNREACHABLE, RedisError):
             return  # The one that is known may still be reached.
+        host = _host(self._context.address)
+        self._devices.sharers = max(sum(_host(w.address) == host for w in workers), 1)
         known = self._deployer
         if known is not None and any(
             (each.service_id, each.address, each.pid)
@@ -146,3 +150,7 @@ class Agent:
             stages=self.statuses(),
             devices=self.devices(),
         )
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0]

@@ -49,6 +49,7 @@ class WorkerApplication:
             log_level=settings.log_level.upper(),
             instant_step_seconds=settings.instant_step_seconds,
         )
+        devices = Devices(context.identity, settings.devices, settings.memory_bytes)
         self._stages = Stages(
             self._spawner,
             context.spawn,
@@ -57,8 +58,8 @@ class WorkerApplication:
             threads=settings.child_threads,
             data_host=settings.data_address,
             step_policy=settings.step_policy,
+            simulate=devices.simulated,
         )
-        devices = Devices(context.identity, settings.devices, settings.memory_bytes)
         self._agent = Agent(context, devices, self._stages)
 
     def add_to(self, server: grpc.aio.Server) -> None:

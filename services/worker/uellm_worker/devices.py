@@ -1,11 +1,15 @@
-"""What a worker can compute on: its CPU by psutil, NVIDIA devices by NVML. No torch."""
+"""What a worker can compute on, found without torch.
+
+Its CPU by psutil, NVIDIA devices by NVML, other accelerators only where settings name them, and
+simulated ones as settings describe them.
+"""
 
 import contextlib
 import os
 import platform
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,16 @@ import psutil
 
 from uellm.core.errors import ConfigurationError
 from uellm.logs import logger
-from uellm.v1 import topology_pb2
+from uellm.v1 import engine_pb2, topology_pb2
+from uellm_worker.accelerators import find_accelerators
+from uellm_worker.simulated import parse_simulated
 
 _log = logger("devices")
 MEMORY_SHARE = 0.5
 """Of the memory available at the start, what the CPU device offers."""
-_CUDA = re.compile(r"cuda:(\d+)")
+_CPU = {"cpu", "cpu:0"}
+_INDEXED = re.compile(r"([a-z]+):(\d+)")
+_NONE: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +38,12 @@ class _Cpu:
     total_bytes: int
     measured: bool
 
-    def free_bytes(self, used_bytes: int) -> int:
-        free = max(self.total_bytes - used_bytes, 0)
+    def share_bytes(self, sharers: int) -> int:
+        """What is offered where so many workers of the host offer their part of it."""
+        return self.total_bytes // sharers if self.measured else self.total_bytes
+
+    def free_bytes(self, used_bytes: int, sharers: int) -> int:
+        free = max(self.share_bytes(sharers) - used_bytes, 0)
         return min(free, psutil.virtual_memory().available) if self.measured else free
 
 
@@ -40,8 +52,13 @@ class Devices:
 
     Args:
         worker: the worker's id.
-        selection: "auto", or a list of "cpu" and "cuda:<index>".
+        selection: "auto", or a list of "cpu", "cuda:<index>", another accelerator's
+            "<kind>:<index>", and simulated ones (see ``uellm_worker.simulated``).
         memory_bytes: what the CPU offers; 0: a share of what is available now.
+
+    Attributes:
+        sharers: workers of this host, which divide among them what its CPU offers where that was
+            measured: each of them has measured all of it.
 
     Raises:
         ConfigurationError: if a device that was named is not there.
@@ -50,23 +67,69 @@ class Devices:
     def __init__(self, worker: str, selection: str, memory_bytes: int) -> None:
         self._worker = worker
         self._host = socket.gethostname()
+        self.sharers = 1
         names = [name.strip() for name in selection.split(",") if name.strip()]
         automatic = names == ["auto"]
         wants_cuda = automatic or any(name.startswith("cuda") for name in names)
         handles = _cuda_handles(report=not automatic) if wants_cuda else []
         if automatic:
             names = [f"cuda:{index}" for index in range(len(handles))] or ["cpu"]
-        self._cuda = {index: handles[index] for index in _cuda_indices(names, len(handles))}
-        self._cpu = _cpu(memory_bytes) if {"cpu", "cpu:0"} & set(names) else None
+        simulated = [name for name in names if name.startswith("sim")]
+        indexed = _indexed([name for name in names if name not in {*_CPU, *simulated}])
+        if not names:
+            raise _unknown("is empty")
+        self._cpu = _cpu(memory_bytes) if _CPU & set(names) else None
+        cuda = _cuda_indices([index for kind, index in indexed if kind == "cuda"], len(handles))
+        self._cuda = {index: handles[index] for index in cuda}
+        self._simulated = {
+            device.name: device for name in simulated for device in parse_simulated(name)
+        }
+        self._others = find_accelerators(
+            [f"{kind}:{index}" for kind, index in indexed if kind != "cuda"]
+        )
 
-    def describe(self, used_bytes: int = 0, *, healthy: bool = True) -> list[topology_pb2.Device]:
+    def describe(
+        self, used_bytes: int = 0, held: Mapping[str, int] = _NONE, *, healthy: bool = True
+    ) -> list[topology_pb2.Device]:
         """All devices with their memory as it is now.
 
         Args:
             used_bytes: what this worker's children hold of the host's memory.
+            held: what they hold on their devices, by device id.
             healthy: whether they may be used.
         """
-        return [*self._describe_cuda(healthy), *self._describe_cpu(used_bytes, healthy)]
+        return [
+            *self._describe_cuda(healthy),
+            *self._describe_others(held, healthy),
+            *self._describe_simulated(held, healthy),
+            *self._describe_cpu(used_bytes, healthy),
+        ]
+
+    def simulated(
+        self, assignment: topology_pb2.ShardAssignment, held: Mapping[str, int]
+    ) -> list[engine_pb2.SimulatedDevice]:
+        """What the simulated devices of a stage are to be like for it.
+
+        Args:
+            assignment: the stage.
+            held: what other stages hold, by device id.
+        """
+        found = []
+        for device_id in assignment.device_ids:
+            device = self._simulated.get(device_id.rpartition("/")[2])
+            if device is not None:
+                left = device.memory_bytes - held.get(device_id, 0)
+                found.append(
+                    engine_pb2.SimulatedDevice(
+                        device_id=device_id,
+                        memory_bytes=max(left, 1),
+                        flops_per_second=device.flops_per_second if device.paced else 0.0,
+                        memory_bytes_per_second=(
+                            device.memory_bytes_per_second if device.paced else 0.0
+                        ),
+                    )
+                )
+        return found
 
     def _describe_cpu(self, used_bytes: int, healthy: bool) -> Iterator[topology_pb2.Device]:
         if self._cpu is not None:
@@ -74,10 +137,41 @@ class Devices:
                 "cpu:0",
                 topology_pb2.DEVICE_KIND_CPU,
                 self._cpu.name,
-                self._cpu.total_bytes,
-                self._cpu.free_bytes(used_bytes),
+                self._cpu.share_bytes(self.sharers),
+                self._cpu.free_bytes(used_bytes, self.sharers),
                 healthy,
             )
+
+    def _describe_others(
+        self, held: Mapping[str, int], healthy: bool
+    ) -> Iterator[topology_pb2.Device]:
+        for device in self._others:
+            used = held.get(f"{self._worker}/{device.name}", 0)
+            yield self._device(
+                device.name,
+                topology_pb2.DEVICE_KIND_OTHER,
+                device.description,
+                device.memory_bytes,
+                max(device.memory_bytes - used, 0),
+                healthy,
+            )
+
+    def _describe_simulated(
+        self, held: Mapping[str, int], healthy: bool
+    ) -> Iterator[topology_pb2.Device]:
+        for device in self._simulated.values():
+            used = held.get(f"{self._worker}/{device.name}", 0)
+            message = self._device(
+                device.name,
+                topology_pb2.DEVICE_KIND_SIMULATED,
+                "simulated",
+                device.memory_bytes,
+                max(device.memory_bytes - used, 0),
+                healthy,
+            )
+            message.flops_per_second = device.flops_per_second
+            message.memory_bytes_per_second = device.memory_bytes_per_second
+            yield message
 
     def _describe_cuda(self, healthy: bool) -> Iterator[topology_pb2.Device]:
         for index, handle in self._cuda.items():
@@ -140,29 +234,33 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cuda_indices(names: Sequence[str], count: int) -> list[int]:
-    indices = []
+def _unknown(what: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"UELLM_WORKER_DEVICES {what}; use auto, cpu, cuda:<index>, sim:<index>:memory=<size>, or "
+        "<kind>:<index> of another accelerator that torch drives",
+        field="devices",
+    )
+
+
+def _indexed(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Kinds and indices of names like ``cuda:0``."""
+    found = []
     for name in names:
-        if name in {"cpu", "cpu:0"}:
-            continue
-        match = _CUDA.fullmatch(name)
+        match = _INDEXED.fullmatch(name)
         if match is None:
-            raise ConfigurationError(
-                f"UELLM_WORKER_DEVICES: {name!r} is no device; use auto, cpu or cuda:<index>",
-                field="devices",
-            )
-        index = int(match[1])
+            raise _unknown(f"{name!r} is no device")
+        found.append((match[1], int(match[2])))
+    return found
+
+
+def _cuda_indices(indices: Sequence[int], count: int) -> Sequence[int]:
+    for index in indices:
         if index >= count:
             raise ConfigurationError(
-                f"UELLM_WORKER_DEVICES: {name} is not there: NVML finds {count} CUDA devices; "
-                "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use cpu",
+                f"UELLM_WORKER_DEVICES: cuda:{index} is not there: NVML finds {count} CUDA "
+                "devices; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use cpu",
                 field="devices",
             )
-        indices.append(index)
-    if not names:
-        raise ConfigurationError(
-            "UELLM_WORKER_DEVICES is empty; use auto, cpu or cuda:<index>", field="devices"
-        )
     return indices
 
 

@@ -98,3 +98,17 @@ def _check(assignment: topology_pb2.ShardAssignment) -> None:
             f"assignment.stage_index: {assignment.stage_index} of {assignment.stage_count} stages",
             field="assignment.stage_index",
         )
+    after = assignment.first_layer
+    for shard in assignment.shards:
+        if not shard.device_id or shard.first_layer != after or shard.last_layer < after:
+            raise InvalidArgumentError(
+                f"assignment.shards: layers {shard.first_layer} to {shard.last_layer} on "
+                f"{shard.device_id!r}, where a device for layer {after} on is due",
+                field="assignment.shards",
+            )
+        after = shard.last_layer + 1
+    if assignment.shards and after != assignment.last_layer + 1:
+        raise InvalidArgumentError(
+            f"assignment.shards end at layer {after - 1}, and the stage at {assignment.last_layer}",
+            field="assignment.shards",
+        )

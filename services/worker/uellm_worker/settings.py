@@ -20,7 +20,10 @@ class WorkerSettings(ServiceSettings):
     )
     devices: str = Field(
         "auto",
-        description="auto: all CUDA devices, else the CPU; or a list such as cuda:0,cuda:1 or cpu.",
+        description="auto: all CUDA devices, else the CPU; or a list such as cuda:0,cuda:1 or cpu. "
+        "Another accelerator that torch drives as xpu:0. Devices that the CPU plays, for trying "
+        "placements, as sim:0-3:memory=4GiB, with :flops=1e12:bandwidth=1e11 for planners and "
+        ":paced for steps that take as long.",
     )
     threads: int = Field(
         0,
@@ -30,7 +33,8 @@ class WorkerSettings(ServiceSettings):
     memory_bytes: int = Field(
         0,
         ge=0,
-        description="Memory that the CPU device offers; 0: half of what is available at the start.",
+        description="Memory that the CPU device offers; 0: half of what is available at the start, "
+        "divided among the workers of the host.",
     )
     data_host: str = Field(
         "",

@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from uellm.logs import logger
 from uellm.models.tokenizer import Tokenizer
@@ -141,7 +141,13 @@ class Stage:
             first_layer=self.assignment.first_layer,
             last_layer=self.assignment.last_layer,
             resident_bytes=resident_bytes(pid) if pid else 0,
+            devices=self.held if pid else (),
         )
+
+    @property
+    def held(self) -> Sequence[topology_pb2.DeviceUse]:
+        """What it holds on its devices, as far as its child has said."""
+        return self.prepared.devices if self.child is not None else ()
 
 
 def describe_exit(code: int) -> str:

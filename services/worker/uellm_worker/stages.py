@@ -7,7 +7,8 @@ weights that the new generation still needs.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,9 @@ from uellm_worker.stage_child import StageChild
 
 Lead = Callable[[topology_pb2.ShardAssignment, Tokenizer, StageChild], Leader]
 Resolve = Callable[[common_pb2.ModelRef], Path]
+Simulate = Callable[
+    [topology_pb2.ShardAssignment, Mapping[str, int]], Sequence[engine_pb2.SimulatedDevice]
+]
 
 
 class Spawner(Protocol):
@@ -42,6 +46,7 @@ class Stages:
         threads: that each child may use.
         data_host: address that the data plane binds to.
         step_policy: of the replicas led here.
+        simulate: says what the simulated devices of a stage are like, given what others hold.
 
     Attributes:
         changed: set at every change of a stage's state; the listener clears it.
@@ -57,6 +62,7 @@ class Stages:
         threads: int,
         data_host: str,
         step_policy: str = "fcfs",
+        simulate: Simulate = lambda assignment, held: (),
     ) -> None:
         self._spawner = spawner
         self._spawn = spawn
@@ -65,6 +71,7 @@ class Stages:
         self._threads = threads
         self._data_host = data_host
         self._step_policy = step_policy
+        self._simulate = simulate
         self._held: dict[str, Stage] = {}
         self._fences: dict[str, int] = {}
         self.changed = asyncio.Event()
@@ -73,6 +80,14 @@ class Stages:
     def held(self) -> list[Stage]:
         """All stages, by replica."""
         return [self._held[replica] for replica in sorted(self._held)]
+
+    def held_bytes(self, but: str = "") -> Mapping[str, int]:
+        """What the stages hold by device id, those of one replica left out."""
+        held: Counter[str] = Counter()
+        for stage in self._held.values():
+            if stage.replica != but:
+                held.update({use.device_id: use.held_bytes for use in stage.held})
+        return held
 
     # ---- prepare -------------------------------------------------------------------------------
 
@@ -148,6 +163,7 @@ class Stages:
             model_dir=str(directory),
             threads=self._threads,
             bind_host=self._data_host,
+            simulated=self._simulate(assignment, self.held_bytes(but=assignment.replica)),
         )
         with contextlib.suppress(ConnectionError):  # Its end is heard where its events end.
             await stage.child.send(engine_pb2.EngineCommand(prepare=prepare))

@@ -96,9 +96,11 @@ class Prepared:
     Attributes:
         capacity: room for sequences.
         vocabulary: the model's.
-        device: "cpu", or "cuda:" and something that no other device in the world has.
+        device: where activations come in: "cpu", or the kind of another and something that no
+            other device in the world has.
         kept_bytes: weights that an earlier generation had left.
         total_bytes: weights in all.
+        held: weights and KV cache on each device, by id, in layer order.
     """
 
     capacity: Capacity
@@ -106,3 +108,4 @@ class Prepared:
     device: str = "cpu"
     kept_bytes: int = 0
     total_bytes: int = 0
+    held: tuple[tuple[str, int], ...] = ()

@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 
-from uellm.core.errors import ModelFilesError
+from uellm.core.errors import ConfigurationError, ModelFilesError
 from uellm.policy.registry import step_policy
 from uellm.v1.engine_pb2 import (
     Alive,
@@ -24,6 +24,7 @@ from uellm.v1.engine_pb2 import (
     ShardServing,
     StepReport,
 )
+from uellm.v1.topology_pb2 import DeviceUse
 from uellm_worker.engine.capacity import Prepared
 from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError
 from uellm_worker.engine.group import Group, Rendezvous, advertised_host, join
@@ -80,7 +81,7 @@ class Child:
             self._leave()
         except PeerLostError as error:
             self._fail("PEER_LOST", str(error))
-        except ModelFilesError as error:
+        except (ModelFilesError, ConfigurationError) as error:
             self._fail("LOAD_FAILED", error.message)
         except BrokenPipeError:
             raise  # The agent is gone, and nobody is there to be told.
@@ -129,7 +130,11 @@ class Child:
         self._command = command
         self._inbox.generation = command.assignment.generation
         prepared = self._engine.prepare(command, self._progress)
-        event = ShardPrepared(kept_bytes=prepared.kept_bytes, total_bytes=prepared.total_bytes)
+        event = ShardPrepared(
+            kept_bytes=prepared.kept_bytes,
+            total_bytes=prepared.total_bytes,
+            devices=[DeviceUse(device_id=name, held_bytes=held) for name, held in prepared.held],
+        )
         assignment = command.assignment
         if assignment.stage_index == 0 and assignment.stage_count > 1:
             self._rendezvous = Rendezvous(command.bind_host, advertised_host(command))

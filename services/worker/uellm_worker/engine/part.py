@@ -8,6 +8,7 @@ from uellm.core.errors import ModelFilesError
 from uellm.v1.topology_pb2 import ShardAssignment
 from uellm_worker.engine.attention import LayerCache, PackedStep, SlotCache
 from uellm_worker.engine.capacity import Capacity, fit
+from uellm_worker.engine.device import Device, Stopwatch
 from uellm_worker.engine.plan import Release, StepPlan
 from uellm_worker.engine.shard import Shard, longest_context
 from uellm_worker.engine.slot_memory import page_tokens
@@ -19,13 +20,25 @@ class Part:
     Args:
         shard: its layers.
         capacity: of its cache.
+        device: where both are.
 
     Attributes:
         cache: keys and values of its layers.
+        watch: times its steps.
+        held_bytes: weights and cache.
+
+    Raises:
+        MemoryError: if they do not fit a simulated device.
     """
 
-    def __init__(self, shard: Shard, capacity: Capacity) -> None:
+    def __init__(self, shard: Shard, capacity: Capacity, device: Device) -> None:
         self.shard = shard
+        self.device = device
+        self.watch = Stopwatch(device)
+        self._token_bytes = token_bytes(shard)
+        self._read_bytes = shard.total_bytes - _looked_up_bytes(shard)
+        self.held_bytes = shard.total_bytes + capacity.kv_tokens * self._token_bytes
+        device.check_room(self.held_bytes, "weights and KV cache")
         attentions = shard.attentions
         self.cache = SlotCache(
             layers=len(attentions),
@@ -51,6 +64,7 @@ class Part:
         Returns:
             ``[T, hidden]``, or where the head is ``[n, vocabulary]`` of the rows that sample.
         """
+        self.watch.start()
         self.cache.carry_out(plan.moves)
         self.cache.carry_out([Release(a.slot, 0) for a in plan.admissions if a.scrub])
         device = self.shard.spec.device
@@ -77,28 +91,50 @@ class Part:
         else:
             output = self.shard.decoder(**inputs).last_hidden_state[0]
         self.cache.step = None
+        self._end(plan)
         return output
 
+    def _end(self, plan: StepPlan) -> None:
+        """Take the time; on a simulated device, as much as it would take."""
+        context = sum(chunk.start + chunk.count for chunk in plan.chunks)
+        weights = self._read_bytes
+        self.watch.wait_until(
+            self.device.least_seconds(
+                weights + context * self._token_bytes,
+                2 * plan.rows * weights / self.shard.spec.dtype.itemsize,
+            )
+        )
+        self.watch.stop()
 
-def shard_capacity(shard: Shard, assignment: ShardAssignment) -> Capacity:
+
+def token_bytes(shard: Shard) -> int:
+    """KV cache of one token."""
+    numbers = 2 * len(shard.attentions) * _kv_heads(shard.config) * shard.head_dim
+    return numbers * shard.spec.dtype.itemsize
+
+
+def shard_capacity(shard: Shard, assignment: ShardAssignment, kv_bytes: int = 0) -> Capacity:
     """What fits the memory that was granted; see ``uellm_worker.engine.capacity.fit``.
+
+    Args:
+        shard: a part's layers.
+        assignment: says how many slots of which length are wanted.
+        kv_bytes: what the part was granted; 0: as much as that takes.
 
     Raises:
         ModelFilesError: if nothing fits, or the context changes the model's rotary embedding.
     """
-    spec = shard.spec
-    numbers_per_token = 2 * len(shard.attentions) * _kv_heads(shard.config) * shard.head_dim
-    bytes_per_token = numbers_per_token * spec.dtype.itemsize
+    bytes_per_token = token_bytes(shard)
     capacity = fit(
         slots=max(assignment.slots, 1),
         max_tokens=longest_context(shard.config, assignment.max_tokens),
-        kv_bytes=assignment.kv_bytes,
+        kv_bytes=kv_bytes,
         bytes_per_token=bytes_per_token,
-        block_tokens=page_tokens(shard.head_dim, spec.dtype, spec.device),
+        block_tokens=page_tokens(shard.head_dim, shard.spec.dtype, shard.spec.device),
     )
     if capacity.max_tokens < 1:
         raise ModelFilesError(
-            f"kv_bytes {assignment.kv_bytes} hold no token of {bytes_per_token} bytes; "
+            f"kv_bytes {kv_bytes} hold no token of {bytes_per_token} bytes; "
             "grant more memory, or split the model into more stages"
         )
     return capacity
@@ -107,3 +143,11 @@ def shard_capacity(shard: Shard, assignment: ShardAssignment) -> Capacity:
 def _kv_heads(config: Any) -> int:
     """Key heads per layer."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _looked_up_bytes(shard: Shard) -> int:
+    """The embedding, of which a step reads a few rows; nothing where it is the head as well."""
+    tied = shard.spec.has_head and bool(getattr(shard.config, "tie_word_embeddings", False))
+    if tied or not shard.spec.has_embed:
+        return 0
+    return int(shard.config.vocab_size * shard.config.hidden_size * shard.spec.dtype.itemsize)

@@ -1,16 +1,20 @@
 """The engine that computes: a layer range of a model, stepping packed batches over a slot cache."""
 
-import time
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import torch
 from torch.distributed import TCPStore
 
+from uellm.convert import device_shards
 from uellm.core.errors import ModelFilesError
 from uellm.v1.engine_pb2 import PrepareShard
+from uellm.v1.topology_pb2 import ShardAssignment
 from uellm_worker.engine.capacity import Capacity, Prepared, Vocabulary
+from uellm_worker.engine.device import Device, move
 from uellm_worker.engine.group import Group, advertised_host
 from uellm_worker.engine.inbox import Inbox
 from uellm_worker.engine.part import Part, shard_capacity
@@ -71,8 +75,13 @@ class ShardStage:
         first, *others = self.parts
         output = first.compute(plan, activation)
         for part in others:
-            output = part.compute(plan, output.to(part.shard.spec.device, non_blocking=True))
+            output = part.compute(plan, move(output, part.device.place))
         return output
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """What each part took, in order; see ``Stopwatch`` for when that is known."""
+        return tuple(part.watch.seconds for part in self.parts)
 
     def sample(self, plan: StepPlan, logits: torch.Tensor) -> StepResult:
         """Choose the tokens of a step; on the last stage."""
@@ -86,6 +95,7 @@ class ShardStage:
             return StepResult(())
         with torch.inference_mode():
             token_ids, logprobs = choose(logits, choices, self._eos_ids)
+        self.parts[-1].watch.stop()
         return StepResult(token_ids, logprobs)
 
 
@@ -103,13 +113,12 @@ class ShardMember:
 
     def run(self, plan: StepPlan) -> StepResult:
         """See ``uellm_worker.engine.runner.Runner``."""
-        started = time.perf_counter()
         output = self._stage.compute(plan, None)
         if self._transport is None:
             result = self._stage.sample(plan, output)
-            return replace(result, seconds=(time.perf_counter() - started,))
-        seconds = (time.perf_counter() - started,)
-        self._transport.send_step(encode_plan(replace(plan, seconds=seconds)), output)
+            return replace(result, seconds=self._stage.seconds)
+        plan = replace(plan, seconds=self._stage.seconds)
+        self._transport.send_step(encode_plan(plan), output)
         return decode_result(self._transport.wait_result())
 
     def follow(self, meta: bytes) -> None:
@@ -118,14 +127,13 @@ class ShardMember:
             raise RuntimeError("a replica of one stage has nobody to follow")
         plan, inline = decode_plan(meta)
         activation = self._transport.receive_activation(plan.rows, inline)
-        started = time.perf_counter()
         output = self._stage.compute(plan, activation)
         if not self._stage.last.spec.has_head:
-            seconds = (*plan.seconds, time.perf_counter() - started)
-            self._transport.send_step(encode_plan(replace(plan, seconds=seconds)), output)
+            plan = replace(plan, seconds=(*plan.seconds, *self._stage.seconds))
+            self._transport.send_step(encode_plan(plan), output)
             return
         result = self._stage.sample(plan, output)
-        seconds = (*plan.seconds, time.perf_counter() - started)
+        seconds = (*plan.seconds, *self._stage.seconds)
         self._transport.send_result(encode_result(replace(result, seconds=seconds)))
 
     def close(self) -> None:
@@ -139,26 +147,30 @@ class ShardEngine:
 
     def __init__(self) -> None:
         self._stage: ShardStage | None = None
-        self._shard: Shard | None = None
         self._host = ""
         self._store: TCPStore | None = None
 
     def prepare(self, command: PrepareShard, progress: Progress) -> Prepared:
-        """See ``uellm_worker.engine.runner.Engine``."""
+        """See ``uellm_worker.engine.runner.Engine``.
+
+        Raises:
+            ConfigurationError: if a device is not there.
+            MemoryError: if a simulated device is too small.
+        """
         if command.threads:
             torch.set_num_threads(command.threads)
         self._host = advertised_host(command)
-        spec = shard_spec(command)
-        earlier, self._shard, self._stage = self._shard, None, None
-        self._shard = shard = load_shard(spec, earlier, progress)
-        capacity = shard_capacity(shard, command.assignment)
-        self._stage = ShardStage([Part(shard, capacity)], capacity)
+        specs = shard_specs(command)
+        earlier = {part.device.id: part.shard for part in self._stage.parts} if self._stage else {}
+        self._stage = None
+        self._stage = stage = load_stage(command.assignment, specs, earlier, progress)
         return Prepared(
-            capacity=capacity,
-            vocabulary=Vocabulary(shard.config.vocab_size, shard.eos_ids),
-            device=_device_name(spec.device),
-            kept_bytes=shard.kept_bytes,
-            total_bytes=shard.total_bytes,
+            capacity=stage.capacity,
+            vocabulary=Vocabulary(stage.first.config.vocab_size, stage.first.eos_ids),
+            device=stage.parts[0].device.unique_name,
+            kept_bytes=sum(part.shard.kept_bytes for part in stage.parts),
+            total_bytes=sum(part.shard.total_bytes for part in stage.parts),
+            held=tuple((part.device.id, part.held_bytes) for part in stage.parts),
         )
 
     def offer(self, bind_host: str) -> str:
@@ -186,32 +198,73 @@ class ShardEngine:
         return ShardMember(self._stage, transport)
 
 
-def shard_spec(command: PrepareShard) -> ShardSpec:
-    """What an assignment asks for.
+def shard_specs(command: PrepareShard) -> list[tuple[Device, ShardSpec]]:
+    """What an assignment asks for, by device in layer order.
 
     Raises:
+        ConfigurationError: if a device is not there.
         ModelFilesError: if the dtype is unknown.
     """
     assignment = command.assignment
     dtype = assignment.dtype or "float32"
     if dtype not in DTYPES:
         raise ModelFilesError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
-    kind, _, index = next(iter(assignment.device_ids), "cpu").rpartition("/")[2].partition(":")
-    device = torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device("cpu")
-    return ShardSpec(
-        model_dir=Path(command.model_dir),
-        digest=assignment.model.digest,
-        dtype=DTYPES[dtype],
-        device=device,
-        first_layer=assignment.first_layer,
-        last_layer=assignment.last_layer,
-        has_embed=assignment.has_embed,
-        has_head=assignment.has_head,
-    )
+    wanted = device_shards(assignment)
+    specs = []
+    for index, each in enumerate(wanted):
+        device = Device.named(each.device_id, command.simulated)
+        spec = ShardSpec(
+            model_dir=Path(command.model_dir),
+            digest=assignment.model.digest,
+            dtype=DTYPES[dtype],
+            device=device.place,
+            first_layer=each.first_layer,
+            last_layer=each.last_layer,
+            has_embed=assignment.has_embed and index == 0,
+            has_head=assignment.has_head and index == len(wanted) - 1,
+        )
+        specs.append((device, spec))
+    return specs
 
 
-def _device_name(device: torch.device) -> str:
-    """See ``Prepared.device``."""
-    if device.type != "cuda":
-        return "cpu"
-    return f"cuda:{torch.cuda.get_device_properties(device).uuid}"
+def load_stage(
+    assignment: ShardAssignment,
+    specs: Sequence[tuple[Device, ShardSpec]],
+    earlier: dict[str, Shard],
+    progress: Progress,
+) -> ShardStage:
+    """Load the parts of a stage one after another, and make their caches of one capacity.
+
+    Args:
+        assignment: the stage.
+        specs: of its parts.
+        earlier: what was held until now, by device id; emptied, so that its memory is free before
+            it is taken again.
+        progress: told the bytes of all parts so far.
+
+    Raises:
+        MemoryError: if a simulated device is too small.
+        ModelFilesError: if the checkpoint cannot be served.
+    """
+    for gone in earlier.keys() - {device.id for device, _ in specs}:
+        earlier.pop(gone).model = None
+    gc.collect()  # Modules refer to each other in circles.
+    shards: list[Shard] = []
+    for device, spec in specs:
+        before = sum(shard.total_bytes for shard in shards)
+
+        def tell(loaded: int, total: int, device: Device = device, before: int = before) -> None:
+            # Told before anything is read: what does not fit is not read in vain.
+            device.check_room(total, "weights")
+            progress(before + loaded, before + total)
+
+        shards.append(load_shard(spec, earlier.pop(device.id, None), tell))
+    capacities = [
+        shard_capacity(shard, assignment, each.kv_bytes)
+        for shard, each in zip(shards, device_shards(assignment), strict=True)
+    ]
+    capacity = reduce(Capacity.at_most, capacities)
+    parts = [
+        Part(shard, capacity, device) for (device, _), shard in zip(specs, shards, strict=True)
+    ]
+    return ShardStage(parts, capacity)

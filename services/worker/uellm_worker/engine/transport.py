@@ -131,7 +131,8 @@ class ProcessGroupTransport:
         inbox: where stage 0 waits for results.
         host: address of this stage, that gloo binds to.
         store: stage 0's own; the others connect to it.
-        device: of the activations.
+        device: where activations come in; a rank has one device, and what goes out elsewhere is
+            brought there.
         hidden_size: of an activation.
         dtype: of an activation.
 

@@ -12,13 +12,11 @@ from uellm.policy.fcfs import FcfsStep
 from uellm.policy.views import EngineView, StepDecision, StepPolicy
 from uellm.v1.common_pb2 import Sampling
 from uellm.v1.engine_pb2 import AddSequence, PrepareShard
-from uellm.v1.topology_pb2 import ShardAssignment
+from uellm.v1.topology_pb2 import DeviceShard, ShardAssignment
 from uellm_worker.engine.capacity import Capacity, Vocabulary
 from uellm_worker.engine.loop import EngineLoop
-from uellm_worker.engine.part import Part, shard_capacity
 from uellm_worker.engine.plan import StepPlan, StepResult
-from uellm_worker.engine.shard import load_shard
-from uellm_worker.engine.shard_engine import ShardMember, ShardStage, shard_spec
+from uellm_worker.engine.shard_engine import ShardMember, ShardStage, load_stage, shard_specs
 from uellm_worker.engine.transport import Loopback
 
 
@@ -85,7 +83,7 @@ class Pipeline:
 
     Args:
         directory: the checkpoint.
-        split: layers of each stage.
+        split: layers of each stage; those of each part where a stage has several.
         slots: most sequences at once.
         max_tokens: longest context; 0: the model's.
         dtype: to compute in.
@@ -103,16 +101,17 @@ class Pipeline:
     def __init__(
         self,
         directory: Path,
-        split: Sequence[int],
+        split: Sequence[int | Sequence[int]],
         *,
         slots: int = 4,
         max_tokens: int = 0,
         dtype: str = "float32",
     ) -> None:
-        self.split = tuple(split)
+        parts = [(layers,) if isinstance(layers, int) else tuple(layers) for layers in split]
+        self.split = tuple(map(sum, parts))
         self.stages: list[ShardStage] = []
         self.capacity = Capacity(10**6, 10**9, 10**15)
-        for index, (first, end) in enumerate(pairwise([0, *accumulate(split)])):
+        for index, (first, end) in enumerate(pairwise([0, *accumulate(self.split)])):
             assignment = ShardAssignment(
                 stage_index=index,
                 stage_count=len(split),
@@ -123,12 +122,16 @@ class Pipeline:
                 slots=slots,
                 max_tokens=max_tokens,
                 dtype=dtype,
+                shards=[
+                    DeviceShard(device_id="cpu", first_layer=start, last_layer=stop - 1)
+                    for start, stop in pairwise(accumulate(parts[index], initial=first))
+                ],
             )
-            spec = shard_spec(PrepareShard(assignment=assignment, model_dir=str(directory)))
-            shard = load_shard(spec, None, lambda *_: None)
-            capacity = shard_capacity(shard, assignment)
-            self.stages.append(_ListeningStage([Part(shard, capacity)], capacity))
-            self.capacity = self.capacity.at_most(capacity)
+            specs = shard_specs(PrepareShard(assignment=assignment, model_dir=str(directory)))
+            stage = load_stage(assignment, specs, {}, lambda *_: None)
+            self.stages.append(_ListeningStage(stage.parts, stage.capacity))
+            self.capacity = self.capacity.at_most(stage.capacity)
+        shard = self.stages[0].first
         self.vocabulary = Vocabulary(shard.config.vocab_size, shard.eos_ids)
 
     def loop(self, policy: StepPolicy | None = None, record: Record | None = None) -> EngineLoop:
