@@ -74,8 +74,11 @@ class Part:
             if given is None:
                 given = torch.tensor(plan.token_ids, device=device)
             if self.shard.fused is not None:
-                return self.shard.fused(step, self.cache, given)
-            return self._compute_model(step, given, embedded=activation is not None)
+                output = self.shard.fused(step, self.cache, given)
+            else:
+                output = self._compute_model(step, given, embedded=activation is not None)
+        self._end(plan)
+        return output
 
     def _compute_model(self, step: PackedStep, given: torch.Tensor, embedded: bool) -> torch.Tensor:
         """Compute a step through the model's own code."""
@@ -91,7 +94,6 @@ class Part:
         else:
             output = self.shard.decoder(**inputs).last_hidden_state[0]
         self.cache.step = None
-        self._end(plan)
         return output
 
     def _end(self, plan: StepPlan) -> None:

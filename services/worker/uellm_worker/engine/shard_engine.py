@@ -247,7 +247,7 @@ def load_stage(
         ModelFilesError: if the checkpoint cannot be served.
     """
     for gone in earlier.keys() - {device.id for device, _ in specs}:
-        earlier.pop(gone).model = None
+        del earlier[gone]
     gc.collect()  # Modules refer to each other in circles.
     shards: list[Shard] = []
     for device, spec in specs:
