@@ -127,18 +127,20 @@ def test_parts_answer_as_the_whole_model(
 
 def test_a_part_holds_what_the_profile_says_and_not_a_byte_more(model: Path) -> None:
     profile = read_profile(model, "float32")
-    layer = profile.layers[0].weight_bytes
-    layer += SLOTS * CONTEXT * profile.layers[0].kv_bytes_per_token
+    kv = SLOTS * CONTEXT * profile.layers[0].kv_bytes_per_token
+    layer = profile.layers[0].weight_bytes + kv
+    parts = {"w/sim:0": 2, "w/sim:1": 3}
     need = {
         "w/sim:0": profile.embed_bytes + 2 * layer,
         "w/sim:1": profile.head_bytes + 3 * layer,
     }
-    prepared = prepare(ShardEngine(), model, {"w/sim:0": 2, "w/sim:1": 3}, rooms=need)
+    granted = {name: layers * kv for name, layers in parts.items()}
+    prepared = prepare(ShardEngine(), model, parts, rooms=need, kv_bytes=granted)
     assert dict(prepared.held) == need
     for short, size in need.items():
         rooms = {**need, short: size - 1}
         with pytest.raises(MemoryError, match=f"{short}: weights and KV cache"):
-            prepare(ShardEngine(), model, {"w/sim:0": 2, "w/sim:1": 3}, rooms=rooms)
+            prepare(ShardEngine(), model, parts, rooms=rooms, kv_bytes=granted)
 
 
 def test_weights_that_do_not_fit_are_not_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
