@@ -41,8 +41,8 @@ def arrival_order(
 class FcfsStep:
     """Admit in the order of arrival while slots and KV last; prefill as much as a step may.
 
-    A sequence is admitted when its prompt and one answer of its 90 % quantile fit the KV room
-    that is left, so that preemption is the exception.
+    A sequence is admitted when the KV room that nobody has reserved holds what is to be reserved
+    for it; the first in line, whenever nothing runs.
     """
 
     name = "fcfs"
@@ -57,10 +57,7 @@ class FcfsStep:
         for sequence in sorted(engine.waiting, key=lambda s: (s.arrived_at, s.rank)):
             if len(admit) == free_slots:
                 break
-            expected = min(
-                sequence.profile.output_tokens.at(0.9), float(sequence.max_output_tokens)
-            )
-            need = sequence.prompt_tokens + max(1, round(expected))
+            need = sequence.reserve_tokens
             if need > free_tokens and (engine.running or admit):
                 reconsider_when = need
                 break

@@ -190,6 +190,8 @@ class SequenceView:
         computed_tokens: tokens whose KV is in the cache.
         output_tokens: tokens generated in this engine.
         max_output_tokens: most that it may still generate from where it started here.
+        reserve_tokens: KV room to reserve for it with its slot, in tokens; while it runs, what it
+            is expected to come to. See ``uellm.policy.reserving``.
         rank: place in the scheduler's order.
         arrived_at: when it reached the engine.
         preemptions: how often it was preempted here.
@@ -202,6 +204,7 @@ class SequenceView:
     computed_tokens: int
     output_tokens: int
     max_output_tokens: int
+    reserve_tokens: int
     rank: int
     arrived_at: float
     preemptions: int = 0
@@ -215,7 +218,7 @@ class EngineView:
         running: sequences with a slot, in order of admission.
         waiting: sequences without one, oldest first.
         slots: most sequences that run at once.
-        kv_tokens_free: KV room left.
+        kv_tokens_free: KV room that is not reserved; prefixes that are kept in it give way.
         kv_tokens_total: KV room in all.
         max_chunk_tokens: most tokens that one step may compute.
     """

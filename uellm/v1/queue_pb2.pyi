@@ -346,6 +346,11 @@ class ReplicaReport(_message.Message):
     PREFILL_SECONDS_PER_TOKEN_FIELD_NUMBER: _builtins.int
     DECODE_STEP_SECONDS_FIELD_NUMBER: _builtins.int
     REPORTED_AT_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_USED_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_RESERVED_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_CACHED_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_COMMITTED_FIELD_NUMBER: _builtins.int
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The placement it runs under."""
     step: _builtins.int
@@ -359,7 +364,7 @@ class ReplicaReport(_message.Message):
     context_tokens: _builtins.int
     """Tokens of context they attended to."""
     kv_tokens_free: _builtins.int
-    """KV room left, in tokens."""
+    """KV room that is not reserved, in tokens; cached prefixes give way to new reservations."""
     kv_tokens_total: _builtins.int
     """KV room in all, in tokens."""
     running: _builtins.int
@@ -372,6 +377,16 @@ class ReplicaReport(_message.Message):
     """Seconds per prefilled token, smoothed; 0: not known yet."""
     decode_step_seconds: _builtins.float
     """Seconds per decode step, smoothed; 0: not known yet."""
+    kv_tokens_used: _builtins.int
+    """KV cache held for sequences that run, in tokens."""
+    kv_tokens_reserved: _builtins.int
+    """KV cache reserved for them, in tokens; at least what they hold, in whole blocks."""
+    kv_tokens_cached: _builtins.int
+    """KV cache kept of sequences that are over, in tokens."""
+    kv_tokens_committed: _builtins.int
+    """KV cache in memory, in tokens: whole blocks."""
+    prefix_hit_tokens: _builtins.int
+    """Prompt tokens found in the cache instead of being computed, since it started."""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageSeconds]:
         """One per stage."""
@@ -398,10 +413,15 @@ class ReplicaReport(_message.Message):
         prefill_seconds_per_token: _builtins.float = ...,
         decode_step_seconds: _builtins.float = ...,
         reported_at: _timestamp_pb2.Timestamp | None = ...,
+        kv_tokens_used: _builtins.int = ...,
+        kv_tokens_reserved: _builtins.int = ...,
+        kv_tokens_cached: _builtins.int = ...,
+        kv_tokens_committed: _builtins.int = ...,
+        prefix_hit_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reported_at", b"reported_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "decode_sequences", b"decode_sequences", "decode_step_seconds", b"decode_step_seconds", "epoch", b"epoch", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_total", b"kv_tokens_total", "prefill_seconds_per_token", b"prefill_seconds_per_token", "prefill_tokens", b"prefill_tokens", "reported_at", b"reported_at", "running", b"running", "slots", b"slots", "stages", b"stages", "step", b"step", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "decode_sequences", b"decode_sequences", "decode_step_seconds", b"decode_step_seconds", "epoch", b"epoch", "kv_tokens_cached", b"kv_tokens_cached", "kv_tokens_committed", b"kv_tokens_committed", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_reserved", b"kv_tokens_reserved", "kv_tokens_total", b"kv_tokens_total", "kv_tokens_used", b"kv_tokens_used", "prefill_seconds_per_token", b"prefill_seconds_per_token", "prefill_tokens", b"prefill_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "reported_at", b"reported_at", "running", b"running", "slots", b"slots", "stages", b"stages", "step", b"step", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -279,6 +279,7 @@ class Delivery:
             # The engine makes no more steps that could say so.
             report.running = report.waiting = 0
             report.kv_tokens_free = report.kv_tokens_total
+            report.kv_tokens_used = report.kv_tokens_reserved = 0
         report.reported_at.CopyFrom(timestamp(now))
         self._report_said = True
         return report

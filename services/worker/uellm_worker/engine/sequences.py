@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from uellm.convert import profile_from_proto, slo_from_proto
 from uellm.core.request import QuantileFunction, ResourceProfile, Slo
+from uellm.policy.reserving import reserve_tokens
 from uellm.policy.views import SequenceView
 from uellm.v1.common_pb2 import Sampling
 from uellm.v1.engine_pb2 import AddSequence
@@ -71,6 +72,16 @@ class Sequence:
         """No further token is wanted or fits."""
         return len(self.tokens) >= self.limit_tokens
 
+    @property
+    def reserve_tokens(self) -> int:
+        """KV room to reserve for it."""
+        return reserve_tokens(
+            self.profile,
+            prompt_tokens=self.prompt_tokens,
+            known_tokens=len(self.tokens),
+            limit_tokens=self.limit_tokens,
+        )
+
     def seat(self, slot: int) -> None:
         """Give it a slot; all of it is to be prefilled."""
         self.slot, self.prefill_tokens = slot, len(self.tokens)
@@ -93,6 +104,7 @@ class Sequence:
             computed_tokens=self.computed_tokens,
             output_tokens=len(self.tokens) - self.given_tokens,
             max_output_tokens=self.limit_tokens - self.given_tokens,
+            reserve_tokens=self.reserve_tokens,
             rank=self.rank,
             arrived_at=self.arrived_at,
             preemptions=self.preemptions,
