@@ -334,6 +334,39 @@ async def test_a_restarted_deployer_adopts_what_runs(pair: Mesh) -> None:
     await pair.ready(above=before.replicas[0].epoch)
 
 
+async def test_devices_of_a_worker_are_one_stage_which_is_adopted(mesh: Mesh) -> None:
+    await mesh.add_deployer()
+    await mesh.add_worker("w1", devices=2)
+    await mesh.add_worker("w2", devices=2)
+    await mesh.apply(stages=4)
+    before = await mesh.ready()
+    first, last = before.replicas[0].stages
+    held = [(s.device_id, s.first_layer, s.last_layer) for s in (*first.shards, *last.shards)]
+    assert held == [("w1/sim:0", 0, 1), ("w1/sim:1", 2, 3), ("w2/sim:0", 4, 4), ("w2/sim:1", 5, 5)]
+    assert (first.last_layer, last.first_layer, last.stage_count) == (3, 4, 2)
+    await mesh.stop_deployer(0)
+    await mesh.add_deployer()
+    mesh.addresses.pop(0)
+    for worker in mesh.workers.values():
+        worker.calls.clear()
+        await worker.turn_to(mesh.addresses)
+
+    async def untouched() -> bool:
+        after = await mesh.published()
+        return after is not None and after.replicas == before.replicas
+
+    # Nothing grows either: there are as many stages as were wanted, on two workers.
+    await stays(untouched, 3.5)
+    assert not any(worker.calls for worker in mesh.workers.values())
+    await mesh.workers["w2"].stop()
+    after = await mesh.ready(above=before.replicas[0].epoch)
+    (alone,) = after.replicas[0].stages
+    assert [(s.device_id, s.first_layer, s.last_layer) for s in alone.shards] == [
+        ("w1/sim:0", 0, 2),
+        ("w1/sim:1", 3, 5),
+    ]
+
+
 async def test_a_restarted_deployer_forms_again_what_is_gone(pair: Mesh) -> None:
     await pair.apply(stages=2)
     before = (await pair.ready()).replicas[0].epoch

@@ -30,7 +30,7 @@ class RecordingWorker(worker_pb2_grpc.WorkerServiceServicer):
         hold_prepare: Prepare waits while this is cleared.
     """
 
-    def __init__(self, name: str, memory_bytes: int = 2 * GIB) -> None:
+    def __init__(self, name: str, memory_bytes: int = 2 * GIB, devices: int = 1) -> None:
         self.name = name
         self.address = ""
         self.incarnation = time.time_ns()
@@ -42,6 +42,7 @@ class RecordingWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.stages: dict[str, deployer_pb2.StageStatus] = {}
         self.assignments: dict[str, topology_pb2.ShardAssignment] = {}
         self._memory_bytes = memory_bytes
+        self._num_devices = devices
         self._fences: dict[str, int] = {}
         self._server: grpc.aio.Server | None = None
         self._beating: asyncio.Task[None] | None = None
@@ -180,27 +181,31 @@ class RecordingWorker(worker_pb2_grpc.WorkerServiceServicer):
             worker=self.name,
             incarnation=self.incarnation,
             stages=self.stages.values(),
-            devices=[self.device],
+            devices=self.devices,
         )
         if (await stub.Heartbeat(heartbeat, timeout=2)).unknown:
             register = deployer_pb2.RegisterWorkerRequest(
                 worker=self.name,
                 address=self.address,
-                devices=[self.device],
+                devices=self.devices,
                 incarnation=self.incarnation,
             )
             await stub.RegisterWorker(register, timeout=2)
             await stub.Heartbeat(heartbeat, timeout=2)
 
     @property
-    def device(self) -> topology_pb2.Device:
-        """Its one device."""
-        return topology_pb2.Device(
-            id=f"{self.name}/cpu:0",
-            worker=self.name,
-            host="localhost",
-            kind=topology_pb2.DEVICE_KIND_CPU,
-            memory_total_bytes=self._memory_bytes,
-            memory_free_bytes=self._memory_bytes,
-            healthy=self.healthy,
-        )
+    def devices(self) -> list[topology_pb2.Device]:
+        """Its devices: a CPU, or several that are simulated."""
+        many = self._num_devices > 1
+        return [
+            topology_pb2.Device(
+                id=f"{self.name}/{'sim' if many else 'cpu'}:{index}",
+                worker=self.name,
+                host="localhost",
+                kind=topology_pb2.DEVICE_KIND_SIMULATED if many else topology_pb2.DEVICE_KIND_CPU,
+                memory_total_bytes=self._memory_bytes,
+                memory_free_bytes=self._memory_bytes,
+                healthy=self.healthy,
+            )
+            for index in range(self._num_devices)
+        ]

@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import pytest
+from uellm_deployer.adoption import planned_of
 from uellm_deployer.budgets import devices_for
 from uellm_deployer.catalog import checked, parse_model, resolve
-from uellm_deployer.planning import plan
+from uellm_deployer.planning import assignments, plan
 from uellm_deployer.replica import Phase, Replica
 from uellm_deployer.settings import DeployerSettings
 from uellm_deployer.workers import Worker
 
 from tests.support.checkpoints import write_checkpoint
-from uellm.core.errors import InvalidArgumentError
+from uellm.core.errors import FailedPreconditionError, InvalidArgumentError
 from uellm.placement.even import EvenPlacer
 from uellm.placement.views import Device, PlannedReplica, PlannedStage
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
@@ -29,11 +30,15 @@ def replica(name: str, phase: Phase, memory_bytes: int) -> Replica:
     return Replica(name, 0, phase, planned=PlannedReplica((stage,)))
 
 
-def held(name: str, resident_bytes: int) -> deployer_pb2.StageStatus:
-    return deployer_pb2.StageStatus(replica=name, pid=1, resident_bytes=resident_bytes)
+def held(name: str, resident_bytes: int, device_bytes: int = 0) -> deployer_pb2.StageStatus:
+    use = topology_pb2.DeviceUse(device_id="w/d:0", held_bytes=device_bytes)
+    return deployer_pb2.StageStatus(
+        replica=name, pid=1, resident_bytes=resident_bytes, devices=[use]
+    )
 
 
 CPU, CUDA = topology_pb2.DEVICE_KIND_CPU, topology_pb2.DEVICE_KIND_CUDA
+SIMULATED = topology_pb2.DEVICE_KIND_SIMULATED
 
 
 @pytest.mark.parametrize(
@@ -45,6 +50,10 @@ CPU, CUDA = topology_pb2.DEVICE_KIND_CPU, topology_pb2.DEVICE_KIND_CUDA
         (CPU, [held("o", 100)], [replica("o", Phase.READY, 150)], 550),
         (CUDA, [held("o", 9)], [replica("o", Phase.READY, 150)], 600),
         (CPU, [], [replica("o", Phase.IDLE, 150)], 600),
+        # Of a simulated device its worker counts what the children say.
+        (SIMULATED, [held("o", 900, 100)], [replica("o", Phase.READY, 150)], 550),
+        (SIMULATED, [held("o", 900)], [replica("o", Phase.FORMING, 150)], 450),
+        (SIMULATED, [held("me", 900, 250)], [], 850),
         # What the planned replica holds itself is free for it, up to all there is.
         (CPU, [held("me", 250)], [], 850),
         (CUDA, [held("me", 9)], [], 900),
@@ -79,6 +88,40 @@ async def test_accelerators_are_taken_before_cpus(tmp_path: Path) -> None:
     assert where([gpu, cpu], stages=2) == (["c/cpu:0", "g/cuda:0"], "float32")
     assert where([gpu, cpu], dtype="float16") == (["g/cuda:0"], "float16")
     assert where([gpu, cpu], stages=1)[0] == ["g/cuda:0"]
+
+
+async def test_simulated_devices_compute_in_single_precision(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "m")
+    model = await resolve(common_pb2.ModelRef(name="m", source=str(source)))
+    device = Device("s/sim:0", "s", "s", "simulated", 1 << 30)
+    assert plan(EvenPlacer(), model, deployer_pb2.PlanRequest(), [device], 1).dtype == "float32"
+
+
+async def test_neighbours_on_a_worker_become_one_stage_and_no_worker_has_two(
+    tmp_path: Path,
+) -> None:
+    source = write_checkpoint(tmp_path / "m", layers=4)
+    model = await resolve(common_pb2.ModelRef(name="m", source=str(source)))
+    names = ("a/sim:0", "a/sim:1", "b/sim:0")
+    devices = [Device(name, name[0], name[0], "simulated", 1 << 30) for name in names]
+    request = deployer_pb2.PlanRequest(stages=3, slots=1)
+    planned = plan(EvenPlacer(), model, request, devices, 1)
+    workers = {name: Worker(name, f"{name}:1", 1, [], 0.0) for name in "ab"}
+    (copy,) = planned.plan.replicas
+    first, last = assignments(planned, copy, model, "m-0", 7, workers)
+    assert [(s.device_id, s.first_layer, s.last_layer) for s in first.shards] == [
+        ("a/sim:0", 0, 1),
+        ("a/sim:1", 2, 2),
+    ]
+    assert (first.first_layer, first.last_layer, list(first.device_ids)) == (0, 2, [*names[:2]])
+    assert first.kv_bytes == sum(shard.kv_bytes for shard in first.shards)
+    assert [(p.stage, p.worker) for p in first.peers] == [(0, "a"), (1, "b")]
+    assert (first.has_embed, first.has_head, last.has_embed, last.has_head) == (1, 0, 0, 1)
+    # What was published leads back to the plan.
+    assert planned_of((first, last), planned.profile) == copy
+    a, b, c = copy.stages
+    with pytest.raises(FailedPreconditionError, match="comes back to worker a"):
+        assignments(planned, PlannedReplica((a, c, b)), model, "m-0", 7, workers)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,37 @@ def test_a_plan_is_found_whenever_there_is_one(
 
 
 @given(
+    models,
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 40)), min_size=2, max_size=6),
+    st.integers(0, 5),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_devices_of_a_worker_hold_consecutive_layers(
+    needs: ModelProfile, sizes: list[tuple[str, int]], stages: int
+) -> None:
+    devices = [device(f"{name}/d:{i}", size) for i, (name, size) in enumerate(sizes)]
+    wanted = Workload(stages=stages, slots=1, max_tokens=1)
+    plan = PLACER.place(devices, needs, wanted)
+    rest = [each for each in devices if each.id != devices[0].id]
+    for made in (plan, PLACER.place(rest, needs, wanted, plan)):
+        for replica in made.replicas:
+            visits = [stage.device_id.partition("/")[0] for stage in replica.stages]
+            assert sorted(visits, key=visits.index) == visits
+
+
+def test_ends_are_on_one_worker_only_with_all_that_is_between() -> None:
+    # b's device has room for a layer, and for no end with its 8 bytes; it could only be between.
+    sizes = {"a/d:0": 40, "a/d:1": 40, "b/d:0": 13}
+    devices = [device(name, size) for name, size in sizes.items()]
+    needs = model(layers=3, weight=10, kv=0, embed=8)
+    assert not PLACER.place(devices, needs, Workload(stages=3, max_tokens=1)).replicas
+    assert ranges(PLACER.place(devices, needs, Workload(stages=0, max_tokens=1))) == [
+        ("a/d:0", 0, 1),
+        ("a/d:1", 2, 2),
+    ]
+
+
+@given(
     st.lists(st.integers(0, 9), min_size=1, max_size=7),
     st.lists(st.integers(0, 30), min_size=1, max_size=4),
 )
@@ -256,3 +287,11 @@ def test_a_first_guess_of_speed_uses_what_was_measured() -> None:
     # Stage 1, measured: 4 layers of 20 FLOPs; 4 layers and a head of 45 bytes to read.
     assert prefill == approx(80 / 1e3 + 80 / 2e10)
     assert decode == approx(45 / 1e2 + 40 / 1e10 + HOP_SECONDS)
+
+
+def test_a_way_within_a_worker_is_taken_to_cost_nothing() -> None:
+    devices = {name: device(name, 500, "cpu") for name in ("a/d:0", "a/d:1", "b/d:0")}
+    plan = PLACER.place(list(devices.values()), model(), Workload(stages=3, max_tokens=1))
+    assert [stage.device_id for stage in plan.replicas[0].stages] == sorted(devices)
+    _, decode = first_guess(plan.replicas[0], model(), devices)
+    assert decode == approx(85 / 1e10 + HOP_SECONDS)

@@ -194,6 +194,16 @@ def test_a_small_replica_grows_only_when_nothing_runs_and_devices_are_there() ->
     assert one(Wanted(1, 2), [small], *there, idle=True) is None
 
 
+def test_a_stage_on_several_devices_counts_as_so_many() -> None:
+    small = replica(Phase.READY, "a", grow_at=99.0)
+    (assignment,) = small.assignments
+    assignment.shards.add(device_id="a/sim:0", last_layer=1)
+    there = worker("a", HELD), worker("b")
+    assert one(Wanted(1, 2), [small], *there, idle=True) == Grow("m-0")
+    assignment.shards.add(device_id="a/sim:1", first_layer=2, last_layer=3)
+    assert one(Wanted(1, 2), [small], *there, idle=True) is None
+
+
 def test_replicas_beyond_those_wanted_end_once() -> None:
     extra = replica(Phase.READY, "a", index=1)
     assert one(Wanted(1, 1), [extra], worker("a", ("m-1", 5, SERVING))) == End("m-1")

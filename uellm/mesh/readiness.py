@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from uellm.client import Client
+from uellm.convert import device_shards
 from uellm.core.errors import ConfigurationError, UnavailableError
 from uellm.mesh.options import MeshOptions
 from uellm.mesh.supervision import Supervised
@@ -29,7 +30,8 @@ class Placement:
     Attributes:
         replica: its id.
         epoch: its generation.
-        stages: in order, each as ``worker:first-last``.
+        stages: in order, each as ``worker:first-last``; of a worker that spreads its stage over
+            devices, each of those as ``worker/device:first-last``.
     """
 
     replica: str
@@ -41,14 +43,13 @@ def placement(replica: topology_pb2.Replica) -> Placement:
     """The placement of a replica as the deployer publishes it."""
     stages = sorted(replica.stages, key=lambda stage: stage.stage_index)
     workers = {peer.stage: peer.worker for stage in stages for peer in stage.peers}
-    return Placement(
-        replica.id,
-        replica.epoch,
-        tuple(
-            f"{workers.get(stage.stage_index, '?')}:{stage.first_layer}-{stage.last_layer}"
-            for stage in stages
-        ),
-    )
+    found = []
+    for stage in stages:
+        parts = device_shards(stage)
+        for part in parts:
+            where = part.device_id if len(parts) > 1 else workers.get(stage.stage_index, "?")
+            found.append(f"{where}:{part.first_layer}-{part.last_layer}")
+    return Placement(replica.id, replica.epoch, tuple(found))
 
 
 async def wait_for_services(

@@ -1,7 +1,8 @@
 """An even split that respects memory: equal weights per stage, as far as the devices hold them.
 
-It looks at memory, not at speed or links. For a model of equal layers it finds a plan for one
-replica whenever there is one.
+It looks at memory, not at speed or links. For a model of equal layers, and workers of one device
+each, it finds a plan for one replica whenever there is one. Devices of one worker hold consecutive
+layers: they are one stage of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from uellm.core.model import ModelProfile
 from uellm.placement.explain import explain, explain_infeasible
 from uellm.placement.memory import USABLE, WORKSPACE_BYTES, Need
 from uellm.placement.partition import Range
-from uellm.placement.rooms import Rooms
+from uellm.placement.rooms import Rooms, neighbours
 from uellm.placement.views import (
     Device,
     PlacementPlan,
@@ -107,7 +108,8 @@ def _keep(rooms: Rooms, need: Need, before: Sequence[PlannedReplica]) -> _Layout
             taken.append(chosen)
         order.append(chosen)
     cut = tuple((stage.first_layer, stage.last_layer) for stage in stages)
-    return _Layout(tuple(order), cut) if rooms.holds_cut(order, cut, need) else None
+    fits = neighbours(order) and rooms.holds_cut(order, cut, need)
+    return _Layout(tuple(order), cut) if fits else None
 
 
 def _fresh(rooms: Rooms, need: Need, stages: int) -> _Layout | None:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import permutations
+from itertools import groupby, permutations
 
 from uellm.placement.memory import Need
 from uellm.placement.partition import Range, fits, split
@@ -100,13 +100,21 @@ class Rooms:
                 yield chosen
 
     def orders(self, chosen: Sequence[Device]) -> Iterator[tuple[Device, ...]]:
-        """Orders to try: by id, then every pair of ends, which need room for more than layers."""
-        yield tuple(chosen)
+        """Orders to try: by id, then every pair of ends, which need room for more than layers.
+
+        Only such in which the devices of each worker are neighbours: they are one stage of it.
+        """
+        yield tuple(sorted(chosen, key=lambda d: (d.worker, d.id)))
         ends = sorted(chosen, key=lambda d: (-self._left[d.id], d.id))
         most = _ALL_ENDS if len(chosen) <= _ALL_ENDS else _SOME_ENDS
         for first, last in permutations(ends[:most], 2):
-            middle = (device for device in chosen if device not in (first, last))
-            yield (first, *middle, last)
+            middle = [device for device in chosen if device not in (first, last)]
+            middle.sort(
+                key=lambda d: ((d.worker == last.worker) - (d.worker == first.worker), d.worker)
+            )
+            order = (first, *middle, last)
+            if neighbours(order):
+                yield order
 
     def replacement(self, taken: Sequence[Device]) -> Device | None:
         """An unused device, on a worker that is used least, with the most room."""
@@ -114,6 +122,12 @@ class Rooms:
         spare = [device for device in self.devices if device not in taken]
         spare.sort(key=lambda d: (workers[d.worker], self._uses[d.id], -self._left[d.id], d.id))
         return spare[0] if spare else None
+
+
+def neighbours(order: Sequence[Device]) -> bool:
+    """Whether the devices of each worker stand side by side."""
+    visits = [worker for worker, _ in groupby(order, key=lambda device: device.worker)]
+    return len(visits) == len(set(visits))
 
 
 def _round_robin(devices: Sequence[Device]) -> list[Device]:

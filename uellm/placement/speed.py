@@ -1,6 +1,7 @@
 """A first guess at how fast a replica runs, until it reports how fast it does."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from uellm.core.model import ModelProfile
 from uellm.placement.views import Device, PlannedReplica
@@ -9,7 +10,7 @@ from uellm.placement.views import Device, PlannedReplica
 _FLOPS = {"cpu": 2e10, "cuda": 2e13}
 _BANDWIDTH = {"cpu": 1e10, "cuda": 5e11}
 HOP_SECONDS = 0.0005
-"""From one stage to the next: mostly software, whatever the link."""
+"""From one worker to the next: mostly software, whatever the link."""
 
 
 def first_guess(
@@ -30,5 +31,6 @@ def first_guess(
         decode += weights / (
             device.memory_bytes_per_second or _BANDWIDTH.get(device.kind, _BANDWIDTH["cpu"])
         )
-    hops = HOP_SECONDS * (len(replica.stages) - 1)
-    return prefill, decode + hops
+    workers = [devices[stage.device_id].worker for stage in replica.stages]
+    hops = sum(before != after for before, after in pairwise(workers))
+    return prefill, decode + HOP_SECONDS * hops

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from uellm.convert import model_from_proto
+from uellm.convert import device_shards, model_from_proto
 from uellm.core.model import ModelProfile
 from uellm.placement.memory import Need
 from uellm.placement.views import PlannedReplica, PlannedStage
@@ -71,16 +71,17 @@ def planned_of(
     return PlannedReplica(
         tuple(
             PlannedStage(
-                device_id=stage.device_ids[0],
-                first_layer=stage.first_layer,
-                last_layer=stage.last_layer,
-                has_embed=stage.has_embed,
-                has_head=stage.has_head,
+                device_id=part.device_id,
+                first_layer=part.first_layer,
+                last_layer=part.last_layer,
+                has_embed=stage.has_embed and part.first_layer == stage.first_layer,
+                has_head=stage.has_head and part.last_layer == stage.last_layer,
                 memory_bytes=Need(profile, stage.slots, stage.max_tokens).stage(
-                    stage.first_layer, stage.last_layer
+                    part.first_layer, part.last_layer
                 ),
-                kv_bytes=stage.kv_bytes,
+                kv_bytes=part.kv_bytes,
             )
             for stage in stages
+            for part in device_shards(stage)
         )
     )

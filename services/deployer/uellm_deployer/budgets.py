@@ -7,8 +7,8 @@ replica to be planned holds itself.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from uellm.placement.views import Device
-from uellm.v1 import topology_pb2
+from uellm.placement.views import Device, PlannedStage
+from uellm.v1 import deployer_pb2, topology_pb2
 from uellm_deployer.replica import Phase, Replica
 from uellm_deployer.workers import Worker
 
@@ -66,14 +66,25 @@ def _claims(
             status = worker.stages.get(replica.id) if worker is not None else None
             resident = 0
             if status is not None and status.pid:
-                # A child's resident memory is the host's; what it holds of an accelerator is not
-                # reported, and is taken to be what was planned.
-                resident = stage.memory_bytes
-                if kinds.get(stage.device_id) == topology_pb2.DEVICE_KIND_CPU:
-                    resident = min(resident, status.resident_bytes)
+                resident = _resident(stage, kinds.get(stage.device_id), status)
             if replica is planning:
                 held[stage.device_id] += resident
             else:
                 owed[stage.device_id] += stage.memory_bytes - resident
                 stages[stage.device_id] += 1
     return held, owed, stages
+
+
+def _resident(stage: PlannedStage, kind: int | None, status: deployer_pb2.StageStatus) -> int:
+    """What a stage that is there has taken of what its device counts as free.
+
+    A child's resident memory is the host's. What it takes of a CUDA device, which counts what its
+    libraries take as well, is not reported, and is taken to be what was planned. Of any other the
+    worker counts what the child says that it holds.
+    """
+    if kind == topology_pb2.DEVICE_KIND_CPU:
+        return min(stage.memory_bytes, status.resident_bytes)
+    if kind in (topology_pb2.DEVICE_KIND_SIMULATED, topology_pb2.DEVICE_KIND_OTHER):
+        held = sum(u.held_bytes for u in status.devices if u.device_id == stage.device_id)
+        return min(stage.memory_bytes, held)
+    return stage.memory_bytes

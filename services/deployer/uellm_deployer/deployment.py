@@ -139,7 +139,7 @@ class Deployment:
                 await self.publish()
                 return
         self._add_replicas(now)
-        few = any(len(r.assignments) < self.request.stages for r in self.replicas)
+        few = any(r.num_devices < self.request.stages for r in self.replicas)
         situation = reconcile.Situation(
             workers={worker.worker: worker for worker in self.tools.workers.all},
             now=now,

@@ -17,7 +17,7 @@ from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.forming import StageError
 from uellm_deployer.planning import Planned
 from uellm_deployer.reconcile import SETTLED_SECONDS
-from uellm_deployer.replica import Phase, Replica, backoff, worker_of
+from uellm_deployer.replica import Phase, Replica, backoff, num_devices, worker_of
 from uellm_deployer.tools import Tools
 
 _log = logger("formation")
@@ -67,7 +67,7 @@ async def form(deployment: Formed, replica: Replica, *, grow: bool = False) -> N
     try:
         planned, copy = await _plan(deployment, replica, fresh=grow)
         if grow:
-            if replica.phase is not Phase.READY or len(copy.stages) <= len(before):
+            if replica.phase is not Phase.READY or len(copy.stages) <= num_devices(before):
                 replica.grow_at = time.monotonic() + GROW_AGAIN_SECONDS
                 return
             await tools.store.route(deployment.name, replica.id, replica.epoch, "FORMING")
@@ -106,7 +106,7 @@ async def _plan(
         devices = devices_for(replica, tools.replicas(), live)
         stages = min(deployment.request.stages, len(devices))
         # What had fewer or more stages than it can have now is no example.
-        follow = not fresh and (not stages or len(replica.assignments) == stages)
+        follow = not fresh and (not stages or replica.num_devices == stages)
         previous = planning.as_previous(replica.planned) if follow else None
         avoided = {name for name, until in deployment.avoided.items() if until > now}
         groups = [[device for device in devices if device.worker not in avoided], devices]

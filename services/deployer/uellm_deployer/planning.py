@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+from uellm.core.errors import FailedPreconditionError
 from uellm.core.model import ModelProfile
 from uellm.placement.speed import first_guess
 from uellm.placement.views import Device, PlacementPlan, Placer, PlannedReplica, Workload
@@ -39,7 +41,7 @@ def plan(
     """Place a model.
 
     Accelerators alone are tried before CPUs are taken too: a CPU among them would set the pace.
-    Without a dtype in the request it is float32 where a CPU is used, else bfloat16.
+    Without a dtype in the request it is float32 where a CPU computes, else bfloat16.
 
     Raises:
         ModelFilesError: if the model's files do not say what it needs.
@@ -49,7 +51,7 @@ def plan(
     groups = [devices] if len(accelerators) in (0, len(devices)) else [accelerators, devices]
     made = []
     for group in groups:
-        cpu = any(device.kind == "cpu" for device in group)
+        cpu = any(device.kind in ("cpu", "simulated") for device in group)
         dtype = request.dtype or ("float32" if cpu or not group else "bfloat16")
         profile = model.profile(dtype)
         made.append(
@@ -83,14 +85,30 @@ def assignments(
     generation: int,
     workers: dict[str, Worker],
 ) -> tuple[topology_pb2.ShardAssignment, ...]:
-    """A planned replica as it is pushed to its workers, in stage order."""
-    peers = [
-        topology_pb2.Peer(
-            stage=index,
-            worker=planned.devices[stage.device_id].worker,
-            host=host_of(workers[planned.devices[stage.device_id].worker].address),
+    """A planned replica as it is pushed to its workers, in stage order.
+
+    Devices of one worker that follow each other become one stage of it.
+
+    Raises:
+        FailedPreconditionError: if the plan comes back to a worker, which holds one stage of it.
+    """
+    stages = [
+        (worker, tuple(parts))
+        for worker, parts in groupby(
+            replica.stages, key=lambda part: planned.devices[part.device_id].worker
         )
-        for index, stage in enumerate(replica.stages)
+    ]
+    names = [worker for worker, _ in stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise FailedPreconditionError(
+                f"the plan of {replica_id} comes back to worker {name} after another one, and a "
+                "worker holds consecutive layers; give each device a worker of its own",
+                reason="PLACEMENT_INFEASIBLE",
+            )
+    peers = [
+        topology_pb2.Peer(stage=index, worker=name, host=host_of(workers[name].address))
+        for index, name in enumerate(names)
     ]
     return tuple(
         topology_pb2.ShardAssignment(
@@ -98,20 +116,29 @@ def assignments(
             replica=replica_id,
             generation=generation,
             stage_index=index,
-            stage_count=len(replica.stages),
-            device_ids=[stage.device_id],
-            first_layer=stage.first_layer,
-            last_layer=stage.last_layer,
-            has_embed=stage.has_embed,
-            has_head=stage.has_head,
+            stage_count=len(stages),
+            device_ids=[part.device_id for part in parts],
+            first_layer=parts[0].first_layer,
+            last_layer=parts[-1].last_layer,
+            has_embed=parts[0].has_embed,
+            has_head=parts[-1].has_head,
             model=model.ref,
             dtype=planned.dtype,
-            kv_bytes=stage.kv_bytes,
+            kv_bytes=sum(part.kv_bytes for part in parts),
             slots=planned.plan.slots,
             peers=peers,
             max_tokens=planned.plan.max_tokens,
+            shards=[
+                topology_pb2.DeviceShard(
+                    device_id=part.device_id,
+                    first_layer=part.first_layer,
+                    last_layer=part.last_layer,
+                    kv_bytes=part.kv_bytes,
+                )
+                for part in parts
+            ],
         )
-        for index, stage in enumerate(replica.stages)
+        for index, (_, parts) in enumerate(stages)
     )
 
 

@@ -133,7 +133,7 @@ def _watch(wanted: Wanted, replica: Replica, situation: Situation) -> list[Actio
     lost = loss(replica, situation)
     if lost is not None:
         return [lost]
-    few = len(replica.assignments) < min(wanted.stages, len(situation.devices))
+    few = replica.num_devices < min(wanted.stages, len(situation.devices))
     if few and situation.idle and situation.now >= replica.grow_at:
         return [Grow(replica.id)]
     return []
@@ -148,7 +148,7 @@ def _begin(
     if not devices:
         return Wait(replica.id, "waits for a worker: none is there (`uellm serve worker`)")
     if replica.epoch:
-        needed = wanted.stages or max(len(replica.assignments), 1)
+        needed = wanted.stages or max(replica.num_devices, 1)
         there = len(devices - _used_by_others(replica, replicas))
     else:
         # All copies are new: the first one is not to take what is only the first device to come.

@@ -1,8 +1,10 @@
 """A replica as the deployer runs it: where its stages are, and what is being done about it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from uellm.convert import device_shards
 from uellm.placement.views import PlannedReplica
 from uellm.v1 import topology_pb2
 
@@ -69,6 +71,11 @@ class Replica:
         """The workers of its stages, in stage order."""
         return [worker_of(assignment) for assignment in self.assignments]
 
+    @property
+    def num_devices(self) -> int:
+        """Devices that it stands on: one for each stage that was planned."""
+        return num_devices(self.assignments)
+
     def to_proto(self) -> topology_pb2.Replica:
         """As it is published."""
         state = {
@@ -87,3 +94,8 @@ class Replica:
 def worker_of(assignment: topology_pb2.ShardAssignment) -> str:
     """The worker that an assignment is for."""
     return next(peer.worker for peer in assignment.peers if peer.stage == assignment.stage_index)
+
+
+def num_devices(assignments: Iterable[topology_pb2.ShardAssignment]) -> int:
+    """Devices that hold these stages."""
+    return sum(len(device_shards(assignment)) for assignment in assignments)

@@ -156,7 +156,8 @@ class Intake:
                 done.append(message.entry_id)
             else:
                 batches.setdefault(entry.batch_id, []).append((entry, record))
-        if batches and len(self._stages) < self._leadership.stage_count and enabled():
+        known = len({stage.stage for stage in self._stages})
+        if batches and known < self._leadership.stage_count and enabled():
             self._stages = await self._leadership.stages()
         for batch_id, members in batches.items():
             facts: Attributes = {"uellm.batch.id": batch_id, "uellm.batch.size": len(members)}

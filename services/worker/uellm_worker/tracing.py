@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
+from uellm.convert import device_shards
 from uellm.telemetry import context_of, tracer
 from uellm.v1 import common_pb2, queue_pb2, topology_pb2
 
@@ -15,17 +16,21 @@ Attributes = dict[str, str | int | float | bool]
 
 @dataclass(frozen=True, slots=True)
 class StageFacts:
-    """What a span says of a stage.
+    """What a span says of a stage, or of its part on one device.
 
     Attributes:
-        index: which.
+        index: its place in the replica's reports.
+        stage: which stage.
         worker: where.
+        device: on which of its devices.
         first_layer: of those it holds, inclusive.
         last_layer: of those it holds, inclusive.
     """
 
     index: int
+    stage: int
     worker: str
+    device: str
     first_layer: int
     last_layer: int
 
@@ -37,14 +42,17 @@ def enabled() -> bool:
 
 def stage_facts(assignments: Iterable[topology_pb2.ShardAssignment]) -> tuple[StageFacts, ...]:
     """The stages of a replica, from all its assignments."""
+    parts = ((a, part) for a in assignments for part in device_shards(a))
     return tuple(
         StageFacts(
-            index=a.stage_index,
+            index=index,
+            stage=a.stage_index,
             worker=next((p.worker for p in a.peers if p.stage == a.stage_index), ""),
-            first_layer=a.first_layer,
-            last_layer=a.last_layer,
+            device=part.device_id,
+            first_layer=part.first_layer,
+            last_layer=part.last_layer,
         )
-        for a in assignments
+        for index, (a, part) in enumerate(parts)
     )
 
 
@@ -98,8 +106,9 @@ class RequestTrace:
             if stage.index < len(report.stages):
                 seconds = report.stages[stage.index]
             attributes: Attributes = {
-                "uellm.stage.index": stage.index,
+                "uellm.stage.index": stage.stage,
                 "uellm.worker": stage.worker,
+                "uellm.device": stage.device,
                 "uellm.stage.first_layer": stage.first_layer,
                 "uellm.stage.last_layer": stage.last_layer,
                 "uellm.stage.compute_seconds": seconds.compute_seconds,
