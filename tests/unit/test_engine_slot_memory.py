@@ -32,6 +32,13 @@ def test_other_devices_allocate_everything_at_once() -> None:
     assert page_tokens(64, torch.float16, torch.device("cuda")) == 1
 
 
+@BLOCK_16
+@pytest.mark.parametrize(("block", "length"), [(1, 40), (16, 48), (24, 40), (32, 48)])
+def test_pages_are_used_where_blocks_are_whole_pages(block: int, length: int) -> None:
+    memory = SlotMemory(1, 2, 1, 40, HEAD_DIM, torch.float32, CPU, block)
+    assert memory.keys[0].shape == (2, 1, length, HEAD_DIM)
+
+
 @settings(deadline=None)
 @given(
     st.sampled_from([1, 16]),

@@ -16,6 +16,7 @@ from uellm.v1.topology_pb2 import ShardAssignment
 from uellm_worker.engine.capacity import Capacity, Prepared, Vocabulary
 from uellm_worker.engine.device import Device, move
 from uellm_worker.engine.group import Group, advertised_host
+from uellm_worker.engine.heap import trim_heap
 from uellm_worker.engine.inbox import Inbox
 from uellm_worker.engine.part import Part, shard_capacity
 from uellm_worker.engine.plan import (
@@ -259,6 +260,7 @@ def load_stage(
             progress(before + loaded, before + total)
 
         shards.append(load_shard(spec, earlier.pop(device.id, None), tell))
+    trim_heap()
     capacities = [
         shard_capacity(shard, assignment, each.kv_bytes)
         for shard, each in zip(shards, device_shards(assignment), strict=True)

@@ -46,11 +46,12 @@ class SlotMemory:
         layers: how many.
         slots: sequences.
         kv_heads: per layer.
-        max_tokens: per sequence; rounded up to whole blocks.
+        max_tokens: per sequence; rounded up to whole blocks of pages.
         head_dim: per head.
         dtype: of keys and values.
         device: where.
-        block_tokens: see ``page_tokens``; 1 to allocate everything now.
+        block_tokens: of releases. Where that is not a multiple of ``page_tokens``, or pages are
+            not given back, everything is allocated now.
 
     Attributes:
         keys: per layer, ``[slots, kv_heads, max_tokens, head_dim]``.
@@ -68,7 +69,9 @@ class SlotMemory:
         device: torch.device,
         block_tokens: int = 1,
     ) -> None:
-        length = -(-max_tokens // block_tokens) * block_tokens
+        page = page_tokens(head_dim, dtype, device)
+        paged = page > 1 and block_tokens % page == 0
+        length = -(-max_tokens // page) * page if paged else max_tokens
         shape = (slots, kv_heads, length, head_dim)
         self._regions: list[mmap.mmap] = []
         self._slot_bytes = kv_heads * length * head_dim * dtype.itemsize
@@ -76,7 +79,7 @@ class SlotMemory:
         self._token_bytes = head_dim * dtype.itemsize
 
         def tensors() -> list[torch.Tensor]:
-            if block_tokens == 1:
+            if not paged:
                 return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
             regions = [_reserve(slots * self._slot_bytes) for _ in range(layers)]
             self._regions += regions
