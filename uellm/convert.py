@@ -143,7 +143,12 @@ def model_from_proto(message: topology_pb2.ModelProfile) -> ModelProfile:
     """A model's needs."""
     return ModelProfile(
         layers=tuple(
-            LayerProfile(layer.weight_bytes, layer.kv_bytes_per_token, layer.flops_per_token)
+            LayerProfile(
+                weight_bytes=layer.weight_bytes,
+                kv_bytes_per_token=layer.kv_bytes_per_token,
+                flops_per_token=layer.flops_per_token,
+                state_bytes=layer.state_bytes,
+            )
             for layer in message.layers
         ),
         embed_bytes=message.embed_bytes,
@@ -166,6 +171,7 @@ def model_to_proto(model: ModelProfile) -> topology_pb2.ModelProfile:
                 weight_bytes=layer.weight_bytes,
                 kv_bytes_per_token=layer.kv_bytes_per_token,
                 flops_per_token=layer.flops_per_token,
+                state_bytes=layer.state_bytes,
             )
             for layer in model.layers
         ],

@@ -55,7 +55,7 @@ def test_profiles_keep_everything() -> None:
 
 
 def test_models_keep_everything() -> None:
-    layer = LayerProfile(10, 20, 30.0)
+    layer = LayerProfile(10, 20, 30.0, 40)
     model = ModelProfile((layer, layer), 5, 6, True, 7, 8, 9, 10, "Arch", "float16")
     assert convert.model_from_proto(convert.model_to_proto(model)) == model
 

@@ -1,6 +1,6 @@
 from hypothesis import given
 from hypothesis import strategies as st
-from uellm_worker.engine.capacity import Capacity, fit
+from uellm_worker.engine.capacity import Capacity, fit, fit_hybrid
 from uellm_worker.engine.kv import KvManager
 
 FITS = st.builds(
@@ -61,3 +61,43 @@ def test_what_both_can_hold_is_no_more_than_either_can(
 def test_equal_stages_lose_nothing(made: tuple[Capacity, object]) -> None:
     capacity = made[0]
     assert capacity.at_most(capacity) == capacity
+
+
+@given(
+    slots=st.integers(1, 20),
+    max_tokens=st.integers(1, 300),
+    kv_bytes=st.just(0) | st.integers(1, 20_000),
+    bytes_per_token=st.integers(0, 8),
+    block_tokens=st.sampled_from([1, 16, 64, 128]),
+    state_bytes=st.integers(1, 500),
+)
+def test_states_and_tokens_share_what_was_granted(
+    slots: int,
+    max_tokens: int,
+    kv_bytes: int,
+    bytes_per_token: int,
+    block_tokens: int,
+    state_bytes: int,
+) -> None:
+    capacity = fit_hybrid(slots, max_tokens, kv_bytes, bytes_per_token, block_tokens, state_bytes)
+    assert not capacity.sharing
+    assert capacity.spare_slots == 0
+    assert capacity.max_tokens <= max_tokens
+    if not kv_bytes:
+        assert (capacity.slots, capacity.max_tokens) == (slots, max_tokens)
+    if capacity.max_tokens == 0:
+        assert 0 < kv_bytes < state_bytes + max(bytes_per_token, 1)
+        return
+    if kv_bytes:
+        used = capacity.kv_tokens * bytes_per_token + capacity.slots * state_bytes
+        assert used <= kv_bytes
+    wanted = slots * (max_tokens * bytes_per_token + state_bytes)
+    if kv_bytes >= wanted:
+        assert (capacity.slots, capacity.max_tokens) == (slots, max_tokens)
+
+
+def test_a_stage_without_attention_does_not_limit_the_tokens_of_the_others() -> None:
+    attention = fit_hybrid(3, 50, 0, 8, 128, 100)
+    recurrent = fit_hybrid(3, 50, 0, 0, 128, 100)
+    assert attention == Capacity(3, 50, 3 * 128, 0, 128, sharing=False)
+    assert attention.at_most(recurrent) == recurrent.at_most(attention) == attention

@@ -11,20 +11,24 @@ torch = pytest.importorskip("torch")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
-    from uellm_worker.engine.part import Part, shard_capacity
+    from uellm_worker.engine.part import Part
     from uellm_worker.engine.recipes import recipe_of
-    from uellm_worker.engine.shard import load_shard
-    from uellm_worker.engine.shard_engine import shard_spec
+    from uellm_worker.engine.shard_engine import load_stage, shard_specs
 
 from uellm_worker.engine.plan import Chunk, StepPlan  # noqa: E402
 
-from tests.unit.test_engine_shard import BASE, FAMILIES, save_model  # noqa: E402
+from tests.support.families import BASE, FAMILIES, save_model  # noqa: E402
 from uellm.v1.engine_pb2 import PrepareShard  # noqa: E402
 from uellm.v1.topology_pb2 import ShardAssignment  # noqa: E402
 
 LEFT_ALONE = {"gpt2", "gpt_neox", "gpt_neox-serial", "opt", "opt-projected"}
+KNOWN = (
+    *("gemma", "gemma2", "gemma3", "granite", "llama", "llama-mha", "llama-tied", "mistral"),
+    *("mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm"),
+    "starcoder2",
+)
 FUSED = {
-    **{name: (name, {}) for name in FAMILIES if name not in LEFT_ALONE},
+    **{name: (name, {}) for name in KNOWN},
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True}),
     "starcoder2-plain": ("starcoder2", {"use_bias": False}),
     "smollm3-no-rope": ("smollm3", {"no_rope_layers": [1, 0, 0, 1]}),
@@ -43,9 +47,9 @@ def layer_part(directory: Path, layer: int) -> Part:
     assignment = ShardAssignment(
         stage_count=1, first_layer=layer, last_layer=layer, slots=4, max_tokens=40
     )
-    spec = shard_spec(PrepareShard(assignment=assignment, model_dir=str(directory)))
-    shard = load_shard(spec, None, lambda *_: None)
-    return Part(shard, shard_capacity(shard, assignment))
+    specs = shard_specs(PrepareShard(assignment=assignment, model_dir=str(directory)))
+    (part,) = load_stage(assignment, specs, {}, lambda *_: None).parts
+    return part
 
 
 def outputs(part: Part, hidden_size: int) -> list[Any]:

@@ -22,7 +22,8 @@ GENERATION = 5
 
 
 def prepared(slots: int = 4) -> Prepared:
-    return Prepared(Capacity(slots, 100, slots * 100), Vocabulary(10))
+    """One of two slots holds a recurrent state, and shares no prefixes."""
+    return Prepared(Capacity(slots, 100, slots * 100, sharing=slots != 2), Vocabulary(10))
 
 
 def assignment(stage: int, count: int) -> ShardAssignment:
@@ -79,7 +80,7 @@ def test_all_stages_agree_on_what_all_can_hold(count: int, form: Callable[[int],
     stages = form(count)
     slots = 4 - (count - 1)
     for group in stages.groups:
-        assert group.capacity == Capacity(slots, 100, slots * 100)
+        assert group.capacity == Capacity(slots, 100, slots * 100, sharing=slots > 2)
         assert group.offer == "offer"
         assert group.devices == ["cpu"] * count
 

@@ -27,6 +27,27 @@ def test_packages_can_offer_families(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("architecture", "fields", "words"),
+    [
+        ("OtherForCausalLM", {}, "the architecture is unknown"),
+        ("T5ForConditionalGeneration", {"is_encoder_decoder": True}, "an encoder and a decoder"),
+        ("LlavaForConditionalGeneration", {"vision_config": {"depth": 2}}, "only text is served"),
+        ("BloomForCausalLM", {"model_type": "bloom"}, "ALiBi"),
+        ("MptForCausalLM", {"attn_config": {"alibi": True}}, "ALiBi"),
+        ("FalconForCausalLM", {"model_type": "falcon", "alibi": True}, "ALiBi"),
+        ("BertForMaskedLM", {}, "no causal language model"),
+        ("LlamaForCausalLM", {}, "of this architecture are of type 'llama'"),
+    ],
+)
+def test_what_is_not_served_is_told_why(
+    architecture: str, fields: dict[str, object], words: str
+) -> None:
+    config = {"architectures": [architecture], "model_type": "other", **fields}
+    with pytest.raises(ModelFilesError, match=words):
+        check_architecture(Path("config.json"), config)
+
+
+@pytest.mark.parametrize(
     ("architecture", "name", "stored"),
     [
         ("LlamaForCausalLM", "model.norm.weight", "model.norm.weight"),

@@ -66,7 +66,7 @@ def test_an_index_that_names_an_absent_or_odd_shard_is_refused(tmp_path: Path) -
         ({"auto_map": {"AutoModelForCausalLM": "m.M"}}, "auto_map"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
-        ({"architectures": ["FalconForCausalLM"], "model_type": "falcon"}, "LlamaForCausalLM"),
+        ({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}, "LlamaForCausalLM"),
         ({"architectures": []}, "(none)"),
         ({"model_type": "mistral"}, "mistral"),
     ],

@@ -17,10 +17,15 @@ PLACER = EvenPlacer(workspace_bytes=3, usable=1.0)
 
 
 def model(
-    layers: int = 8, weight: int = 10, kv: int = 1, embed: int = 5, tied: bool = False
+    layers: int = 8,
+    weight: int = 10,
+    kv: int = 1,
+    embed: int = 5,
+    tied: bool = False,
+    state: int = 0,
 ) -> ModelProfile:
     return ModelProfile(
-        layers=(LayerProfile(weight, kv, 2.0 * weight),) * layers,
+        layers=(LayerProfile(weight, kv, 2.0 * weight, state),) * layers,
         embed_bytes=embed,
         head_bytes=embed,
         tied=tied,
@@ -50,6 +55,7 @@ models = st.builds(
     kv=st.integers(0, 2),
     embed=st.integers(0, 12),
     tied=st.booleans(),
+    state=st.integers(0, 3),
 )
 memories = st.lists(st.integers(0, 70), min_size=1, max_size=4)
 workloads = st.builds(
@@ -213,6 +219,15 @@ def test_a_tied_embedding_counts_on_both_ends_only_when_they_differ() -> None:
         [device("a/d", 500), device("b/d", 500)], tied, Workload(stages=2, slots=1, max_tokens=1)
     )
     assert [stage.memory_bytes for stage in halves.replicas[0].stages] == [4 * 11 + 20 + 3] * 2
+
+
+def test_a_recurrent_state_counts_once_a_slot_however_long_the_context() -> None:
+    needs = model(layers=2, kv=0, embed=0, state=7)
+    workload = Workload(slots=5, max_tokens=60)
+    plan = PLACER.place([device("a", 3 + 2 * (10 + 3 * 7) + 1)], needs, workload)
+    assert (plan.slots, plan.max_tokens) == (3, 60)
+    (stage,) = plan.replicas[0].stages
+    assert (stage.kv_bytes, stage.memory_bytes) == (2 * 3 * 7, 3 + 2 * (10 + 3 * 7))
 
 
 def test_replicas_go_to_unused_devices() -> None:

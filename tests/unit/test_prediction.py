@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -177,6 +179,12 @@ def test_kv_bytes_with_grouped_queries() -> None:
     profile = model(layers, 2 * kv_heads * head_dim * dtype_bytes)
     expected = 2 * layers * kv_heads * head_dim * dtype_bytes * (100 + 50)
     assert kv_bytes(profile, 100, 50) == expected
+
+
+def test_a_recurrent_state_is_as_large_for_any_length() -> None:
+    profile = replace(model(2, 10), layers=(LayerProfile(0, 10, 0.0), LayerProfile(0, 0, 0.0, 64)))
+    assert kv_bytes(profile, 3, 4) == 10 * 7 + 64
+    assert kv_bytes(profile, 300, 400) == 10 * 700 + 64
 
 
 def test_flops_by_hand_for_two_tokens() -> None:

@@ -11,11 +11,13 @@ class LayerProfile:
         weight_bytes: its weights, in the compute dtype.
         kv_bytes_per_token: KV cache for one token, in the compute dtype.
         flops_per_token: work for one token, attention over the context aside.
+        state_bytes: recurrent state of one sequence, however long it is.
     """
 
     weight_bytes: int
     kv_bytes_per_token: int
     flops_per_token: float
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,11 @@ class ModelProfile:
     def kv_bytes_per_token(self) -> int:
         """KV cache for one token over all layers."""
         return sum(layer.kv_bytes_per_token for layer in self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Recurrent state of one sequence over all layers."""
+        return sum(layer.state_bytes for layer in self.layers)
 
     @property
     def flops_per_token(self) -> float:

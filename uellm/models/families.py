@@ -33,6 +33,50 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class State:
+    """A tensor that a recurrent layer keeps for each sequence.
+
+    Attributes:
+        width: keys of the config, of which the first that is set says how many channels.
+        taps: key of a convolution's kernel size; the state holds one input less. "": one vector.
+        float32: whatever else is computed in.
+    """
+
+    width: tuple[str, ...]
+    taps: str = ""
+    float32: bool = False
+
+    def shape(self, number: Callable[..., int]) -> tuple[int, ...]:
+        """For one sequence: ``[taps - 1, channels]`` or ``[channels]``.
+
+        Args:
+            number: the config's number under the first of some keys that is set.
+        """
+        channels = number(*self.width)
+        return (number(self.taps) - 1, channels) if self.taps else (channels,)
+
+
+@dataclass(frozen=True, slots=True)
+class Recurrence:
+    """Layers of a hybrid model that carry a state of fixed size, and no keys and values.
+
+    Paths start at the layer.
+
+    Attributes:
+        marker: what these layers have and those with attention have not.
+        mixer: the module that carries the state.
+        adapter: what computes it, as ``package.module:Class``: a
+            ``uellm_worker.engine.recurrent.Mixer`` that is made of transformers' module.
+        states: what it keeps.
+    """
+
+    marker: str
+    mixer: str
+    adapter: str
+    states: tuple[State, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """Where models of one type keep their parts.
 
@@ -46,8 +90,15 @@ class Family:
         after_embedding: further modules of the embedding, applied to what it gives.
         positions: learned positions, which the decoder adds; "" for none.
         layers: the list of layers.
+        layers_give_tuples: what a layer gives is the first of a tuple.
         attention: path of attention in a layer.
         head_dim: attribute of attention, its head size.
+        fused: path in attention of a projection to queries, keys and values, from whose size the
+            number of key heads is taken; "": the config's ``num_key_value_heads``.
+        adapter: what computes attention that does not go through transformers' attention
+            interface, as ``package.module:Class``; it is made of transformers' module.
+        recurrence: layers without attention; None: there are none.
+        multipliers: attributes of the decoder that it multiplies its input by.
         tail: what follows the layers.
         head: path in the whole model.
         renamed: parts of names that checkpoints spell otherwise: ours and theirs.
@@ -62,8 +113,13 @@ class Family:
     after_embedding: tuple[str, ...] = ()
     positions: str = ""
     layers: str = "layers"
+    layers_give_tuples: bool = False
     attention: str = "self_attn"
     head_dim: str = "head_dim"
+    fused: str = ""
+    adapter: str = ""
+    recurrence: Recurrence | None = None
+    multipliers: tuple[str, ...] = ()
     tail: tuple[str, ...] = ("norm",)
     head: str = "lm_head"
     renamed: tuple[tuple[str, str], ...] = ()
@@ -79,6 +135,19 @@ class Family:
     def head_weight(self) -> str:
         """Name of the head's weight."""
         return f"{self.head}.weight"
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """What was computed of a prompt serves others that begin like it.
+
+        Keys and values do, up to any token; a state is that behind the last token only.
+        """
+        return self.recurrence is None
+
+    @staticmethod
+    def kv_heads(heads: int, head_dim: int, fused_rows: int) -> int:
+        """Key heads behind a projection to queries, keys and values of so many numbers."""
+        return (fused_rows // head_dim - heads) // 2
 
     def pieces(self, name: str, experts: int, held: Callable[[str], bool]) -> list[Piece]:
         """Which tensors of a checkpoint make up a parameter.
@@ -123,7 +192,54 @@ class Family:
         ]
 
 
+_RG_LRU = Recurrence(
+    marker="temporal_block.rg_lru",
+    mixer="temporal_block",
+    adapter="uellm_worker.engine.recurrent:RealGatedRecurrence",
+    states=(
+        State(("lru_width", "hidden_size"), taps="conv1d_width"),
+        State(("lru_width", "hidden_size"), float32=True),
+    ),
+)
+_SHORT_CONVOLUTION = Recurrence(
+    marker="conv",
+    mixer="conv",
+    adapter="uellm_worker.engine.recurrent:ShortConvolution",
+    states=(State(("hidden_size",), taps="conv_L_cache"),),
+)
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_NUMBERED = ("w1", "w3", "w2")
+_STACKED = (
+    (".router.weight", ".router.layer.weight"),
+    (".experts.gate_up_proj", ".input_linear.weight"),
+    (".experts.down_proj", ".output_linear.weight"),
+)
+_SCALED = ("embedding_multiplier",)
 _FAMILIES = {
+    "ApertusForCausalLM": Family("apertus"),
+    "ArceeForCausalLM": Family("arcee"),
+    "Cohere2ForCausalLM": Family("cohere2"),
+    "CohereForCausalLM": Family("cohere"),
+    "CwmForCausalLM": Family("cwm"),
+    "Dots1ForCausalLM": Family("dots1", experts=_GATED),
+    "Ernie4_5ForCausalLM": Family("ernie4_5"),
+    "Ernie4_5_MoeForCausalLM": Family(
+        "ernie4_5_moe", experts=_GATED, renamed=((".gate.moe_statics.", ".moe_statics."),)
+    ),
+    "Exaone4ForCausalLM": Family("exaone4"),
+    "FalconForCausalLM": Family(
+        "falcon",
+        inner="transformer",
+        embedding="word_embeddings",
+        layers="h",
+        layers_give_tuples=True,
+        attention="self_attention",
+        fused="query_key_value",
+        adapter="uellm_worker.engine.falcon:PackedFalconAttention",
+        tail=("ln_f",),
+        base="transformer.",
+    ),
+    "FlexOlmoForCausalLM": Family("flex_olmo", experts=_GATED),
     "GPT2LMHeadModel": Family(
         "gpt2",
         inner="transformer",
@@ -131,6 +247,17 @@ _FAMILIES = {
         positions="wpe",
         layers="h",
         attention="attn",
+        tail=("ln_f",),
+        base="transformer.",
+    ),
+    "GPTBigCodeForCausalLM": Family(
+        "gpt_bigcode",
+        inner="transformer",
+        embedding="wte",
+        positions="wpe",
+        layers="h",
+        attention="attn",
+        fused="c_attn",
         tail=("ln_f",),
         base="transformer.",
     ),
@@ -147,12 +274,30 @@ _FAMILIES = {
     "Gemma2ForCausalLM": Family("gemma2"),
     "Gemma3ForCausalLM": Family("gemma3_text"),
     "GemmaForCausalLM": Family("gemma"),
-    "GraniteForCausalLM": Family("granite"),
+    "Glm4ForCausalLM": Family("glm4"),
+    "Glm4MoeForCausalLM": Family("glm4_moe", experts=_GATED),
+    "GlmForCausalLM": Family("glm"),
+    "GraniteForCausalLM": Family("granite", multipliers=_SCALED),
+    "GraniteMoeForCausalLM": Family("granitemoe", multipliers=_SCALED, renamed=_STACKED),
+    "GraniteMoeSharedForCausalLM": Family(
+        "granitemoeshared", multipliers=_SCALED, renamed=_STACKED
+    ),
+    "HeliumForCausalLM": Family("helium"),
+    "HunYuanDenseV1ForCausalLM": Family("hunyuan_v1_dense"),
+    "HyperCLOVAXForCausalLM": Family("hyperclovax", multipliers=_SCALED),
+    "Jais2ForCausalLM": Family("jais2"),
+    "Lfm2ForCausalLM": Family("lfm2", tail=("embedding_norm",), recurrence=_SHORT_CONVOLUTION),
+    "Lfm2MoeForCausalLM": Family(
+        "lfm2_moe", tail=("embedding_norm",), recurrence=_SHORT_CONVOLUTION, experts=_NUMBERED
+    ),
     "LlamaForCausalLM": Family("llama"),
+    "Ministral3ForCausalLM": Family("ministral3"),
+    "MinistralForCausalLM": Family("ministral"),
     "MistralForCausalLM": Family("mistral"),
     "MixtralForCausalLM": Family(
-        "mixtral", renamed=((".mlp.", ".block_sparse_moe."),), experts=("w1", "w3", "w2")
+        "mixtral", renamed=((".mlp.", ".block_sparse_moe."),), experts=_NUMBERED
     ),
+    "NemotronForCausalLM": Family("nemotron"),
     "OPTForCausalLM": Family(
         "opt",
         inner="model.decoder",
@@ -161,13 +306,34 @@ _FAMILIES = {
         tail=("final_layer_norm", "project_out"),
     ),
     "Olmo2ForCausalLM": Family("olmo2"),
+    "Olmo3ForCausalLM": Family("olmo3"),
+    "OlmoForCausalLM": Family("olmo"),
+    "OlmoeForCausalLM": Family("olmoe", experts=_GATED),
+    "PersimmonForCausalLM": Family("persimmon", tail=("final_layernorm",)),
     "Phi3ForCausalLM": Family("phi3"),
+    "PhiForCausalLM": Family("phi", tail=("final_layernorm",)),
+    "PhimoeForCausalLM": Family(
+        "phimoe",
+        renamed=((".mlp.router.", ".block_sparse_moe.gate."), (".mlp.", ".block_sparse_moe.")),
+        experts=_NUMBERED,
+    ),
     "Qwen2ForCausalLM": Family("qwen2"),
+    "Qwen2MoeForCausalLM": Family("qwen2_moe", experts=_GATED),
     "Qwen3ForCausalLM": Family("qwen3"),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", experts=("gate_proj", "up_proj", "down_proj")),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", experts=_GATED),
+    "RecurrentGemmaForCausalLM": Family(
+        "recurrent_gemma",
+        attention="temporal_block",
+        tail=("final_norm",),
+        recurrence=_RG_LRU,
+        multipliers=("normalizer",),
+    ),
+    "SeedOssForCausalLM": Family("seed_oss"),
     "SmolLM3ForCausalLM": Family("smollm3"),
+    "SolarOpenForCausalLM": Family("solar_open", experts=_GATED),
     "StableLmForCausalLM": Family("stablelm"),
     "Starcoder2ForCausalLM": Family("starcoder2"),
+    "VaultGemmaForCausalLM": Family("vaultgemma"),
 }
 """Architectures whose sharded answers were found equal to the whole model's."""
 

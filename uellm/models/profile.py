@@ -3,6 +3,7 @@
 Bytes are those of the compute dtype, whatever dtype is stored.
 """
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from uellm.core.errors import InvalidArgumentError, ModelFilesError
 from uellm.core.model import LayerProfile, ModelProfile
+from uellm.models.families import Family, family
 from uellm.models.files import CONFIG, read_json, tensor_files
 from uellm.models.safetensors import TensorInfo, read_header
 
@@ -48,7 +50,10 @@ def read_profile(directory: Path, dtype: str) -> ModelProfile:
     heads = config.number("num_attention_heads", "n_head")
     kv_heads = config.number("num_key_value_heads", default=heads)
     head_dim = config.number("head_dim", default=hidden // heads)
-    parts = _Parts(directory, num_layers)
+    kind = family(config.architecture) or Family("")
+    parts = _Parts(directory, num_layers, kind)
+    if kind.fused:
+        kv_heads = kind.kv_heads(heads, head_dim, parts.fused_rows)
     tied = parts.head == 0 or config.flag("tie_word_embeddings")
     if not parts.head and not config.flag("tie_word_embeddings", default=True):
         raise ModelFilesError(
@@ -59,10 +64,21 @@ def read_profile(directory: Path, dtype: str) -> ModelProfile:
     used = config.number("num_experts_per_tok", default=1)
     unused = 1 - used / max(used, config.number("num_local_experts", "num_experts", default=used))
     kv_bytes = 2 * kv_heads * head_dim * size
+    states = kind.recurrence.states if kind.recurrence else ()
+    state_bytes = sum(
+        math.prod(state.shape(config.number)) * (4 if state.float32 else size) for state in states
+    )
     return ModelProfile(
         layers=tuple(
-            LayerProfile(elements * size, kv_bytes, 2.0 * (elements - unused * experts))
-            for elements, experts in zip(parts.layers, parts.experts, strict=True)
+            LayerProfile(
+                weight_bytes=elements * size,
+                kv_bytes_per_token=0 if layer in parts.recurrent else kv_bytes,
+                flops_per_token=2.0 * (elements - unused * experts),
+                state_bytes=state_bytes if layer in parts.recurrent else 0,
+            )
+            for layer, (elements, experts) in enumerate(
+                zip(parts.layers, parts.experts, strict=True)
+            )
         ),
         embed_bytes=(parts.embedding + parts.beside) * size,
         head_bytes=((parts.head or parts.embedding) + parts.rest) * size,
@@ -128,9 +144,17 @@ class _Config:
 
 
 class _Parts:
-    """Elements of a checkpoint's tensors, by the part of the model they belong to."""
+    """Elements of a checkpoint's tensors, by the part of the model they belong to.
 
-    def __init__(self, directory: Path, num_layers: int) -> None:
+    Attributes:
+        recurrent: layers that carry a state instead of keys and values.
+        fused_rows: of a layer's projection to queries, keys and values, if it is of one piece.
+    """
+
+    def __init__(self, directory: Path, num_layers: int, kind: Family) -> None:
+        self._kind = kind
+        self.recurrent: set[int] = set()
+        self.fused_rows = 0
         self.layers = [0] * num_layers
         self.experts = [0] * num_layers
         self.embedding = self.beside = self.head = self.rest = 0
@@ -156,14 +180,22 @@ class _Parts:
         most = dtypes.most_common(1)[0][0]
         self.stored_dtype = _STORED.get(most, most)
 
+    def _add_to_layer(self, layer: int, name: str, tensor: TensorInfo) -> None:
+        kind = self._kind
+        self.layers[layer] += tensor.elements
+        if _EXPERT.search(f".{name}"):
+            self.experts[layer] += tensor.elements
+        if kind.recurrence is not None and name.startswith(f"{kind.recurrence.marker}."):
+            self.recurrent.add(layer)
+        if name == f"{kind.attention}.{kind.fused}.weight":
+            self.fused_rows = tensor.shape[0]
+
     def _add(self, name: str, tensor: TensorInfo) -> None:
         layer = _LAYER.search(name)
         if layer is not None:
             # Layers behind the last are extras, such as those of speculative heads.
             if int(layer[1]) < len(self.layers):
-                self.layers[int(layer[1])] += tensor.elements
-                if _EXPERT.search(name):
-                    self.experts[int(layer[1])] += tensor.elements
+                self._add_to_layer(int(layer[1]), name[layer.end() :], tensor)
         elif _EMBEDDING.search(name):
             self.embedding += tensor.elements
         elif _BESIDE.search(name):

@@ -28,9 +28,8 @@ class Need:
     workspace_bytes: int = WORKSPACE_BYTES
 
     def layer(self, index: int) -> int:
-        """Weights and KV cache of a layer."""
-        layer = self.model.layers[index]
-        return layer.weight_bytes + self.slots * self.max_tokens * layer.kv_bytes_per_token
+        """Weights, KV cache and recurrent states of a layer."""
+        return self.model.layers[index].weight_bytes + self.kv(index, index)
 
     def fixed(self, *, first: bool, last: bool) -> int:
         """What a stage needs besides its layers.
@@ -44,11 +43,12 @@ class Need:
         return self.workspace_bytes + embed + head
 
     def kv(self, first_layer: int, last_layer: int) -> int:
-        """The KV cache of a range of layers, both ends included."""
-        per_token = sum(
-            layer.kv_bytes_per_token for layer in self.model.layers[first_layer : last_layer + 1]
+        """KV cache and recurrent states of a range of layers, both ends included."""
+        per_sequence = sum(
+            self.max_tokens * layer.kv_bytes_per_token + layer.state_bytes
+            for layer in self.model.layers[first_layer : last_layer + 1]
         )
-        return self.slots * self.max_tokens * per_token
+        return self.slots * per_sequence
 
     def stage(self, first_layer: int, last_layer: int) -> int:
         """All that a range of layers needs, both ends included."""
@@ -58,10 +58,7 @@ class Need:
 
     def in_parts(self, count: int) -> int:
         """All that the model needs when it is cut into so many stages."""
-        tokens = self.slots * self.max_tokens
-        layers = sum(
-            layer.weight_bytes + tokens * layer.kv_bytes_per_token for layer in self.model.layers
-        )
+        layers = sum(self.layer(index) for index in range(len(self.model.layers)))
         if count == 1:
             return layers + self.fixed(first=True, last=True)
         ends = self.fixed(first=True, last=False) + self.fixed(first=False, last=True)

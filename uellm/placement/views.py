@@ -60,7 +60,7 @@ class PlannedStage:
         has_embed: holds the embedding.
         has_head: holds final norm and head.
         memory_bytes: weights, KV cache and workspace.
-        kv_bytes: the KV cache alone.
+        kv_bytes: KV cache and recurrent states alone.
     """
 
     device_id: str

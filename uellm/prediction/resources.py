@@ -5,12 +5,12 @@ from uellm.core.request import QuantileFunction, ResourceProfile
 
 
 def kv_bytes(model: ModelProfile, prompt_tokens: int, output_tokens: float) -> int:
-    """KV cache of one sequence at its peak, in bytes.
+    """KV cache and recurrent state of one sequence at its peak, in bytes.
 
     The paper's ``4·b·l·h·(s+n)`` for b = 1, fp16 and as many KV heads as heads; with grouped
     queries ``2·l·kv_heads·head_dim·bytes·(s+n)``. Both are in the model's bytes per token.
     """
-    return round(model.kv_bytes_per_token * (prompt_tokens + output_tokens))
+    return round(model.kv_bytes_per_token * (prompt_tokens + output_tokens)) + model.state_bytes
 
 
 def flops(model: ModelProfile, prompt_tokens: int, output_tokens: float) -> float:

@@ -238,22 +238,26 @@ class LayerProfile(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
     FLOPS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    STATE_BYTES_FIELD_NUMBER: _builtins.int
     weight_bytes: _builtins.int
     """Its weights."""
     kv_bytes_per_token: _builtins.int
     """KV cache for one token."""
     flops_per_token: _builtins.float
     """Work for one token, attention aside."""
+    state_bytes: _builtins.int
+    """Recurrent state of one sequence, however long it is."""
     def __init__(
         self,
         *,
         weight_bytes: _builtins.int = ...,
         kv_bytes_per_token: _builtins.int = ...,
         flops_per_token: _builtins.float = ...,
+        state_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops_per_token", b"flops_per_token", "kv_bytes_per_token", b"kv_bytes_per_token", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops_per_token", b"flops_per_token", "kv_bytes_per_token", b"kv_bytes_per_token", "state_bytes", b"state_bytes", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -453,7 +457,7 @@ class ShardAssignment(_message.Message):
     dtype: _builtins.str
     """Compute dtype: float32, bfloat16 or float16."""
     kv_bytes: _builtins.int
-    """KV cache to set aside, on all devices together."""
+    """KV cache and recurrent states to set aside, on all devices together."""
     slots: _builtins.int
     """Most sequences that run at once."""
     max_tokens: _builtins.int

@@ -49,6 +49,8 @@ class PackedStep:
         slots: ``[T]``, each row's slot.
         positions: ``[T]``, each row's position in its sequence.
         samples: rows that a token is chosen from.
+        decodes: how many rows are decodes; they come first.
+        prefills: the other chunks, and the row that each begins at.
     """
 
     def __init__(self, chunks: tuple[Chunk, ...], device: torch.device) -> None:
@@ -70,6 +72,7 @@ class PackedStep:
                 samples.append(len(slots) - 1)
         self.slots = torch.tensor(slots, device=device)
         self.positions = torch.tensor(positions, device=device)
+        self.decodes = self.prefills[0][0] if self.prefills else len(slots)
         self.samples = torch.tensor(samples, dtype=torch.long, device=device)
         self.runs: list[DecodeRun] = []
         row = 0

@@ -1,7 +1,8 @@
 """What a prepared stage can hold."""
 
 import math
-from dataclasses import dataclass
+import mmap
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,7 @@ class Capacity:
         kv_tokens: KV room in all, in tokens: whole blocks.
         spare_slots: slots of the cache beyond these, for the prefixes of sequences that are over.
         block_tokens: memory is committed by so many tokens; 1: all of it is, from the start.
+        sharing: what was computed of a prompt may serve others that begin like it.
     """
 
     slots: int
@@ -21,6 +23,7 @@ class Capacity:
     kv_tokens: int
     spare_slots: int = 0
     block_tokens: int = 1
+    sharing: bool = True
 
     @property
     def cache_slots(self) -> int:
@@ -30,12 +33,14 @@ class Capacity:
     def at_most(self, other: "Capacity") -> "Capacity":
         """What both can hold."""
         slots = min(self.slots, other.slots)
-        cache_slots = min(self.cache_slots, other.cache_slots)
+        sharing = self.sharing and other.sharing
+        cache_slots = min(self.cache_slots, other.cache_slots) if sharing else slots
         block = math.lcm(self.block_tokens, other.block_tokens)
         longest = min(self.max_tokens, other.max_tokens)
         room = cache_slots * _whole(longest + block - 1, block)
         kv_tokens = _whole(min(self.kv_tokens, other.kv_tokens, room), block)
-        return Capacity(slots, min(longest, kv_tokens), kv_tokens, cache_slots - slots, block)
+        longest = min(longest, kv_tokens)
+        return Capacity(slots, longest, kv_tokens, cache_slots - slots, block, sharing)
 
 
 def fit(
@@ -69,6 +74,45 @@ def fit(
     cache_slots = min(2 * slots, room // max(max_tokens, 1))
     slots = min(slots, cache_slots)
     return Capacity(slots, max_tokens, cache_slots * max_tokens, cache_slots - slots)
+
+
+def fit_hybrid(
+    slots: int,
+    max_tokens: int,
+    kv_bytes: int,
+    bytes_per_token: int,
+    block_tokens: int,
+    state_bytes: int,
+) -> Capacity:
+    """What fits where sequences have a recurrent state, and share no prefixes.
+
+    A state is there from the start, for every slot; keys and values have the rest.
+
+    Args:
+        slots: as of ``fit``.
+        max_tokens: as of ``fit``.
+        kv_bytes: granted for both.
+        bytes_per_token: as of ``fit``; 0 in a stage without attention.
+        block_tokens: as of ``fit``.
+        state_bytes: of one sequence, in all layers.
+
+    Returns:
+        As ``fit``.
+    """
+    if kv_bytes:
+        # Plans grant the longest context to every slot.
+        slots = min(slots, max(kv_bytes // (state_bytes + max_tokens * bytes_per_token), 1))
+        kv_bytes -= slots * state_bytes
+        if kv_bytes < bytes_per_token:
+            return Capacity(slots, 0, 0, sharing=False)
+    if not bytes_per_token:
+        # Whole blocks of any size, such as other stages may have.
+        room = -(-max_tokens // mmap.PAGESIZE) * mmap.PAGESIZE
+        return Capacity(slots, max_tokens, slots * room, sharing=False)
+    found = fit(slots, max_tokens, kv_bytes, bytes_per_token, block_tokens)
+    block = found.block_tokens
+    most = found.slots * _whole(found.max_tokens + block - 1, block)
+    return replace(found, kv_tokens=min(found.kv_tokens, most), spare_slots=0, sharing=False)
 
 
 def _whole(tokens: int, block_tokens: int) -> int:

@@ -1,5 +1,6 @@
 """One device's layers of a stage: the weights, their KV cache, and the computing of a step."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from uellm.core.errors import ModelFilesError
 from uellm.v1.topology_pb2 import ShardAssignment
 from uellm_worker.engine.attention import LayerCache, PackedStep, SlotCache
-from uellm_worker.engine.capacity import Capacity, fit
+from uellm_worker.engine.capacity import Capacity, fit, fit_hybrid
 from uellm_worker.engine.device import Device, Stopwatch
 from uellm_worker.engine.plan import Release, StepPlan
 from uellm_worker.engine.shard import Shard, longest_context
@@ -25,7 +26,7 @@ class Part:
     Attributes:
         cache: keys and values of its layers.
         watch: times its steps.
-        held_bytes: weights and cache.
+        held_bytes: weights, cache and recurrent states.
 
     Raises:
         MemoryError: if they do not fit a simulated device.
@@ -37,13 +38,15 @@ class Part:
         self.watch = Stopwatch(device)
         self._token_bytes = token_bytes(shard)
         self._read_bytes = shard.total_bytes - _looked_up_bytes(shard)
-        self.held_bytes = shard.total_bytes + capacity.kv_tokens * self._token_bytes
+        self._state_bytes = state_bytes(shard)
+        cached = capacity.kv_tokens * self._token_bytes + capacity.slots * self._state_bytes
+        self.held_bytes = shard.total_bytes + cached
         device.check_room(self.held_bytes, "weights and KV cache")
         attentions = shard.attentions
         self.cache = SlotCache(
             layers=len(attentions),
             slots=capacity.cache_slots,
-            kv_heads=_kv_heads(shard.config),
+            kv_heads=shard.kv_heads,
             max_tokens=capacity.max_tokens,
             head_dim=shard.head_dim,
             dtype=shard.spec.dtype,
@@ -52,6 +55,14 @@ class Part:
         )
         for index, module in enumerate(attentions):
             module.uellm = LayerCache(self.cache, index)
+        for mixer in shard.mixers:
+            mixer.bind(
+                self.cache,
+                [
+                    torch.zeros(capacity.cache_slots, *shape, dtype=dtype, device=shard.spec.device)
+                    for shape, dtype in shard.states
+                ],
+            )
 
     def compute(self, plan: StepPlan, activation: torch.Tensor | None) -> torch.Tensor:
         """Compute a step.
@@ -99,10 +110,11 @@ class Part:
     def _end(self, plan: StepPlan) -> None:
         """Take the time; on a simulated device, as much as it would take."""
         context = sum(chunk.start + chunk.count for chunk in plan.chunks)
+        cached = context * self._token_bytes + len(plan.chunks) * self._state_bytes
         weights = self._read_bytes
         self.watch.wait_until(
             self.device.least_seconds(
-                weights + context * self._token_bytes,
+                weights + cached,
                 2 * plan.rows * weights / self.shard.spec.dtype.itemsize,
             )
         )
@@ -111,8 +123,14 @@ class Part:
 
 def token_bytes(shard: Shard) -> int:
     """KV cache of one token."""
-    numbers = 2 * len(shard.attentions) * _kv_heads(shard.config) * shard.head_dim
+    numbers = 2 * len(shard.attentions) * shard.kv_heads * shard.head_dim
     return numbers * shard.spec.dtype.itemsize
+
+
+def state_bytes(shard: Shard) -> int:
+    """Recurrent state of one sequence."""
+    state = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shard.states)
+    return state * len(shard.mixers)
 
 
 def shard_capacity(shard: Shard, assignment: ShardAssignment, kv_bytes: int = 0) -> Capacity:
@@ -126,25 +144,25 @@ def shard_capacity(shard: Shard, assignment: ShardAssignment, kv_bytes: int = 0)
     Raises:
         ModelFilesError: if nothing fits, or the context changes the model's rotary embedding.
     """
-    bytes_per_token = token_bytes(shard)
-    capacity = fit(
-        slots=max(assignment.slots, 1),
-        max_tokens=longest_context(shard.config, assignment.max_tokens),
-        kv_bytes=kv_bytes,
-        bytes_per_token=bytes_per_token,
-        block_tokens=page_tokens(shard.head_dim, shard.spec.dtype, shard.spec.device),
-    )
+    bytes_per_token, state = token_bytes(shard), state_bytes(shard)
+    wanted = {
+        "slots": max(assignment.slots, 1),
+        "max_tokens": longest_context(shard.config, assignment.max_tokens),
+        "kv_bytes": kv_bytes,
+        "bytes_per_token": bytes_per_token,
+        "block_tokens": page_tokens(max(shard.head_dim, 1), shard.spec.dtype, shard.spec.device),
+    }
+    if shard.family.recurrence is None:
+        capacity = fit(**wanted)
+    else:
+        capacity = fit_hybrid(**wanted, state_bytes=state)
     if capacity.max_tokens < 1:
         raise ModelFilesError(
-            f"kv_bytes {kv_bytes} hold no token of {bytes_per_token} bytes; "
-            "grant more memory, or split the model into more stages"
+            f"kv_bytes {kv_bytes} hold no token of {bytes_per_token} bytes"
+            + (f" beside a state of {state} bytes" if state else "")
+            + "; grant more memory, or split the model into more stages"
         )
     return capacity
-
-
-def _kv_heads(config: Any) -> int:
-    """Key heads per layer."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _looked_up_bytes(shard: Shard) -> int:

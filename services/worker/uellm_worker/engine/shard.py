@@ -5,6 +5,7 @@ their input on. Masks, rotary embeddings, multipliers and soft caps stay in the 
 """
 
 import gc
+import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,14 @@ class PassThrough(nn.Module):
         return hidden_states
 
 
+class PassThroughLayer(PassThrough):
+    """The same, where a layer gives a tuple."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The input in a tuple."""
+        return (super().forward(hidden_states, *args, **kwargs),)
+
+
 class NoPositions(nn.Module):
     """Stands for learned positions, which another stage has added."""
 
@@ -54,6 +63,7 @@ class Shard:
         family: where the model keeps its parts.
         model: the hollowed ``…ForCausalLM``.
         tensors: its weights.
+        fused_rows: of its projection to queries, keys and values; 0 if it is not of one piece.
         eos_ids: of the model.
         kept_bytes: weights taken over from an earlier shard.
         total_bytes: weights in all.
@@ -64,6 +74,7 @@ class Shard:
     family: Family
     model: Any
     tensors: dict[Held, torch.Tensor]
+    fused_rows: int
     eos_ids: frozenset[int]
     kept_bytes: int
     total_bytes: int
@@ -87,13 +98,60 @@ class Shard:
 
     @property
     def attentions(self) -> list[Any]:
-        """Their attention modules."""
-        return [layer.get_submodule(self.family.attention) for layer in self.layers]
+        """The attention modules of those that have one."""
+        return [
+            layer.get_submodule(self.family.attention)
+            for layer in self.layers
+            if not _recurs(layer, self.family)
+        ]
+
+    @property
+    def mixers(self) -> list[Any]:
+        """The ``Mixer`` of those that carry a state instead."""
+        recurrence = self.family.recurrence
+        if recurrence is None:
+            return []
+        layers = (layer for layer in self.layers if _recurs(layer, self.family))
+        return [layer.get_submodule(recurrence.mixer) for layer in layers]
 
     @property
     def head_dim(self) -> int:
-        """Size of an attention head."""
-        return int(getattr(self.attentions[0], self.family.head_dim))
+        """Size of an attention head; 0 without attention."""
+        return next((int(getattr(a, self.family.head_dim)) for a in self.attentions), 0)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key heads per layer."""
+        heads = int(self.config.num_attention_heads)
+        if self.family.fused:
+            return self.family.kv_heads(heads, self.head_dim, self.fused_rows)
+        return int(getattr(self.config, "num_key_value_heads", None) or heads)
+
+    @property
+    def states(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of what a mixer keeps for one sequence."""
+        if self.family.recurrence is None:
+            return []
+
+        def number(*names: str) -> int:
+            values = (getattr(self.config, name, None) for name in names)
+            return next(int(value) for value in values if value is not None)
+
+        return [
+            (state.shape(number), torch.float32 if state.float32 else self.spec.dtype)
+            for state in self.family.recurrence.states
+        ]
+
+
+def _recurs(layer: Any, family: Family) -> bool:
+    """The layer carries a state instead of keys and values."""
+    if family.recurrence is None:
+        return False
+    try:
+        layer.get_submodule(family.recurrence.marker)
+    except AttributeError:
+        return False
+    return True
 
 
 def _hollow_model(spec: ShardSpec, family: Family, config: Any) -> Any:
@@ -110,26 +168,42 @@ def _hollow_model(spec: ShardSpec, family: Family, config: Any) -> Any:
     config.use_cache = False
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=spec.dtype, attn_implementation=ATTENTION, trust_remote_code=False
+            config,
+            dtype=spec.dtype,
+            attn_implementation="eager" if family.adapter else ATTENTION,
+            trust_remote_code=False,
         )
+    model.config._attn_implementation = ATTENTION  # For which no masks are made.
     inner = model.get_submodule(family.inner)
     layers = inner.get_submodule(family.layers)
     for index in range(config.num_hidden_layers):
         if not spec.first_layer <= index <= spec.last_layer:
-            layers[index] = PassThrough()
+            layers[index] = PassThroughLayer() if family.layers_give_tuples else PassThrough()
+        else:
+            _adapt(layers[index], family)
     if not spec.has_embed:
         for path in (family.embedding, *family.after_embedding):
             setattr(inner, path, PassThrough())
         if family.positions:
             setattr(inner, family.positions, NoPositions())
-        if hasattr(inner, "embedding_multiplier"):
+        for name in family.multipliers:
             # The model applies it to whatever comes in; stage 0 has done so.
-            inner.embedding_multiplier = 1.0
+            value = getattr(inner, name)
+            setattr(inner, name, torch.ones_like(value) if torch.is_tensor(value) else 1.0)
     if not spec.has_head:
         for path in family.tail:
             setattr(inner, path, PassThrough())
         setattr(model, family.head, PassThrough())
     return model.eval().requires_grad_(False)
+
+
+def _adapt(layer: Any, family: Family) -> None:
+    """Put what knows packed steps in the place of a layer's modules that do not."""
+    path, adapter = family.attention, family.adapter
+    if family.recurrence is not None and _recurs(layer, family):
+        path, adapter = family.recurrence.mixer, family.recurrence.adapter
+    if adapter:
+        layer.set_submodule(path, pkgutil.resolve_name(adapter)(layer.get_submodule(path)))
 
 
 def _join(model: Any, spec: ShardSpec, family: Family) -> Fusion | None:
@@ -157,11 +231,14 @@ def _fuse(shard: Shard, fusion: Fusion) -> FusedDecoder:
 def _weights(
     model: Any, spec: ShardSpec, family: Family, joins: dict[str, Join]
 ) -> dict[str, Held]:
-    """How the weight behind each parameter of the hollowed model is to be held."""
+    """How the weight behind each name of the hollowed model is to be held.
+
+    Names are those of parameters, and of buffers that checkpoints store.
+    """
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     packs = packable(spec.device, spec.dtype)
     weights = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
+    for name in model.state_dict(keep_vars=True):
         key = family.embedding_weight if tied and name == family.head_weight else name
         owner, _, leaf = name.rpartition(".")
         linear = type(model.get_submodule(owner)) is nn.Linear and leaf == "weight"
@@ -201,7 +278,8 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
     model = _hollow_model(spec, family, config)
     fusion = _join(model, spec, family)
     weights = _weights(model, spec, family, fusion.joins if fusion else {})
-    shapes = {weights[name]: parameter.shape for name, parameter in model.named_parameters()}
+    stored = model.state_dict(keep_vars=True)
+    shapes = {weights[name]: tensor.shape for name, tensor in stored.items()}
     tensors = {held: tensor for held, tensor in tensors.items() if held in shapes}
     sizes = {held: shape.numel() * spec.dtype.itemsize for held, shape in shapes.items()}
     kept, total = sum(sizes[held] for held in tensors), sum(sizes.values())
@@ -217,19 +295,30 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
     _fill(model, weights, tensors)
     model.to(spec.device)  # Buffers: rotary frequencies, embedding scales.
     eos_ids = read_eos_ids(spec.model_dir, model.config)
-    shard = Shard(spec, family, model, tensors, eos_ids, kept, total)
+    fused_rows = _fused_rows(family, shapes)
+    shard = Shard(spec, family, model, tensors, fused_rows, eos_ids, kept, total)
     if fusion is not None:
         shard.fused = _fuse(shard, fusion)
     return shard
+
+
+def _fused_rows(family: Family, shapes: dict[Held, torch.Size]) -> int:
+    """See ``Shard``."""
+    ending = f".{family.attention}.{family.fused}.weight"
+    rows = (shape[0] for held, shape in shapes.items() if held.key.endswith(ending))
+    return next(rows, 0)
 
 
 def _fill(model: Any, weights: dict[str, Held], tensors: dict[Held, torch.Tensor]) -> None:
     """Put the weights into the model; linear layers with packed ones are replaced."""
     for name, held in weights.items():
         if not held.packed:
-            owner, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(tensors[held], requires_grad=False)
-            model.get_submodule(owner).register_parameter(leaf, parameter)
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            if leaf in owner._parameters:
+                owner.register_parameter(leaf, nn.Parameter(tensors[held], requires_grad=False))
+            else:
+                setattr(owner, leaf, tensors[held])
     for name, held in weights.items():
         if held.packed:
             path = name.rpartition(".")[0]

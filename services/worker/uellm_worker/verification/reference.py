@@ -86,6 +86,9 @@ class Reference:
             eos_token_id=self.eos_ids or None,
             pad_token_id=self.eos_ids[0] if self.eos_ids else 0,
         )
+        if getattr(self._model, "_is_stateful", False):
+            # Some modules keep their state, and would go on from it with a prompt of one token.
+            self._model(torch.tensor([prompt[:1]]), use_cache=False)
         output = self._model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
