@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from uellm.core.errors import UellmError
+from uellm.models.profile import read_profile
 from uellm.policy.fcfs import FcfsStep
 from uellm.policy.views import EngineView, StepDecision, StepPolicy
 from uellm.v1.common_pb2 import Sampling
@@ -86,6 +87,7 @@ class Pipeline:
         split: layers of each stage; those of each part where a stage has several.
         slots: most sequences at once.
         max_tokens: longest context; 0: the model's.
+        kv_tokens: KV room in all; 0: as much as that takes.
         dtype: to compute in.
 
     Attributes:
@@ -105,8 +107,10 @@ class Pipeline:
         *,
         slots: int = 4,
         max_tokens: int = 0,
+        kv_tokens: int = 0,
         dtype: str = "float32",
     ) -> None:
+        profile = read_profile(directory, dtype)
         parts = [(layers,) if isinstance(layers, int) else tuple(layers) for layers in split]
         self.split = tuple(map(sum, parts))
         self.stages: list[ShardStage] = []
@@ -123,7 +127,13 @@ class Pipeline:
                 max_tokens=max_tokens,
                 dtype=dtype,
                 shards=[
-                    DeviceShard(device_id="cpu", first_layer=start, last_layer=stop - 1)
+                    DeviceShard(
+                        device_id="cpu",
+                        first_layer=start,
+                        last_layer=stop - 1,
+                        kv_bytes=kv_tokens
+                        * sum(layer.kv_bytes_per_token for layer in profile.layers[start:stop]),
+                    )
                     for start, stop in pairwise(accumulate(parts[index], initial=first))
                 ],
             )
