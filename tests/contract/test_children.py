@@ -28,9 +28,10 @@ from uellm.v1.engine_pb2 import (
     PrepareShard,
     ShardFailed,
     ShardPrepared,
+    SimulatedDevice,
     StepReport,
 )
-from uellm.v1.topology_pb2 import ShardAssignment
+from uellm.v1.topology_pb2 import DeviceShard, ShardAssignment
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -60,14 +61,27 @@ class Stage:
                 return getattr(event, kind)
             assert got in ("progress", "step"), event
 
-    async def prepare(self, directory: Path | str, **fields: Any) -> ShardPrepared:
+    async def load(
+        self, directory: Path | str, rooms: dict[str, int] | None = None, **fields: Any
+    ) -> None:
+        """Have a stage loaded, onto simulated devices if such are given with their memory."""
         assignment = ShardAssignment(
             **{"stage_count": 1, "slots": 4, "max_tokens": 128, "generation": 1} | fields
         )
         command = PrepareShard(
-            assignment=assignment, model_dir=str(directory), threads=1, bind_host="127.0.0.1"
+            assignment=assignment,
+            model_dir=str(directory),
+            threads=1,
+            bind_host="127.0.0.1",
+            simulated=[
+                SimulatedDevice(device_id=name, memory_bytes=room)
+                for name, room in (rooms or {}).items()
+            ],
         )
         await self.child.send(EngineCommand(prepare=command))
+
+    async def prepare(self, directory: Path | str, **fields: Any) -> ShardPrepared:
+        await self.load(directory, **fields)
         prepared: ShardPrepared = await self.expect("prepared")
         return prepared
 
@@ -479,6 +493,56 @@ async def test_a_checkpoint_that_cannot_be_served_is_named_and_another_is_loaded
     assert failed.reason == "LOAD_FAILED"
     assert str(tmp_path / "config.json") in failed.message
     await stage.serve(checkpoint, last_layer=LAYERS - 1, has_embed=True, has_head=True)
+    await stage.child.kill()
+
+
+async def test_a_stage_on_several_devices_takes_its_place_among_others(
+    shard: ChildSpawner, checkpoint: Path
+) -> None:
+    whole = await alone(shard, checkpoint, 20)
+    stages = [await spawn(shard), await spawn(shard)]
+    first = await stages[0].prepare(
+        checkpoint,
+        stage_count=2,
+        last_layer=2,
+        has_embed=True,
+        rooms={"w/sim:0": 1 << 30, "w/sim:1": 1 << 30},
+        shards=[
+            DeviceShard(device_id="w/sim:0", first_layer=0, last_layer=1),
+            DeviceShard(device_id="w/sim:1", first_layer=2, last_layer=2),
+        ],
+    )
+    last = {"first_layer": 3, "last_layer": 3, "has_head": True}
+    await stages[1].prepare(checkpoint, stage_count=2, stage_index=1, **last)
+    assert [use.device_id for use in first.devices] == ["w/sim:0", "w/sim:1"]
+    assert sum(use.held_bytes for use in first.devices) > first.total_bytes > 0
+    for stage in stages:
+        await stage.commit(first.rendezvous)
+    for stage in stages:
+        await stage.expect("serving")
+    await stages[0].add("a", PROMPT, max_tokens=20, ignore_eos=True)
+    tokens, step = await stages[0].answer("a")
+    assert tokens == whole
+    assert len(step.report.stages) == 3
+    assert all(stage.compute_seconds > 0 for stage in step.report.stages)
+    for stage in stages:
+        await stage.child.kill()
+
+
+async def test_a_simulated_device_without_room_refuses_as_a_real_one_does(
+    shard: ChildSpawner, checkpoint: Path
+) -> None:
+    stage = await spawn(shard)
+    fields = {"last_layer": LAYERS - 1, "has_embed": True, "has_head": True}
+    await stage.load(checkpoint, {"w/sim:0": 1000}, device_ids=["w/sim:0"], **fields)
+    failed: ShardFailed = await stage.expect("failed")
+    assert failed.reason == "OUT_OF_MEMORY"
+    assert "w/sim:0" in failed.message
+    await stage.load(checkpoint, device_ids=["w/sim:0"], **fields)
+    failed = await stage.expect("failed")
+    assert failed.reason == "LOAD_FAILED"
+    assert "w/sim:0 is not there" in failed.message
+    await stage.prepare(checkpoint, rooms={"w/sim:0": 1 << 30}, device_ids=["w/sim:0"], **fields)
     await stage.child.kill()
 
 

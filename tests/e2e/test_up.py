@@ -103,6 +103,24 @@ async def test_it_answers_heals_and_drains(up: Up) -> None:
     assert (status, "uellm up" in err) == (3, True)
 
 
+@pytest.mark.parametrize("engine", ["instant", pytest.param("shard", marks=pytest.mark.slow)])
+async def test_a_model_is_spread_over_the_devices_of_one_worker(up: Up, engine: str) -> None:
+    up.environment["UELLM_WORKER_ENGINE"] = engine
+    await up.start("--devices", "sim:0-2:memory=1GiB", "--stages", "3")
+    status, out, _ = await up.run("health", "--json")
+    assert status == 0, out
+    (deployment,) = json.loads(out)["deployments"]
+    assert deployment["replicas"][0]["stages"] == [
+        "worker-1/sim:0:0-2",
+        "worker-1/sim:1:3-5",
+        "worker-1/sim:2:6-7",
+    ]
+    status, out, err = await up.run("generate", "Count from 1 to 20.", "--max-tokens", "64")
+    assert status == 0, err
+    if engine == "shard":
+        assert out.strip() == ", ".join(map(str, range(1, 21)))
+
+
 async def test_nothing_outlives_it_when_it_is_killed(up: Up) -> None:
     await up.start()
     assert up.process is not None

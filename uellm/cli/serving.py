@@ -33,7 +33,8 @@ def up(
     stages: Annotated[int, typer.Option(min=0, help="Stages per replica; 0: as few as fit.")] = 0,
     replicas: Annotated[int, typer.Option(min=1, help="Copies of each model.")] = 1,
     devices: Annotated[
-        str, typer.Option(help="What each worker may use, for instance cpu or cuda:0.")
+        str,
+        typer.Option(help="What each worker may use: cpu, cuda:0,cuda:1, sim:0-2:memory=4GiB, …"),
     ] = "",
     host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
     port: Annotated[

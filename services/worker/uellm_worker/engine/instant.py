@@ -8,6 +8,7 @@ import json
 import time
 from pathlib import Path
 
+from uellm.convert import device_shards
 from uellm.core.errors import ModelFilesError
 from uellm.v1.engine_pb2 import PrepareShard
 from uellm_worker.engine.capacity import Capacity, Prepared, Vocabulary
@@ -28,7 +29,7 @@ class InstantRunner:
 
     Args:
         vocab_size: ids run below it.
-        stages: reported as stages that took no time.
+        stages: reported as so many, which share the time.
         step_seconds: what each step is made to take; 0: nothing.
     """
 
@@ -79,7 +80,7 @@ class InstantEngine:
         slots = max(assignment.slots, 1)
         max_tokens = assignment.max_tokens or DEFAULT_MAX_TOKENS
         self._vocab_size = _vocab_size(command.model_dir)
-        self._stages = max(assignment.stage_count, 1)
+        self._stages = max(assignment.stage_count, 1) - 1 + len(device_shards(assignment))
         progress(0, 0)
         return Prepared(
             capacity=Capacity(slots, max_tokens, slots * max_tokens),
