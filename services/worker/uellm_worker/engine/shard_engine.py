@@ -247,9 +247,11 @@ def load_stage(
         MemoryError: if a simulated device is too small.
         ModelFilesError: if the checkpoint cannot be served.
     """
-    for gone in earlier.keys() - {device.id for device, _ in specs}:
-        del earlier[gone]
-    gc.collect()  # Modules refer to each other in circles.
+    gone = earlier.keys() - {device.id for device, _ in specs}
+    for device_id in gone:
+        del earlier[device_id]
+    if gone:
+        gc.collect()  # Modules refer to each other in circles.
     shards: list[Shard] = []
     for device, spec in specs:
         before = sum(shard.total_bytes for shard in shards)
