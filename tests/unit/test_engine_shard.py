@@ -281,7 +281,7 @@ def edited(directory: Path, source: Path, **changes: Any) -> Path:
     ("changes", "words"),
     [
         ({"auto_map": {"AutoModel": "m.M"}}, "never executed"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
         ({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}, "BloomForCausalLM"),
         ({"architectures": []}, "(none)"),
         ({"model_type": "mistral"}, "mistral"),

@@ -8,7 +8,7 @@ class LayerProfile:
     """One layer's needs.
 
     Attributes:
-        weight_bytes: its weights, in the compute dtype.
+        weight_bytes: its weights as they are held: in the compute dtype, or quantised.
         kv_bytes_per_token: KV cache for one token, in the compute dtype.
         flops_per_token: work for one token, attention over the context aside.
         state_bytes: recurrent state of one sequence, however long it is.

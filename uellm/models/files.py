@@ -14,6 +14,7 @@ from typing import Any
 
 from uellm.core.errors import ModelFilesError
 from uellm.models.architectures import check_architecture
+from uellm.models.quantization import read_quantization
 from uellm.models.safetensors import read_header, read_header_bytes
 from uellm.v1 import common_pb2
 
@@ -192,11 +193,7 @@ def _refuse_unservable(path: Path, config: dict[str, Any]) -> None:
             f"{path} asks for code of its own (auto_map), which is never run; use a checkpoint of "
             "an architecture that transformers itself has, without auto_map"
         )
-    if "quantization_config" in config:
-        raise ModelFilesError(
-            f"{path} describes a quantised checkpoint (quantization_config), which is not served; "
-            "use the model's unquantised weights"
-        )
+    read_quantization(path, config)
     check_architecture(path, config)
 
 

@@ -1,6 +1,7 @@
 """What a model needs, read from its config and its tensor headers: no weights, no torch.
 
-Bytes are those of the compute dtype, whatever dtype is stored.
+Bytes are those that are held: of weights in the compute dtype, whatever dtype is stored; of
+quantised ones as they are.
 """
 
 import math
@@ -13,6 +14,7 @@ from uellm.core.errors import InvalidArgumentError, ModelFilesError
 from uellm.core.model import LayerProfile, ModelProfile
 from uellm.models.families import Family, family
 from uellm.models.files import CONFIG, read_json, tensor_files
+from uellm.models.quantization import Quantization, read_quantization, unservable_layer
 from uellm.models.safetensors import TensorInfo, read_header
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -25,6 +27,10 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings)\
 _BESIDE = re.compile(r"(?:^|\.)(?:wpe|embed_positions|project_in)\.weight$")
 _EXPERT = re.compile(r"\.experts\.")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
+# Tables of vectors, which are looked up and not multiplied with.
+_NO_LINEAR = re.compile(
+    r"(?:^|\.)(?:embed_tokens|wte|wpe|embed_in|embed_positions|word_embeddings)\.\w+$"
+)
 # Masks and frequencies that old checkpoints carry; they are computed, not loaded.
 _BUFFER = re.compile(r"\.(?:attn|attention)\.(?:masked_)?bias$|rotary_emb\.inv_freq$")
 
@@ -51,7 +57,7 @@ def read_profile(directory: Path, dtype: str) -> ModelProfile:
     kv_heads = config.number("num_key_value_heads", default=heads)
     head_dim = config.number("head_dim", default=hidden // heads)
     kind = family(config.architecture) or Family("")
-    parts = _Parts(directory, num_layers, kind)
+    parts = _Parts(directory, num_layers, size, kind, config.quantization)
     if kind.fused:
         kv_heads = kind.kv_heads(heads, head_dim, parts.fused_rows)
     tied = parts.head == 0 or config.flag("tie_word_embeddings")
@@ -71,17 +77,17 @@ def read_profile(directory: Path, dtype: str) -> ModelProfile:
     return ModelProfile(
         layers=tuple(
             LayerProfile(
-                weight_bytes=elements * size,
+                weight_bytes=held,
                 kv_bytes_per_token=0 if layer in parts.recurrent else kv_bytes,
                 flops_per_token=2.0 * (elements - unused * experts),
                 state_bytes=state_bytes if layer in parts.recurrent else 0,
             )
-            for layer, (elements, experts) in enumerate(
-                zip(parts.layers, parts.experts, strict=True)
+            for layer, (held, elements, experts) in enumerate(
+                zip(parts.layers, parts.elements, parts.experts, strict=True)
             )
         ),
-        embed_bytes=(parts.embedding + parts.beside) * size,
-        head_bytes=((parts.head or parts.embedding) + parts.rest) * size,
+        embed_bytes=parts.embedding + parts.beside,
+        head_bytes=(parts.head or parts.embedding) + parts.rest,
         tied=tied,
         activation_bytes_per_token=hidden * size,
         max_tokens=config.number("max_position_embeddings", "n_positions", "n_ctx"),
@@ -137,6 +143,11 @@ class _Config:
         return default if value is None else bool(value)
 
     @property
+    def quantization(self) -> Quantization | None:
+        """How its weights are quantised."""
+        return read_quantization(self._path, self._content)
+
+    @property
     def architecture(self) -> str:
         """Its first architecture, or its model type."""
         names = self._content.get("architectures") or [self._content.get("model_type", "")]
@@ -144,18 +155,36 @@ class _Config:
 
 
 class _Parts:
-    """Elements of a checkpoint's tensors, by the part of the model they belong to.
+    """Bytes of a checkpoint's tensors once loaded, by the part of the model they belong to.
+
+    Args:
+        directory: the checkpoint.
+        num_layers: as its config says.
+        size: bytes of a number in the compute dtype.
+        kind: its family.
+        quantization: of some of the tensors, or None.
 
     Attributes:
+        elements: weights of each layer.
+        experts: those of them that are experts'.
         recurrent: layers that carry a state instead of keys and values.
         fused_rows: of a layer's projection to queries, keys and values, if it is of one piece.
     """
 
-    def __init__(self, directory: Path, num_layers: int, kind: Family) -> None:
-        self._kind = kind
+    def __init__(
+        self,
+        directory: Path,
+        num_layers: int,
+        size: int,
+        kind: Family,
+        quantization: Quantization | None,
+    ) -> None:
+        self._directory, self._size = directory, size
+        self._kind, self._quantization = kind, quantization
         self.recurrent: set[int] = set()
         self.fused_rows = 0
         self.layers = [0] * num_layers
+        self.elements = [0] * num_layers
         self.experts = [0] * num_layers
         self.embedding = self.beside = self.head = self.rest = 0
         dtypes: Counter[str] = Counter()
@@ -164,7 +193,7 @@ class _Parts:
                 if not _BUFFER.search(name):
                     dtypes[tensor.dtype] += tensor.elements
                     self._add(name, tensor)
-        empty = next((i for i, elements in enumerate(self.layers) if not elements), None)
+        empty = next((i for i, held in enumerate(self.layers) if not held), None)
         if empty is not None:
             raise ModelFilesError(
                 f"{directory / CONFIG} describes {num_layers} layers, but the weights hold none "
@@ -178,17 +207,22 @@ class _Parts:
                 "wte.weight or embed_in.weight)"
             )
         most = dtypes.most_common(1)[0][0]
-        self.stored_dtype = _STORED.get(most, most)
+        self.stored_dtype = str(quantization or _STORED.get(most, most))
 
     def _add_to_layer(self, layer: int, name: str, tensor: TensorInfo) -> None:
-        kind = self._kind
-        self.layers[layer] += tensor.elements
+        kind, quantization = self._kind, self._quantization
+        elements, held = self._weigh(name, tensor)
+        self.layers[layer] += held
+        self.elements[layer] += elements
         if _EXPERT.search(f".{name}"):
-            self.experts[layer] += tensor.elements
+            self.experts[layer] += elements
         if kind.recurrence is not None and name.startswith(f"{kind.recurrence.marker}."):
             self.recurrent.add(layer)
-        if name == f"{kind.attention}.{kind.fused}.weight":
-            self.fused_rows = tensor.shape[0]
+        if name.startswith(f"{kind.attention}.{kind.fused}."):
+            if quantization is not None and quantization.is_codes(name, tensor):
+                self.fused_rows = quantization.outputs(tensor)
+            elif name.endswith(".weight"):
+                self.fused_rows = tensor.shape[0]
 
     def _add(self, name: str, tensor: TensorInfo) -> None:
         layer = _LAYER.search(name)
@@ -196,11 +230,23 @@ class _Parts:
             # Layers behind the last are extras, such as those of speculative heads.
             if int(layer[1]) < len(self.layers):
                 self._add_to_layer(int(layer[1]), name[layer.end() :], tensor)
-        elif _EMBEDDING.search(name):
-            self.embedding += tensor.elements
+            return
+        _, held = self._weigh(name, tensor)
+        if _EMBEDDING.search(name):
+            self.embedding += held
         elif _BESIDE.search(name):
-            self.beside += tensor.elements
+            self.beside += held
         elif _HEAD.search(name):
-            self.head += tensor.elements
+            self.head += held
         else:
-            self.rest += tensor.elements
+            self.rest += held
+
+    def _weigh(self, name: str, tensor: TensorInfo) -> tuple[int, int]:
+        """Weights that a tensor stands for, and bytes that it comes to."""
+        quantization = self._quantization
+        weight = quantization.weigh(name, tensor) if quantization else None
+        if weight is None:
+            return tensor.elements, tensor.elements * self._size
+        if _EXPERT.search(f".{name}") or _NO_LINEAR.search(name):
+            raise unservable_layer(self._directory, name)
+        return weight

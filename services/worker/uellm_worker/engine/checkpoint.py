@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from uellm.core.errors import ModelFilesError
 from uellm.models.architectures import check_architecture
 from uellm.models.families import Family
+from uellm.models.quantization import Quantization, read_quantization
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -40,8 +41,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_model(model_dir: Path) -> tuple[Family, Any]:
-    """The family and the transformers config of a checkpoint that can be served.
+def read_model(model_dir: Path) -> tuple[Family, Any, Quantization | None]:
+    """Family, transformers config and quantisation of a checkpoint that can be served.
+
+    The config is that of the model itself: it says nothing of the quantisation.
 
     Raises:
         ModelFilesError: if it is missing, or not of a kind that is served.
@@ -53,15 +56,17 @@ def read_model(model_dir: Path) -> tuple[Family, Any]:
             f"{path} has an auto_map: the model brings its own code, which is never executed; "
             "use a model that transformers supports by itself"
         )
-    if raw.get("quantization_config"):
-        raise ModelFilesError(f"{path}: quantised checkpoints are not served; use the original")
+    quantization = read_quantization(path, raw)
     family = check_architecture(path, raw)
     try:
-        return family, AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             str(model_dir), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # Whatever a malformed config makes the library raise.
         raise ModelFilesError(f"{path} is not a valid config: {error}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return family, config, quantization
 
 
 def read_eos_ids(model_dir: Path, config: Any) -> frozenset[int]:

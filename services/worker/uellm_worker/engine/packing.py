@@ -33,7 +33,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        return _product(rows, self._weight, self._bias)
+        return product(rows, self._weight, self._bias)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,8 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
 
 
-def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product by oneDNN of rows with a weight, packed or not, where it is ``packable``."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
@@ -50,7 +51,7 @@ def _supported() -> bool:
     """This build of torch packs, and what it packs gives the plain product."""
     weight, rows = torch.arange(12.0).view(3, 4), torch.arange(8.0).view(1, 2, 4)
     try:
-        return torch.allclose(_product(rows, pack(weight), None), rows @ weight.T)
+        return torch.allclose(product(rows, pack(weight), None), rows @ weight.T)
     except (AttributeError, RuntimeError):
         return False
 

@@ -20,6 +20,7 @@ from uellm_worker.engine.attention import ATTENTION
 from uellm_worker.engine.checkpoint import read_eos_ids, read_model
 from uellm_worker.engine.fused import FusedDecoder, Fusion, join_layers
 from uellm_worker.engine.packing import PackedLinear, pack, packable
+from uellm_worker.engine.quantized import quantize_layers
 from uellm_worker.engine.recipes import Join
 from uellm_worker.engine.runner import Progress
 from uellm_worker.engine.weights import Held, ShardSpec, read_weights
@@ -274,19 +275,23 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
             tensors = earlier.tensors
         earlier.model, earlier.tensors, earlier.fused = None, {}, None
         gc.collect()  # Modules refer to each other in circles.
-    family, config = read_model(spec.model_dir)
+    family, config, quantization = read_model(spec.model_dir)
     model = _hollow_model(spec, family, config)
+    sources = quantize_layers(model, spec, family, quantization)
     fusion = _join(model, spec, family)
     weights = _weights(model, spec, family, fusion.joins if fusion else {})
-    stored = model.state_dict(keep_vars=True)
-    shapes = {weights[name]: tensor.shape for name, tensor in stored.items()}
+    hollow = {weights[name]: tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    shapes = {held: tensor.shape for held, tensor in hollow.items()}
     tensors = {held: tensor for held, tensor in tensors.items() if held in shapes}
-    sizes = {held: shape.numel() * spec.dtype.itemsize for held, shape in shapes.items()}
+    sizes = {
+        held: tensor.numel() * (tensor if held.key in sources else spec).dtype.itemsize
+        for held, tensor in hollow.items()
+    }
     kept, total = sum(sizes[held] for held in tensors), sum(sizes.values())
     progress(kept, total)
     loaded = reported = kept
     lacking = {held: shape for held, shape in shapes.items() if held not in tensors}
-    for held, tensor in read_weights(spec, family, lacking):
+    for held, tensor in read_weights(spec, family, lacking, sources):
         tensors[held] = pack(tensor) if held.packed else tensor
         loaded += sizes[held]
         if loaded - reported >= total // 100:
@@ -304,8 +309,9 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
 
 def _fused_rows(family: Family, shapes: dict[Held, torch.Size]) -> int:
     """See ``Shard``."""
-    ending = f".{family.attention}.{family.fused}.weight"
-    rows = (shape[0] for held, shape in shapes.items() if held.key.endswith(ending))
+    path = f".{family.attention}.{family.fused}"
+    endings = (f"{path}.weight", f"{path}.codes")  # As it is, or quantised.
+    rows = (shape[0] for held, shape in shapes.items() if held.key.endswith(endings))
     return next(rows, 0)
 
 

@@ -1,6 +1,6 @@
 """The weights of a layer range, put together from the tensors of a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -94,8 +94,24 @@ class Held:
         return {key: slice(end - sizes[key], end) for key, end in zip(sizes, ends, strict=True)}
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a weight comes from that is not held as it is stored.
+
+    Attributes:
+        key: in the checkpoint.
+        convert: makes what is held of what is stored.
+    """
+
+    key: str
+    convert: Callable[[torch.Tensor], torch.Tensor]
+
+
 def read_weights(
-    spec: ShardSpec, family: Family, shapes: dict[Held, torch.Size]
+    spec: ShardSpec,
+    family: Family,
+    shapes: dict[Held, torch.Size],
+    sources: Mapping[str, Source],
 ) -> Iterator[tuple[Held, torch.Tensor]]:
     """Weights in the dtype and on the device that were asked for, as each is complete.
 
@@ -103,6 +119,7 @@ def read_weights(
         spec: where and as what.
         family: how the checkpoint names them.
         shapes: those to read, and what the config makes them.
+        sources: of weights that are converted, by their keys.
 
     Raises:
         ModelFilesError: if one is missing, or its shape is not that of the config.
@@ -111,6 +128,10 @@ def read_weights(
     places: dict[str, _Place] = {}
     outstanding: dict[Held, int] = dict.fromkeys(shapes, 0)
     for held, shape in shapes.items():
+        if held.key in sources:
+            piece = Piece(sources[held.key].key)
+            places[piece.key] = _Place(held, piece, slice(None))
+            continue
         total = shape[0] if shape else 0
         for parameter, rows in held.rows(total).items():
             pieces = family.pieces(parameter, total, files.__contains__)
@@ -120,12 +141,17 @@ def read_weights(
     for key, stored in files.read(places):
         place = places[key]
         held = place.held
+        if held.key in sources:
+            tensor = sources[held.key].convert(stored)
+            if tensor.shape != shapes[held]:
+                raise _unfit(spec, key, stored, shapes[held])
+            # Of its own dtype, and nothing of the file.
+            weight = torch.empty(tensor.shape, dtype=tensor.dtype, device=spec.device)
+            yield held, weight.copy_(tensor)
+            continue
         wanted = place.within(torch.empty(shapes[held], device="meta")).shape
         if stored.shape != wanted:
-            raise ModelFilesError(
-                f"{spec.model_dir}, tensor {key!r}: shape {tuple(stored.shape)}, and the config "
-                f"asks for {tuple(wanted)}; config and weights do not belong together"
-            )
+            raise _unfit(spec, key, stored, wanted)
         # A copy, so that no page of the file is needed, or trusted, later on.
         if held not in weights:
             weights[held] = torch.empty(shapes[held], dtype=spec.dtype, device=spec.device)
@@ -149,3 +175,10 @@ class _Place:
         if self.piece.expert is not None:
             return weight[self.piece.expert].chunk(self.piece.parts)[self.piece.part]
         return weight[self.rows] if self.held.below else weight
+
+
+def _unfit(spec: ShardSpec, key: str, stored: torch.Tensor, wanted: torch.Size) -> ModelFilesError:
+    return ModelFilesError(
+        f"{spec.model_dir}, tensor {key!r}: shape {tuple(stored.shape)}, and the config "
+        f"asks for {tuple(wanted)}; config and weights do not belong together"
+    )

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from uellm.core.errors import ModelFilesError
+from uellm_worker.engine.checkpoint import read_eos_ids, read_model
+from uellm_worker.verification.dequantized import dequantized_tensors
 
 TIE = 1e-4
 """Logits that are this close are equal."""
@@ -64,18 +67,28 @@ class Reference:
 
     @classmethod
     def load(cls, directory: Path, dtype: torch.dtype) -> "Reference":
-        """From a checkpoint.
+        """From a checkpoint; of a quantised one, the model of its weights in floating point.
 
         Raises:
-            ModelFilesError: if transformers cannot load it.
+            ModelFilesError: if it is not served, or transformers cannot load it.
         """
+        _, config, quantization = read_model(directory)
+        options = {"dtype": dtype, "local_files_only": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, local_files_only=True, trust_remote_code=False
-            )
+            if quantization is None:
+                model = AutoModelForCausalLM.from_pretrained(
+                    directory, trust_remote_code=False, **options
+                )
+            else:
+                weights = dequantized_tensors(directory, quantization, dtype)
+                kind = getattr(transformers, config.architectures[0])
+                model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
         except Exception as error:  # Whatever a malformed checkpoint makes the library raise.
             line = str(error).strip().partition("\n")[0]
             raise ModelFilesError(f"{directory}: transformers cannot load it: {line}") from error
+        if quantization is not None:
+            # It comes with a checkpoint, and transformers was shown none.
+            model.generation_config.eos_token_id = sorted(read_eos_ids(directory, config)) or None
         return cls(model.eval().requires_grad_(False))
 
     def greedy(self, prompt: Sequence[int], count: int) -> tuple[list[int], list[torch.Tensor]]:
