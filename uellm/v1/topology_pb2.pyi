@@ -294,7 +294,7 @@ class ModelProfile(_message.Message):
     architecture: _builtins.str
     """For instance "LlamaForCausalLM"."""
     stored_dtype: _builtins.str
-    """Dtype of the stored weights."""
+    """Dtype of the stored weights, for instance "float16" or "int4 (group 128)"."""
     hidden_size: _builtins.int
     """Width of the residual stream."""
     @_builtins.property
