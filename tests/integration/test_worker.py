@@ -193,6 +193,24 @@ async def test_registration_heartbeats_and_status(
     assert echo.payload == b"x" * 1000
 
 
+async def test_workers_of_a_host_offer_no_more_than_one_of_them_would(
+    worker: RunningWorker, redis_url: str, deployer: Deployer
+) -> None:
+    def offered() -> dict[str, int]:
+        latest = {beat.worker: beat.devices for beat in deployer.heartbeats}
+        return {name: devices[0].memory_total_bytes for name, devices in latest.items()}
+
+    await eventually(lambda: deployer.heartbeats)
+    alone = offered()["worker-1"]
+    async with worker_at(redis_url, service_id="worker-2") as other:
+        await eventually(lambda: offered()["worker-1"] == alone // 2)
+        await eventually(lambda: "worker-2" in offered())
+        # It measured for itself, a moment later.
+        assert offered()["worker-2"] < 0.75 * alone
+        assert other.worker == "worker-2"
+    await eventually(lambda: offered()["worker-1"] == alone)
+
+
 async def test_a_new_deployer_is_found(
     worker: RunningWorker, mesh: Mesh, deployer: Deployer
 ) -> None:

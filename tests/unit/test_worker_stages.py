@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from uellm_worker import stage_child
+from uellm_worker.devices import Devices
 from uellm_worker.stages import Stages
 
 from tests.support.waiting import eventually
@@ -26,6 +27,7 @@ class ScriptedChild:
         self.pid = pid
         self.exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.commands: list[str] = []
+        self.simulated: list[engine_pb2.SimulatedDevice] = []
         self._mute = mute
         self._failing = failing
         self._events: asyncio.Queue[engine_pb2.EngineEvent | None] = asyncio.Queue()
@@ -43,6 +45,9 @@ class ScriptedChild:
             self.say(progress=engine_pb2.LoadProgress(loaded_bytes=5, total_bytes=10))
             kept = 10 if "leave" in self.commands else 0
             prepared = engine_pb2.ShardPrepared(total_bytes=10, kept_bytes=kept)
+            self.simulated = list(command.prepare.simulated)
+            for device in self.simulated:
+                prepared.devices.add(device_id=device.device_id, held_bytes=10)
             self.say(prepared=prepared)
         elif kind == "commit":
             serving = engine_pb2.ShardServing(generation=command.commit.generation)
@@ -85,6 +90,7 @@ class Bench:
             self.lead,  # type: ignore[arg-type]
             threads=1,
             data_host="127.0.0.1",
+            simulate=Devices("w", "sim:0-1:memory=25", 0).simulated,
         )
 
     async def spawn(self) -> ScriptedChild:
@@ -135,6 +141,26 @@ async def bench() -> AsyncIterator[Bench]:
     await bench.stages.close()
     await asyncio.gather(*bench.tasks)
     assert all(child.exit_code.done() for child in bench.children)
+
+
+async def test_replicas_share_what_a_simulated_device_has(bench: Bench) -> None:
+    async def left(replica: str, generation: int, *devices: str) -> list[int]:
+        wanted = assignment(generation)
+        wanted.replica = replica
+        wanted.device_ids.extend(devices)
+        async for _ in bench.stages.prepare(wanted):
+            pass
+        return [device.memory_bytes for device in bench.children[-1].simulated]
+
+    assert await left("r", 1, "w/sim:0") == [25]
+    assert await left("s", 1, "w/sim:0", "w/sim:1") == [15, 25]
+    assert bench.stages.held_bytes() == {"w/sim:0": 20, "w/sim:1": 10}
+    status = bench.stages.held[1].status(lambda _: 0)
+    assert [use.device_id for use in status.devices] == ["w/sim:0", "w/sim:1"]
+    # A newer generation takes the place of the older one's.
+    assert await left("s", 2, "w/sim:0") == [15]
+    await bench.stages.release("r", 1, 0.0)
+    assert bench.stages.held_bytes() == {"w/sim:0": 10}
 
 
 async def test_prepare_tells_progress_then_commit_serves(bench: Bench) -> None:

@@ -73,7 +73,7 @@ class Device:
     @property
     def unique_name(self) -> str:
         """As ``Prepared.device`` has it: "cpu", or a name that no other device in the world has."""
-        if self.place.type == "cpu":
+        if on_host(self.place):
             return "cpu"
         if self.place.type == "cuda":
             return f"cuda:{torch.cuda.get_device_properties(self.place).uuid}"
@@ -99,12 +99,21 @@ class Device:
         return max(reading, computing)
 
 
+def on_host(place: torch.device) -> bool:
+    """Whether tensors lie in the host's memory and its cores compute.
+
+    There, weights are laid out for oneDNN, layers computed in few operations, and the memory of
+    caches committed and given back page by page.
+    """
+    return place.type == "cpu"
+
+
 def move(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
     """A tensor on another device; whatever runs there next waits for it, and the host does not.
 
     What comes back to the host is waited for: nothing on the host would wait for a copy.
     """
-    return tensor.to(place, non_blocking=place.type != "cpu")
+    return tensor.to(place, non_blocking=not on_host(place))
 
 
 def accelerators() -> list[str]:
@@ -127,7 +136,7 @@ class Stopwatch:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._accelerated = device.place.type != "cpu"
+        self._accelerated = not on_host(device.place)
         self._started = 0.0
         self._seconds = 0.0
         self._begin: torch.Event | None = None

@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import nn
 
+from uellm_worker.engine.device import on_host
+
 _ROWS = 16
 """Rows of a typical decode step, that the layout is chosen for."""
 
@@ -58,4 +60,4 @@ def _supported() -> bool:
 
 def packable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights of this kind are to be packed."""
-    return device.type == "cpu" and dtype == torch.float32 and _supported()
+    return on_host(device) and dtype == torch.float32 and _supported()

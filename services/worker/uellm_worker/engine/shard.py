@@ -18,6 +18,7 @@ from uellm.core.errors import ModelFilesError
 from uellm.models.families import Family
 from uellm_worker.engine.attention import ATTENTION
 from uellm_worker.engine.checkpoint import read_eos_ids, read_model
+from uellm_worker.engine.device import on_host
 from uellm_worker.engine.fused import FusedDecoder, Fusion, join_layers
 from uellm_worker.engine.packing import PackedLinear, pack, packable
 from uellm_worker.engine.quantized import quantize_layers
@@ -209,7 +210,7 @@ def _adapt(layer: Any, family: Family) -> None:
 
 def _join(model: Any, spec: ShardSpec, family: Family) -> Fusion | None:
     """Join linear layers of the hollowed model, if its layers are to be fused."""
-    if spec.device.type != "cpu" or spec.dtype != torch.float32:
+    if not on_host(spec.device) or spec.dtype != torch.float32:
         return None
     path = f"{family.inner}.{family.layers}"
     indices = range(spec.first_layer, spec.last_layer + 1)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from uellm_worker.engine.device import on_host
 from uellm_worker.engine.plan import Copy, Move
 
 LEAST_BLOCK_TOKENS = 16
@@ -30,7 +31,7 @@ def page_tokens(head_dim: int, dtype: torch.dtype, device: torch.device) -> int:
     Returns:
         The least such number from 16 on; 1 where pages are not given back.
     """
-    if sys.platform != "linux" or device.type != "cpu":
+    if sys.platform != "linux" or not on_host(device):
         return 1
     step = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, head_dim * dtype.itemsize)
     return step * -(-LEAST_BLOCK_TOKENS // step)
