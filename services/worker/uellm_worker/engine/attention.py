@@ -6,6 +6,7 @@ keys. It writes keys and values into ``[slots, kv_heads, max_tokens, head_dim]``
 sequence to its own slot: decodes of neighbouring slots together, prefill chunks one by one.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from uellm_worker.engine.grouping import group_lengths
 from uellm_worker.engine.plan import Chunk
 from uellm_worker.engine.slot_memory import SlotMemory
 
@@ -44,6 +46,7 @@ class PackedStep:
     Args:
         chunks: in row order.
         device: of the cache.
+        call_tokens: see ``group_lengths``; None to attend to all neighbours in one call.
 
     Attributes:
         slots: ``[T]``, each row's slot.
@@ -53,7 +56,9 @@ class PackedStep:
         prefills: the other chunks, and the row that each begins at.
     """
 
-    def __init__(self, chunks: tuple[Chunk, ...], device: torch.device) -> None:
+    def __init__(
+        self, chunks: tuple[Chunk, ...], device: torch.device, call_tokens: int | None = None
+    ) -> None:
         slots: list[int] = []
         positions: list[int] = []
         samples: list[int] = []
@@ -76,7 +81,7 @@ class PackedStep:
         self.samples = torch.tensor(samples, dtype=torch.long, device=device)
         self.runs: list[DecodeRun] = []
         row = 0
-        for run in runs:
+        for run in _grouped(runs, call_tokens):
             starts = [chunk.start for chunk in run]
             longest = max(starts) + 1
             self.runs.append(
@@ -92,8 +97,10 @@ class PackedStep:
             row += len(run)
         self._masks: dict[tuple[int, int], torch.Tensor | None] = {}
 
-    def run_mask(self, index: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """``[count, 1, 1, longest]``, added to the scores; None to attend everywhere."""
+    def run_mask(
+        self, index: int, window: int | None, dtype: torch.dtype, copies: int = 1
+    ) -> torch.Tensor | None:
+        """``[count * copies, 1, longest]``, added to the scores; None to attend everywhere."""
         key = (index, window or 0)
         if key not in self._masks:
             run = self.runs[index]
@@ -101,7 +108,7 @@ class PackedStep:
                 self._masks[key] = None
             else:
                 mask = _hidden(run.positions[:, None], run.longest, window, dtype)
-                self._masks[key] = mask[:, None, None, :]
+                self._masks[key] = mask.repeat_interleave(copies, 0)[:, None]
         return self._masks[key]
 
     def chunk_mask(self, index: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -116,6 +123,18 @@ class PackedStep:
                 positions = self.positions[row : row + chunk.count]
                 self._masks[key] = _hidden(positions[:, None], end, window, dtype)
         return self._masks[key]
+
+
+def _grouped(runs: list[list[Chunk]], call_tokens: int | None) -> Iterator[list[Chunk]]:
+    """The runs, cut where lengths differ much."""
+    for run in runs:
+        if call_tokens is None or len(run) == 1:
+            yield run
+            continue
+        start = 0
+        for size in group_lengths([chunk.start + 1 for chunk in run], call_tokens):
+            yield run[start : start + size]
+            start += size
 
 
 def _hidden(
@@ -228,18 +247,18 @@ def attend(
     """
     tokens, heads, head_dim = query.shape
     kv_heads = keys.shape[1]
+    factor = scaling or head_dim**-0.5
+    # On CPUs two plain products are faster than the kernel for long queries.
+    by_products = query.device.type == "cpu" and query.dtype == torch.float32
     output = query.new_empty(tokens, heads, head_dim)
     for index, run in enumerate(step.runs):
-        rows, slots = slice(run.row, run.row + run.count), slice(run.slot, run.slot + run.count)
-        # The queries that share a key head stand where several tokens of one head would.
-        attended = _attend(
-            query[rows].reshape(run.count, kv_heads, -1, head_dim),
-            keys[slots, :, : run.longest],
-            values[slots, :, : run.longest],
-            step.run_mask(index, window, query.dtype),
-            scaling,
-            softcap,
-        )
+        rows = slice(run.row, run.row + run.count)
+        if by_products:
+            mask = step.run_mask(index, window, query.dtype, kv_heads)
+            attended = _attend_by_products(query[rows], run, keys, values, mask, factor, softcap)
+        else:
+            mask = step.run_mask(index, window, query.dtype)
+            attended = _attend_run(query[rows], run, keys, values, mask, scaling, softcap)
         if run.count == tokens:
             return attended.reshape(tokens, heads, head_dim)
         output[rows] = attended.reshape(run.count, heads, head_dim)
@@ -258,6 +277,56 @@ def attend(
         )
         output[rows] = attended[0].transpose(0, 1)
     return output
+
+
+def _attend_run(
+    query: torch.Tensor,
+    run: DecodeRun,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attend one token of each sequence: ``[count, heads, head_dim]``, its heads in groups.
+
+    The queries that share a key head stand where several tokens of one head would.
+    """
+    slots = slice(run.slot, run.slot + run.count)
+    return _attend(
+        query.reshape(run.count, keys.shape[1], -1, keys.shape[3]),
+        keys[slots, :, : run.longest],
+        values[slots, :, : run.longest],
+        None if mask is None else mask[:, None],
+        scaling,
+        softcap,
+    )
+
+
+def _attend_by_products(
+    query: torch.Tensor,
+    run: DecodeRun,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    factor: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """As ``_attend_run``, with the key heads of all sequences as one batch."""
+    slots, kv_heads, _, head_dim = keys.shape
+    heads = slice(run.slot * kv_heads, (run.slot + run.count) * kv_heads)
+    keys = keys.view(slots * kv_heads, -1, head_dim)[heads, : run.longest].transpose(1, 2)
+    values = values.view(slots * kv_heads, -1, head_dim)[heads, : run.longest]
+    query = query.reshape(run.count * kv_heads, -1, head_dim)
+    if softcap is not None:
+        scores = torch.bmm(query, keys).mul_(factor / softcap).tanh_().mul_(softcap)
+        if mask is not None:
+            scores += mask
+    elif mask is None:
+        scores = torch.bmm(query * factor, keys)
+    else:
+        scores = torch.baddbmm(mask, query, keys, alpha=factor)
+    return torch.bmm(torch.softmax(scores, dim=-1), values)
 
 
 def _attend(

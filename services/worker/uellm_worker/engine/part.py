@@ -14,6 +14,9 @@ from uellm_worker.engine.plan import Release, StepPlan
 from uellm_worker.engine.shard import Shard, longest_context
 from uellm_worker.engine.slot_memory import page_tokens
 
+_CALL_NUMBERS = 40_000
+"""Keys that a CPU reads in the time of one more call of attention."""
+
 
 class Part:
     """Consecutive layers on one device.
@@ -53,6 +56,8 @@ class Part:
             device=shard.spec.device,
             block_tokens=capacity.block_tokens,
         )
+        numbers = _kv_heads(shard.config) * shard.head_dim
+        self._call_tokens = _CALL_NUMBERS // numbers if device.place.type == "cpu" else None
         for index, module in enumerate(attentions):
             module.uellm = LayerCache(self.cache, index)
         for mixer in shard.mixers:
@@ -80,7 +85,7 @@ class Part:
         self.cache.carry_out([Release(a.slot, 0) for a in plan.admissions if a.scrub])
         device = self.shard.spec.device
         with torch.inference_mode():
-            step = PackedStep(plan.chunks, device)
+            step = PackedStep(plan.chunks, device, self._call_tokens)
             given = activation
             if given is None:
                 given = torch.tensor(plan.token_ids, device=device)
