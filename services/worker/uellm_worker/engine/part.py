@@ -56,7 +56,7 @@ class Part:
             device=shard.spec.device,
             block_tokens=capacity.block_tokens,
         )
-        numbers = _kv_heads(shard.config) * shard.head_dim
+        numbers = max(shard.kv_heads * shard.head_dim, 1)
         self._call_tokens = _CALL_NUMBERS // numbers if device.place.type == "cpu" else None
         for index, module in enumerate(attentions):
             module.uellm = LayerCache(self.cache, index)

@@ -51,20 +51,17 @@ def choose(
         probabilities, empty if none did. These are the model's own, before temperature and masks.
     """
     logits = logits.float()
-    masked_rows = [i for i, choice in enumerate(choices) if choice.eos_masked]
-    allowed = logits
-    if masked_rows and eos_ids:
-        allowed = logits.clone()
-        rows = torch.tensor(masked_rows, device=logits.device)
-        columns = torch.tensor(list(eos_ids), device=logits.device)
-        allowed[rows[:, None], columns] = float("-inf")
-    best, ids = allowed.max(dim=-1)
-    sampled_rows = [i for i, choice in enumerate(choices) if not choice.greedy]
-    if sampled_rows:
-        rows = torch.tensor(sampled_rows, device=logits.device)
-        ids[rows] = _sample(allowed[rows], [choices[i] for i in sampled_rows])
-    ids = ids.masked_fill(~torch.isfinite(best), -1)
-    chosen: list[int] = ids.tolist()
+    chosen = _likeliest(logits)
+    banned = set(eos_ids)
+    others = [
+        row
+        for row, choice in enumerate(choices)
+        if not choice.greedy or (choice.eos_masked and chosen[row] in banned)
+    ]
+    if others:
+        again = _choose_again(logits[others], [choices[row] for row in others], eos_ids)
+        for row, token in zip(others, again, strict=True):
+            chosen[row] = token
     if not any(choice.sampling.HasField("logprobs") for choice in choices):
         return chosen, []
     logprobs = [
@@ -74,6 +71,36 @@ def choose(
         for i, choice in enumerate(choices)
     ]
     return chosen, logprobs
+
+
+def _likeliest(logits: torch.Tensor) -> list[int]:
+    """The likeliest token of each row; -1 where that is not finite."""
+    if logits.device.type == "cpu":
+        # Ten times as fast as torch's; both take the first of equals, and what is not a number.
+        ids = torch.from_numpy(logits.numpy().argmax(-1))
+    else:
+        ids = logits.argmax(-1)
+    best = logits.gather(-1, ids[:, None])[:, 0]
+    chosen: list[int] = ids.masked_fill(~torch.isfinite(best), -1).tolist()
+    return chosen
+
+
+def _choose_again(
+    logits: torch.Tensor, choices: Sequence[Choice], eos_ids: Sequence[int]
+) -> list[int]:
+    """Choose where the likeliest of all tokens will not do; changes ``logits``."""
+    masked = [row for row, choice in enumerate(choices) if choice.eos_masked]
+    if masked and eos_ids:
+        rows = torch.tensor(masked, device=logits.device)
+        columns = torch.tensor(list(eos_ids), device=logits.device)
+        logits[rows[:, None], columns] = float("-inf")
+    chosen = _likeliest(logits)
+    sampled = [row for row, choice in enumerate(choices) if not choice.greedy and chosen[row] >= 0]
+    if sampled:
+        ids = _sample(logits[sampled], [choices[row] for row in sampled]).tolist()
+        for row, token in zip(sampled, ids, strict=True):
+            chosen[row] = token
+    return chosen
 
 
 def _sample(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
