@@ -459,6 +459,33 @@ async def test_another_tenants_request_does_not_exist(
     assert (await driver.leader.record(request_id)).state == "QUEUED"
 
 
+async def test_an_adapter_is_one_that_the_deployment_serves(
+    driver: MeshDriver, gateway: Gateway
+) -> None:
+    await driver.deploy(adapters=["formal", "pirate"])
+
+    async def listed() -> list[str]:
+        (model,) = (await gateway.stub.ListModels(ListModelsRequest())).models
+        return list(model.adapters)
+
+    await eventually(listed)
+    assert await listed() == ["formal", "pirate"]
+    await gateway.stub.Submit(SubmitRequest(request=request(adapter="pirate")))
+    entry = await driver.next_request()
+    assert entry.entry.adapter == "pirate"
+    record = await driver.leader.record(entry.entry.request_id)
+    assert record.payload.adapter == "pirate"
+    asked = request(adapter="formel")
+    for error in (
+        await refusal(gateway.stub.Generate(asked)),
+        await refused(gateway.stub.Submit(SubmitRequest(request=asked))),
+    ):
+        assert isinstance(error, errors.NotFoundError)
+        assert (error.field, error.reason) == ("adapter", "ADAPTER_NOT_FOUND")
+        assert "'formel'" in error.message
+        assert "served are: formal, pirate" in error.message
+
+
 async def test_models_say_why_they_do_not_answer(
     driver: MeshDriver, redis: Redis, redis_url: str, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import uellm.demo
+from tests.support.checkpoints import write_adapter
 from tests.support.fleet import Fleet, Service, fleet
 from uellm.client import Client, new_request
 from uellm.embedded import free_port
@@ -23,6 +24,8 @@ PROMPTS = (
     "Tell me a story of 9 sentences.",
     "Repeat the word tree 30 times.",
 )
+ADAPTER, ADAPTED = "twist", PROMPTS[2]
+"""The adapter that answers one of them."""
 ANSWER_SECONDS = 60.0
 
 
@@ -37,7 +40,8 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             running.add("profiler", number)
             running.add("scheduler", number)
             running.add("gateway", number, port=str(free_port()))
-        asyncio.run(running.deploy(MODEL, MODEL_DIR, stages=2))
+        adapter = write_adapter(running.directory / ADAPTER, layers=8, hidden=192, rank=4)
+        asyncio.run(running.deploy(MODEL, MODEL_DIR, stages=2, adapters={ADAPTER: adapter}))
         yield running
 
 
@@ -60,7 +64,8 @@ async def client(mesh: Fleet) -> AsyncIterator[Client]:
 
 
 def answer(client: Client, prompt: str) -> AsyncIterator[GenerationEvent]:
-    return client.generate(new_request(MODEL, prompt, max_tokens=300))
+    adapter = ADAPTER if prompt == ADAPTED else ""
+    return client.generate(new_request(MODEL, prompt, adapter=adapter, max_tokens=300))
 
 
 async def collect(
@@ -189,6 +194,14 @@ async def test_kill_of_the_deployer_and_a_profiler(
     await mesh.addresses("deployer", 1)
     assert (await mesh.wait_ready(MODEL)).replicas
     assert await mesh.stage_pids(MODEL) == before
+
+
+async def test_an_adapter_answers_those_who_name_it(
+    client: Client, reference: dict[str, tuple[list[int], str]]
+) -> None:
+    plain = await collect(client.generate(new_request(MODEL, ADAPTED, max_tokens=300)))
+    assert len(reference[ADAPTED][0]) > 0
+    assert plain != reference[ADAPTED]
 
 
 async def test_everything_is_registered_twice(mesh: Fleet) -> None:

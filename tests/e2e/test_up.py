@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.checkpoints import write_adapter
 from tests.support.waiting import eventually
 from uellm.mesh.state import MeshState, find_mesh
 
@@ -69,8 +70,9 @@ async def up(tmp_path: Path) -> AsyncIterator[Up]:
     await mesh.gone()
 
 
-async def test_it_answers_heals_and_drains(up: Up) -> None:
-    state = await up.start("--workers", "2")
+async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", layers=8, hidden=192)
+    state = await up.start("--workers", "2", "--adapter", f"twist={adapter}")
     assert up.process is not None
     assert set(state.pids) == {
         *("gateway-1", "profiler-1", "scheduler-1", "deployer-1", "worker-1", "worker-2")
@@ -80,7 +82,11 @@ async def test_it_answers_heals_and_drains(up: Up) -> None:
     assert "sure to make it" in err
     assert "deadline met" in err
     status, out, _ = await up.run("models", "--json")
-    assert [model["name"] for model in json.loads(out)] == ["demo"]
+    assert [(m["name"], m["adapters"]) for m in json.loads(out)] == [("demo", ["twist"])]
+    status, out, err = await up.run("generate", "Hi", "--max-tokens", "8", "--adapter", "twist")
+    assert (status, bool(out.strip())) == (0, True), err
+    status, _, err = await up.run("generate", "Hi", "--adapter", "twits")
+    assert (status, "served are: twist" in err) == (1, True), err
     status, out, _ = await up.run("health", "--json")
     health = json.loads(out)
     assert status == 0, out

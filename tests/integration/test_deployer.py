@@ -13,7 +13,7 @@ from uellm_deployer.app import start
 from uellm_deployer.settings import DeployerSettings
 from uellm_deployer.store import DESIRED
 
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import write_adapter, write_checkpoint
 from tests.support.waiting import eventually, stays
 from tests.support.workers import RecordingWorker
 from uellm.core.errors import (
@@ -417,6 +417,35 @@ async def test_what_is_wanted_otherwise_is_formed_again(pair: Mesh) -> None:
     await pair.apply(stages=2, slots=2)
     after = await pair.ready(above=before)
     assert after.slots == 2
+
+
+async def test_adapters_are_pushed_with_the_model_and_changes_form_it_again(
+    pair: Mesh, tmp_path: Path
+) -> None:
+    plain, adapted = (
+        common_pb2.ModelRef(name=name, source=str(write_adapter(tmp_path / name, layers=6)))
+        for name in ("plain", "adapted")
+    )
+    await pair.apply(stages=2, adapters=[plain, adapted])
+    deployment = await pair.ready()
+    assert [(a.name, a.source) for a in deployment.adapters] == [
+        ("adapted", adapted.source),
+        ("plain", plain.source),
+    ]
+    for worker in pair.workers.values():
+        pushed = worker.assignments[REPLICA]
+        assert list(pushed.adapters) == list(deployment.adapters)
+        assert all(adapter.digest for adapter in pushed.adapters)
+    before = deployment.replicas[0].epoch
+    await pair.apply(stages=2, adapters=[adapted, plain])
+    assert (await pair.ready()).replicas[0].epoch == before
+    await pair.apply(stages=2, adapters=[plain])
+    after = await pair.ready(above=before)
+    assert [adapter.name for adapter in after.adapters] == ["plain"]
+    bare = common_pb2.ModelRef(name="bare", source=str(tmp_path))
+    with pytest.raises(FailedPreconditionError, match=r"adapter 'bare'.*adapter_config\.json"):
+        await pair.apply(stages=2, adapters=[bare])
+    assert (await pair.ready()).replicas[0].epoch == after.replicas[0].epoch
 
 
 async def test_undeploy_waits_for_what_runs_then_lets_go(pair: Mesh) -> None:

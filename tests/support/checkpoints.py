@@ -47,6 +47,35 @@ def write_checkpoint(
     return directory
 
 
+def write_adapter(
+    directory: Path,
+    *,
+    layers: int = 4,
+    hidden: int = 16,
+    rank: int = 2,
+    seed: int = 0,
+    module: str = "model.layers.{}.self_attn.q_proj",
+    **config: Any,
+) -> Path:
+    """A LoRA adapter for ``write_checkpoint``, as peft writes them, with random weights.
+
+    It adds to one square linear layer of each layer; ``config`` overrides adapter_config.json.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    facts = {"peft_type": "LORA", "r": rank, "lora_alpha": 4 * rank, "target_modules": ["q_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(facts | config))
+    random = np.random.default_rng(seed)
+    tensors = {
+        f"base_model.model.{module.format(layer)}.lora_{factor}.weight": random.normal(
+            0, 0.3, (rank, hidden) if factor == "A" else (hidden, rank)
+        ).astype(np.float32)
+        for layer in range(layers)
+        for factor in "AB"
+    }
+    save_file(tensors, directory / "adapter_model.safetensors")
+    return directory
+
+
 def _llama_config(layers: int, hidden: int, vocab: int, tied: bool) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],

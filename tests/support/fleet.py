@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +117,15 @@ class Fleet:
         """The end of a service's log."""
         return (self.directory / f"{service.service_id}.log").read_text()[-2000:]
 
-    async def deploy(self, name: str, source: Path, *, stages: int, slots: int = 4) -> None:
+    async def deploy(
+        self,
+        name: str,
+        source: Path,
+        *,
+        stages: int,
+        slots: int = 4,
+        adapters: Mapping[str, Path] | None = None,
+    ) -> None:
         """Have a model served, and wait until it is."""
         (deployer, *_) = await self.addresses("deployer", 1)
         async with channel(deployer) as connection:
@@ -132,6 +140,10 @@ class Fleet:
                 model=common_pb2.ModelRef(name=name, source=str(source)),
                 stages=stages,
                 slots=slots,
+                adapters=[
+                    common_pb2.ModelRef(name=adapter, source=str(directory))
+                    for adapter, directory in (adapters or {}).items()
+                ],
             )
             await stub.Apply(deployer_pb2.ApplyRequest(deployment=request), timeout=20)
         await self.wait_ready(name)

@@ -72,7 +72,9 @@ class MeshDriver:
         self._revisions: dict[str, int] = {}
         self.holders: dict[str, int] = {}
 
-    async def deploy(self, *, status: str = "", ready: bool = True) -> None:
+    async def deploy(
+        self, *, status: str = "", ready: bool = True, adapters: Sequence[str] = ()
+    ) -> None:
         """Publish the model and route its replica."""
         state = topology_pb2.REPLICA_STATE_READY if ready else topology_pb2.REPLICA_STATE_FAILED
         profile = convert.model_to_proto(read_profile(self.directory, "float32"))
@@ -85,6 +87,7 @@ class MeshDriver:
                 status=status,
                 max_tokens=profile.max_tokens,
                 wanted_replicas=1,
+                adapters=[common_pb2.ModelRef(name=name) for name in adapters],
             )
         )
         await self.leader.route(self.replica, 1, "READY")

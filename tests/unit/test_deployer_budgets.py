@@ -73,7 +73,9 @@ def test_pending_loads_are_reserved_and_ones_own_are_free(
 
 async def test_accelerators_are_taken_before_cpus(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "m")
-    model = await resolve(common_pb2.ModelRef(name="m", source=str(source)))
+    model = await resolve(
+        deployer_pb2.PlanRequest(model=common_pb2.ModelRef(name="m", source=str(source)))
+    )
     gpu = Device("g/cuda:0", "g", "g", "cuda", 1 << 30)
     cpu = Device("c/cpu:0", "c", "c", "cpu", 8 << 30)
     small = Device("s/cuda:0", "s", "s", "cuda", 1 << 10)
@@ -92,7 +94,9 @@ async def test_accelerators_are_taken_before_cpus(tmp_path: Path) -> None:
 
 async def test_simulated_devices_compute_in_single_precision(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "m")
-    model = await resolve(common_pb2.ModelRef(name="m", source=str(source)))
+    model = await resolve(
+        deployer_pb2.PlanRequest(model=common_pb2.ModelRef(name="m", source=str(source)))
+    )
     device = Device("s/sim:0", "s", "s", "simulated", 1 << 30)
     assert plan(EvenPlacer(), model, deployer_pb2.PlanRequest(), [device], 1).dtype == "float32"
 
@@ -101,7 +105,9 @@ async def test_neighbours_on_a_worker_become_one_stage_and_no_worker_has_two(
     tmp_path: Path,
 ) -> None:
     source = write_checkpoint(tmp_path / "m", layers=4)
-    model = await resolve(common_pb2.ModelRef(name="m", source=str(source)))
+    model = await resolve(
+        deployer_pb2.PlanRequest(model=common_pb2.ModelRef(name="m", source=str(source)))
+    )
     names = ("a/sim:0", "a/sim:1", "b/sim:0")
     devices = [Device(name, name[0], name[0], "simulated", 1 << 30) for name in names]
     request = deployer_pb2.PlanRequest(stages=3, slots=1)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from uellm_worker import verify as command
 from uellm_worker.verification.splits import uneven_split
 
-from tests.support.checkpoints import TOKENIZER
+from tests.support.checkpoints import TOKENIZER, write_adapter
 from uellm.cli.app import app
 from uellm.core.errors import ConfigurationError
 
@@ -183,6 +183,19 @@ def test_the_command_runs_the_worker_and_prints_json(directory: Path, tmp_path: 
     assert [prompt["prompt_tokens"] for prompt in result["prompts"]] == [1, 1]
 
 
+def test_the_command_spreads_prompts_over_adapters(directory: Path, tmp_path: Path) -> None:
+    twist = write_adapter(tmp_path / "twist", hidden=32)
+    other = write_adapter(tmp_path / "other", hidden=32, seed=1, layers=2)
+    options = ["--adapter", f"the.twist={twist}", "--adapter", f"other={other}"]
+    done = CliRunner().invoke(
+        app, ["verify", str(directory), *options, "--max-tokens", "6", "--threads", "1", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    adapters = [prompt["adapter"] for prompt in result["prompts"]]
+    assert adapters[:4] == ["", "other", "the.twist", ""]
+
+
 @pytest.mark.parametrize("options", [["--shards", "5"], ["--prompts", "/nowhere.txt"]])
 def test_what_cannot_be_compared_is_said_in_one_line(directory: Path, options: list[str]) -> None:
     done = CliRunner().invoke(app, ["verify", str(directory), *options])
@@ -208,6 +221,7 @@ def test_a_difference_is_shown_and_ends_with_one(
         "logit_error": 0.5,
         "logit_error_at": 7,
         "logits_agree": False,
+        "adapter": "",
     }
     result = {
         "model": "m",

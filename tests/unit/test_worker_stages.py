@@ -87,6 +87,7 @@ class Bench:
             self,  # type: ignore[arg-type]
             self.run,
             self.resolve,
+            self.resolve,
             self.lead,  # type: ignore[arg-type]
             threads=1,
             data_host="127.0.0.1",

@@ -17,6 +17,9 @@ Server = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ModelName = Annotated[str, typer.Option(help="Served name; by default the only one served.")]
+AdapterName = Annotated[
+    str, typer.Option("--adapter", help="LoRA adapter of the model; by default none.")
+]
 Deadline = Annotated[
     float | None,
     typer.Option(
@@ -42,6 +45,7 @@ Stop = Annotated[
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
     model: ModelName = "",
+    adapter: AdapterName = "",
     deadline: Deadline = None,
     ttft: Ttft = None,
     max_tokens: MaxTokens = None,
@@ -70,6 +74,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     wishes = _wishes(
         model=model,
+        adapter=adapter,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
@@ -84,6 +89,7 @@ def generate(
 
 def chat(
     model: ModelName = "",
+    adapter: AdapterName = "",
     system: Annotated[str, typer.Option(help="A system message to begin with.")] = "",
     deadline: Deadline = None,
     max_tokens: MaxTokens = None,
@@ -97,6 +103,7 @@ def chat(
 
     wishes = _wishes(
         model=model,
+        adapter=adapter,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,

@@ -29,6 +29,7 @@ class Wishes:
     """What a user asks for besides the prompt; the fields are those of ``new_request``."""
 
     model: str = ""
+    adapter: str = ""
     max_tokens: int | None = None
     temperature: float | None = None
     seed: int | None = None
@@ -42,6 +43,7 @@ class Wishes:
         return new_request(
             model,
             prompt,
+            adapter=self.adapter,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             seed=self.seed,

@@ -57,13 +57,15 @@ async def models(servers: Sequence[str], *, as_json: bool) -> int:
             ]
         )
         return exits.OK
-    table = Table("model", "replicas ready", "context", "chat", "source", "status", box=None)
+    columns = ("model", "replicas ready", "context", "chat", "adapters", "source", "status")
+    table = Table(*columns, box=None)
     for model in served:
         table.add_row(
             model.name,
             f"{model.ready_replicas}/{model.replicas}",
             str(model.max_tokens),
             "yes" if model.has_chat_template else "no",
+            ", ".join(model.adapters) or "none",
             model.ref.source,
             model.status,
         )

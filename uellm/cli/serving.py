@@ -29,6 +29,14 @@ def up(
             "may be given several times. By default the demo model."
         ),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SOURCE",
+            help="LoRA adapter in peft's format that requests may name, a directory or hub id; "
+            "MODEL:NAME=… with several models; may be given several times.",
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")] = 1,
     stages: Annotated[int, typer.Option(min=0, help="Stages per replica; 0: as few as fit.")] = 0,
     replicas: Annotated[int, typer.Option(min=1, help="Copies of each model.")] = 1,
@@ -60,11 +68,11 @@ def up(
     from uellm.cli import tree
     from uellm.cli.loops import run
     from uellm.mesh.mesh import Mesh
-    from uellm.mesh.options import DEMO_MODEL, MeshOptions, ModelSource
+    from uellm.mesh.options import DEMO_MODEL, MeshOptions, ModelSource, with_adapters
 
-    named = model or [f"demo={DEMO_MODEL}"]
+    models = [ModelSource.parse(text) for text in model or [f"demo={DEMO_MODEL}"]]
     options = MeshOptions(
-        models=tuple(ModelSource.parse(text) for text in named),
+        models=tuple(with_adapters(models, adapter or ())),
         workers=workers,
         devices=devices,
         stages=stages,

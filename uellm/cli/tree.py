@@ -10,6 +10,7 @@ from uellm.core.errors import ConfigurationError
 from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import MeshOptions
 from uellm.models import files
+from uellm.models.adapters import resolve_adapter
 from uellm.models.profile import read_profile
 from uellm.models.tokenizer import Tokenizer
 
@@ -37,7 +38,7 @@ class Progress:
 
 
 def check(options: MeshOptions, *, allow_download: bool) -> None:
-    """Find and read every model before anything is started; fetch it if that is wished.
+    """Find and read every model and adapter before anything is started; fetch it if that is wished.
 
     Raises:
         UellmError: naming what is missing or impossible, and the remedy.
@@ -46,6 +47,8 @@ def check(options: MeshOptions, *, allow_download: bool) -> None:
     for model in options.models:
         directory = files.resolve(model.source, allow_download=allow_download)
         Tokenizer(directory)
+        for adapter in model.adapters:
+            resolve_adapter(adapter, allow_download=allow_download)
         longest = max(longest, read_profile(directory, options.dtype or "float32").max_tokens)
     if options.max_tokens > longest:
         raise ConfigurationError(

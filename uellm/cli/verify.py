@@ -26,6 +26,14 @@ def verify(
         str,
         typer.Argument(help="Directory or hub id of the model; by default the demo model."),
     ] = "",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SOURCE",
+            help="LoRA adapter in peft's format: prompts take the model and each adapter in turn; "
+            "may be given several times.",
+        ),
+    ] = None,
     shards: Annotated[
         int, typer.Option(min=0, help="Stages to split it into; 0: three, or one per layer.")
     ] = 0,
@@ -53,6 +61,7 @@ def verify(
     from uellm.core.errors import ConfigurationError
     from uellm.mesh.options import DEMO_MODEL
     from uellm.models import files
+    from uellm.models.adapters import check_names, parse_adapter, resolve_adapter
 
     if find_spec("uellm_worker") is None or find_spec("torch") is None:
         raise ConfigurationError("the worker is not installed: pip install 'uellm[worker]'")
@@ -65,6 +74,9 @@ def verify(
                 field="flips",
             )
         options.append(f"--flips={flips.value}")
+    for ref in check_names(parse_adapter(text)[1] for text in adapter or ()):
+        found = resolve_adapter(ref, allow_download=allow_download)
+        options.append(f"--adapter={ref.name}={found}")
     if prompts is not None:
         options.append(f"--prompts={prompts}")
     result = _run([str(directory), *options, f"--threads={threads}"])
@@ -109,10 +121,14 @@ def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("prompt", "tokens", "answer", "ties", "logit error", "verdict", box=None)
+    columns = ["prompt", "tokens", "answer", "ties", "logit error", "verdict"]
+    if adapted := any(prompt["adapter"] for prompt in result["prompts"]):
+        columns.insert(1, "adapter")
+    table = Table(*columns, box=None)
     for prompt in result["prompts"]:
         table.add_row(
             str(prompt["prompt"]),
+            *([prompt["adapter"] or "none"] if adapted else []),
             str(prompt["prompt_tokens"]),
             str(prompt["answer_tokens"]),
             str(len(prompt["ties"])),

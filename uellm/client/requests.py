@@ -16,6 +16,7 @@ def new_request(
     model: str,
     prompt: str | Sequence[Turn],
     *,
+    adapter: str = "",
     max_tokens: int | None = None,
     temperature: float | None = None,
     seed: int | None = None,
@@ -30,6 +31,7 @@ def new_request(
         model: a served model's name.
         prompt: text that is taken verbatim, or the turns of a conversation, oldest first, for the
             model's chat template.
+        adapter: a LoRA adapter of the model; "": the model alone.
         max_tokens: most tokens to generate; None: the context that is left.
         temperature: 0 or None is greedy.
         seed: keys the generator of a sampled answer.
@@ -45,6 +47,7 @@ def new_request(
     _check_range("sampling.seed", seed, LARGEST_SEED)
     request = inference_pb2.GenerateRequest(
         model=model,
+        adapter=adapter,
         sampling=common_pb2.Sampling(
             max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop
         ),

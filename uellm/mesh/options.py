@@ -4,13 +4,14 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 from uellm.core.errors import ConfigurationError
 from uellm.mesh.supervision import ServiceSpec
+from uellm.models.adapters import check_names, parse_adapter
 from uellm.v1 import common_pb2, deployer_pb2
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
@@ -25,10 +26,12 @@ class ModelSource:
     Attributes:
         name: the name it is served under.
         source: directory or hub id.
+        adapters: its LoRA adapters.
     """
 
     name: str
     source: str
+    adapters: tuple[common_pb2.ModelRef, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -50,6 +53,27 @@ class ModelSource:
                 match["name"] or re.sub(r"[^A-Za-z0-9._-]", "-", directory.resolve().name), source
             )
         return cls(match["name"] or source, source)
+
+
+def with_adapters(models: Sequence[ModelSource], adapters: Sequence[str]) -> list[ModelSource]:
+    """Models with their LoRA adapters, each ``NAME=SOURCE`` or ``MODEL:NAME=SOURCE``.
+
+    Raises:
+        InvalidArgumentError: if one cannot be read, or a name stands twice.
+        ConfigurationError: if it is not said to which model one belongs.
+    """
+    by_name: dict[str, list[common_pb2.ModelRef]] = {model.name: [] for model in models}
+    for text in adapters:
+        name, ref = parse_adapter(text)
+        name = name or (models[0].name if len(models) == 1 else "")
+        if name not in by_name:
+            raise ConfigurationError(
+                f"--adapter {text}: put the model that it belongs to before it, as "
+                f"MODEL:NAME=SOURCE; served are: {', '.join(by_name)}",
+                field="adapter",
+            )
+        by_name[name].append(ref)
+    return [replace(model, adapters=tuple(check_names(by_name[model.name]))) for model in models]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +117,7 @@ class MeshOptions:
             dtype=self.dtype,
             slots=self.slots,
             max_tokens=self.max_tokens,
+            adapters=model.adapters,
         )
 
     def services(

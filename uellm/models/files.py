@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,28 @@ TOKENIZER = "tokenizer.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# What a download fetches: these, and never the code or pickles that lie beside them.
-WANTED = ("*.json", "model*.safetensors", "*.jinja", "LICENSE*")
 UNWANTED = ("*/*",)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _digests: dict[Path, tuple[tuple[tuple[str, int, int], ...], str]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a source is to hold.
+
+    Attributes:
+        field: what errors call the source.
+        files: the least that is there, for people.
+        wanted: what a download fetches: these, and never the code or pickles that lie beside them.
+        check: fails unless a directory holds it all.
+    """
+
+    field: str
+    files: str
+    wanted: tuple[str, ...]
+    check: Callable[[Path], None]
 
 
 def resolve(
@@ -38,6 +55,7 @@ def resolve(
     *,
     allow_download: bool = False,
     cache_dir: Path | None = None,
+    contents: Contents | None = None,
 ) -> Path:
     """The directory that holds a model's files, checked to be complete.
 
@@ -46,26 +64,28 @@ def resolve(
         revision: a branch, tag or commit of the hub; "": its default branch.
         allow_download: fetch a hub id that the local cache lacks.
         cache_dir: the hub cache; None: huggingface_hub's own (HF_HOME, HF_HUB_CACHE).
+        contents: what it is to hold; None: a model.
 
     Raises:
         ModelFilesError: naming what is missing or refused, where, and the remedy.
     """
+    contents = contents or MODEL
     directory = Path(source).expanduser()
     if directory.is_dir():
-        check(directory)
+        contents.check(directory)
         return directory.resolve()
     if directory.is_file():
         raise ModelFilesError(
-            f"{source} is a file; name the directory that holds {CONFIG} and the weights",
-            field="model.source",
+            f"{source} is a file; name the directory that holds {contents.files}",
+            field=contents.field,
         )
     if not _HUB_ID.fullmatch(source):
         raise ModelFilesError(
             f"no directory {source!r}, and it is not a hub id (org/name) either; name a directory "
-            f"on this host with {CONFIG}, {TOKENIZER} and {WEIGHTS}",
-            field="model.source",
+            f"on this host with {contents.files}",
+            field=contents.field,
         )
-    return _resolve_hub(source, revision, allow_download=allow_download, cache_dir=cache_dir)
+    return _resolve_hub(source, revision, contents, download=allow_download, cache_dir=cache_dir)
 
 
 def resolve_ref(ref: common_pb2.ModelRef, *, cache_dir: Path | None = None) -> Path:
@@ -103,6 +123,15 @@ def check(directory: Path) -> None:
             f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained("
             f"{str(directory)!r})"
         )
+
+
+MODEL = Contents(
+    field="model.source",
+    files=f"{CONFIG}, {TOKENIZER} and {WEIGHTS}",
+    wanted=("*.json", "model*.safetensors", "*.jinja", "LICENSE*"),
+    check=check,
+)
+"""A checkpoint."""
 
 
 def tensor_files(directory: Path) -> list[Path]:
@@ -223,7 +252,7 @@ def _add(sha: Any, name: str, size: int, content: bytes) -> None:
 
 
 def _resolve_hub(
-    hub_id: str, revision: str, *, allow_download: bool, cache_dir: Path | None
+    hub_id: str, revision: str, contents: Contents, *, download: bool, cache_dir: Path | None
 ) -> Path:
     try:
         # Slow to import beside everything else here, and not needed for a directory.
@@ -233,7 +262,7 @@ def _resolve_hub(
         raise ModelFilesError(
             f"{hub_id} is a hub id, and huggingface-hub is not installed; install it, or name a "
             "directory",
-            field="model.source",
+            field=contents.field,
         ) from None
 
     def fetch(*, local: bool) -> Path:
@@ -242,7 +271,7 @@ def _resolve_hub(
                 hub_id,
                 revision=revision or None,
                 cache_dir=cache_dir,
-                allow_patterns=list(WANTED),
+                allow_patterns=list(contents.wanted),
                 ignore_patterns=list(UNWANTED),
                 local_files_only=local,
                 endpoint=os.environ.get("HF_ENDPOINT") or None,
@@ -253,19 +282,19 @@ def _resolve_hub(
     at = f"{hub_id}@{revision}" if revision else hub_id
     try:
         directory = fetch(local=True)
-        check(directory)
+        contents.check(directory)
         return directory
     except LocalEntryNotFoundError:
-        if not allow_download:
+        if not download:
             raise ModelFilesError(
                 f"{at} is not in the hub cache of this host ({_cache(cache_dir)}); fetch it with "
                 f"`hf download {hub_id}{f' --revision {revision}' if revision else ''}`, or name "
                 "a directory",
-                field="model.source",
+                field=contents.field,
             ) from None
     except ModelFilesError:
         # A download that was cut short leaves a snapshot without some of its files.
-        if not allow_download:
+        if not download:
             raise
     try:
         directory = fetch(local=False)
@@ -276,9 +305,9 @@ def _resolve_hub(
         raise ModelFilesError(
             f"{at} could not be downloaded: {what}; check the name, HF_TOKEN for a gated model and "
             "HF_ENDPOINT, or name a directory",
-            field="model.source",
+            field=contents.field,
         ) from None
-    check(directory)
+    contents.check(directory)
     return directory
 
 

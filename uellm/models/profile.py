@@ -111,6 +111,12 @@ def dtype_bytes(dtype: str) -> int:
     return DTYPE_BYTES[dtype]
 
 
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor or module belongs to by its name; None for the others."""
+    match = _LAYER.search(name)
+    return None if match is None else int(match[1])
+
+
 class _Config:
     """config.json, whose keys have different names in different families."""
 

@@ -539,7 +539,7 @@ Global___SloVerdict: _TypeAlias = SloVerdict  # noqa: Y015
 
 @_typing.final
 class ModelRef(_message.Message):
-    """A model as every service resolves it, locally, for itself."""
+    """A model, or an adapter of one, as every service resolves it, locally, for itself."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -554,7 +554,7 @@ class ModelRef(_message.Message):
     revision: _builtins.str
     """Hub revision; empty for a directory."""
     digest: _builtins.str
-    """SHA-256 over config, tokenizer and tensor headers, hex."""
+    """SHA-256 over config, tokenizer and tensor headers, hex; of an adapter over its whole files."""
     def __init__(
         self,
         *,

@@ -244,6 +244,7 @@ class PlanRequest(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     replicas: _builtins.int
     """Copies; 0: one."""
     stages: _builtins.int
@@ -258,6 +259,10 @@ class PlanRequest(_message.Message):
     def model(self) -> _common_pb2.ModelRef:
         """Directory or hub id."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ModelRef]:
+        """LoRA adapters that requests may name, each a directory or hub id in peft's format."""
+
     def __init__(
         self,
         *,
@@ -267,10 +272,11 @@ class PlanRequest(_message.Message):
         dtype: _builtins.str = ...,
         slots: _builtins.int = ...,
         max_tokens: _builtins.int = ...,
+        adapters: _abc.Iterable[_common_pb2.ModelRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "max_tokens", b"max_tokens", "model", b"model", "replicas", b"replicas", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "max_tokens", b"max_tokens", "model", b"model", "replicas", b"replicas", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -90,6 +90,7 @@ class PrepareShard(_message.Message):
     MODEL_DIR_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
     BIND_HOST_FIELD_NUMBER: _builtins.int
+    ADAPTER_DIRS_FIELD_NUMBER: _builtins.int
     SIMULATED_FIELD_NUMBER: _builtins.int
     model_dir: _builtins.str
     """The model's files on this host."""
@@ -102,6 +103,10 @@ class PrepareShard(_message.Message):
         """Which, what, with how much."""
 
     @_builtins.property
+    def adapter_dirs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The files of the assignment's adapters on this host, in their order."""
+
+    @_builtins.property
     def simulated(self) -> _containers.RepeatedCompositeFieldContainer[Global___SimulatedDevice]:
         """Those of the stage's devices that are simulated."""
 
@@ -112,11 +117,12 @@ class PrepareShard(_message.Message):
         model_dir: _builtins.str = ...,
         threads: _builtins.int = ...,
         bind_host: _builtins.str = ...,
+        adapter_dirs: _abc.Iterable[_builtins.str] | None = ...,
         simulated: _abc.Iterable[Global___SimulatedDevice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "bind_host", b"bind_host", "model_dir", b"model_dir", "simulated", b"simulated", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_dirs", b"adapter_dirs", "assignment", b"assignment", "bind_host", b"bind_host", "model_dir", b"model_dir", "simulated", b"simulated", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

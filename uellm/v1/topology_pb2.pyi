@@ -435,6 +435,7 @@ class ShardAssignment(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     """The deployment: a served model."""
@@ -475,6 +476,10 @@ class ShardAssignment(_message.Message):
         """All stages, this one included, in order."""
 
     @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ModelRef]:
+        """LoRA adapters to load beside the model, in the order in which the stages number them."""
+
+    @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceShard]:
         """What each device holds, in layer order; the embedding is on the first, the head on the last.
         Empty: all of it is on the first of device_ids.
@@ -499,11 +504,12 @@ class ShardAssignment(_message.Message):
         slots: _builtins.int = ...,
         peers: _abc.Iterable[Global___Peer] | None = ...,
         max_tokens: _builtins.int = ...,
+        adapters: _abc.Iterable[_common_pb2.ModelRef] | None = ...,
         shards: _abc.Iterable[Global___DeviceShard] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "device_ids", b"device_ids", "dtype", b"dtype", "first_layer", b"first_layer", "generation", b"generation", "has_embed", b"has_embed", "has_head", b"has_head", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "max_tokens", b"max_tokens", "model", b"model", "peers", b"peers", "replica", b"replica", "shards", b"shards", "slots", b"slots", "stage_count", b"stage_count", "stage_index", b"stage_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "deployment", b"deployment", "device_ids", b"device_ids", "dtype", b"dtype", "first_layer", b"first_layer", "generation", b"generation", "has_embed", b"has_embed", "has_head", b"has_head", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "max_tokens", b"max_tokens", "model", b"model", "peers", b"peers", "replica", b"replica", "shards", b"shards", "slots", b"slots", "stage_count", b"stage_count", "stage_index", b"stage_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -680,6 +686,7 @@ class Deployment(_message.Message):
     WANTED_STAGES_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The served name."""
     status: _builtins.str
@@ -708,6 +715,10 @@ class Deployment(_message.Message):
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]:
         """Its copies."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ModelRef]:
+        """LoRA adapters that requests may name."""
+
     def __init__(
         self,
         *,
@@ -722,10 +733,11 @@ class Deployment(_message.Message):
         wanted_stages: _builtins.int = ...,
         dtype: _builtins.str = ...,
         slots: _builtins.int = ...,
+        adapters: _abc.Iterable[_common_pb2.ModelRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "max_tokens", b"max_tokens", "model", b"model", "name", b"name", "profile", b"profile", "replicas", b"replicas", "slots", b"slots", "status", b"status", "version", b"version", "wanted_replicas", b"wanted_replicas", "wanted_stages", b"wanted_stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "max_tokens", b"max_tokens", "model", b"model", "name", b"name", "profile", b"profile", "replicas", b"replicas", "slots", b"slots", "status", b"status", "version", b"version", "wanted_replicas", b"wanted_replicas", "wanted_stages", b"wanted_stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,12 +1,12 @@
 """Taking over what another deployer left: replicas that serve go on serving."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from uellm.convert import device_shards, model_from_proto
 from uellm.core.model import ModelProfile
 from uellm.placement.memory import Need
 from uellm.placement.views import PlannedReplica, PlannedStage
-from uellm.v1 import deployer_pb2, topology_pb2
+from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
 from uellm_deployer.replica import Phase, Replica
 
 
@@ -61,7 +61,12 @@ def _matches(published: topology_pb2.Deployment, wanted: deployer_pb2.PlanReques
         and published.model.revision == wanted.model.revision
         and (not wanted.dtype or published.dtype == wanted.dtype)
         and published.slots <= wanted.slots
+        and _sources(published.adapters) == _sources(wanted.adapters)
     )
+
+
+def _sources(adapters: Iterable[common_pb2.ModelRef]) -> list[tuple[str, str, str]]:
+    return [(adapter.name, adapter.source, adapter.revision) for adapter in adapters]
 
 
 def planned_of(

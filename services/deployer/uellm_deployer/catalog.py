@@ -2,12 +2,15 @@
 
 import asyncio
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from uellm.core.errors import InvalidArgumentError, ModelFilesError
 from uellm.core.model import ModelProfile
 from uellm.models import files
+from uellm.models.adapters import check_names, parse_adapter, resolve_adapter, with_adapters
+from uellm.models.adapters import digest as adapter_digest
 from uellm.models.profile import DTYPE_BYTES, read_profile
 from uellm.streams.keys import MODEL_NAME
 from uellm.v1 import common_pb2, deployer_pb2
@@ -24,49 +27,76 @@ class ResolvedModel:
     Attributes:
         ref: with digest, as it is pushed to workers.
         directory: where its files are.
+        adapters: its LoRA adapters, likewise, and where their files are.
     """
 
     ref: common_pb2.ModelRef
     directory: Path
+    adapters: tuple[tuple[common_pb2.ModelRef, Path], ...] = ()
     _profiles: dict[str, ModelProfile] = field(default_factory=dict)
 
     def profile(self, dtype: str) -> ModelProfile:
-        """Its needs in a compute dtype.
+        """Its needs in a compute dtype, adapters included.
 
         Raises:
             ModelFilesError: if its files do not say.
         """
         if dtype not in self._profiles:
-            self._profiles[dtype] = read_profile(self.directory, dtype)
+            directories = [directory for _, directory in self.adapters]
+            base = read_profile(self.directory, dtype)
+            self._profiles[dtype] = with_adapters(base, directories, dtype)
         return self._profiles[dtype]
 
+    @property
+    def adapter_refs(self) -> list[common_pb2.ModelRef]:
+        """Its LoRA adapters as they are pushed to workers."""
+        return [ref for ref, _ in self.adapters]
 
-async def resolve(ref: common_pb2.ModelRef, *, allow_download: bool = False) -> ResolvedModel:
-    """Find a model's files and read what they say. Blocks a thread, not the loop.
+
+async def resolve(
+    request: deployer_pb2.PlanRequest, *, allow_download: bool = False
+) -> ResolvedModel:
+    """Find the files of a model and its adapters, and read what they say.
+
+    Blocks a thread, not the loop.
 
     Raises:
         ModelFilesError: naming path and remedy.
     """
+    ref = request.model
 
     def work() -> ResolvedModel:
         directory = files.resolve(ref.source, ref.revision, allow_download=allow_download)
-        local = Path(ref.source).expanduser().is_dir()
-        found = common_pb2.ModelRef(
-            name=ref.name,
-            source=str(directory) if local else ref.source,
-            revision=ref.revision,
-            digest=files.digest(directory),
-        )
+        found = _found(ref, directory, files.digest(directory))
         if ref.digest and ref.digest != found.digest:
             raise ModelFilesError(
                 f"{directory} is another model than was asked for: its digest is {found.digest}",
                 field="model.digest",
             )
-        model = ResolvedModel(found, directory)
+        adapters = [
+            (adapter, resolve_adapter(adapter, allow_download=allow_download))
+            for adapter in request.adapters
+        ]
+        model = ResolvedModel(
+            found,
+            directory,
+            tuple((_found(one, at, adapter_digest(at)), at) for one, at in adapters),
+        )
         model.profile("float32")
         return model
 
     return await asyncio.to_thread(work)
+
+
+def _found(ref: common_pb2.ModelRef, directory: Path, digest: str) -> common_pb2.ModelRef:
+    """A reference as it is pushed to workers."""
+    local = Path(ref.source).expanduser().is_dir()
+    return common_pb2.ModelRef(
+        name=ref.name,
+        source=str(directory) if local else ref.source,
+        revision=ref.revision,
+        digest=digest,
+    )
 
 
 def parse_model(text: str) -> common_pb2.ModelRef:
@@ -75,6 +105,30 @@ def parse_model(text: str) -> common_pb2.ModelRef:
     if match is not None and not Path(text).exists():
         return common_pb2.ModelRef(name=match["name"], source=match["source"])
     return common_pb2.ModelRef(source=text)
+
+
+def adapters_by_model(
+    adapters: Sequence[str], models: Sequence[common_pb2.ModelRef]
+) -> dict[str, list[common_pb2.ModelRef]]:
+    """Adapters as settings name them, by the served name of their model.
+
+    Raises:
+        InvalidArgumentError: if one cannot be read, or belongs to none of the models.
+    """
+    names = [model.name or Path(model.source).name for model in models]
+    found: dict[str, list[common_pb2.ModelRef]] = {name: [] for name in names}
+    for text in adapters:
+        name, ref = parse_adapter(text)
+        if not name and len(names) == 1:
+            name = names[0]
+        if name not in found:
+            raise InvalidArgumentError(
+                f"adapter {text!r}: put one of the served models before it, as MODEL:NAME=SOURCE; "
+                f"served: {', '.join(names) or 'none'}",
+                field="adapters",
+            )
+        found[name].append(ref)
+    return found
 
 
 def checked(request: deployer_pb2.PlanRequest, default_slots: int) -> deployer_pb2.PlanRequest:
@@ -109,6 +163,9 @@ def checked(request: deployer_pb2.PlanRequest, default_slots: int) -> deployer_p
     ):
         if value > most:
             raise InvalidArgumentError(f"{name}: {value}; the limit is {most}", field=name)
+    adapters = check_names(request.adapters)
+    del wanted.adapters[:]
+    wanted.adapters.extend(adapters)
     wanted.replicas = wanted.replicas or 1
     wanted.slots = wanted.slots or default_slots
     return wanted

@@ -3,16 +3,19 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 from uellm.core.errors import AbortedError, ModelFilesError, NotFoundError
 from uellm.logs import logger
+from uellm.models import files
+from uellm.models.adapters import ADAPTER
 from uellm.placement.even import EvenPlacer
 from uellm.service import Context
-from uellm.v1 import deployer_pb2, topology_pb2
+from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
 from uellm_deployer import planning, reconcile
 from uellm_deployer.budgets import devices_for
-from uellm_deployer.catalog import checked, parse_model, resolve
+from uellm_deployer.catalog import adapters_by_model, checked, parse_model, resolve
 from uellm_deployer.deployment import Deployment
 from uellm_deployer.forming import Former
 from uellm_deployer.leadership import Leadership
@@ -110,8 +113,11 @@ class Deployer:
 
     async def _take_over(self, term: int) -> None:
         """Read what is wanted and what there is."""
-        for text in self._settings.models:
-            await self._want_from_settings(text)
+        models = [parse_model(text) for text in self._settings.models]
+        adapters = adapters_by_model(self._settings.adapters, models)
+        for model in models:
+            name = model.name or Path(model.source).name
+            await self._want_from_settings(model, adapters[name])
         desired = await self._store.desired()
         published = await self._store.published()
         now = time.monotonic()
@@ -127,16 +133,19 @@ class Deployer:
         self._term, self.acting, self._acting_since = term, True, now
         _log.info("knows what is wanted", deployments=sorted(self._deployments))
 
-    async def _want_from_settings(self, text: str) -> None:
+    async def _want_from_settings(
+        self, model: common_pb2.ModelRef, adapters: Sequence[common_pb2.ModelRef]
+    ) -> None:
         settings = self._settings
         request = checked(
             deployer_pb2.PlanRequest(
-                model=parse_model(text),
+                model=model,
                 replicas=settings.replicas,
                 stages=settings.stages,
                 dtype=settings.dtype,
                 slots=settings.slots,
                 max_tokens=settings.max_tokens,
+                adapters=adapters,
             ),
             settings.slots,
         )
@@ -244,7 +253,7 @@ class Deployer:
             ModelFilesError: if the model's files are.
         """
         request = checked(request, self._settings.slots)
-        model = await resolve(request.model)
+        model = await resolve(request)
         now = time.monotonic()
         live = self.workers.live(now, self._settings.worker_silence_seconds)
         devices = devices_for(None, self._tools.replicas(), live)
@@ -262,14 +271,17 @@ class Deployer:
         """
         request = checked(request, self._settings.slots)
         try:
-            model = await resolve(request.model)
+            model = await resolve(request)
         except ModelFilesError as error:
-            if not self._settings.allow_download or error.field != "model.source":
+            fetchable = error.field in (files.MODEL.field, ADAPTER.field)
+            if not self._settings.allow_download or not fetchable:
                 raise
             # It is fetched in the background, which may take long; the deployment's status tells.
             model = None
         if model is not None:
             request.model.source = model.ref.source
+            for adapter, found in zip(request.adapters, model.adapter_refs, strict=True):
+                adapter.source = found.source
         await self._store.want(request)
         deployment = self._deployments.get(request.model.name)
         if deployment is None or deployment.ended:

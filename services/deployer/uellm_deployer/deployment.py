@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from uellm.convert import model_from_proto, model_to_proto
@@ -84,7 +84,9 @@ class Deployment:
         same.CopyFrom(self.request)
         same.replicas = request.replicas
         changed = same != request or (
-            model is not None and self.model is not None and model.ref != self.model.ref
+            model is not None
+            and self.model is not None
+            and (model.ref, model.adapter_refs) != (self.model.ref, self.model.adapter_refs)
         )
         if self.ending:
             await self._cancel("")
@@ -217,7 +219,7 @@ class Deployment:
             self._status = f"looks for {self.request.model.source}, or fetches it"
             await self.publish()
         try:
-            self.model = await resolve(self.request.model, allow_download=settings.allow_download)
+            self.model = await resolve(self.request, allow_download=settings.allow_download)
             self._status = ""
         except UellmError as error:
             self._status = error.message
@@ -310,7 +312,11 @@ class Deployment:
             wanted_stages=self.request.stages,
             dtype=running[0].dtype if running else self.request.dtype,
             slots=min((stage.slots for stage in running), default=0),
+            adapters=running[0].adapters if running else self._adapters(),
         )
+
+    def _adapters(self) -> Sequence[common_pb2.ModelRef]:
+        return self.model.adapter_refs if self.model is not None else self.request.adapters
 
     def _ref(self) -> common_pb2.ModelRef:
         return self.model.ref if self.model is not None else self.request.model

@@ -137,6 +137,7 @@ def assignments(
                 )
                 for part in parts
             ],
+            adapters=model.adapter_refs,
         )
         for index, (_, parts) in enumerate(stages)
     )

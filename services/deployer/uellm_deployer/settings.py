@@ -19,6 +19,11 @@ class DeployerSettings(ServiceSettings):
         description="Models served from the start, separated by commas: NAME=SOURCE, or a "
         "directory or hub id whose last part is the name.",
     )
+    adapters: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="LoRA adapters of these models in peft's format, separated by commas: "
+        "NAME=SOURCE, or MODEL:NAME=SOURCE where there are several models.",
+    )
     replicas: int = Field(1, ge=1, description="Copies of each of them.")
     stages: int = Field(0, ge=0, description="Stages per copy; 0: as few as fit.")
     slots: int = Field(
@@ -54,7 +59,7 @@ class DeployerSettings(ServiceSettings):
         30.0, ge=0, description="Longest time that running answers of a removed model are given."
     )
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "adapters", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if not isinstance(value, str):

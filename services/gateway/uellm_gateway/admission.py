@@ -96,8 +96,8 @@ class Admission:
         """
         check_request(request, self._most_bytes)
         model = await self._models.get(request.model)
-        if request.adapter:
-            raise unknown_adapter(request.adapter, model.name)
+        if request.adapter and request.adapter not in model.adapters:
+            raise unknown_adapter(request.adapter, model.name, model.adapters)
         text = await self._models.text(model)
         vocab_size = model.profile.vocab_size or text.tokenizer.vocab_size
         if request.HasField("token_ids"):

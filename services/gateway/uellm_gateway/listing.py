@@ -36,4 +36,5 @@ async def _describe(view: ModelView, model: ServedModel) -> inference_pb2.Model:
         has_chat_template=has_chat_template,
         ref=deployment.model,
         status=problem,
+        adapters=model.adapters,
     )

@@ -53,6 +53,11 @@ class ServedModel:
         return self.deployment.max_tokens or self.profile.max_tokens
 
     @property
+    def adapters(self) -> list[str]:
+        """Names of its LoRA adapters."""
+        return [adapter.name for adapter in self.deployment.adapters]
+
+    @property
     def ready_replicas(self) -> int:
         """Replicas that take requests now."""
         ready = topology_pb2.REPLICA_STATE_READY

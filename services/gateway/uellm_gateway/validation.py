@@ -228,10 +228,13 @@ def unknown_model(name: str, served: Iterable[str]) -> NotFoundError:
     )
 
 
-def unknown_adapter(name: str, model: str) -> NotFoundError:
+def unknown_adapter(name: str, model: str, served: Iterable[str]) -> NotFoundError:
     """The error for an adapter that the model does not have."""
+    names = ", ".join(sorted(served)[:20])
     return NotFoundError(
-        f"adapter: {name[:128]!r} is not served with {model}; leave it empty for the base model",
+        f"adapter: {name[:128]!r} is not served with {model}; "
+        + (f"served are: {names}; " if names else "")
+        + "leave it empty for the base model",
         field="adapter",
         reason="ADAPTER_NOT_FOUND",
     )

@@ -9,6 +9,7 @@ import grpc
 
 from uellm.core.errors import ConfigurationError
 from uellm.models import files
+from uellm.models.adapters import resolve_adapter
 from uellm.models.tokenizer import Tokenizer
 from uellm.service import Context, serve
 from uellm.streams.leader_queue import LeaderQueue
@@ -54,6 +55,7 @@ class WorkerApplication:
             self._spawner,
             context.spawn,
             self._resolve,
+            self._resolve_adapter,
             self._lead,
             threads=settings.child_threads,
             data_host=settings.data_address,
@@ -105,6 +107,9 @@ class WorkerApplication:
         if self._settings.allow_download:
             files.resolve(ref.source, ref.revision, allow_download=True)
         return files.resolve_ref(ref)
+
+    def _resolve_adapter(self, ref: common_pb2.ModelRef) -> Path:
+        return resolve_adapter(ref, allow_download=self._settings.allow_download)
 
     def _lead(
         self, assignment: topology_pb2.ShardAssignment, tokenizer: Tokenizer, child: StageChild

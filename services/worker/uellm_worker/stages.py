@@ -42,6 +42,7 @@ class Stages:
         spawner: where children come from.
         spawn: runs a coroutine beside the server, under a name.
         resolve: finds a model's files on this host; blocks.
+        resolve_adapter: the same for a LoRA adapter.
         lead: makes the leader of a replica whose first stage is here.
         threads: that each child may use.
         data_host: address that the data plane binds to.
@@ -57,6 +58,7 @@ class Stages:
         spawner: Spawner,
         spawn: Spawn,
         resolve: Resolve,
+        resolve_adapter: Resolve,
         lead: Lead,
         *,
         threads: int,
@@ -67,6 +69,7 @@ class Stages:
         self._spawner = spawner
         self._spawn = spawn
         self._resolve = resolve
+        self._resolve_adapter = resolve_adapter
         self._lead = lead
         self._threads = threads
         self._data_host = data_host
@@ -99,7 +102,7 @@ class Stages:
         Raises:
             AbortedError: a newer generation, or this one, is here already.
             FailedPreconditionError: it cannot be loaded; nothing of it is left.
-            ModelFilesError: the model's files are not on this host, or are others.
+            ModelFilesError: the files of model or adapter are not on this host, or are others.
         """
         earlier = self._admit(assignment)
         if earlier is not None and earlier.assignment == assignment and earlier.state == PREPARED:
@@ -150,6 +153,9 @@ class Stages:
             stage.child = await self._take_over(earlier)
         self._check_current(stage)
         directory = await asyncio.to_thread(self._resolve, assignment.model)
+        adapter_dirs = [
+            str(await asyncio.to_thread(self._resolve_adapter, ref)) for ref in assignment.adapters
+        ]
         if stage.leads:
             # Here rather than at Commit, where everyone waits for everyone.
             stage.tokenizer = await asyncio.to_thread(Tokenizer, directory)
@@ -164,6 +170,7 @@ class Stages:
             threads=self._threads,
             bind_host=self._data_host,
             simulated=self._simulate(assignment, self.held_bytes(but=assignment.replica)),
+            adapter_dirs=adapter_dirs,
         )
         with contextlib.suppress(ConnectionError):  # Its end is heard where its events end.
             await stage.child.send(engine_pb2.EngineCommand(prepare=prepare))

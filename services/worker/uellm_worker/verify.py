@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         UellmError: if the model or the prompts cannot be used.
     """
     directory: Path = arguments.directory
+    adapters = {name: Path(path) for name, _, path in (a.partition("=") for a in arguments.adapter)}
     tokenizer = Tokenizer(directory)
     prompts = [encode(tokenizer, text) for text in read_prompts(directory, arguments.prompts)]
     layers = len(read_profile(directory, arguments.dtype).layers)
@@ -85,9 +86,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def pipeline(dtype: str) -> Pipeline:
         room = max(map(len, prompts)) + arguments.max_tokens
-        return Pipeline(directory, split, slots=SLOTS, max_tokens=room, dtype=dtype)
+        return Pipeline(
+            directory, split, slots=SLOTS, max_tokens=room, dtype=dtype, adapters=adapters
+        )
 
-    reference = Reference.load(directory, DTYPES[arguments.dtype])
+    reference = Reference.load(directory, DTYPES[arguments.dtype], adapters)
     result = verify(pipeline(arguments.dtype), reference, prompts, arguments.max_tokens)
     report = {"model": str(directory), "exact": result.exact, **asdict(result)}
     if arguments.flips:
@@ -100,6 +103,7 @@ def main() -> int:
     """Read the arguments; returns the exit status."""
     parser = argparse.ArgumentParser(prog="uellm_worker.verify", description=__doc__)
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--adapter", action="append", default=[])
     parser.add_argument("--shards", type=int, default=0)
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--max-tokens", type=int, default=48)

@@ -164,6 +164,7 @@ class Child:
                 self._prepared.vocabulary,
                 epoch=assignment.generation,
                 announce=self._report,
+                adapters=[adapter.name for adapter in assignment.adapters],
             )
         self._channel.send(EngineEvent(serving=ShardServing(generation=commit.generation)))
 

@@ -8,7 +8,7 @@ commands and sends the reports it returns.
 import heapq
 import time
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from uellm.policy.views import EngineView, StepDecision, StepPolicy
 from uellm.v1.common_pb2 import (
@@ -45,6 +45,7 @@ class EngineLoop:
         epoch: the generation, for the reports.
         now: seconds since the epoch.
         announce: told which requests got a slot, before the step that computes them.
+        adapters: names of the LoRA adapters that are loaded, by index.
 
     Attributes:
         suspects: requests of the step under way, or of the one that raised.
@@ -59,6 +60,7 @@ class EngineLoop:
         epoch: int = 0,
         now: Callable[[], float] = time.time,
         announce: Callable[[StepReport], None] | None = None,
+        adapters: Iterable[str] = (),
     ) -> None:
         self._runner = runner
         self._policy = policy
@@ -67,6 +69,7 @@ class EngineLoop:
         self._epoch = epoch
         self._now = now
         self._announce = announce
+        self._adapters = {name: index for index, name in enumerate(adapters)}
         self._max_chunk_tokens = max(MAX_CHUNK_TOKENS, 2 * capacity.slots)
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
@@ -90,7 +93,9 @@ class EngineLoop:
         """Take in a sequence; one of the same request is replaced."""
         self._remove(self._by_id.get(command.request_id))
         try:
-            sequence = sequence_from_command(command, self._capacity, self._vocabulary, self._now())
+            sequence = sequence_from_command(
+                command, self._capacity, self._vocabulary, self._now(), self._adapters
+            )
         except SequenceError as error:
             self._outputs.append(
                 SequenceOutput(
@@ -188,7 +193,13 @@ class EngineLoop:
                 for sequence, count in parts
             ),
             admissions=tuple(
-                Admission(s.slot, s.prompt_tokens, s.sampling, s.slot in self._tainted)
+                Admission(
+                    slot=s.slot,
+                    prompt_tokens=s.prompt_tokens,
+                    sampling=s.sampling,
+                    scrub=s.slot in self._tainted,
+                    adapter=self._adapters.get(s.adapter, -1),
+                )
                 for s in admitted
             ),
             token_ids=tuple(

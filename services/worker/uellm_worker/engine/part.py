@@ -84,6 +84,8 @@ class Part:
         self.cache.carry_out(plan.moves)
         self.cache.carry_out([Release(a.slot, 0) for a in plan.admissions if a.scrub])
         device = self.shard.spec.device
+        if self.shard.adapters is not None:
+            self.shard.adapters.begin(plan)
         with torch.inference_mode():
             step = PackedStep(plan.chunks, device, self._call_tokens)
             given = activation

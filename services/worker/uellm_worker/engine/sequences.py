@@ -1,5 +1,6 @@
 """A sequence in the engine, from the command that brought it to its last token."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from uellm.convert import profile_from_proto, slo_from_proto
@@ -39,6 +40,7 @@ class Sequence:
         profile: what it will need.
         rank: place in the scheduler's order.
         arrived_at: when it came, seconds since the epoch.
+        adapter: its LoRA adapter's name; "": none.
         slot: where its KV cache lies, or -1 while it waits.
         computed_tokens: tokens whose KV is in the cache.
         prefill_tokens: tokens to prefill since it was last given a slot.
@@ -56,6 +58,7 @@ class Sequence:
     profile: ResourceProfile
     rank: int
     arrived_at: float
+    adapter: str = ""
     slot: int = -1
     computed_tokens: int = 0
     prefill_tokens: int = 0
@@ -114,14 +117,17 @@ class Sequence:
         return view
 
 
-def _check(command: AddSequence, capacity: Capacity, vocabulary: Vocabulary) -> None:
+def _check(
+    command: AddSequence, capacity: Capacity, vocabulary: Vocabulary, adapters: Collection[str]
+) -> None:
     """Raise SequenceError for what this engine cannot serve."""
     room = min(capacity.max_tokens, capacity.kv_tokens)
     sampling = command.sampling
-    if command.adapter:
+    if command.adapter and command.adapter not in adapters:
+        known = f"one of {', '.join(sorted(adapters))}, or" if adapters else "ask"
         raise SequenceError(
             "ADAPTER_NOT_FOUND",
-            f"adapter {command.adapter!r} is not loaded here; ask without an adapter",
+            f"adapter {command.adapter!r} is not loaded here; {known} without an adapter",
         )
     if not 0 < command.prompt_tokens <= len(command.token_ids):
         raise SequenceError(
@@ -160,14 +166,18 @@ def _profile(command: AddSequence, limit_tokens: int) -> ResourceProfile:
 
 
 def sequence_from_command(
-    command: AddSequence, capacity: Capacity, vocabulary: Vocabulary, arrived_at: float
+    command: AddSequence,
+    capacity: Capacity,
+    vocabulary: Vocabulary,
+    arrived_at: float,
+    adapters: Collection[str] = (),
 ) -> Sequence:
     """The sequence that a command asks for.
 
     Raises:
         SequenceError: if it cannot be served here.
     """
-    _check(command, capacity, vocabulary)
+    _check(command, capacity, vocabulary, adapters)
     limit = min(capacity.max_tokens, capacity.kv_tokens)
     if command.sampling.HasField("max_tokens"):
         limit = min(limit, command.prompt_tokens + command.sampling.max_tokens)
@@ -184,4 +194,5 @@ def sequence_from_command(
         profile=_profile(command, limit),
         rank=command.rank,
         arrived_at=arrived_at,
+        adapter=command.adapter,
     )

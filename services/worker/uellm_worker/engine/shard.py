@@ -20,6 +20,7 @@ from uellm_worker.engine.attention import ATTENTION
 from uellm_worker.engine.checkpoint import read_eos_ids, read_model
 from uellm_worker.engine.device import on_host
 from uellm_worker.engine.fused import FusedDecoder, Fusion, join_layers
+from uellm_worker.engine.lora import ShardAdapters, StepAdapters
 from uellm_worker.engine.packing import PackedLinear, pack, packable
 from uellm_worker.engine.quantized import quantize_layers
 from uellm_worker.engine.recipes import Join
@@ -70,6 +71,7 @@ class Shard:
         kept_bytes: weights taken over from an earlier shard.
         total_bytes: weights in all.
         fused: computes the layers instead of the model; None if not all are known.
+        adapters: which rows of a step belong to which; None without adapters.
     """
 
     spec: ShardSpec
@@ -81,6 +83,7 @@ class Shard:
     kept_bytes: int
     total_bytes: int
     fused: FusedDecoder | None = None
+    adapters: StepAdapters | None = None
 
     @property
     def config(self) -> Any:
@@ -268,7 +271,7 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
         progress: told the bytes.
 
     Raises:
-        ModelFilesError: if the checkpoint cannot be served.
+        ModelFilesError: if the checkpoint or one of its adapters cannot be served.
     """
     tensors: dict[Held, torch.Tensor] = {}
     if earlier is not None:
@@ -278,6 +281,7 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
         gc.collect()  # Modules refer to each other in circles.
     family, config, quantization = read_model(spec.model_dir)
     model = _hollow_model(spec, family, config)
+    adapters = ShardAdapters(spec, model)
     sources = quantize_layers(model, spec, family, quantization)
     fusion = _join(model, spec, family)
     weights = _weights(model, spec, family, fusion.joins if fusion else {})
@@ -288,7 +292,7 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
         held: tensor.numel() * (tensor if held.key in sources else spec).dtype.itemsize
         for held, tensor in hollow.items()
     }
-    kept, total = sum(sizes[held] for held in tensors), sum(sizes.values())
+    kept, total = sum(sizes[held] for held in tensors), sum(sizes.values()) + adapters.total_bytes
     progress(kept, total)
     loaded = reported = kept
     lacking = {held: shape for held, shape in shapes.items() if held not in tensors}
@@ -299,10 +303,23 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
             progress(loaded, total)
             reported = loaded
     _fill(model, weights, tensors)
+    step_adapters = adapters.wrap(model, fusion.joins if fusion else {})
+    if step_adapters is not None:
+        progress(total, total)
     model.to(spec.device)  # Buffers: rotary frequencies, embedding scales.
     eos_ids = read_eos_ids(spec.model_dir, model.config)
     fused_rows = _fused_rows(family, shapes)
-    shard = Shard(spec, family, model, tensors, fused_rows, eos_ids, kept, total)
+    shard = Shard(
+        spec,
+        family,
+        model,
+        tensors,
+        fused_rows,
+        eos_ids,
+        kept,
+        total,
+        adapters=step_adapters,
+    )
     if fusion is not None:
         shard.fused = _fuse(shard, fusion)
     return shard

@@ -223,6 +223,7 @@ def shard_specs(command: PrepareShard) -> list[tuple[Device, ShardSpec]]:
             last_layer=each.last_layer,
             has_embed=assignment.has_embed and index == 0,
             has_head=assignment.has_head and index == len(wanted) - 1,
+            adapters=tuple(map(Path, command.adapter_dirs)),
         )
         specs.append((device, spec))
     return specs

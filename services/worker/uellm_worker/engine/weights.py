@@ -25,6 +25,7 @@ class ShardSpec:
         last_layer: inclusive.
         has_embed: holds the embedding.
         has_head: holds final norm and head.
+        adapters: directories of LoRA adapters, by index.
     """
 
     model_dir: Path
@@ -35,6 +36,7 @@ class ShardSpec:
     last_layer: int
     has_embed: bool
     has_head: bool
+    adapters: tuple[Path, ...] = ()
 
     def same_weights(self, other: "ShardSpec") -> bool:
         """Tensors loaded for one serve the other."""

@@ -39,10 +39,14 @@ def count_flips(
         prompts: token ids.
         max_tokens: most tokens of an answer.
     """
-    answers = generate(pipeline.loop(), prompts, lambda _: Sampling(max_tokens=max_tokens))
+    adapters = pipeline.spread(len(prompts))
+    answers = generate(
+        pipeline.loop(), prompts, lambda _: Sampling(max_tokens=max_tokens), adapters=adapters
+    )
     tokens = flipped = 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        wanted = reference.logits(prompt, answer).argmax(dim=-1).tolist()
+    for prompt, answer, adapter in zip(prompts, answers, adapters, strict=True):
+        with reference.adapted(adapter):
+            wanted = reference.logits(prompt, answer).argmax(dim=-1).tolist()
         limit = min(max_tokens, pipeline.capacity.max_tokens - len(prompt))
         tokens += min(len(answer) + 1, limit)
         flipped += sum(ours != theirs for ours, theirs in zip(answer, wanted, strict=False))

@@ -1,6 +1,6 @@
 """A replica of any split within one process, under a step policy that makes life hard for it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -89,12 +89,14 @@ class Pipeline:
         max_tokens: longest context; 0: the model's.
         kv_tokens: KV room in all; 0: as much as that takes.
         dtype: to compute in.
+        adapters: directories of LoRA adapters, by name.
 
     Attributes:
         split: layers of each stage.
         stages: with their weights.
         capacity: of all of them together.
         vocabulary: the model's.
+        adapters: names of those that are loaded.
 
     Raises:
         ModelFilesError: if the checkpoint cannot be served.
@@ -109,8 +111,10 @@ class Pipeline:
         max_tokens: int = 0,
         kv_tokens: int = 0,
         dtype: str = "float32",
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         profile = read_profile(directory, dtype)
+        self.adapters = tuple(adapters or ())
         parts = [(layers,) if isinstance(layers, int) else tuple(layers) for layers in split]
         self.split = tuple(map(sum, parts))
         self.stages: list[ShardStage] = []
@@ -137,12 +141,21 @@ class Pipeline:
                     for start, stop in pairwise(accumulate(parts[index], initial=first))
                 ],
             )
-            specs = shard_specs(PrepareShard(assignment=assignment, model_dir=str(directory)))
-            stage = load_stage(assignment, specs, {}, lambda *_: None)
+            command = PrepareShard(
+                assignment=assignment,
+                model_dir=str(directory),
+                adapter_dirs=map(str, (adapters or {}).values()),
+            )
+            stage = load_stage(assignment, shard_specs(command), {}, lambda *_: None)
             self.stages.append(_ListeningStage(stage.parts, stage.capacity))
             self.capacity = self.capacity.at_most(stage.capacity)
         shard = self.stages[0].first
         self.vocabulary = Vocabulary(shard.config.vocab_size, shard.eos_ids)
+
+    def spread(self, count: int) -> list[str]:
+        """For each of so many prompts the model alone, as "", or one of the adapters, in turn."""
+        names = ["", *self.adapters]
+        return [names[index % len(names)] for index in range(count)]
 
     def loop(self, policy: StepPolicy | None = None, record: Record | None = None) -> EngineLoop:
         """An engine loop over the stages, with nothing in it yet."""
@@ -154,7 +167,9 @@ class Pipeline:
             if transport is not None:
                 transport.follow = members[-1].follow
         runner = _Recorder(members[0], self.stages[-1], record)
-        loop = EngineLoop(runner, policy or FcfsStep(), self.capacity, self.vocabulary)
+        loop = EngineLoop(
+            runner, policy or FcfsStep(), self.capacity, self.vocabulary, adapters=self.adapters
+        )
         runner.requests = lambda: loop.suspects
         return loop
 
@@ -191,6 +206,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Callable[[int], Sampling],
     logged: Sequence[Sequence[int]] = (),
+    adapters: Sequence[str] = (),
 ) -> list[list[int]]:
     """Run all prompts together; the answers by index, what was logged included.
 
@@ -199,6 +215,7 @@ def generate(
         prompts: token ids.
         sampling: of each prompt.
         logged: the beginning of each answer, from an earlier run.
+        adapters: the LoRA adapter of each prompt, or "".
 
     Raises:
         UellmError: if the engine refuses a prompt, or stalls.
@@ -211,6 +228,7 @@ def generate(
                 token_ids=[*prompt, *answers[index]],
                 prompt_tokens=len(prompt),
                 sampling=sampling(index),
+                adapter=adapters[index] if adapters else "",
             )
         )
     while loop.busy:

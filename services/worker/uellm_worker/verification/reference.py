@@ -5,7 +5,9 @@ order of the two is chance: such a *tie* is passed over, and the reference goes 
 that were chosen (*teacher-forced*).
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -57,20 +59,34 @@ class Reference:
     """The whole model under transformers.
 
     Args:
-        model: ``…ForCausalLM`` in evaluation mode.
+        model: ``…ForCausalLM`` in evaluation mode; changed in place if there are adapters.
+        adapters: directories of LoRA adapters, by name; peft adds them.
+
+    Raises:
+        ModelFilesError: if peft cannot load one.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, adapters: Mapping[str, Path] | None = None) -> None:
         self._model = model
+        # peft takes no name with a dot.
+        self._names = {name: f"adapter{index}" for index, name in enumerate(adapters or ())}
+        self._adapted = None
+        for name, directory in (adapters or {}).items():
+            self._adapted = _with_adapter(self._adapted or model, self._names[name], directory)
+        if self._adapted is not None:
+            self._adapted.base_model.disable_adapter_layers()
         eos = model.generation_config.eos_token_id
         self.eos_ids = sorted({*eos} if isinstance(eos, list) else {eos} - {None})
 
     @classmethod
-    def load(cls, directory: Path, dtype: torch.dtype) -> "Reference":
+    def load(
+        cls, directory: Path, dtype: torch.dtype, adapters: Mapping[str, Path] | None = None
+    ) -> "Reference":
         """From a checkpoint; of a quantised one, the model of its weights in floating point.
 
         Raises:
-            ModelFilesError: if it is not served, or transformers cannot load it.
+            ModelFilesError: if it is not served, or transformers cannot load it, or peft one of
+                its adapters.
         """
         _, config, quantization = read_model(directory)
         options = {"dtype": dtype, "local_files_only": True}
@@ -89,7 +105,20 @@ class Reference:
         if quantization is not None:
             # It comes with a checkpoint, and transformers was shown none.
             model.generation_config.eos_token_id = sorted(read_eos_ids(directory, config)) or None
-        return cls(model.eval().requires_grad_(False))
+        return cls(model.eval().requires_grad_(False), adapters)
+
+    @contextmanager
+    def adapted(self, adapter: str) -> Iterator[None]:
+        """Within it, one of the adapters answers; with "" the model alone."""
+        if self._adapted is None or not adapter:
+            yield
+            return
+        self._adapted.set_adapter(self._names[adapter])
+        self._adapted.base_model.enable_adapter_layers()
+        try:
+            yield
+        finally:
+            self._adapted.base_model.disable_adapter_layers()
 
     def greedy(self, prompt: Sequence[int], count: int) -> tuple[list[int], list[torch.Tensor]]:
         """The answer without its end-of-sequence token, and the logits behind every token."""
@@ -151,3 +180,26 @@ class Reference:
                 break
             done += place + 1
         return Comparison(tuple(ties))
+
+
+def _with_adapter(model: Any, name: str, directory: Path) -> Any:
+    """A model with one adapter more, by peft.
+
+    Raises:
+        ModelFilesError: if it cannot load it.
+    """
+    from peft import PeftModel  # noqa: PLC0415 - slow to import, and seldom needed
+
+    try:
+        with warnings.catch_warnings():
+            # Of names in transformers that peft has not given up yet.
+            warnings.simplefilter("ignore")
+            if isinstance(model, PeftModel):
+                model.load_adapter(directory, name, autocast_adapter_dtype=False)
+                return model.eval()
+            return PeftModel.from_pretrained(
+                model, directory, adapter_name=name, autocast_adapter_dtype=False
+            ).eval()
+    except Exception as error:  # Whatever a malformed adapter makes the library raise.
+        line = str(error).strip().partition("\n")[0]
+        raise ModelFilesError(f"{directory}: peft cannot load it: {line}") from error

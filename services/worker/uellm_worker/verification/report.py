@@ -32,6 +32,7 @@ class PromptReport:
         logits_agree: no logit is further off than rounding explains; always so in half precision,
             where no such bound is known.
         compared_tokens: places whose logits were compared.
+        adapter: the LoRA adapter that answered; "": the model alone.
     """
 
     prompt: int
@@ -43,6 +44,7 @@ class PromptReport:
     logit_error_at: int
     logits_agree: bool
     compared_tokens: int
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ def verify(
 ) -> Verification:
     """Answer all prompts greedily at once, preempting each, and compare with the reference.
 
+    With adapters, prompts take the model and each adapter in turn.
+
     Args:
         pipeline: what is judged.
         reference: what judges.
@@ -95,13 +99,15 @@ def verify(
             )
     record = Record(_RECORD_BYTES)
     loop = pipeline.loop(PreemptOnce(), record)
-    answers = generate(loop, prompts, lambda _: Sampling(max_tokens=max_tokens))
+    adapters = pipeline.spread(len(prompts))
+    answers = generate(loop, prompts, lambda _: Sampling(max_tokens=max_tokens), adapters=adapters)
     spec = pipeline.stages[0].first.spec
     reports = []
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         count = min(max_tokens, room - len(prompt))
-        compared = reference.compare(prompt, answer, count)
-        theirs = reference.logits(prompt, answer)
+        with reference.adapted(adapters[index]):
+            compared = reference.compare(prompt, answer, count)
+            theirs = reference.logits(prompt, answer)
         errors = {
             place: float((record.rows[str(index), place] - row).abs().max())
             for place, row in enumerate(theirs)
@@ -114,6 +120,7 @@ def verify(
                 prompt=index + 1,
                 prompt_tokens=len(prompt),
                 answer_tokens=len(answer),
+                adapter=adapters[index],
                 ties=compared.ties,
                 difference=compared.difference,
                 logit_error=errors.get(worst, 0.0),
