@@ -130,9 +130,10 @@ def test_a_quantised_model_is_exact_and_held_as_planned(
     _assert_close(reference, original, recipe)
     profile = read_profile(directory, "float32")
     planned = [layer.weight_bytes for layer in profile.layers]
-    for split in ((3,), (1, 2)) if name != "pack4-group" else ((3,), (1, 2), (1, 1, 1)):
+    thorough = name in ("pack4-group", "gptq4-ragged")
+    for split in ((3,), (1, 2), (1, 1, 1)) if thorough else ((1, 2),):
         stages = Pipeline(directory, split, slots=2, max_tokens=50)
-        result = verify(stages, reference, PROMPTS, 8)
+        result = verify(stages, reference, PROMPTS, 6)
         assert result.exact
         assert result.preemptions
         assert min(prompt.compared_tokens for prompt in result.prompts) > 0

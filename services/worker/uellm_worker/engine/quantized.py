@@ -313,8 +313,8 @@ def _unpacked(
         return stored.T if by_input else stored.reshape(len(stored), -1)
 
     def zeros(stored: torch.Tensor) -> torch.Tensor:
-        if stored.dtype == torch.int8:  # Not packed.
-            return stored.reshape(len(stored), -1)
+        if stored.dtype != torch.int32:  # Not packed.
+            return stored.reshape(len(stored), -1).to(torch.int8)
         numbers = _fields(stored if by_input else stored.T, bits, outputs)
         numbers = _awq_columns(numbers) if layout is AWQ else numbers
         # The first GPTQ format wraps around: its zero is stored as the largest code.
