@@ -154,7 +154,10 @@ def test_ends_are_on_one_worker_only_with_all_that_is_between() -> None:
     sizes = {"a/d:0": 40, "a/d:1": 40, "b/d:0": 13}
     devices = [device(name, size) for name, size in sizes.items()]
     needs = model(layers=3, weight=10, kv=0, embed=8)
-    assert not PLACER.place(devices, needs, Workload(stages=3, max_tokens=1)).replicas
+    plan = PLACER.place(devices, needs, Workload(stages=3, max_tokens=1))
+    assert not plan.replicas
+    assert "each worker's devices side by side" in plan.infeasible_reason
+    assert "it fits with stages 2" in plan.infeasible_reason
     assert ranges(PLACER.place(devices, needs, Workload(stages=0, max_tokens=1))) == [
         ("a/d:0", 0, 1),
         ("a/d:1", 2, 2),

@@ -66,10 +66,13 @@ def explain_infeasible(
     if len(roomiest) > _MOST_NAMED:
         there += f" and {len(roomiest) - _MOST_NAMED} with less"
     missing = total - sum(rooms.left.values())
+    workers = {device.worker for device in rooms.devices}
+    # One stage of the replica is all that a worker holds.
+    how = ", each worker's devices side by side" if len(workers) < len(rooms.devices) else ""
     gap = (
         f"{size(missing)} ({missing} bytes) are missing"
         if missing > 0
-        else "no cut between layers fits them"
+        else f"no cut between layers fits them{how}"
     )
     reason = (
         f"{what} with one slot of {need.max_tokens} tokens needs {size(total)} in {parts} "

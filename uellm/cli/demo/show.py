@@ -136,7 +136,7 @@ def _called() -> str:
 
 
 def _abbreviated(stage: str) -> str:
-    return re.sub(r"^worker-(\d+):", r"w\1:", stage)
+    return re.sub(r"^worker-(\d+)(?=[:/])", r"w\1", stage)
 
 
 async def show(*, once: bool, as_json: bool, trace: Path | None) -> int:
