@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tests.support.quantizing import Recipe, quantize_checkpoint  # noqa: E402
 from uellm.core.errors import ModelFilesError  # noqa: E402
 from uellm.models.profile import read_profile  # noqa: E402
+from uellm.models.quantization import PACK, Quantization  # noqa: E402
 from uellm.v1.common_pb2 import ModelRef  # noqa: E402
 from uellm.v1.engine_pb2 import PrepareShard  # noqa: E402
 from uellm.v1.topology_pb2 import ShardAssignment  # noqa: E402
@@ -213,6 +214,48 @@ def test_half_precision_rounds_only(
             wanted = inputs.float() @ weight.T
             bound = (2**-6 if dtype == "bfloat16" else 2**-9) * float(wanted.abs().max())
             assert float((got.float() - wanted).abs().max()) < bound
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("inputs", [7, 24, 40, 64])
+@pytest.mark.parametrize("group_size", [0, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_layers_of_any_width_compute_the_product(
+    bits: int, inputs: int, group_size: int, symmetric: bool
+) -> None:
+    """Also where kernels that read whole vectors would read beyond the end."""
+    outputs, middle = 5, 1 << (bits - 1)
+    quantization = Quantization(PACK, bits, group_size, symmetric)
+    plain = torch.nn.Linear(inputs, outputs).requires_grad_(False)
+    layer = QuantizedLinear(plain, quantization, torch.float32)
+    codes = torch.randint(-middle, middle, (outputs, inputs))
+    scales = torch.rand(layer.scales.shape)
+    zeros = torch.zeros(layer.scales.shape, dtype=torch.long)
+    width = layer.codes.shape[1]
+    held = codes.clone()
+    if bits == 4:
+        held = torch.zeros(outputs, width, dtype=torch.long)
+        for column in range(inputs):
+            upper = column >= width
+            held[:, column % width] |= (codes[:, column] & 15) << (4 if upper else 0)
+        held = (held ^ 128) - 128
+    parts = {"codes": held.to(torch.int8), "scales": scales}
+    if not symmetric:
+        zeros = torch.randint(-middle, middle, zeros.shape)
+        parts["zeros"] = zeros.to(torch.int8)
+    for name, tensor in parts.items():
+        assert getattr(layer, name).shape == tensor.shape
+        layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    groups = torch.arange(inputs) // (group_size or inputs)
+    weight = (codes - zeros[:, groups]) * scales[:, groups]
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
+        layer.bias.data = plain.bias.to(dtype)
+        for rows in (1, 16, 40):
+            given = torch.randn(rows, inputs).to(dtype)
+            wanted = given.double() @ weight.double().T + layer.bias
+            with torch.inference_mode():
+                error = float((layer(given) - wanted).abs().max() / wanted.abs().max())
+            assert error < bound
 
 
 def test_blocks_do_not_change_the_product(

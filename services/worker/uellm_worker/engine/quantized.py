@@ -28,6 +28,8 @@ _BLOCK_NUMBERS = {"cpu": 1 << 20}
 _BLOCK_NUMBERS_ELSEWHERE = 1 << 24
 _FEW_ROWS = 16
 """Up to which torch's kernel for bfloat16 beats making the weights."""
+_KERNEL_COLUMNS = 32
+"""Inputs that this kernel takes come in multiples of this."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which of a word's codes each of eight columns is."""
@@ -156,7 +158,10 @@ class QuantizedLinear(nn.Module):
 
 def _has_kernel(rows: torch.Tensor) -> bool:
     """Whether torch has a kernel for such rows that is faster than making the weights."""
-    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and len(rows) <= _FEW_ROWS
+    # It reads whole vectors, also beyond a row that does not end with one.
+    whole = rows.shape[1] % _KERNEL_COLUMNS == 0
+    few = len(rows) <= _FEW_ROWS
+    return whole and few and rows.device.type == "cpu" and rows.dtype == torch.bfloat16
 
 
 # ---- from a checkpoint ---------------------------------------------------------------------------
