@@ -45,6 +45,12 @@ ROUTED = {
     "n_shared_experts": 1,
     "head_dim": 8,
 }
+MAMBA2 = {
+    "mamba_n_heads": 4,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 8,
+}
 HYBRID = {"layer_types": ["conv", "full_attention", "conv", "conv"]}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -146,6 +152,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "solar_open": ("SolarOpenConfig", ROUTED),
     "lfm2": ("Lfm2Config", HYBRID),
     "lfm2_moe": ("Lfm2MoeConfig", HYBRID | MOE | {"num_dense_layers": 1}),
+    "bamba": ("BambaConfig", MAMBA2 | {"attn_layer_indices": [1]}),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        SCALED
+        | MAMBA2
+        | {
+            "layer_types": ["linear_attention"] * 2 + ["full_attention", "linear_attention"],
+            "num_local_experts": 4,
+            "shared_intermediate_size": 24,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "granitemoehybrid-dense": (
+        "GraniteMoeHybridConfig",
+        MAMBA2
+        | {
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 24,
+        },
+    ),
     "recurrent_gemma": (
         "RecurrentGemmaConfig",
         {"attention_window_size": 9, "block_types": ["recurrent", "attention", "recurrent"]},

@@ -18,7 +18,9 @@ torch = pytest.importorskip("torch")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
-    from uellm_worker.engine.attention import PackedStep
+    from transformers.models.bamba.modeling_bamba import BambaMixer
+    from uellm_worker.engine.attention import PackedStep, SlotCache
+    from uellm_worker.engine.mamba2 import StateSpace
     from uellm_worker.engine.recurrent import convolve, recur, scan
     from uellm_worker.engine.shard_engine import ShardEngine
 
@@ -129,6 +131,43 @@ def test_a_scan_is_the_recurrence_one_by_one(length: int) -> None:
     torch.manual_seed(length)
     decay, inputs = torch.rand(length, WIDTH) ** 0.05, torch.randn(length, WIDTH)
     torch.testing.assert_close(scan(decay, inputs), one_by_one(decay, inputs))
+
+
+@settings(deadline=None, max_examples=40)
+@given(schedules(), st.integers(1, 3))
+def test_a_state_space_in_chunks_is_that_of_the_whole(
+    steps: list[list[tuple[int, int, int]]], block_rows: int
+) -> None:
+    """Transformers computes each sequence as a whole, without a cache."""
+    torch.manual_seed(0)
+    config = transformers.BambaConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        mamba_n_heads=4,
+        mamba_d_state=3,
+        mamba_n_groups=2,
+        mamba_d_conv=TAPS,
+    )
+    plain = BambaMixer(config, 0).eval().requires_grad_(False)
+    plain.A_log.normal_()
+    plain.dt_bias.normal_()
+    rows = [torch.randn(9, 8) for _ in range(6)]
+    channels = plain.conv_dim
+    cache = SlotCache(0, SLOTS, 1, 9, 1, torch.float32, CPU)
+    mixer = StateSpace(plain)
+    states = ((SLOTS, TAPS - 1, channels), (SLOTS, 4, 4, 3))
+    mixer.bind(cache, [torch.full(shape, float("nan")) for shape in states])
+
+    def compute(inputs: Tensor, step: PackedStep) -> Tensor:
+        cache.step = step
+        return mixer(inputs[None])[0]
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr("uellm_worker.engine.mamba2._BLOCK_ROWS", block_rows)
+        wanted = [plain(r[None])[0] for r in rows]
+        for sequence, position, row in run(steps, rows, compute):
+            torch.testing.assert_close(row, wanted[sequence][position], rtol=1e-4, atol=1e-5)
 
 
 # ---- room ----------------------------------------------------------------------------------------

@@ -128,12 +128,14 @@ def test_log_probabilities_travel_from_the_last_stage(
     assert len(report.report.stages) == 2
 
 
+@pytest.mark.parametrize("family", ["llama", "falcon", "lfm2", "recurrent_gemma", "bamba"])
 def test_half_precision_is_computed_as_asked(
-    checkpoint: Callable[[str], tuple[Path, Model]],
+    family: str, checkpoint: Callable[[str], tuple[Path, Model]]
 ) -> None:
-    directory, _ = checkpoint("llama")
-    answers = generate(pipeline(directory, (2, 2), dtype="bfloat16"), prompts(), partial(greedy, 5))
-    assert all(answers)
+    directory, _ = checkpoint(family)
+    loop = pipeline(directory, (2, 2), dtype="bfloat16")
+    answers = generate(loop, prompts(), lambda _: Sampling(max_tokens=5, ignore_eos=True))
+    assert all(len(answer) == 5 for answer in answers)
 
 
 def test_a_checkpoint_stored_in_half_precision_is_computed_in_float32(

@@ -32,28 +32,21 @@ class Piece:
     parts: int = 1
 
 
+Number = Callable[..., int]
+"""Gives the config's number under the first of some keys that is set."""
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """A tensor that a recurrent layer keeps for each sequence.
 
     Attributes:
-        width: keys of the config, of which the first that is set says how many channels.
-        taps: key of a convolution's kernel size; the state holds one input less. "": one vector.
+        shape: for one sequence, by the numbers of the config.
         float32: whatever else is computed in.
     """
 
-    width: tuple[str, ...]
-    taps: str = ""
+    shape: Callable[[Number], tuple[int, ...]]
     float32: bool = False
-
-    def shape(self, number: Callable[..., int]) -> tuple[int, ...]:
-        """For one sequence: ``[taps - 1, channels]`` or ``[channels]``.
-
-        Args:
-            number: the config's number under the first of some keys that is set.
-        """
-        channels = number(*self.width)
-        return (number(self.taps) - 1, channels) if self.taps else (channels,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +83,7 @@ class Family:
         after_embedding: further modules of the embedding, applied to what it gives.
         positions: learned positions, which the decoder adds; "" for none.
         layers: the list of layers.
-        layers_give_tuples: what a layer gives is the first of a tuple.
+        layers_give_pairs: what a layer gives is the first of two.
         attention: path of attention in a layer.
         head_dim: attribute of attention, its head size.
         fused: path in attention of a projection to queries, keys and values, from whose size the
@@ -113,7 +106,7 @@ class Family:
     after_embedding: tuple[str, ...] = ()
     positions: str = ""
     layers: str = "layers"
-    layers_give_tuples: bool = False
+    layers_give_pairs: bool = False
     attention: str = "self_attn"
     head_dim: str = "head_dim"
     fused: str = ""
@@ -192,20 +185,47 @@ class Family:
         ]
 
 
-_RG_LRU = Recurrence(
+def _lfm2_inputs(number: Number) -> tuple[int, ...]:
+    return number("conv_L_cache") - 1, number("hidden_size")
+
+
+def _griffin_inputs(number: Number) -> tuple[int, ...]:
+    return number("conv1d_width") - 1, *_griffin_hidden(number)
+
+
+def _griffin_hidden(number: Number) -> tuple[int, ...]:
+    return (number("lru_width", "hidden_size"),)
+
+
+def _mamba2_inputs(number: Number) -> tuple[int, ...]:
+    inner = number("mamba_expand") * number("hidden_size")
+    channels = inner + 2 * number("mamba_n_groups") * number("mamba_d_state")
+    return number("mamba_d_conv") - 1, channels
+
+
+def _mamba2_hidden(number: Number) -> tuple[int, ...]:
+    heads = number("mamba_n_heads")
+    inner = number("mamba_expand") * number("hidden_size")
+    return heads, inner // heads, number("mamba_d_state")
+
+
+_GRIFFIN = Recurrence(
     marker="temporal_block.rg_lru",
     mixer="temporal_block",
     adapter="uellm_worker.engine.recurrent:RealGatedRecurrence",
-    states=(
-        State(("lru_width", "hidden_size"), taps="conv1d_width"),
-        State(("lru_width", "hidden_size"), float32=True),
-    ),
+    states=(State(_griffin_inputs), State(_griffin_hidden, float32=True)),
+)
+_MAMBA2 = Recurrence(
+    marker="mamba",
+    mixer="mamba",
+    adapter="uellm_worker.engine.mamba2:StateSpace",
+    states=(State(_mamba2_inputs), State(_mamba2_hidden, float32=True)),
 )
 _SHORT_CONVOLUTION = Recurrence(
     marker="conv",
     mixer="conv",
     adapter="uellm_worker.engine.recurrent:ShortConvolution",
-    states=(State(("hidden_size",), taps="conv_L_cache"),),
+    states=(State(_lfm2_inputs),),
 )
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _NUMBERED = ("w1", "w3", "w2")
@@ -218,6 +238,9 @@ _SCALED = ("embedding_multiplier",)
 _FAMILIES = {
     "ApertusForCausalLM": Family("apertus"),
     "ArceeForCausalLM": Family("arcee"),
+    "BambaForCausalLM": Family(
+        "bamba", layers_give_pairs=True, tail=("final_layernorm",), recurrence=_MAMBA2
+    ),
     "Cohere2ForCausalLM": Family("cohere2"),
     "CohereForCausalLM": Family("cohere"),
     "CwmForCausalLM": Family("cwm"),
@@ -232,7 +255,7 @@ _FAMILIES = {
         inner="transformer",
         embedding="word_embeddings",
         layers="h",
-        layers_give_tuples=True,
+        layers_give_pairs=True,
         attention="self_attention",
         fused="query_key_value",
         adapter="uellm_worker.engine.falcon:PackedFalconAttention",
@@ -279,6 +302,9 @@ _FAMILIES = {
     "GlmForCausalLM": Family("glm"),
     "GraniteForCausalLM": Family("granite", multipliers=_SCALED),
     "GraniteMoeForCausalLM": Family("granitemoe", multipliers=_SCALED, renamed=_STACKED),
+    "GraniteMoeHybridForCausalLM": Family(
+        "granitemoehybrid", multipliers=_SCALED, renamed=_STACKED, recurrence=_MAMBA2
+    ),
     "GraniteMoeSharedForCausalLM": Family(
         "granitemoeshared", multipliers=_SCALED, renamed=_STACKED
     ),
@@ -325,7 +351,7 @@ _FAMILIES = {
         "recurrent_gemma",
         attention="temporal_block",
         tail=("final_norm",),
-        recurrence=_RG_LRU,
+        recurrence=_GRIFFIN,
         multipliers=("normalizer",),
     ),
     "SeedOssForCausalLM": Family("seed_oss"),

@@ -67,8 +67,9 @@ def read_profile(directory: Path, dtype: str) -> ModelProfile:
             "lm_head.weight; download them again"
         )
     # The share of the experts that a token does not meet.
-    used = config.number("num_experts_per_tok", default=1)
-    unused = 1 - used / max(used, config.number("num_local_experts", "num_experts", default=used))
+    used = config.number("num_experts_per_tok", default=1, least=0)
+    experts = config.number("num_local_experts", "num_experts", default=used, least=0)
+    unused = 1 - used / max(used, experts, 1)
     kv_bytes = 2 * kv_heads * head_dim * size
     states = kind.recurrence.states if kind.recurrence else ()
     state_bytes = sum(
@@ -124,15 +125,16 @@ class _Config:
         self._path = path
         self._content: dict[str, Any] = read_json(path, "name a directory that holds a model")
 
-    def number(self, *names: str, default: int | None = None) -> int:
-        """The positive whole number under the first of ``names`` that is there."""
+    def number(self, *names: str, default: int | None = None, least: int = 1) -> int:
+        """The whole number, ``least`` or more, under the first of ``names`` that is there."""
         for name in names:
             value = self._content.get(name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ModelFilesError(
-                    f"{self._path}: {name} = {value!r} is not a positive whole number"
+                    f"{self._path}: {name} = {value!r} is not a "
+                    + ("positive whole number" if least else "whole number from 0 on")
                 )
             return value
         if default is None:

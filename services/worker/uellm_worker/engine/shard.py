@@ -41,11 +41,11 @@ class PassThrough(nn.Module):
 
 
 class PassThroughLayer(PassThrough):
-    """The same, where a layer gives a tuple."""
+    """The same, where a layer gives a pair."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The input in a tuple."""
-        return (super().forward(hidden_states, *args, **kwargs),)
+        """The input, and nothing about attention."""
+        return super().forward(hidden_states, *args, **kwargs), None
 
 
 class NoPositions(nn.Module):
@@ -183,7 +183,7 @@ def _hollow_model(spec: ShardSpec, family: Family, config: Any) -> Any:
     layers = inner.get_submodule(family.layers)
     for index in range(config.num_hidden_layers):
         if not spec.first_layer <= index <= spec.last_layer:
-            layers[index] = PassThroughLayer() if family.layers_give_tuples else PassThrough()
+            layers[index] = PassThroughLayer() if family.layers_give_pairs else PassThrough()
         else:
             _adapt(layers[index], family)
     if not spec.has_embed:
