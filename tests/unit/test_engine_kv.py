@@ -6,7 +6,8 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from uellm_worker.engine.kv import KvManager, KvUsage, Seat
+from uellm_worker.engine.kv import KvManager, Seat
+from uellm_worker.engine.kv_usage import KvUsage
 from uellm_worker.engine.plan import Copy, Move, Release
 from uellm_worker.engine.prefixes import PIECE_TOKENS
 
@@ -76,6 +77,7 @@ class World:
     block_tokens: int
     groups: int = 1
     sharing: bool = True
+    spare_slots: int = 0
     running: list[Running] = field(default_factory=list)
     left: list[list[int]] = field(default_factory=list)
     left_in: dict[int, int] = field(default_factory=dict)
@@ -87,8 +89,9 @@ class World:
             self.max_tokens,
             self.kv_tokens,
             self.block_tokens,
-            self.groups,
-            self.sharing,
+            spare_slots=self.spare_slots,
+            groups=self.groups,
+            sharing=self.sharing,
         )
         self.memory = Memory(self.block_tokens)
         self.hits = 0
@@ -102,8 +105,7 @@ class World:
         in_range = [
             number
             for number in range(self.slots)
-            if group is None
-            or self.slots * group // self.groups <= number < self.slots * (group + 1) // self.groups
+            if group in (None, number * self.groups // self.slots)
         ]
         busy = {sequence.slot for sequence in self.running}
         if seat is None:
@@ -232,6 +234,7 @@ WORLDS = st.builds(
     block_tokens=st.sampled_from([1, 16, 20]),
     groups=st.integers(1, 3),
     sharing=st.sampled_from([True, True, False]),
+    spare_slots=st.integers(0, 4),
 )
 
 
@@ -270,6 +273,7 @@ def test_long_histories_keep_to_the_budget_and_to_the_truth(kind: str) -> None:
             block_tokens=random.choice([1, 16, 20]),
             groups=random.randint(1, 3),
             sharing=random.random() < 0.8,
+            spare_slots=random.randint(0, 4),
         )
         for _ in range(80):
             numbers = random.randint(0, 7), random.randint(1, 40), random.randint(0, 60)
@@ -297,6 +301,7 @@ def test_the_same_history_leads_to_the_same_decisions(
         first.block_tokens,
         first.groups,
         first.sharing,
+        first.spare_slots,
     )
     for action in actions:
         act(first, action)
@@ -309,7 +314,7 @@ def test_the_same_history_leads_to_the_same_decisions(
 def test_the_longest_prefix_is_found_wherever_it_lies(
     actions: list[tuple[str, int, int, int]], number: int, length: int
 ) -> None:
-    world = World(slots=5, max_tokens=90, kv_tokens=5 * 96, block_tokens=16)
+    world = World(slots=3, max_tokens=90, kv_tokens=6 * 96, block_tokens=16, spare_slots=2)
     for action in actions:
         act(world, action)
     world.flush()
@@ -326,9 +331,9 @@ def test_the_longest_prefix_is_found_wherever_it_lies(
 # ---- single decisions --------------------------------------------------------------------------
 
 
-def run_once(kv: KvManager, tokens: list[int], reserve: int = 0, scope: str = "") -> int:
+def run_once(kv: KvManager, tokens: list[int], group: int | None = None, scope: str = "") -> int:
     """Seat a sequence, compute all of it, and let it leave; its slot."""
-    seat = kv.seat(tokens, reserve_tokens=reserve, scope=scope)
+    seat = kv.seat(tokens, reserve_tokens=0, group=group, scope=scope)
     assert seat is not None
     assert kv.grow(seat.slot, tokens[seat.cached_tokens :])
     kv.flush()
@@ -372,15 +377,61 @@ def test_a_running_sequence_lends_its_prefix() -> None:
 
 
 def test_a_short_prefix_does_not_cost_a_long_one() -> None:
-    kv = KvManager(4, 256, 512, 16)
+    kv = KvManager(4, 256, 512, 16, spare_slots=1)
     long = distinct(1, 60)
     slot = run_once(kv, long)
     short = kv.seat([*long[:20], 5], reserve_tokens=30)
-    assert short is not None
-    assert short.slot != slot
-    assert kv.flush() == (Copy(slot, short.slot, 20),)
+    assert short == Seat(slot, 20)
+    assert kv.flush() == (Copy(slot, 4, 60), Release(slot, 32))
     again = kv.seat([*long, 6], reserve_tokens=80)
-    assert again == Seat(slot, 60)
+    assert again == Seat(1, 60)
+    assert kv.flush() == (Copy(4, 1, 60), Release(4, 0))
+
+
+def test_prefixes_make_way_for_sequences_that_run() -> None:
+    """Running sequences keep to the first slots; what was there is kept elsewhere."""
+    kv = KvManager(2, 128, 512, 16, spare_slots=3)
+    for number in range(5):
+        assert run_once(kv, distinct(number, 40)) == 0
+    assert kv.usage.cached_tokens == 5 * 40
+    # There is one slot less for prefixes while a sequence runs: the oldest goes.
+    for number in (1, 2, 3, 4):
+        seat = kv.seat([*distinct(number, 40), 5], reserve_tokens=50)
+        assert seat is not None
+        assert seat.cached_tokens == 40
+        kv.leave(seat.slot)
+    seat = kv.seat(distinct(0, 40), reserve_tokens=50)
+    assert seat is not None
+    assert seat.cached_tokens == 0
+
+
+def test_moving_one_prefix_away_spares_the_one_that_is_wanted() -> None:
+    kv = KvManager(1, 128, 12 * 16, 16, spare_slots=3)
+    for number, length in ((1, 64), (2, 48), (3, 64)):
+        run_once(kv, distinct(number, length))
+    kv.flush()
+    seat = kv.seat(distinct(1, 64), reserve_tokens=64)
+    assert seat == Seat(0, 63)
+    # The second gives way, though the first was not used for longer.
+    assert kv.flush() == (
+        Release(2, 0),
+        Copy(0, 1, 64),
+        Release(0, 0),
+        Copy(3, 0, 63),
+        Release(3, 0),
+    )
+
+
+def test_a_prefix_is_not_moved_at_the_cost_of_one_used_later() -> None:
+    kv = KvManager(1, 128, 128, 16, spare_slots=1)
+    run_once(kv, distinct(1, 64))
+    run_once(kv, distinct(2, 48))
+    # 64 tokens in the spare slot, 48 in the first: both fit, a third does not.
+    assert kv.usage.cached_tokens == 112
+    seat = kv.seat(distinct(1, 64), reserve_tokens=64)
+    assert seat == Seat(0, 63)
+    kv.leave(seat.slot)
+    assert kv.usage.committed_tokens <= 128
 
 
 def test_equal_hashes_do_not_pass_for_equal_tokens() -> None:
@@ -394,17 +445,21 @@ def test_equal_hashes_do_not_pass_for_equal_tokens() -> None:
 
 
 def test_a_prefix_that_was_copied_counts_as_used() -> None:
-    kv = KvManager(4, 128, 256, 16, groups=2)
-    first, second = run_once(kv, distinct(1, 64)), run_once(kv, distinct(2, 64))
-    assert [first, second] == [0, 1]
+    kv = KvManager(4, 192, 384, 16, groups=2)
+    first = run_once(kv, distinct(1, 150), group=0)
+    second = run_once(kv, distinct(2, 64), group=1)
+    assert [first, second] == [0, 2]
     seat = kv.seat(distinct(1, 64), reserve_tokens=128, group=1)
     assert seat is not None
-    assert kv.flush() == (Copy(first, seat.slot, 63),)
+    kv.flush()
     assert kv.grow(seat.slot, distinct(3, 128 - 63))
     rest = kv.seat(distinct(4, 50), reserve_tokens=50, group=1)
     assert rest is not None
     assert kv.grow(rest.slot, distinct(4, 50))
-    assert kv.flush() == (Release(second, 0),)
+    assert [m.slot for m in kv.flush() if isinstance(m, Release) and not m.from_token] == [3]
+    again = kv.seat(distinct(1, 150), reserve_tokens=150, group=0)
+    assert again is not None
+    assert again.cached_tokens == 149
 
 
 def test_after_lost_plans_every_slot_is_wiped() -> None:
@@ -474,17 +529,18 @@ def test_the_least_recently_used_gives_way_first_and_from_its_end(
     lengths: list[int], touched: list[int], wanted: int
 ) -> None:
     """Against a list: sequences in the order of their last use, with what is left of each."""
-    kv = KvManager(8, 96, 400, 16)
+    kv = KvManager(12, 96, 400, 16, groups=12)
     order = list(range(len(lengths)))
-    slots = [run_once(kv, distinct(n, length)) for n, length in enumerate(lengths)]
+    slots = [run_once(kv, distinct(n, length), group=n) for n, length in enumerate(lengths)]
     for number in touched:
         if number < len(lengths):
-            assert run_once(kv, distinct(number, lengths[number])) == slots[number]
+            # All of it again, but for the last token.
+            assert run_once(kv, distinct(number, lengths[number]), group=number) == slots[number]
             order.remove(number)
             order.append(number)
     kv.flush()
     room = 25 - sum(-(-length // 16) for length in lengths)
-    seat = kv.seat(distinct(9, wanted), reserve_tokens=wanted)
+    seat = kv.seat(distinct(9, wanted), reserve_tokens=wanted, group=11)
     assert seat is not None
     assert kv.grow(seat.slot, distinct(9, wanted))
     lacking = -(-wanted // 16) - room
@@ -515,9 +571,9 @@ def test_reservations_are_kept_and_what_exceeds_them_takes_what_is_free() -> Non
 
 
 def test_prefixes_give_way_to_reservations_only_when_these_are_used() -> None:
-    kv = KvManager(4, 128, 128, 16)
-    slot = run_once(kv, distinct(1, 64))
-    seat = kv.seat(distinct(2, 10), reserve_tokens=128)
+    kv = KvManager(4, 128, 128, 16, groups=2)
+    slot = run_once(kv, distinct(1, 64), group=1)
+    seat = kv.seat(distinct(2, 10), reserve_tokens=128, group=0)
     assert seat is not None
     assert kv.grow(seat.slot, distinct(2, 64))
     assert kv.flush() == ()
@@ -530,16 +586,15 @@ def test_a_copy_shrinks_to_the_memory_beside_its_source() -> None:
     assert run_once(kv, distinct(1, 64)) == 0
     seat = kv.seat(distinct(1, 64), reserve_tokens=96, group=1)
     assert seat == Seat(2, 32)
-    assert kv.flush() == (Copy(0, 2, 32),)
-    assert kv.grow(2, distinct(1, 64)[32:])
-    assert kv.flush() == (Release(0, 32),)
+    # What is left of the source beside them is not worth keeping.
+    assert kv.flush() == (Copy(0, 2, 32), Release(0, 0))
 
 
 def test_usage_adds_up() -> None:
     kv = KvManager(4, 128, 256, 16)
-    run_once(kv, distinct(1, 40))
+    assert run_once(kv, distinct(1, 40)) == 0
     seat = kv.seat(distinct(2, 20), reserve_tokens=50)
-    assert seat is not None
+    assert seat == Seat(0, 0)
     kv.grow(seat.slot, distinct(2, 20))
     assert kv.usage == KvUsage(
         total_tokens=256,
@@ -559,23 +614,24 @@ def test_groups_are_ranges() -> None:
         got.append([])
         while (seat := kv.seat([1], reserve_tokens=2, group=group)) is not None:
             got[-1].append(seat.slot)
-    assert [sorted(slots) for slots in got] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [sorted(slots) for slots in got] == [[0, 1, 2], [3, 4], [5, 6]]
 
 
 @pytest.mark.parametrize(
     ("arguments", "field_name"),
     [
-        ((0, 8, 64, 16, 1), "slots"),
-        ((4, 8, 64, 16, 5), "groups"),
-        ((4, 8, 15, 16, 1), "kv_tokens"),
-        ((4, 0, 64, 16, 1), "max_tokens"),
+        ((0, 8, 64, 16), "slots"),
+        ((4, 8, 15, 16), "kv_tokens"),
+        ((4, 0, 64, 16), "max_tokens"),
     ],
 )
 def test_impossible_caches_are_refused(
-    arguments: tuple[int, int, int, int, int], field_name: str
+    arguments: tuple[int, int, int, int], field_name: str
 ) -> None:
     with pytest.raises(ValueError, match=field_name):
         KvManager(*arguments)
+    with pytest.raises(ValueError, match="5 groups"):
+        KvManager(4, 8, 64, 16, groups=5)
 
 
 def test_misuse_is_refused() -> None:

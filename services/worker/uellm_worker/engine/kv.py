@@ -10,9 +10,11 @@ al., "vAttention: Dynamic Memory Management for Serving LLMs without PagedAttent
 2405.04437).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
+from uellm_worker.engine.kv_usage import KvUsage
 from uellm_worker.engine.plan import Copy, Move, Release
 from uellm_worker.engine.prefixes import PIECE_TOKENS, PrefixIndex
 
@@ -28,35 +30,6 @@ class Seat:
 
     slot: int
     cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class KvUsage:
-    """An account of the KV cache, in tokens; it is the same on every stage.
-
-    Attributes:
-        total_tokens: the budget.
-        used_tokens: held for sequences that run.
-        reserved_tokens: what these may come to without asking; at least what they hold, in whole
-            blocks.
-        cached_tokens: held of sequences that are over, until the room is needed.
-        committed_tokens: in blocks that are in memory; never more than the budget.
-        fragmented_tokens: in blocks in memory of sequences that run, and not held by them.
-        hit_tokens: taken from the cache instead of being computed, since the start.
-    """
-
-    total_tokens: int
-    used_tokens: int
-    reserved_tokens: int
-    cached_tokens: int
-    committed_tokens: int
-    fragmented_tokens: int
-    hit_tokens: int
-
-    @property
-    def free_tokens(self) -> int:
-        """Room for new reservations; cached prefixes give way to them."""
-        return self.total_tokens - self.reserved_tokens
 
 
 @dataclass(slots=True)
@@ -85,19 +58,22 @@ class KvManager:
     """The account of the KV cache of all stages of a replica.
 
     A sequence is seated with a reservation. Within it, it always can grow; beyond it, as long as
-    there is room that nobody has reserved. Slots whose sequences are over keep their content as
-    cached prefixes, and lose it from the end, least recently used first, when others grow.
+    there is room that nobody has reserved. What a sequence leaves behind is kept as a prefix: where
+    it is, or in another free slot when a new sequence comes; for these take the lowest slots, so
+    that attention finds them side by side. Prefixes are lost from their ends, least recently used
+    first, when sequences grow.
 
     Between two calls of ``flush`` lies the planning of one step. Its order is free: what the step
     is going to compute counts as content only after it.
 
     Args:
-        slots: of the cache's tensors; more than sequences run at once leaves room for prefixes.
+        slots: most sequences at once.
         max_tokens: per slot.
         kv_tokens: the budget of all slots together.
         block_tokens: memory comes in blocks of so many tokens; the budget is rounded down to them.
+        spare_slots: further slots, numbered behind the others, that only keep prefixes.
         groups: the slots fall into so many ranges, one for each step that is under way at a time,
-            so that what decodes together lies together.
+            so that what decodes together lies together; slot s is in ``s * groups // slots``.
         sharing: content can be used by another sequence; not so where a state covers all tokens.
 
     Raises:
@@ -110,6 +86,8 @@ class KvManager:
         max_tokens: int,
         kv_tokens: int,
         block_tokens: int,
+        *,
+        spare_slots: int = 0,
         groups: int = 1,
         sharing: bool = True,
     ) -> None:
@@ -123,11 +101,10 @@ class KvManager:
         self._block_tokens = block_tokens
         self._budget = kv_tokens // block_tokens
         self._sharing = sharing
-        self._slots = [_Slot() for _ in range(slots)]
-        self._ranges = [
-            range(slots * group // groups, slots * (group + 1) // groups) for group in range(groups)
-        ]
-        self._index = PrefixIndex(slots)
+        self._slots = [_Slot() for _ in range(slots + spare_slots)]
+        bounds = [-(-slots * group // groups) for group in range(groups + 1)]
+        self._ranges = [range(first, end) for first, end in pairwise(bounds)]
+        self._index = PrefixIndex(slots + spare_slots)
         # Least recently used first; in blocks: what busy slots are charged, what is in memory.
         self._cached: dict[int, None] = {}
         self._charged = 0
@@ -181,14 +158,14 @@ class KvManager:
             scope: prefixes are shared within it only, such as those of one adapter.
 
         Returns:
-            None if every slot is busy, or the reservation does not fit beside the others.
+            None if every slot of the group is busy, or the reservation does not fit.
 
         Raises:
             ValueError: if there is no token, or more than a slot holds.
         """
         if not 0 < len(tokens) <= self._max_tokens:
             raise ValueError(f"{len(tokens)} tokens: at least one, at most {self._max_tokens}")
-        slots = range(len(self._slots)) if group is None else self._ranges[group]
+        slots = range(self._ranges[-1].stop) if group is None else self._ranges[group]
         free = [number for number in slots if not self._slots[number].busy]
         reserved = self.blocks(min(max(reserve_tokens, len(tokens)), self._max_tokens))
         if not free or reserved > self._budget - self._charged:
@@ -197,17 +174,21 @@ class KvManager:
         cached, holders = self._index.longest(tokens[:-1], scope) if self._sharing else (0, [])
         number, source = self._choose(free, cached, holders)
         slot = self._slots[number]
+        if number in self._cached and not (source == number and self._used_up(number, cached)):
+            self._archive(number, source)
         self._cached.pop(number, None)
-        self._index.truncate(number, cached if source == number else 0)
+        stays = cached if source == number else 0
+        self._index.truncate(number, stays)
         self._index.begin(number, scope)
-        # Pages within the reservation stay: the sequence is going to fill them.
-        self._shrink(number, reserved)
+        self._shrink(number, self.blocks(stays))
         slot.busy, slot.reserved = True, reserved
         self._charged += slot.charge
         if source is not None and source != number:
             cached = self._copy(source, number, cached)
         if source in self._cached:
             self._cached[source] = self._cached.pop(source)
+            if self._used_up(source, cached):
+                self.discard(source)
         self._hit_tokens += cached
         return Seat(number, cached)
 
@@ -307,27 +288,39 @@ class KvManager:
     # ---- prefixes ------------------------------------------------------------------------------
 
     def _choose(self, free: list[int], cached: int, holders: list[int]) -> tuple[int, int | None]:
-        """A slot, and where its prefix comes from: itself, another, or nowhere.
-
-        A cached slot is taken over where it stands, unless more would be lost by that than used.
-        Otherwise an empty slot, else the cached one that was not used for the longest time.
-        """
-        near = set(free).intersection(holders)
-        for number in sorted(near):
-            if self._length(number) <= 2 * cached:
+        """A slot, and where its prefix comes from: itself, another, or nowhere."""
+        for number in free:
+            if number in holders and self._used_up(number, cached):
                 return number, number
-        if any(number not in self._cached for number in free):
-            target = min(free, key=self._reluctance)
-        else:
-            target = next(number for number in self._cached if number in free)
-        if target in near:
-            return target, target
-        return target, next(iter(holders), None)
+        source = free[0] if free[0] in holders else next(iter(holders), None)
+        return free[0], source
 
-    def _reluctance(self, number: int) -> tuple[bool, int, int]:
-        """Orders free slots: empty before cached ones, those beside busy ones first."""
-        sides = self._slots[max(number - 1, 0) : number + 2]
-        return number in self._cached, -sum(slot.busy for slot in sides), number
+    def _used_up(self, number: int, cached: int) -> bool:
+        """A prefix leaves so little of a slot's content that the rest is not worth keeping."""
+        return self._index.length(number) <= 2 * cached
+
+    def _archive(self, number: int, source: int | None) -> None:
+        """Move what a slot keeps to another, unless that costs what was used later, or a source."""
+        order = list(self._cached)
+        older = [other for other in order[: order.index(number)] if other != source]
+        empty = [
+            other
+            for other, slot in enumerate(self._slots)
+            if not slot.busy and other not in self._cached
+        ]
+        needed = self._slots[number].committed
+        room = self._budget - self._committed + sum(self._slots[o].committed for o in older)
+        if needed > room or not (empty or older):
+            return
+        target = empty[-1] if empty else older[0]
+        if not empty:
+            self.discard(target)
+        self._commit(target, needed, kept=(number, source))
+        length = self._index.length(number)
+        self._moves.append(Copy(number, target, length))
+        self._index.begin(target, self._index.scope(number))
+        self._index.copy(number, target, length)
+        self._cached = {target if other == number else other: None for other in self._cached}
 
     def _copy(self, source: int, number: int, cached: int) -> int:
         """Copy a prefix into a slot, or as much of it as there is memory for beside its source."""
@@ -337,21 +330,21 @@ class KvManager:
         cached = min(cached, room * self._block_tokens)
         if cached < PIECE_TOKENS:
             return 0
-        self._commit(number, self.blocks(cached), source)
+        self._commit(number, self.blocks(cached), kept=(source,))
         self._moves.append(Copy(source, number, cached))
         self._index.copy(source, number, cached)
         return cached
 
     # ---- memory --------------------------------------------------------------------------------
 
-    def _commit(self, number: int, needed: int, source: int | None = None) -> None:
-        """Give a slot so many blocks; cached content other than that of ``source`` gives way."""
+    def _commit(self, number: int, needed: int, kept: Collection[int | None] = ()) -> None:
+        """Give a slot so many blocks; cached content of slots other than ``kept`` gives way."""
         slot = self._slots[number]
         more = needed - slot.committed
         if more <= 0:
             return
         while (lacking := self._committed + more - self._budget) > 0:
-            oldest = next(other for other in self._cached if other != source)
+            oldest = next(other for other in self._cached if other not in kept)
             left = max(self._slots[oldest].committed - lacking, 0)
             length = min(left * self._block_tokens, self._index.length(oldest))
             if length < PIECE_TOKENS:
