@@ -193,10 +193,13 @@ def test_a_paced_device_takes_what_its_roofline_says(model: Path) -> None:
     for plan, result in runner.steps:
         context = sum(chunk.start + chunk.count for chunk in plan.chunks)
         assert result.seconds[0] >= (read + context * kv) / bandwidth
-    slow = prepare(engine, model, {"w/sim:0": 5}, flops_per_second=2 * read / 4 / 0.02)
+    row = sum(layer.flops_per_token for layer in profile.layers)
+    slow = prepare(engine, model, {"w/sim:0": 2, "w/sim:1": 3}, flops_per_second=row / 0.02)
     runner, _ = answers(engine, slow, count=1)
     assert any(plan.rows > 1 for plan, _ in runner.steps)
-    assert all(result.seconds[0] >= 0.02 * plan.rows for plan, result in runner.steps)
+    for plan, result in runner.steps:
+        assert result.seconds[0] >= 0.02 * 2 / 5 * plan.rows
+        assert result.seconds[1] >= 0.02 * 3 / 5 * plan.rows
 
 
 def test_a_device_that_is_not_there_is_named() -> None:

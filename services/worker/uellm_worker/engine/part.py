@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from uellm.core.errors import ModelFilesError
+from uellm.models.profile import read_profile
 from uellm.v1.topology_pb2 import ShardAssignment
 from uellm_worker.engine.attention import LayerCache, PackedStep, SlotCache
 from uellm_worker.engine.capacity import Capacity, fit, fit_hybrid
-from uellm_worker.engine.device import Device, Stopwatch
+from uellm_worker.engine.device import Device, Stopwatch, on_host
 from uellm_worker.engine.plan import Release, StepPlan
 from uellm_worker.engine.shard import Shard, longest_context
 from uellm_worker.engine.slot_memory import page_tokens
@@ -41,6 +42,7 @@ class Part:
         self.watch = Stopwatch(device)
         self._token_bytes = token_bytes(shard)
         self._read_bytes = shard.total_bytes - _looked_up_bytes(shard)
+        self._flops = _flops(shard) if device.flops_per_second else (0.0, 0.0)
         self._state_bytes = state_bytes(shard)
         cached = capacity.kv_tokens * self._token_bytes + capacity.slots * self._state_bytes
         self.held_bytes = shard.total_bytes + cached
@@ -57,7 +59,7 @@ class Part:
             block_tokens=capacity.block_tokens,
         )
         numbers = max(shard.kv_heads * shard.head_dim, 1)
-        self._call_tokens = _CALL_NUMBERS // numbers if device.place.type == "cpu" else None
+        self._call_tokens = _CALL_NUMBERS // numbers if on_host(device.place) else None
         for index, module in enumerate(attentions):
             module.uellm = LayerCache(self.cache, index)
         for mixer in shard.mixers:
@@ -118,13 +120,9 @@ class Part:
         """Take the time; on a simulated device, as much as it would take."""
         context = sum(chunk.start + chunk.count for chunk in plan.chunks)
         cached = context * self._token_bytes + len(plan.chunks) * self._state_bytes
-        weights = self._read_bytes
-        self.watch.wait_until(
-            self.device.least_seconds(
-                weights + cached,
-                2 * plan.rows * weights / self.shard.spec.dtype.itemsize,
-            )
-        )
+        per_row, per_sample = self._flops
+        flops = plan.rows * per_row + sum(chunk.sample for chunk in plan.chunks) * per_sample
+        self.watch.wait_until(self.device.least_seconds(self._read_bytes + cached, flops))
         self.watch.stop()
 
 
@@ -178,3 +176,12 @@ def _looked_up_bytes(shard: Shard) -> int:
     if tied or not shard.spec.has_embed:
         return 0
     return int(shard.config.vocab_size * shard.config.hidden_size * shard.spec.dtype.itemsize)
+
+
+def _flops(shard: Shard) -> tuple[float, float]:
+    """Arithmetic of a row in the layers, attention aside, and of a row that samples in the head."""
+    spec, config = shard.spec, shard.config
+    profile = read_profile(spec.model_dir, str(spec.dtype).removeprefix("torch."))
+    layers = profile.layers[spec.first_layer : spec.last_layer + 1]
+    head = 2.0 * config.vocab_size * config.hidden_size if spec.has_head else 0.0
+    return sum(layer.flops_per_token for layer in layers), head
