@@ -12,6 +12,8 @@ from uellm.core.errors import ModelFilesError
 from uellm.models.profile import read_profile
 from uellm.models.quantization import AWQ, GPTQ, INT, PACK, Quantization, read_quantization
 from uellm.models.safetensors import TensorInfo
+from uellm.placement.even import EvenPlacer
+from uellm.placement.views import Device, Workload
 
 PATH = Path("config.json")
 
@@ -143,3 +145,16 @@ def test_a_profile_names_the_quantisation_and_counts_its_bytes(tmp_path: Path) -
         assert layer.flops_per_token == plain.flops_per_token
     assert found.head_bytes == whole.head_bytes
     assert found.embed_bytes == whole.embed_bytes
+
+
+def test_a_plan_has_room_where_the_unquantised_model_has_none(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "whole", layers=16, hidden=64)
+    target = quantize_checkpoint(source, tmp_path / "int4", Recipe(group_size=32))
+    plain, quantised = read_profile(source, "float32"), read_profile(target, "float32")
+    memory = quantised.weight_bytes + quantised.kv_bytes_per_token * 16
+    devices = [Device(f"w{i}/cpu", f"w{i}", f"w{i}", "cpu", memory) for i in range(16)]
+    placer, wanted = EvenPlacer(workspace_bytes=0, usable=1.0), Workload(1, 0, 1, 16)
+    (whole,) = placer.place(devices, quantised, wanted).replicas
+    assert len(whole.stages) == 1
+    (parted,) = placer.place(devices, plain, wanted).replicas
+    assert len(parted.stages) > 4
