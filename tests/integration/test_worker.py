@@ -242,6 +242,31 @@ async def test_other_files_than_those_deployed_are_refused(
     assert not await worker.status()
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [("a", 0, 1), ("b", 3, 3)],
+        [("a", 0, 1), ("b", 1, 3)],
+        [("a", 1, 3)],
+        [("a", 0, 1)],
+        [("a", 0, 1), ("b", 2, 4)],
+        [("a", 0, 3), ("", 4, 3)],
+    ],
+)
+async def test_parts_that_are_not_the_stage_are_refused(
+    worker: RunningWorker, mesh: Mesh, parts: list[tuple[str, int, int]]
+) -> None:
+    shards = [
+        topology_pb2.DeviceShard(device_id=name, first_layer=first, last_layer=last)
+        for name, first, last in parts
+    ]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.prepare(mesh.assignment(shards=shards))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "assignment.shards" in (caught.value.details() or "")
+    assert not await worker.status()
+
+
 async def test_a_cancelled_request_frees_its_slot(slow_worker: RunningWorker, mesh: Mesh) -> None:
     await serving(slow_worker, mesh, slots=1)
     long = await mesh.accept(max_tokens=4000)
