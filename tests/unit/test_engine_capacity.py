@@ -1,6 +1,6 @@
 from hypothesis import given
 from hypothesis import strategies as st
-from uellm_worker.engine.capacity import Capacity, fit, fit_hybrid
+from uellm_worker.engine.capacity import Capacity, fit, fit_hybrid, fit_pages
 from uellm_worker.engine.kv import KvManager
 
 FITS = st.builds(
@@ -101,3 +101,17 @@ def test_a_stage_without_attention_does_not_limit_the_tokens_of_the_others() -> 
     recurrent = fit_hybrid(3, 50, 0, 0, 128, 100)
     assert attention == Capacity(3, 50, 3 * 128, 0, 128, sharing=False)
     assert attention.at_most(recurrent) == recurrent.at_most(attention) == attention
+
+
+@given(st.integers(1, 20), st.integers(1, 3000), st.integers(2048, 200_000), st.integers(1, 4))
+def test_pages_and_the_one_that_is_nobodys_fit_the_grant(
+    slots: int, max_tokens: int, kv_bytes: int, per_token: int
+) -> None:
+    capacity = fit_pages(slots, max_tokens, kv_bytes, per_token, 256)
+    page = -(-capacity.max_tokens // 256) * 256
+    assert (capacity.cache_slots + 1) * page * per_token <= kv_bytes
+    assert 1 <= capacity.slots <= slots
+    assert 1 <= capacity.max_tokens <= max_tokens
+    assert capacity.kv_tokens == capacity.cache_slots * capacity.max_tokens
+    if capacity.max_tokens == max_tokens and capacity.cache_slots < 2 * slots:
+        assert (capacity.cache_slots + 2) * page * per_token > kv_bytes

@@ -25,7 +25,6 @@ with warnings.catch_warnings():
 from uellm_worker.engine.plan import Chunk  # noqa: E402
 
 from tests.support.families import BASE, FAMILIES, LAYERS, save_model  # noqa: E402
-from tests.support.quantizing import Recipe, quantize_checkpoint  # noqa: E402
 from uellm.core.errors import ModelFilesError  # noqa: E402
 from uellm.models.adapters import with_adapters  # noqa: E402
 from uellm.models.profile import read_profile  # noqa: E402
@@ -120,16 +119,6 @@ def test_a_batch_of_all_adapters_is_what_peft_computes(
         assert result.exact, result
         assert result.preemptions >= len(adapters)
         assert {report.adapter for report in result.prompts} == {"", *adapters}
-
-
-def test_adapters_of_a_quantised_model_are_exact(
-    checkpoint: Callable[[str], Made], tmp_path: Path
-) -> None:
-    directory, adapters = checkpoint("llama")
-    quantised = quantize_checkpoint(directory, tmp_path / "quantised", Recipe(group_size=16))
-    pipeline = Pipeline(quantised, (1, 3), slots=4, max_tokens=CONTEXT, adapters=adapters)
-    reference = Reference.load(quantised, torch.float32, adapters)
-    assert verify(pipeline, reference, PROMPTS, TOKENS).exact
 
 
 def test_each_adapter_answers_in_a_batch_as_alone_and_unlike_the_others(

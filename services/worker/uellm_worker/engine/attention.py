@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from uellm_worker.engine.grouping import group_lengths
 from uellm_worker.engine.plan import Chunk
 from uellm_worker.engine.slot_memory import SlotMemory
+from uellm_worker.engine.varlen import Kernel, Spans, attend_spans
 
 ATTENTION = "uellm"
 """Name of the attention function."""
@@ -47,18 +48,26 @@ class PackedStep:
         chunks: in row order.
         device: of the cache.
         call_tokens: see ``group_lengths``; None to attend to all neighbours in one call.
+        flash: attends where it can; None: torch's plain attention does.
 
     Attributes:
         slots: ``[T]``, each row's slot.
         positions: ``[T]``, each row's position in its sequence.
         samples: rows that a token is chosen from.
+        spans: for ``flash``.
         decodes: how many rows are decodes; they come first.
         prefills: the other chunks, and the row that each begins at.
     """
 
     def __init__(
-        self, chunks: tuple[Chunk, ...], device: torch.device, call_tokens: int | None = None
+        self,
+        chunks: tuple[Chunk, ...],
+        device: torch.device,
+        call_tokens: int | None = None,
+        flash: Kernel | None = None,
     ) -> None:
+        self.flash = flash
+        self.spans = None if flash is None else Spans(chunks, device)
         slots: list[int] = []
         positions: list[int] = []
         samples: list[int] = []
@@ -96,6 +105,18 @@ class PackedStep:
             )
             row += len(run)
         self._masks: dict[tuple[int, int], torch.Tensor | None] = {}
+
+    def load(self, other: "PackedStep") -> None:
+        """Take over the rows of another step of decodes, in the tensors that are here.
+
+        For ``flash`` only: what plain attention goes by is not in tensors.
+        """
+        if self.spans is None or other.spans is None:
+            raise RuntimeError("a step without spans cannot take over another")
+        self.slots.copy_(other.slots)
+        self.positions.copy_(other.positions)
+        self.spans.seen.copy_(other.spans.seen)
+        self.spans.pages.copy_(other.spans.pages)
 
     def run_mask(
         self, index: int, window: int | None, dtype: torch.dtype, copies: int = 1
@@ -245,6 +266,8 @@ def attend(
     Returns:
         ``[T, heads, head_dim]``.
     """
+    if step.flash is not None and step.spans is not None and softcap is None:
+        return attend_spans(step.flash, step.spans, query, keys, values, scaling, window)
     tokens, heads, head_dim = query.shape
     kv_heads = keys.shape[1]
     factor = scaling or head_dim**-0.5

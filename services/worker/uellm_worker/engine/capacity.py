@@ -76,6 +76,35 @@ def fit(
     return Capacity(slots, max_tokens, cache_slots * max_tokens, cache_slots - slots)
 
 
+def fit_pages(
+    slots: int, max_tokens: int, kv_bytes: int, bytes_per_token: int, page_tokens: int
+) -> Capacity:
+    """What fits where each slot is a page of a kernel's, and one more is nobody's.
+
+    Args:
+        slots: as of ``fit``.
+        max_tokens: as of ``fit``.
+        kv_bytes: as of ``fit``.
+        bytes_per_token: as of ``fit``.
+        page_tokens: pages are as long as multiples of this.
+
+    Returns:
+        As ``fit``.
+    """
+    page = _whole(max_tokens + page_tokens - 1, page_tokens)
+    if not kv_bytes:
+        return fit(slots, max_tokens, 0, bytes_per_token, 1)
+    pages = kv_bytes // (page * bytes_per_token)
+    if pages < 2:
+        # One sequence at a time, as long as half of what there is.
+        page = _whole(kv_bytes // (2 * bytes_per_token), page_tokens)
+        pages = 2
+    longest = min(max_tokens, page)
+    cache_slots = min(2 * slots, pages - 1)
+    slots = min(slots, cache_slots)
+    return Capacity(slots, longest, cache_slots * longest, cache_slots - slots)
+
+
 def fit_hybrid(
     slots: int,
     max_tokens: int,

@@ -9,11 +9,13 @@ from uellm.core.errors import ModelFilesError
 from uellm.models.profile import read_profile
 from uellm.v1.topology_pb2 import ShardAssignment
 from uellm_worker.engine.attention import LayerCache, PackedStep, SlotCache
-from uellm_worker.engine.capacity import Capacity, fit, fit_hybrid
+from uellm_worker.engine.capacity import Capacity, fit, fit_hybrid, fit_pages
 from uellm_worker.engine.device import Device, Stopwatch, on_host
+from uellm_worker.engine.graphs import CudaRecorder, DecodeGraphs
 from uellm_worker.engine.plan import Release, StepPlan
 from uellm_worker.engine.shard import Shard, longest_context
 from uellm_worker.engine.slot_memory import page_tokens
+from uellm_worker.engine.varlen import PAGE_TOKENS, kernel, usable
 
 _CALL_NUMBERS = 40_000
 """Keys that a CPU reads in the time of one more call of attention."""
@@ -48,16 +50,20 @@ class Part:
         self.held_bytes = shard.total_bytes + cached
         device.check_room(self.held_bytes, "weights and KV cache")
         attentions = shard.attentions
+        place, dtype = shard.spec.device, shard.spec.dtype
+        self._flash = kernel() if usable(place, dtype, shard.head_dim) else None
         self.cache = SlotCache(
             layers=len(attentions),
-            slots=capacity.cache_slots,
+            # Recorded steps write what fills them up to a slot of their own.
+            slots=capacity.cache_slots + (self._flash is not None),
             kv_heads=shard.kv_heads,
             max_tokens=capacity.max_tokens,
             head_dim=shard.head_dim,
-            dtype=shard.spec.dtype,
-            device=shard.spec.device,
+            dtype=dtype,
+            device=place,
             block_tokens=capacity.block_tokens,
         )
+        self._graphs = self._recordings(capacity)
         numbers = max(shard.kv_heads * shard.head_dim, 1)
         self._call_tokens = _CALL_NUMBERS // numbers if on_host(device.place) else None
         for index, module in enumerate(attentions):
@@ -70,6 +76,20 @@ class Part:
                     for shape, dtype in shard.states
                 ],
             )
+
+    def _recordings(self, capacity: Capacity) -> DecodeGraphs | None:
+        """Of decode steps, where these depend on nothing but tensors."""
+        shard = self.shard
+        softcap = getattr(shard.config, "attn_logit_softcapping", None)
+        if self._flash is None or softcap or shard.mixers or shard.adapters is not None:
+            return None
+        return DecodeGraphs(
+            self._compute_step,
+            self._flash,
+            scratch=capacity.cache_slots,
+            most=capacity.slots,
+            recorder=CudaRecorder(),
+        )
 
     def compute(self, plan: StepPlan, activation: torch.Tensor | None) -> torch.Tensor:
         """Compute a step.
@@ -89,19 +109,21 @@ class Part:
         if self.shard.adapters is not None:
             self.shard.adapters.begin(plan)
         with torch.inference_mode():
-            step = PackedStep(plan.chunks, device, self._call_tokens)
             given = activation
             if given is None:
                 given = torch.tensor(plan.token_ids, device=device)
-            if self.shard.fused is not None:
-                output = self.shard.fused(step, self.cache, given)
-            else:
-                output = self._compute_model(step, given, embedded=activation is not None)
+            output = self._graphs.output(plan.chunks, given) if self._graphs else None
+            if output is None:
+                step = PackedStep(plan.chunks, device, self._call_tokens, self._flash)
+                output = self._compute_step(step, given)
         self._end(plan)
         return output
 
-    def _compute_model(self, step: PackedStep, given: torch.Tensor, embedded: bool) -> torch.Tensor:
-        """Compute a step through the model's own code."""
+    def _compute_step(self, step: PackedStep, given: torch.Tensor) -> torch.Tensor:
+        """Compute from token ids ``[T]`` or activations ``[T, hidden]``."""
+        if self.shard.fused is not None:
+            return self.shard.fused(step, self.cache, given)
+        embedded = not self.shard.spec.has_embed
         inputs: dict[str, Any] = {
             "position_ids": step.positions[None],
             "inputs_embeds" if embedded else "input_ids": given[None],
@@ -157,7 +179,12 @@ def shard_capacity(shard: Shard, assignment: ShardAssignment, kv_bytes: int = 0)
         "bytes_per_token": bytes_per_token,
         "block_tokens": page_tokens(max(shard.head_dim, 1), shard.spec.dtype, shard.spec.device),
     }
-    if shard.family.recurrence is None:
+    if shard.family.recurrence is None and usable(
+        shard.spec.device, shard.spec.dtype, shard.head_dim
+    ):
+        del wanted["block_tokens"]
+        capacity = fit_pages(**wanted, page_tokens=PAGE_TOKENS)
+    elif shard.family.recurrence is None:
         capacity = fit(**wanted)
     else:
         capacity = fit_hybrid(**wanted, state_bytes=state)

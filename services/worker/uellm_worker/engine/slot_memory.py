@@ -5,7 +5,7 @@ anonymous memory, whose pages the system commits when they are first written and
 told so (Prabhu et al., "vAttention", arXiv 2405.04437, do the same on GPUs by their driver). So
 what a cache takes is what the sequences in it hold, in whole pages. Elsewhere, and where the memory
 granted is less than a page per slot and head, all of it is allocated from the start, and giving
-back does nothing.
+back does nothing. On accelerators the heads of a token lie together, as their kernels want it.
 """
 
 import math
@@ -18,6 +18,7 @@ import torch
 
 from uellm_worker.engine.device import on_host
 from uellm_worker.engine.plan import Copy, Move
+from uellm_worker.engine.varlen import PAGE_TOKENS
 
 LEAST_BLOCK_TOKENS = 16
 """Least tokens of a block: smaller ones would be more system calls than they save."""
@@ -47,7 +48,7 @@ class SlotMemory:
         layers: how many.
         slots: sequences.
         kv_heads: per layer.
-        max_tokens: per sequence; rounded up to whole blocks of pages.
+        max_tokens: per sequence; rounded up to whole pages, of the system or of a kernel.
         head_dim: per head.
         dtype: of keys and values.
         device: where.
@@ -73,6 +74,9 @@ class SlotMemory:
         page = page_tokens(head_dim, dtype, device)
         paged = page > 1 and block_tokens % page == 0
         length = -(-max_tokens // page) * page if paged else max_tokens
+        accelerated = not on_host(device)
+        if accelerated:
+            length = -(-max_tokens // PAGE_TOKENS) * PAGE_TOKENS
         shape = (slots, kv_heads, length, head_dim)
         self._regions: list[mmap.mmap] = []
         self._slot_bytes = kv_heads * length * head_dim * dtype.itemsize
@@ -80,6 +84,10 @@ class SlotMemory:
         self._token_bytes = head_dim * dtype.itemsize
 
         def tensors() -> list[torch.Tensor]:
+            if accelerated:
+                outside = (slots, length, kv_heads, head_dim)
+                made = [torch.zeros(outside, dtype=dtype, device=device) for _ in range(layers)]
+                return [tensor.transpose(1, 2) for tensor in made]
             if not paged:
                 return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
             regions = [_reserve(slots * self._slot_bytes) for _ in range(layers)]
