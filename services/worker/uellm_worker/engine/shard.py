@@ -6,13 +6,14 @@ their input on. Masks, rotary embeddings, multipliers and soft caps stay in the 
 
 import gc
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from uellm.core.errors import ModelFilesError
 from uellm.models.families import Family
@@ -20,8 +21,9 @@ from uellm_worker.engine.attention import ATTENTION
 from uellm_worker.engine.checkpoint import read_eos_ids, read_model
 from uellm_worker.engine.device import on_host
 from uellm_worker.engine.fused import FusedDecoder, Fusion, join_layers
+from uellm_worker.engine.half import HalfEmbedding, HalfRows, widens
 from uellm_worker.engine.lora import ShardAdapters, StepAdapters
-from uellm_worker.engine.packing import PackedLinear, pack, packable
+from uellm_worker.engine.packing import Laid, PackedLinear, held_bytes, lay_out, packable
 from uellm_worker.engine.quantized import quantize_layers
 from uellm_worker.engine.recipes import Join
 from uellm_worker.engine.runner import Progress
@@ -77,13 +79,18 @@ class Shard:
     spec: ShardSpec
     family: Family
     model: Any
-    tensors: dict[Held, torch.Tensor]
+    tensors: dict[Held, Laid]
     fused_rows: int
     eos_ids: frozenset[int]
     kept_bytes: int
     total_bytes: int
     fused: FusedDecoder | None = None
     adapters: StepAdapters | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """What the model's weights take; less than ``total_bytes`` where half precision does."""
+        return sum(held_bytes(tensor) for tensor in self.tensors.values())
 
     @property
     def config(self) -> Any:
@@ -242,22 +249,29 @@ def _weights(
     """
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     packs = packable(spec.device, spec.dtype)
+    shared = tied and spec.has_embed and spec.has_head
     weights = {}
     for name in model.state_dict(keep_vars=True):
-        key = family.embedding_weight if tied and name == family.head_weight else name
-        owner, _, leaf = name.rpartition(".")
-        linear = type(model.get_submodule(owner)) is nn.Linear and leaf == "weight"
-        # A head that shares the embedding's weight must take it as that does: by rows.
-        shared = tied and spec.has_embed and key == family.embedding_weight
-        packed = packs and linear and not shared
-        join = joins.get(owner)
-        if join is None:
-            weights[name] = Held(key, packed)
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        head = name == family.head_weight
+        if name == family.embedding_weight or (head and shared):
+            embedding = model.get_submodule(f"{family.inner}.{family.embedding}")
+            looked_up = packs and widens(embedding)
+            key = family.embedding_weight
+            weights[name] = Held(key, packed=looked_up and shared, looked_up=looked_up)
             continue
-        prefix = owner.removesuffix(join.path)
-        key, *below = (f"{prefix}{source}.{leaf}" for source in join.sources)
-        rows = tuple(zip(below, join.rows[1:], strict=True))
-        weights[name] = Held(key, packed, rows, join.pairs)
+        key = family.embedding_weight if tied and head else name
+        linear = type(owner) in {nn.Linear, Conv1D} and leaf == "weight"
+        transposed = packs and linear and type(owner) is Conv1D
+        held = Held(key, packed=packs and linear, transposed=transposed)
+        join = joins.get(path)
+        if join is not None:
+            prefix = path.removesuffix(join.path)
+            key, *below = (f"{prefix}{source}.{leaf}" for source in join.sources)
+            rows = tuple(zip(below, join.rows[1:], strict=True))
+            held = replace(held, key=key, below=rows, pairs=join.pairs)
+        weights[name] = held
     return weights
 
 
@@ -273,7 +287,7 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
     Raises:
         ModelFilesError: if the checkpoint or one of its adapters cannot be served.
     """
-    tensors: dict[Held, torch.Tensor] = {}
+    tensors: dict[Held, Laid] = {}
     if earlier is not None:
         if earlier.spec.same_weights(spec):
             tensors = earlier.tensors
@@ -297,7 +311,7 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
     loaded = reported = kept
     lacking = {held: shape for held, shape in shapes.items() if held not in tensors}
     for held, tensor in read_weights(spec, family, lacking, sources):
-        tensors[held] = pack(tensor) if held.packed else tensor
+        tensors[held] = lay_out(held, tensor)
         loaded += sizes[held]
         if loaded - reported >= total // 100:
             progress(loaded, total)
@@ -333,22 +347,32 @@ def _fused_rows(family: Family, shapes: dict[Held, torch.Size]) -> int:
     return next(rows, 0)
 
 
-def _fill(model: Any, weights: dict[str, Held], tensors: dict[Held, torch.Tensor]) -> None:
-    """Put the weights into the model; linear layers with packed ones are replaced."""
-    for name, held in weights.items():
-        if not held.packed:
-            path, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(path)
-            if leaf in owner._parameters:
-                owner.register_parameter(leaf, nn.Parameter(tensors[held], requires_grad=False))
-            else:
-                setattr(owner, leaf, tensors[held])
-    for name, held in weights.items():
-        if held.packed:
-            path = name.rpartition(".")[0]
-            owner, _, leaf = path.rpartition(".")
-            linear = PackedLinear(tensors[held], model.get_submodule(path).bias)
-            setattr(model.get_submodule(owner), leaf, linear)
+def _fill(model: Any, weights: dict[str, Held], tensors: dict[Held, Laid]) -> None:
+    """Put the weights into the model; modules whose weights are laid out are replaced."""
+    plain = {
+        name
+        for name, held in weights.items()
+        if isinstance(tensors[held], torch.Tensor) and (held.looked_up or not held.packed)
+    }
+    for name in plain:
+        path, _, leaf = name.rpartition(".")
+        owner, tensor = model.get_submodule(path), tensors[weights[name]]
+        if leaf in owner._parameters:
+            owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        else:
+            setattr(owner, leaf, tensor)
+    for name in weights.keys() - plain:
+        path = name.rpartition(".")[0]
+        model.set_submodule(path, _replacement(model.get_submodule(path), tensors[weights[name]]))
+
+
+def _replacement(module: Any, laid: Laid) -> nn.Module:
+    """What computes with a weight that is laid out, in the place of a module that has its bias."""
+    if not isinstance(laid, HalfRows):
+        return PackedLinear(laid, module.bias)
+    if laid.head is None or isinstance(module, nn.Embedding):
+        return HalfEmbedding(laid, module)
+    return PackedLinear(laid.head, None)
 
 
 def longest_context(config: Any, granted: int) -> int:

@@ -80,12 +80,16 @@ class Held:
     Attributes:
         key: the parameter's name, or that of the one it is tied to.
         packed: laid out for a linear layer.
+        looked_up: rows are looked up; if ``packed``, a linear layer shares them.
+        transposed: ``[in, out]`` in the checkpoint.
         below: further parameters, whose rows follow; their names and numbers of rows.
         pairs: rows that change places.
     """
 
     key: str
     packed: bool
+    looked_up: bool = False
+    transposed: bool = False
     below: tuple[tuple[str, int], ...] = ()
     pairs: Pairs | None = None
 
