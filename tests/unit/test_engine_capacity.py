@@ -96,11 +96,36 @@ def test_states_and_tokens_share_what_was_granted(
         assert (capacity.slots, capacity.max_tokens) == (slots, max_tokens)
 
 
-def test_a_stage_without_attention_does_not_limit_the_tokens_of_the_others() -> None:
-    attention = fit_hybrid(3, 50, 0, 8, 128, 100)
-    recurrent = fit_hybrid(3, 50, 0, 0, 128, 100)
-    assert attention == Capacity(3, 50, 3 * 128, 0, 128, sharing=False)
-    assert attention.at_most(recurrent) == recurrent.at_most(attention) == attention
+@given(
+    slots=st.integers(1, 20),
+    max_tokens=st.integers(1, 300),
+    granted=st.booleans(),
+    bytes_per_token=st.integers(1, 8),
+    block_tokens=st.sampled_from([1, 16, 64, 128]),
+    state_bytes=st.integers(1, 500),
+)
+def test_a_stage_without_attention_takes_nothing_from_the_others(
+    slots: int,
+    max_tokens: int,
+    granted: bool,
+    bytes_per_token: int,
+    block_tokens: int,
+    state_bytes: int,
+) -> None:
+    """Each was granted what a plan counts for it."""
+    one, other = (
+        fit_hybrid(
+            slots,
+            max_tokens,
+            slots * (max_tokens * per_token + state_bytes) if granted else 0,
+            per_token,
+            block_tokens,
+            state_bytes,
+        )
+        for per_token in (bytes_per_token, 0)
+    )
+    anything = Capacity(10**6, 10**9, 10**15)
+    assert anything.at_most(other).at_most(one) == anything.at_most(one).at_most(other) == one
 
 
 @given(st.integers(1, 20), st.integers(1, 3000), st.integers(2048, 200_000), st.integers(1, 4))

@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     from uellm_worker.engine.mamba2 import StateSpace
     from uellm_worker.engine.recurrent import convolve, recur, scan
     from uellm_worker.engine.shard_engine import ShardEngine
+    from uellm_worker.verification.pipeline import Pipeline
 
     from tests.support.families import save_model
 
@@ -203,6 +204,17 @@ def test_states_take_their_part_of_the_memory(
     capacity = prepare(hybrid, first, last, kv_bytes).capacity
     assert (capacity.slots, capacity.max_tokens) == (slots, max_tokens)
     assert not capacity.sharing
+
+
+@pytest.mark.parametrize("max_tokens", [25, 100, 128])
+def test_stages_without_attention_agree_with_those_that_have_it(
+    hybrid: Path, max_tokens: int
+) -> None:
+    whole, parts = (
+        Pipeline(hybrid, split, max_tokens=max_tokens).capacity for split in ((4,), (1, 1, 1, 1))
+    )
+    assert whole == parts
+    assert whole.max_tokens == max_tokens
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 3), (2, 3)])

@@ -1,7 +1,6 @@
 """What a prepared stage can hold."""
 
 import math
-import mmap
 from dataclasses import dataclass, replace
 
 
@@ -128,16 +127,18 @@ def fit_hybrid(
     Returns:
         As ``fit``.
     """
-    if kv_bytes:
+    granted = bool(kv_bytes)
+    if granted:
         # Plans grant the longest context to every slot.
         slots = min(slots, max(kv_bytes // (state_bytes + max_tokens * bytes_per_token), 1))
         kv_bytes -= slots * state_bytes
         if kv_bytes < bytes_per_token:
             return Capacity(slots, 0, 0, sharing=False)
     if not bytes_per_token:
-        # Whole blocks of any size, such as other stages may have.
-        room = -(-max_tokens // mmap.PAGESIZE) * mmap.PAGESIZE
-        return Capacity(slots, max_tokens, slots * room, sharing=False)
+        # As the stages that have attention find it, of which nothing may be taken away.
+        block = block_tokens if not granted or max_tokens >= block_tokens else 1
+        room = slots * _whole(max_tokens + block - 1, block)
+        return Capacity(slots, max_tokens, room, 0, block, sharing=False)
     found = fit(slots, max_tokens, kv_bytes, bytes_per_token, block_tokens)
     block = found.block_tokens
     most = found.slots * _whole(found.max_tokens + block - 1, block)

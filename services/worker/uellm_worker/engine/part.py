@@ -177,7 +177,7 @@ def shard_capacity(shard: Shard, assignment: ShardAssignment, kv_bytes: int = 0)
         "max_tokens": longest_context(shard.config, assignment.max_tokens),
         "kv_bytes": kv_bytes,
         "bytes_per_token": bytes_per_token,
-        "block_tokens": page_tokens(max(shard.head_dim, 1), shard.spec.dtype, shard.spec.device),
+        "block_tokens": page_tokens(shard.head_dim, shard.spec.dtype, shard.spec.device),
     }
     if shard.family.recurrence is None and usable(
         shard.spec.device, shard.spec.dtype, shard.head_dim

@@ -128,8 +128,12 @@ class Shard:
 
     @property
     def head_dim(self) -> int:
-        """Size of an attention head; 0 without attention."""
-        return next((int(getattr(a, self.family.head_dim)) for a in self.attentions), 0)
+        """Size of an attention head, here or in the layers of other stages."""
+        if self.attentions:
+            return int(getattr(self.attentions[0], self.family.head_dim))
+        config = self.config
+        size = getattr(config, "head_dim", None)
+        return int(size or config.hidden_size // config.num_attention_heads)
 
     @property
     def kv_heads(self) -> int:
