@@ -47,6 +47,14 @@ def test_what_is_not_served_is_told_why(
         check_architecture(Path("config.json"), config)
 
 
+def test_the_documentation_names_what_is_served() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "models.md").read_text().split("|\n\n")[0]
+    cells = [row.split("|")[2] for row in table.splitlines()[2:] if row.startswith("| ")]
+    named = [name.strip() for cell in cells[1:] for name in cell.split(",")]
+    suffixed = [name if name.endswith("Model") else f"{name}ForCausalLM" for name in named]
+    assert sorted(suffixed) == architectures()
+
+
 @pytest.mark.parametrize(
     ("architecture", "name", "stored"),
     [
