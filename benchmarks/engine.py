@@ -8,8 +8,8 @@ batches, which last as long as their longest answer. ``hf-static`` is transforme
 such batches in the order of arrival and ``hf-sorted`` the same, ordered by lengths that nobody
 would know beforehand; only tokens that were asked for count. ``hf-continuous`` is transformers' own
 continuous batching; ``vllm`` and ``openvino`` are measured where ``make bench-peers`` has installed
-them. All compute in float32. Each run is a process of its own, after one short run to warm up;
-engines take turns, and medians are given.
+them, on CPUs. All compute in one dtype, float32 by default. Each run is a process of its own, after
+one short run to warm up; engines take turns, and medians are given.
 """
 # ruff: noqa: PLC0415 - the process that starts the others needs no model library.
 
@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.jobs import LONGEST_ANSWER, LONGEST_PROMPT, Job, Run, check, make_jobs
+from benchmarks.jobs import LONGEST_ANSWER, LONGEST_PROMPT, Job, Run, Setup, check, make_jobs
 from benchmarks.peers import OWN_INTERPRETER, PEERS
 
 RANDOM = {
@@ -36,16 +36,22 @@ RANDOM = {
 VOCAB = 8192
 
 
-def shard(directory: Path, slots: int, **mode: str) -> Run:
+def shard(setup: Setup, **mode: str) -> Run:
     """This project's engine, one stage."""
     from uellm_worker.verification.pipeline import Pipeline, generate
 
     from uellm.models.profile import read_profile
     from uellm.v1.common_pb2 import Sampling
 
-    layers = len(read_profile(directory, "float32").layers)
-    room = LONGEST_PROMPT + LONGEST_ANSWER
-    pipeline = Pipeline(directory, (layers,), slots=slots, max_tokens=room)
+    layers = len(read_profile(setup.model, setup.dtype).layers)
+    pipeline = Pipeline(
+        setup.model,
+        (layers,),
+        slots=setup.slots,
+        max_tokens=LONGEST_PROMPT + LONGEST_ANSWER,
+        dtype=setup.dtype,
+        device=setup.device,
+    )
 
     def run(jobs: Sequence[Job]) -> None:
         answers = generate(
@@ -58,12 +64,12 @@ def shard(directory: Path, slots: int, **mode: str) -> Run:
     return run
 
 
-def shard_static(directory: Path, slots: int) -> Run:
+def shard_static(setup: Setup) -> Run:
     """This project's engine in the paper's mode."""
-    return shard(directory, slots, execution="static")
+    return shard(setup, execution="static")
 
 
-ENGINES: dict[str, Callable[[Path, int], Run]] = {
+ENGINES: dict[str, Callable[[Setup], Run]] = {
     "shard": shard,
     "shard-static": shard_static,
     **PEERS,
@@ -71,15 +77,15 @@ ENGINES: dict[str, Callable[[Path, int], Run]] = {
 DEFAULT = [engine for engine in ENGINES if engine not in OWN_INTERPRETER]
 
 
-def measure(engine: str, directory: Path, slots: int, threads: int, requests: int) -> float:
+def measure(engine: str, setup: Setup, requests: int) -> float:
     """Output tokens a second of one engine, in this process."""
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(setup.threads)
     jobs = make_jobs(requests)
     with torch.inference_mode():
-        run = ENGINES[engine](directory, slots)
-        run([Job(job.prompt, 4) for job in jobs[:slots]])
+        run = ENGINES[engine](setup)
+        run([Job(job.prompt, 4) for job in jobs[: setup.slots]])
         started = time.perf_counter()
         run(jobs)
     return sum(job.tokens for job in jobs) / (time.perf_counter() - started)
@@ -116,7 +122,7 @@ def compare(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Run every engine in turn, so many times."""
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     command = ["-W", "ignore", "-m", "benchmarks.engine", "--model", str(directory)]
-    for name in ("threads", "slots", "requests"):
+    for name in ("threads", "slots", "requests", "device", "dtype"):
         command.append(f"--{name}={getattr(arguments, name)}")
     interpreters = {engine: _interpreter(engine, arguments.peers) for engine in arguments.engines}
     rates: dict[str, list[float]] = {engine: [] for engine in arguments.engines}
@@ -130,7 +136,10 @@ def compare(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     return {
         "model": arguments.random or str(directory),
         "stored": arguments.stored if arguments.random else None,
-        **{name: getattr(arguments, name) for name in ("threads", "slots", "requests", "repeats")},
+        **{
+            name: getattr(arguments, name)
+            for name in ("threads", "slots", "requests", "repeats", "device", "dtype")
+        },
         "engines": {
             engine: {
                 "tokens_per_second": round(rate, 1),
@@ -152,6 +161,8 @@ def main() -> None:
     parser.add_argument("--engines", type=lambda text: text.split(","), default=DEFAULT)
     for name, default in (("threads", 1), ("slots", 16), ("requests", 48), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu", help="as torch names it, for instance cuda:0")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--peers", type=Path, default=Path(".peers"))
     parser.add_argument("--one", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
@@ -159,8 +170,14 @@ def main() -> None:
     if unknown := {*arguments.engines} - {*ENGINES}:
         parser.error(f"no such engines: {', '.join(unknown)}; there are {', '.join(ENGINES)}")
     if arguments.one:
-        sizes = (arguments.slots, arguments.threads, arguments.requests)
-        print(measure(arguments.one, arguments.model, *sizes))
+        setup = Setup(
+            arguments.model,
+            arguments.slots,
+            arguments.threads,
+            arguments.device,
+            arguments.dtype,
+        )
+        print(measure(arguments.one, setup, arguments.requests))
         return
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.random:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 LONGEST_PROMPT, LONGEST_ANSWER = 48, 256
@@ -15,8 +16,27 @@ class Job:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What an engine is set up with.
+
+    Attributes:
+        model: directory of a checkpoint.
+        slots: most sequences at once.
+        threads: to compute with.
+        device: as torch names it.
+        dtype: to compute in.
+    """
+
+    model: Path
+    slots: int
+    threads: int
+    device: str
+    dtype: str
+
+
 Run = Callable[[Sequence[Job]], None]
-"""Generates for all jobs. An engine makes one of a model's directory and a number of slots."""
+"""Generates for all jobs. An engine makes one of a setup."""
 
 
 def make_jobs(count: int, seed: int = 0) -> list[Job]:

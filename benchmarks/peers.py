@@ -1,4 +1,4 @@
-"""Other engines under the engine benchmark: each makes a ``Run`` of a checkpoint and its slots.
+"""Other engines under the engine benchmark: each makes a ``Run`` of a ``Setup``.
 
 transformers is installed with this project. vLLM and OpenVINO GenAI have interpreters of their own
 (``make bench-peers``), and are imported there only.
@@ -8,42 +8,44 @@ transformers is installed with this project. vLLM and OpenVINO GenAI have interp
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks.jobs import LONGEST_ANSWER, LONGEST_PROMPT, Job, Run, check
+from benchmarks.jobs import LONGEST_ANSWER, LONGEST_PROMPT, Job, Run, Setup, check
 
 CONTEXT = LONGEST_PROMPT + LONGEST_ANSWER
 KV_BLOCK = 32
 
 
-def _whole(directory: Path) -> Any:
+def _whole(setup: Setup) -> Any:
     """The model under transformers, greedy and never ending by itself."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(setup.model, dtype=setup.dtype)
+    model.to(setup.device).eval()
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
     return model
 
 
-def hf_static(directory: Path, slots: int, *, ordered: bool = False) -> Run:
+def hf_static(setup: Setup, *, ordered: bool = False) -> Run:
     """Batches of ``generate``, padded to the left."""
     import torch
 
-    model = _whole(directory)
+    model = _whole(setup)
 
     def run(jobs: Sequence[Job]) -> None:
         queue = sorted(jobs, key=lambda job: job.tokens) if ordered else list(jobs)
-        for start in range(0, len(queue), slots):
-            batch = queue[start : start + slots]
+        for start in range(0, len(queue), setup.slots):
+            batch = queue[start : start + setup.slots]
             longest = max(len(job.prompt) for job in batch)
             pads = [longest - len(job.prompt) for job in batch]
             rows = zip(pads, batch, strict=True)
             output = model.generate(
-                torch.tensor([[0] * pad + job.prompt for pad, job in rows]),
-                attention_mask=torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads]),
+                torch.tensor([[0] * pad + job.prompt for pad, job in rows], device=setup.device),
+                attention_mask=torch.tensor(
+                    [[0] * pad + [1] * (longest - pad) for pad in pads], device=setup.device
+                ),
                 max_new_tokens=max(job.tokens for job in batch),
             )
             check([output.shape[1] - longest], [max(batch, key=lambda job: job.tokens)])
@@ -51,20 +53,20 @@ def hf_static(directory: Path, slots: int, *, ordered: bool = False) -> Run:
     return run
 
 
-def hf_sorted(directory: Path, slots: int) -> Run:
+def hf_sorted(setup: Setup) -> Run:
     """``hf_static``, given the lengths beforehand."""
-    return hf_static(directory, slots, ordered=True)
+    return hf_static(setup, ordered=True)
 
 
-def hf_continuous(directory: Path, slots: int) -> Run:
+def hf_continuous(setup: Setup) -> Run:
     """Transformers' continuous batching."""
     from transformers import ContinuousBatchingConfig
 
-    model = _whole(directory)
+    model = _whole(setup)
     config = ContinuousBatchingConfig(
         page_size=KV_BLOCK,
-        num_blocks=slots * (1 + CONTEXT // KV_BLOCK),
-        max_requests_per_batch=slots,
+        num_blocks=setup.slots * (1 + CONTEXT // KV_BLOCK),
+        max_requests_per_batch=setup.slots,
         max_batch_tokens=512,
     )
 
@@ -87,8 +89,8 @@ def hf_continuous(directory: Path, slots: int) -> Run:
     return run
 
 
-def vllm(directory: Path, slots: int) -> Run:
-    """The CPU build of vLLM, in float32, eager, in one process."""
+def vllm(setup: Setup) -> Run:
+    """The CPU build of vLLM, eager, in one process."""
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -99,11 +101,11 @@ def vllm(directory: Path, slots: int) -> Run:
     from vllm import LLM, SamplingParams
 
     engine = LLM(
-        model=str(directory),
-        dtype="float32",
+        model=str(setup.model),
+        dtype=setup.dtype,
         enforce_eager=True,
         max_model_len=CONTEXT,
-        max_num_seqs=slots,
+        max_num_seqs=setup.slots,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
     )
@@ -124,7 +126,7 @@ def vllm(directory: Path, slots: int) -> Run:
     return run
 
 
-def openvino(directory: Path, slots: int) -> Run:
+def openvino(setup: Setup) -> Run:
     """OpenVINO GenAI's continuous batching, float32 throughout."""
     import numpy as np
     import openvino_genai as genai
@@ -133,18 +135,18 @@ def openvino(directory: Path, slots: int) -> Run:
 
     with tempfile.TemporaryDirectory() as scratch:
         model = OVModelForCausalLM.from_pretrained(
-            directory, export=True, load_in_8bit=False, compile=False
+            setup.model, export=True, load_in_8bit=False, compile=False
         )
         model.save_pretrained(scratch)
         scheduler = genai.SchedulerConfig()
         scheduler.cache_size = 2
-        scheduler.max_num_seqs = slots
+        scheduler.max_num_seqs = setup.slots
         scheduler.max_num_batched_tokens = 512
         scheduler.enable_prefix_caching = False
         properties = {
             "INFERENCE_PRECISION_HINT": "f32",
             "KV_CACHE_PRECISION": "f32",
-            "INFERENCE_NUM_THREADS": int(os.environ["OMP_NUM_THREADS"]),
+            "INFERENCE_NUM_THREADS": setup.threads,
         }
         pipeline = genai.ContinuousBatchingPipeline(scratch, scheduler, "CPU", properties)
 
@@ -162,7 +164,7 @@ def openvino(directory: Path, slots: int) -> Run:
     return run
 
 
-PEERS: dict[str, Callable[[Path, int], Run]] = {
+PEERS: dict[str, Callable[[Setup], Run]] = {
     "hf-static": hf_static,
     "hf-sorted": hf_sorted,
     "hf-continuous": hf_continuous,

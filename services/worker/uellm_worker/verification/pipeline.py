@@ -89,6 +89,7 @@ class Pipeline:
         max_tokens: longest context; 0: the model's.
         kv_tokens: KV room in all; 0: as much as that takes.
         dtype: to compute in.
+        device: of all parts, as torch names it.
         adapters: directories of LoRA adapters, by name.
 
     Attributes:
@@ -111,6 +112,7 @@ class Pipeline:
         max_tokens: int = 0,
         kv_tokens: int = 0,
         dtype: str = "float32",
+        device: str = "cpu",
         adapters: Mapping[str, Path] | None = None,
     ) -> None:
         profile = read_profile(directory, dtype)
@@ -132,7 +134,7 @@ class Pipeline:
                 dtype=dtype,
                 shards=[
                     DeviceShard(
-                        device_id="cpu",
+                        device_id=device,
                         first_layer=start,
                         last_layer=stop - 1,
                         kv_bytes=kv_tokens
