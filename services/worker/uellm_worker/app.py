@@ -57,7 +57,7 @@ class WorkerApplication:
             self._resolve,
             self._resolve_adapter,
             self._lead,
-            threads=settings.child_threads,
+            threads=settings.threads,
             data_host=settings.data_address,
             step_policy=settings.step_policy,
             simulate=devices.simulated,

@@ -1,6 +1,5 @@
 """What a worker is told."""
 
-import os
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -28,7 +27,8 @@ class WorkerSettings(ServiceSettings):
     threads: int = Field(
         0,
         ge=0,
-        description="Threads that each child may compute with; 0: as many as there are cores.",
+        description="Threads that each child may compute with; 0: the cores that affinity and "
+        "control group grant, shared by the stages that are here when a child loads.",
     )
     memory_bytes: int = Field(
         0,
@@ -55,16 +55,6 @@ class WorkerSettings(ServiceSettings):
     instant_step_seconds: float = Field(
         0.0, ge=0, description="What each step of the instant engine is made to take."
     )
-
-    @property
-    def child_threads(self) -> int:
-        """Threads that each child may compute with."""
-        if self.threads:
-            return self.threads
-        try:
-            return len(os.sched_getaffinity(0))
-        except AttributeError:  # not Linux
-            return os.cpu_count() or 1
 
     @property
     def data_address(self) -> str:

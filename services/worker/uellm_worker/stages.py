@@ -16,6 +16,7 @@ from uellm.core.errors import AbortedError, FailedPreconditionError
 from uellm.models.tokenizer import Tokenizer
 from uellm.v1 import common_pb2, engine_pb2, topology_pb2, worker_pb2
 from uellm_worker.children import EngineChild
+from uellm_worker.cores import granted_cores
 from uellm_worker.leader import Leader, Spawn
 from uellm_worker.stage import FAILED, LOADING, PREPARED, SERVING, Stage
 from uellm_worker.stage_child import StageChild
@@ -44,7 +45,7 @@ class Stages:
         resolve: finds a model's files on this host; blocks.
         resolve_adapter: the same for a LoRA adapter.
         lead: makes the leader of a replica whose first stage is here.
-        threads: that each child may use.
+        threads: that each child may use; 0: its share of the cores.
         data_host: address that the data plane binds to.
         step_policy: of the replicas led here.
         simulate: says what the simulated devices of a stage are like, given what others hold.
@@ -167,7 +168,7 @@ class Stages:
         prepare = engine_pb2.PrepareShard(
             assignment=assignment,
             model_dir=str(directory),
-            threads=self._threads,
+            threads=self._threads or max(1, granted_cores() // max(len(self._held), 1)),
             bind_host=self._data_host,
             simulated=self._simulate(assignment, self.held_bytes(but=assignment.replica)),
             adapter_dirs=adapter_dirs,

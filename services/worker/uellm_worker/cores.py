@@ -1,0 +1,50 @@
+"""How many cores this process may use, by affinity and by the quota of its control group."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def granted_cores(system: Path = Path("/")) -> int:
+    """Cores that may be used; at least 1.
+
+    Args:
+        system: where ``proc`` and ``sys`` are.
+    """
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        cores = os.cpu_count() or 1
+    return max(1, min(cores, *(math.ceil(quota) for quota in _quotas(system)), cores))
+
+
+def _quotas(system: Path) -> Iterator[float]:
+    """Quotas of this process's group and of those that it is in, in cores; either version's."""
+    try:
+        lines = (system / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = system / "sys/fs/cgroup"
+        group = (root if not controllers else root / "cpu") / path.lstrip("/")
+        while group.is_relative_to(root):
+            yield from _quota(group)
+            group = group.parent
+
+
+def _quota(group: Path) -> Iterator[float]:
+    try:
+        if (group / "cpu.max").is_file():
+            limit, period = (group / "cpu.max").read_text().split()
+        else:
+            limit = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+        quota = float(limit) / float(period)
+    except (OSError, ValueError):  # "max" is no number, and no limit.
+        return
+    if quota > 0:
+        yield quota
