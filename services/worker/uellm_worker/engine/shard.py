@@ -22,6 +22,7 @@ from uellm_worker.engine.checkpoint import read_eos_ids, read_model
 from uellm_worker.engine.device import on_host
 from uellm_worker.engine.fused import FusedDecoder, Fusion, join_layers
 from uellm_worker.engine.half import HalfEmbedding, HalfRows, widens
+from uellm_worker.engine.hollow import NoPositions, PassThrough, PassThroughLayer
 from uellm_worker.engine.lora import ShardAdapters, StepAdapters
 from uellm_worker.engine.packing import Laid, PackedLinear, held_bytes, lay_out, packable
 from uellm_worker.engine.quantized import quantize_layers
@@ -31,32 +32,6 @@ from uellm_worker.engine.weights import Held, ShardSpec, read_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Compute dtypes by name."""
-
-
-class PassThrough(nn.Module):
-    """Stands for a layer that another stage holds."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The input, whatever else the layer would be given."""
-        del args, kwargs
-        return hidden_states
-
-
-class PassThroughLayer(PassThrough):
-    """The same, where a layer gives a pair."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The input, and nothing about attention."""
-        return super().forward(hidden_states, *args, **kwargs), None
-
-
-class NoPositions(nn.Module):
-    """Stands for learned positions, which another stage has added."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Zero."""
-        del args, kwargs
-        return torch.zeros(())
 
 
 @dataclass(slots=True)
