@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from uellm_worker.engine.capacity import Capacity, Vocabulary
 from uellm_worker.engine.instant import InstantRunner
 from uellm_worker.engine.loop import EngineLoop
-from uellm_worker.engine.plan import StepPlan, StepResult
+from uellm_worker.engine.plan import Copy, Release, StepPlan, StepResult
 from uellm_worker.engine.randomness import instant_token
 
 from uellm.policy.fcfs import FcfsStep
@@ -56,17 +56,21 @@ class Recorder(InstantRunner):
     def __init__(self) -> None:
         super().__init__(VOCAB)
         self.plans: list[StepPlan] = []
-        self.cached: dict[int, int] = {}
+        self.held: dict[int, int] = {}
 
     def run(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
-        for admission in plan.admissions:
-            self.cached[admission.slot] = 0
+        for move in plan.moves:
+            if isinstance(move, Copy):
+                assert self.held[move.source] >= move.tokens
+                self.held[move.slot] = move.tokens
+            else:
+                self.held[move.slot] = min(self.held.get(move.slot, 0), move.from_token)
         assert plan.rows == len(plan.token_ids)
         assert len({chunk.slot for chunk in plan.chunks}) == len(plan.chunks)
         for chunk in plan.chunks:
-            assert chunk.start == self.cached[chunk.slot]
-            self.cached[chunk.slot] += chunk.count
+            assert chunk.start <= self.held.get(chunk.slot, 0)
+            self.held[chunk.slot] = chunk.start + chunk.count
         return super().run(plan)
 
 
@@ -226,7 +230,7 @@ def test_what_cannot_be_served_fails_alone(command: AddSequence, reason: str) ->
     assert tokens["good"] == expected(1, 5)
 
 
-def test_logits_that_are_not_finite_fail_one_sequence_and_scrub_its_slot() -> None:
+def test_logits_that_are_not_finite_fail_one_sequence_and_wipe_its_slot() -> None:
     class Broken(Recorder):
         def run(self, plan: StepPlan) -> StepResult:
             result = super().run(plan)
@@ -239,15 +243,18 @@ def test_logits_that_are_not_finite_fail_one_sequence_and_scrub_its_slot() -> No
     runner = Broken()
     loop = make_loop(slots=2, runner=runner)
     for request_id in "abc":
-        loop.add(add(request_id))
+        loop.add(add(request_id, prompt=20))
     _, ends = run(loop)
     assert ends == {
         "a": FINISH_REASON_FAILED,
         "b": FINISH_REASON_LENGTH,
         "c": FINISH_REASON_LENGTH,
     }
-    scrubs = [(a.slot, a.scrub) for plan in runner.plans for a in plan.admissions]
-    assert scrubs == [(0, False), (1, False), (0, True)]
+    first, second = runner.plans[:2]
+    assert first.moves == ()
+    # The next owner takes what it can from the slot that is sound.
+    assert second.moves == (Release(0, 0), Copy(1, 0, 19))
+    assert [admission.slot for admission in second.admissions] == [0]
 
 
 def test_dropping_frees_the_slot_before_the_next_step() -> None:
@@ -364,7 +371,9 @@ def test_reports_say_how_the_replica_is_doing() -> None:
     assert (report.epoch, report.step, report.slots) == (7, 1, 2)
     assert (report.running, report.waiting) == (3, 1)
     assert (report.prefill_tokens, report.decode_sequences) == (8, 0)
-    assert (report.kv_tokens_free, report.kv_tokens_total) == (64 - 8, 64)
+    assert (report.kv_tokens_used, report.kv_tokens_committed) == (8, 8)
+    assert (report.kv_tokens_reserved, report.kv_tokens_free) == (2 * 7, 64 - 2 * 7)
+    assert (report.kv_tokens_cached, report.kv_tokens_total) == (0, 64)
     assert report.prefill_seconds_per_token > 0
     assert len(report.stages) == 1
     report = second.report

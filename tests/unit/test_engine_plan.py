@@ -27,7 +27,7 @@ SAMPLINGS = st.builds(
     seed=st.none() | st.integers(0, 2**64 - 1),
     stop=st.lists(st.text(max_size=5), max_size=2),
 )
-ADMISSIONS = st.builds(Admission, U32, U32, SAMPLINGS, st.booleans(), adapter=st.integers(-1, 255))
+ADMISSIONS = st.builds(Admission, U32, U32, SAMPLINGS, st.integers(-1, 255))
 MOVES = st.builds(Release, U32, U32) | st.builds(Copy, U32, U32, U32).filter(
     lambda copy: copy.source != copy.slot
 )

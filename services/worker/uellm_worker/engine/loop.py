@@ -5,7 +5,6 @@ token a step together with everyone else. The loop does no I/O: the child proces
 commands and sends the reports it returns.
 """
 
-import heapq
 import time
 from bisect import insort
 from collections.abc import Callable, Iterable
@@ -22,6 +21,7 @@ from uellm.v1.engine_pb2 import AddSequence, DropSequence, SequenceOutput, StepR
 from uellm.v1.inference_pb2 import Failure, TokenLogprobs
 from uellm.v1.queue_pb2 import ReplicaReport
 from uellm_worker.engine.capacity import Capacity, Vocabulary
+from uellm_worker.engine.kv import KvManager
 from uellm_worker.engine.plan import Admission, Chunk, StepPlan, StepResult
 from uellm_worker.engine.reports import StepMeter
 from uellm_worker.engine.runner import Runner
@@ -74,8 +74,14 @@ class EngineLoop:
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
-        self._free_slots = list(range(capacity.slots))
-        self._tainted: set[int] = set()
+        self._kv = KvManager(
+            capacity.slots,
+            capacity.max_tokens,
+            capacity.kv_tokens,
+            capacity.block_tokens,
+            spare_slots=capacity.spare_slots,
+            sharing=capacity.sharing,
+        )
         self._admitted: list[Sequence] = []
         self._outputs: list[SequenceOutput] = []
         self._handed_back: list[str] = []
@@ -145,8 +151,8 @@ class EngineLoop:
             running=[sequence.view() for sequence in self._running],
             waiting=[sequence.view() for sequence in self._waiting],
             slots=self._capacity.slots,
-            kv_tokens_free=self._kv_free(),
-            kv_tokens_total=self._capacity.kv_tokens,
+            kv_tokens_free=self._kv.usage.free_tokens,
+            kv_tokens_total=self._kv.usage.total_tokens,
             max_chunk_tokens=self._max_chunk_tokens,
         )
 
@@ -167,16 +173,25 @@ class EngineLoop:
                 self._handed_back.append(request_id)
         for request_id in decision.admit:
             sequence = self._by_id.get(request_id)
-            if sequence is not None and sequence.slot < 0 and self._free_slots:
-                self._waiting.remove(sequence)
-                sequence.seat(heapq.heappop(self._free_slots))
-                self._running.append(sequence)
-                self._admitted.append(sequence)
+            if sequence is not None and sequence.slot < 0:
+                self._admit(sequence)
         return (len(self._waiting), len(self._admitted)) != before
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Give a sequence a slot, if there is one and its reservation fits."""
+        if len(self._running) == self._capacity.slots:
+            return
+        seat = self._kv.seat(
+            sequence.tokens, reserve_tokens=sequence.reserve_tokens, scope=sequence.adapter
+        )
+        if seat is not None:
+            self._waiting.remove(sequence)
+            sequence.seat(seat.slot, seat.cached_tokens)
+            self._running.append(sequence)
+            self._admitted.append(sequence)
 
     def _compute(self, chunk_tokens: int) -> bool:
         """Compute one step of what runs; False if nothing can."""
-        self._make_room()
         parts = self._parts(chunk_tokens)
         if not parts:
             return False
@@ -197,7 +212,6 @@ class EngineLoop:
                     slot=s.slot,
                     prompt_tokens=s.prompt_tokens,
                     sampling=s.sampling,
-                    scrub=s.slot in self._tainted,
                     adapter=self._adapters.get(s.adapter, -1),
                 )
                 for s in admitted
@@ -207,6 +221,7 @@ class EngineLoop:
                 for s, count in parts
                 for token in s.tokens[s.computed_tokens : s.computed_tokens + count]
             ),
+            moves=self._kv.flush(),
         )
         self.suspects = tuple(sequence.request_id for sequence, _ in parts)
         if admitted and self._announce is not None:
@@ -215,7 +230,6 @@ class EngineLoop:
         started = time.perf_counter()
         result = self._runner.run(plan)
         elapsed = time.perf_counter() - started
-        self._tainted.difference_update(sequence.slot for sequence in admitted)
         self._admitted.clear()
         decodes = [sequence for sequence, _ in parts if sequence.decoding]
         self._meter.add(
@@ -229,33 +243,31 @@ class EngineLoop:
         self.suspects = ()
         return True
 
-    def _make_room(self) -> None:
-        """Preempt whoever got a slot last until every decode has room for its token.
-
-        One sequence alone always fits: its limit is within the KV room.
-        """
-        while len(self._running) > 1:
-            decodes = sum(sequence.decoding for sequence in self._running)
-            if self._kv_free() >= max(decodes, 1):
-                return
-            self._preempt(self._running[-1])
-
     def _parts(self, chunk_tokens: int) -> list[tuple[Sequence, int]]:
-        """Who computes how many tokens: decodes in slot order, then prefill by admission."""
+        """Who computes how many tokens: decodes in slot order, then prefill by admission.
+
+        Where a decode finds no room, whoever got a slot last loses it. One sequence alone always
+        fits: its limit is within the KV room.
+        """
+        for sequence in sorted((s for s in self._running if s.decoding), key=lambda s: s.slot):
+            while sequence.slot >= 0 and not self._grow(sequence, 1):
+                self._preempt(self._running[-1])
         decodes = sorted((s for s in self._running if s.decoding), key=lambda s: s.slot)
         parts = [(sequence, 1) for sequence in decodes]
-        budget = min(
-            chunk_tokens,
-            self._max_chunk_tokens - len(decodes),
-            self._kv_free() - len(decodes),
-        )
+        budget = min(chunk_tokens, self._max_chunk_tokens - len(decodes))
         for sequence in self._running:
             if sequence.decoding or budget <= 0:
                 continue
             count = min(budget, len(sequence.tokens) - sequence.computed_tokens)
-            parts.append((sequence, count))
-            budget -= count
+            if self._grow(sequence, count):
+                parts.append((sequence, count))
+                budget -= count
         return parts
+
+    def _grow(self, sequence: Sequence, count: int) -> bool:
+        """Have so many more tokens of a sequence computed; False if there is no room."""
+        start = sequence.computed_tokens
+        return self._kv.grow(sequence.slot, sequence.tokens[start : start + count])
 
     def _absorb(self, parts: list[tuple[Sequence, int]], result: StepResult) -> None:
         """Give each sequence its token, and end those that are done."""
@@ -268,7 +280,7 @@ class EngineLoop:
 
     def _take_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         if token < 0:
-            self._tainted.add(sequence.slot)
+            sequence.sound = False
             failure = Failure(
                 reason="LOGITS_NOT_FINITE",
                 message="the model's logits are not finite; a wider dtype may help",
@@ -300,8 +312,7 @@ class EngineLoop:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a slot; what was computed in it will be computed again."""
-        self._running.remove(sequence)
-        heapq.heappush(self._free_slots, sequence.slot)
+        self._stand_up(sequence)
         sequence.unseat()
         self._wait(sequence)
 
@@ -311,21 +322,20 @@ class EngineLoop:
             return
         del self._by_id[sequence.request_id]
         if sequence.slot >= 0:
-            self._running.remove(sequence)
-            heapq.heappush(self._free_slots, sequence.slot)
+            self._stand_up(sequence)
             sequence.slot = -1
         else:
             self._waiting.remove(sequence)
 
-    def _kv_free(self) -> int:
-        """KV room left, in tokens."""
-        return self._capacity.kv_tokens - sum(s.computed_tokens for s in self._running)
+    def _stand_up(self, sequence: Sequence) -> None:
+        """Take a slot. A prefix that no token was chosen from may not be finite."""
+        self._running.remove(sequence)
+        self._kv.leave(sequence.slot, keep=sequence.sound and sequence.decoding)
 
     def _report(self) -> ReplicaReport:
         return self._meter.report(
             epoch=self._epoch,
-            kv_tokens_free=self._kv_free(),
-            kv_tokens_total=self._capacity.kv_tokens,
+            kv=self._kv.usage,
             running=len(self._by_id),
             waiting=len(self._waiting),
             slots=self._capacity.slots,

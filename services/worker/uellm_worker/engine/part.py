@@ -12,7 +12,7 @@ from uellm_worker.engine.attention import LayerCache, PackedStep, SlotCache
 from uellm_worker.engine.capacity import Capacity, fit, fit_hybrid, fit_pages
 from uellm_worker.engine.device import Device, Stopwatch, on_host
 from uellm_worker.engine.graphs import CudaRecorder, DecodeGraphs
-from uellm_worker.engine.plan import Release, StepPlan
+from uellm_worker.engine.plan import StepPlan
 from uellm_worker.engine.shard import Shard, longest_context
 from uellm_worker.engine.slot_memory import page_tokens
 from uellm_worker.engine.varlen import PAGE_TOKENS, kernel, usable
@@ -104,7 +104,6 @@ class Part:
         """
         self.watch.start()
         self.cache.carry_out(plan.moves)
-        self.cache.carry_out([Release(a.slot, 0) for a in plan.admissions if a.scrub])
         device = self.shard.spec.device
         if self.shard.adapters is not None:
             self.shard.adapters.begin(plan)

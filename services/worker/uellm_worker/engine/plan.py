@@ -13,7 +13,7 @@ from uellm.v1.inference_pb2 import TokenLogprobs
 
 _PLAN = struct.Struct("!QIIII")
 _CHUNK = struct.Struct("!III?")
-_ADMISSION = struct.Struct("!III?i")
+_ADMISSION = struct.Struct("!IIIi")
 _MOVE = struct.Struct("!III")
 _RESULT = struct.Struct("!II?")
 
@@ -76,14 +76,12 @@ class Admission:
         slot: the slot; whoever had it before is gone.
         prompt_tokens: where its answer starts; position 0 of the answer is behind it.
         sampling: how its tokens are chosen.
-        scrub: what lies in the slot may not be finite.
         adapter: index of its LoRA adapter; -1: none.
     """
 
     slot: int
     prompt_tokens: int
     sampling: Sampling
-    scrub: bool = False
     adapter: int = -1
 
 
@@ -136,7 +134,7 @@ def encode_plan(plan: StepPlan) -> bytes:
     parts.append(struct.pack(f"!{len(plan.seconds)}d", *plan.seconds))
     for admission in plan.admissions:
         sampling = admission.sampling.SerializeToString()
-        head = (admission.slot, admission.prompt_tokens, len(sampling), admission.scrub)
+        head = (admission.slot, admission.prompt_tokens, len(sampling))
         parts += [_ADMISSION.pack(*head, admission.adapter), sampling]
     parts += [_encode_move(move) for move in plan.moves]
     return b"".join(parts)
@@ -154,10 +152,10 @@ def decode_plan(data: bytes) -> tuple[StepPlan, bytes]:
     offset += num_seconds * 8
     admissions = []
     for _ in range(num_admissions):
-        slot, prompt_tokens, length, scrub, adapter = _ADMISSION.unpack_from(data, offset)
+        slot, prompt_tokens, length, adapter = _ADMISSION.unpack_from(data, offset)
         offset += _ADMISSION.size
         sampling = Sampling.FromString(data[offset : offset + length])
-        admissions.append(Admission(slot, prompt_tokens, sampling, scrub, adapter))
+        admissions.append(Admission(slot, prompt_tokens, sampling, adapter))
         offset += length
     moves = tuple(_decode_move(data, offset + i * _MOVE.size) for i in range(num_moves))
     offset += num_moves * _MOVE.size

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from uellm.v1.queue_pb2 import ReplicaReport, StageSeconds
+from uellm_worker.engine.kv_usage import KvUsage
 
 _WEIGHT = 0.1
 """Share of the newest step in a smoothed value: about the last twenty steps count."""
@@ -76,8 +77,7 @@ class StepMeter:
         self,
         *,
         epoch: int,
-        kv_tokens_free: int,
-        kv_tokens_total: int,
+        kv: KvUsage,
         running: int,
         waiting: int,
         slots: int,
@@ -90,8 +90,13 @@ class StepMeter:
             prefill_tokens=self.prefill_tokens,
             decode_sequences=self.decode_sequences,
             context_tokens=self.context_tokens,
-            kv_tokens_free=kv_tokens_free,
-            kv_tokens_total=kv_tokens_total,
+            kv_tokens_free=kv.free_tokens,
+            kv_tokens_total=kv.total_tokens,
+            kv_tokens_used=kv.used_tokens,
+            kv_tokens_reserved=kv.reserved_tokens,
+            kv_tokens_cached=kv.cached_tokens,
+            kv_tokens_committed=kv.committed_tokens,
+            prefix_hit_tokens=kv.hit_tokens,
             stages=[
                 StageSeconds(compute_seconds=seconds, hop_seconds=self.hop_seconds)
                 for seconds in self.compute_seconds

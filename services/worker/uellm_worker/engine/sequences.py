@@ -45,6 +45,7 @@ class Sequence:
         computed_tokens: tokens whose KV is in the cache.
         prefill_tokens: tokens to prefill since it was last given a slot.
         preemptions: how often its slot was taken.
+        sound: its logits were finite.
     """
 
     request_id: str
@@ -63,6 +64,7 @@ class Sequence:
     computed_tokens: int = 0
     prefill_tokens: int = 0
     preemptions: int = 0
+    sound: bool = True
     _waiting_view: SequenceView | None = field(default=None, init=False)
 
     @property
@@ -85,9 +87,10 @@ class Sequence:
             limit_tokens=self.limit_tokens,
         )
 
-    def seat(self, slot: int) -> None:
-        """Give it a slot; all of it is to be prefilled."""
-        self.slot, self.prefill_tokens = slot, len(self.tokens)
+    def seat(self, slot: int, cached_tokens: int) -> None:
+        """Give it a slot; what the slot does not hold is to be prefilled."""
+        self.slot, self.computed_tokens = slot, cached_tokens
+        self.prefill_tokens = len(self.tokens)
 
     def unseat(self) -> None:
         """Take its slot and what was computed in it."""
