@@ -111,3 +111,21 @@ def test_the_levels_of_the_protocol() -> None:
     assert len(LEVELS) >= 9
     assert LEVELS[-1] >= 0.99
     assert all(a < b for a, b in pairwise((0, *LEVELS, 1)))
+
+
+@given(quantile_functions(), _values)
+def test_what_exceeds_a_value_is_judged_by_what_lies_beyond_it(
+    quantiles: QuantileFunction, value: float
+) -> None:
+    low, median, high = quantiles.given(value)
+    assert low <= median <= high <= quantiles.values[-1]
+    if value < quantiles.values[0]:
+        assert (low, median, high) == quantiles.low_median_high
+        return
+    below = max(
+        level
+        for level, point in zip(quantiles.levels, quantiles.values, strict=True)
+        if point <= value
+    )
+    assert median == pytest.approx(quantiles.at(below + (1 - below) / 2))
+    assert high >= quantiles.low_median_high[2]

@@ -10,9 +10,8 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
-from uellm.core.request import Promise, QuantileFunction
+from uellm.core.request import Promise
 from uellm.policy.views import InFlightView, QueuedView, ReplicaView
 
 DEFAULT_PREFILL_SECONDS_PER_TOKEN = 0.001
@@ -44,15 +43,9 @@ def speed_of(replica: ReplicaView) -> Speed:
     )
 
 
-@lru_cache(maxsize=32_768)
-def low_median_high(lengths: QuantileFunction) -> tuple[float, float, float]:
-    """The 10 %, 50 % and 90 % quantiles."""
-    return lengths.at(0.1), lengths.at(0.5), lengths.at(0.9)
-
-
 def peak_tokens(request: QueuedView) -> float:
     """KV room a request will probably not exceed, in tokens."""
-    length = low_median_high(request.profile.output_tokens)[2]
+    length = request.profile.output_tokens.low_median_high[2]
     if request.max_tokens:
         length = min(length, float(request.max_tokens))
     return request.profile.prompt_tokens + max(length, request.resume_tokens + 1.0)
@@ -60,7 +53,7 @@ def peak_tokens(request: QueuedView) -> float:
 
 def shortest_seconds(request: QueuedView, fastest: Speed) -> float:
     """What a request takes if it starts at once, alone, and stays short (10 % quantile)."""
-    low = low_median_high(request.profile.output_tokens)[0]
+    low = request.profile.output_tokens.low_median_high[0]
     return (
         _prefill_tokens(request) * fastest.prefill_per_token
         + max(low - request.resume_tokens, 1.0) * fastest.step
@@ -97,7 +90,7 @@ class Estimate:
 
     def finish_at(self, request: QueuedView) -> tuple[float, float]:
         """When its last token comes: median, and 90 % of the time earlier."""
-        _, median, high = low_median_high(request.profile.output_tokens)
+        _, median, high = request.profile.output_tokens.low_median_high
         left = max(median - request.resume_tokens, 1.0)
         finish = self._prefilled_at(request) + left * self.speed.step
         # Independent upper spreads add up as roots of squares.
@@ -123,7 +116,7 @@ class Estimate:
 
     def promise(self, request: QueuedView, now: float, policy: str, reason: str) -> Promise:
         """What to promise."""
-        _, median, high = low_median_high(request.profile.output_tokens)
+        _, median, high = request.profile.output_tokens.low_median_high
         start = self._prefilled_at(request) + self.speed.step
         finish_p50, finish_p90 = self.finish_at(request)
         p_meet = self.p_meet(request, now)
@@ -169,7 +162,7 @@ def estimates(
         speed = speeds[i]
         spread = math.sqrt(variance) / slots if begin > now else 0.0
         yield Estimate(position, begin, spread, speed)
-        _, median, high = low_median_high(request.profile.output_tokens)
+        _, median, high = request.profile.output_tokens.low_median_high
         # Answer lengths are skewed, and many short ones do not make up for one long: what adds
         # up along a slot is their means.
         left = max(request.profile.output_tokens.mean - request.resume_tokens, 1.0)

@@ -3,7 +3,6 @@
 import math
 
 from uellm.core.request import ResourceProfile
-from uellm.policy.estimate import low_median_high
 
 _OUTGROWN_SHARE = 8
 """An answer beyond its 90 % quantile is expected to go on for this part of it; see ``estimate``."""
@@ -23,7 +22,7 @@ def reserve_tokens(
     Returns:
         At least one token more than are known, if the limit allows it.
     """
-    high = max(math.ceil(low_median_high(profile.output_tokens)[2]), 1)
+    high = max(math.ceil(profile.output_tokens.low_median_high[2]), 1)
     if known_tokens < prompt_tokens + high:
         return min(prompt_tokens + high, limit_tokens)
     return min(known_tokens + math.ceil(high / _OUTGROWN_SHARE), limit_tokens)

@@ -68,6 +68,7 @@ class InFlightView:
         output_p50: tokens it will still generate from there: median.
         output_p90: 90 % of the time fewer.
         alone: it is a suspect; nothing may run beside it.
+        tenant: whose it is.
     """
 
     request_id: str
@@ -76,6 +77,7 @@ class InFlightView:
     output_p50: float
     output_p90: float
     alone: bool = False
+    tenant: str = "local"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class ReplicaView:
         prefill_seconds_per_token: estimated or reported.
         decode_step_seconds: estimated or reported, of a step at the present batch.
         reported_at: when the replica last reported; 0 if it has not.
+        cached: prompt tokens that its KV cache is expected to hold already, by request id.
     """
 
     replica: str
@@ -101,6 +104,7 @@ class ReplicaView:
     prefill_seconds_per_token: float
     decode_step_seconds: float
     reported_at: float = 0.0
+    cached: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +199,8 @@ class SequenceView:
         rank: place in the scheduler's order.
         arrived_at: when it reached the engine.
         preemptions: how often it was preempted here.
+        first_token_at: when its first token here came, or None.
+        tenant: whose it is.
     """
 
     request_id: str
@@ -208,6 +214,8 @@ class SequenceView:
     rank: int
     arrived_at: float
     preemptions: int = 0
+    first_token_at: float | None = None
+    tenant: str = "local"
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +229,7 @@ class EngineView:
         kv_tokens_free: KV room that is not reserved; prefixes that are kept in it give way.
         kv_tokens_total: KV room in all.
         max_chunk_tokens: most tokens that one step may compute.
+        block_tokens: KV room is given in blocks of so many tokens.
     """
 
     running: Sequence[SequenceView]
@@ -229,6 +238,7 @@ class EngineView:
     kv_tokens_free: int
     kv_tokens_total: int
     max_chunk_tokens: int
+    block_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +252,10 @@ class StepDecision:
         chunk_tokens: most prefill tokens in this step, over all sequences.
         reconsider_when: waiting work that no slot or KV room is left for is looked at again when
             at least this many KV tokens are free; None: at the next arrival or finish.
+        reconsider_at: ask again at this time even if nothing happens, or None.
+        reserve: KV room to reserve for those that are admitted, in tokens, where it is not their
+            ``reserve_tokens``. A policy that reserves less than what may come preempts itself
+            when room runs out, and is asked again when less is free than the next step takes.
     """
 
     admit: tuple[str, ...] = ()
@@ -249,6 +263,8 @@ class StepDecision:
     hand_back: tuple[str, ...] = ()
     chunk_tokens: int = 0
     reconsider_when: int | None = None
+    reconsider_at: float | None = None
+    reserve: Mapping[str, int] = field(default_factory=dict)
 
 
 class StepPolicy(Protocol):
