@@ -94,7 +94,7 @@ def test_steps_go_to_the_next_stage_and_results_to_the_first(
     stages.groups[1].send_step(b"two" * 100_000)
     assert stages.inboxes[2].take(block=True) == StepAnnounced(GENERATION, b"two" * 100_000)
     stages.groups[2].send_result(b"three")
-    assert stages.inboxes[0].take(block=True) == ResultArrived(GENERATION, b"three")
+    assert stages.inboxes[0].wait_result() == b"three"
 
 
 def test_one_stage_that_leaves_is_missed_by_all(form: Callable[[int], Stages]) -> None:
@@ -229,6 +229,23 @@ def test_the_inbox_puts_commands_off_while_a_step_is_under_way() -> None:
     inbox.put(PeerLost(5, "gone"))
     with pytest.raises(PeerLostError, match="gone"):
         inbox.wait_result()
+
+
+def test_the_inbox_keeps_results_for_whoever_waits_for_them() -> None:
+    inbox = Inbox()
+    inbox.generation = GENERATION
+    drop = EngineCommand(drop=DropSequence(request_id="a"))
+    for item in (ResultArrived(4, b"old"), ResultArrived(5, b"one"), drop, ResultArrived(5, b"2")):
+        inbox.put(item)
+    assert inbox.take(block=False) == drop
+    assert inbox.take(block=False) is None
+    inbox.put(drop)
+    assert [inbox.wait_result(patient=False) for _ in range(2)] == [b"one", b"2"]
+    assert inbox.wait_result(patient=False) is None
+    assert inbox.wait_result(patient=False) is None, "the command is still to be taken"
+    inbox.put(ResultArrived(5, b"three"))
+    assert inbox.take(block=False) == drop
+    assert inbox.wait_result(patient=False) == b"three"
 
 
 def _tcp_pair() -> tuple[socket.socket, socket.socket]:

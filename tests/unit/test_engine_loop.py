@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from uellm_worker.engine.capacity import Capacity, Vocabulary
+from uellm_worker.engine.errors import PeerLostError
 from uellm_worker.engine.instant import InstantRunner
 from uellm_worker.engine.loop import EngineLoop
 from uellm_worker.engine.plan import Copy, Release, StepPlan, StepResult
@@ -53,12 +54,20 @@ class FunctionPolicy:
 class Recorder(InstantRunner):
     """Keeps the plans, and checks each against what the cache would hold."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 1) -> None:
         super().__init__(VOCAB)
+        self._depth = depth
         self.plans: list[StepPlan] = []
         self.held: dict[int, int] = {}
+        self.log: list[str] = []
 
-    def run(self, plan: StepPlan) -> StepResult:
+    @property
+    def depth(self) -> int:
+        return self._depth
+
+    def submit(self, plan: StepPlan) -> None:
+        self.log.append("submit")
+        assert 1 <= self.under_way <= self.depth
         self.plans.append(plan)
         for move in plan.moves:
             if isinstance(move, Copy):
@@ -71,7 +80,16 @@ class Recorder(InstantRunner):
         for chunk in plan.chunks:
             assert chunk.start <= self.held.get(chunk.slot, 0)
             self.held[chunk.slot] = chunk.start + chunk.count
-        return super().run(plan)
+        super().submit(plan)
+
+    def collect(self, *, patient: bool = True) -> StepResult | None:
+        assert patient or self.under_way < self.depth, "nothing can be added"
+        self.log.append("collect")
+        return super().collect()
+
+    @property
+    def under_way(self) -> int:
+        return self.log.count("submit") - self.log.count("collect")
 
 
 def make_loop(
@@ -232,13 +250,14 @@ def test_what_cannot_be_served_fails_alone(command: AddSequence, reason: str) ->
 
 def test_logits_that_are_not_finite_fail_one_sequence_and_wipe_its_slot() -> None:
     class Broken(Recorder):
-        def run(self, plan: StepPlan) -> StepResult:
-            result = super().run(plan)
+        def submit(self, plan: StepPlan) -> None:
+            super().submit(plan)
+            result = self._results.pop()
             tokens = [
                 -1 if chunk.slot == 0 and plan.step == 0 else token
                 for chunk, token in zip(plan.chunks, result.token_ids, strict=True)
             ]
-            return StepResult(tokens, seconds=(0.0,))
+            self._results.append(StepResult(tokens, seconds=(0.0,)))
 
     runner = Broken()
     loop = make_loop(slots=2, runner=runner)
@@ -386,10 +405,10 @@ def test_who_got_a_slot_is_told_before_the_step_computes() -> None:
     told: list[list[str]] = []
 
     class Watcher(Recorder):
-        def run(self, plan: StepPlan) -> StepResult:
+        def submit(self, plan: StepPlan) -> None:
             if plan.admissions:
                 assert len(told[-1]) == len(plan.admissions)
-            return super().run(plan)
+            super().submit(plan)
 
     loop = EngineLoop(
         Watcher(),
@@ -406,7 +425,7 @@ def test_who_got_a_slot_is_told_before_the_step_computes() -> None:
 
 def test_a_step_that_raises_names_its_suspects() -> None:
     class Fatal(Recorder):
-        def run(self, plan: StepPlan) -> StepResult:
+        def submit(self, plan: StepPlan) -> None:
             raise RuntimeError("boom")
 
     loop = make_loop(slots=1, runner=Fatal())
@@ -415,6 +434,227 @@ def test_a_step_that_raises_names_its_suspects() -> None:
     with pytest.raises(RuntimeError):
         loop.step()
     assert loop.suspects == ("a",)
+
+
+# ---- several steps under way ---------------------------------------------------------------------
+
+
+def test_as_many_steps_are_under_way_as_there_are_stages() -> None:
+    runner = Recorder(depth=3)
+    loop = make_loop(slots=6, runner=runner)
+    for i in range(6):
+        loop.add(add(str(i), max_tokens=8, seed=i))
+    tokens, _ = run(loop)
+    assert tokens == {str(i): expected(i, 8) for i in range(6)}
+    # Three groups of two neighbours each, in turn; a new step follows every result.
+    assert runner.log[:3] == ["submit"] * 3
+    assert runner.log[3:-3] == ["collect", "submit"] * (3 * 7)
+    slots = [[chunk.slot for chunk in plan.chunks] for plan in runner.plans]
+    assert slots == [[0, 1], [2, 3], [4, 5]] * 8
+
+
+def test_a_lone_sequence_waits_for_nothing() -> None:
+    runner = Recorder(depth=3)
+    loop = make_loop(slots=6, runner=runner)
+    loop.add(add("a", max_tokens=5))
+    assert run(loop)[0] == {"a": expected(0, 5)}
+    assert runner.log == ["submit", "collect"] * 5
+
+
+def test_fewer_sequences_than_stages_go_each_at_its_own_pace() -> None:
+    runner = Recorder(depth=4)
+    loop = make_loop(slots=8, runner=runner)
+    loop.add(add("a", max_tokens=6))
+    loop.add(add("b", max_tokens=6, seed=1))
+    run(loop)
+    assert runner.log[:3] == ["submit", "submit", "collect"]
+    assert [plan.rows for plan in runner.plans[2:]] == [1] * 10
+
+
+def test_a_lone_prompt_fills_the_pipeline() -> None:
+    """Its chunks follow each other: only the last of them has a token to wait for."""
+    runner = Recorder(depth=4)
+    loop = make_loop(slots=1, max_tokens=600, runner=runner)
+    loop.add(add("a", prompt=500, max_tokens=2))
+    assert run(loop)[0] == {"a": expected(0, 2)}
+    assert [plan.rows for plan in runner.plans] == [128, 128, 128, 116, 1]
+    assert runner.log == ["submit"] * 4 + ["collect"] * 4 + ["submit", "collect"]
+
+
+def test_a_new_sequence_does_not_wait_for_a_result() -> None:
+    """A command ends the wait for a result while a stage idles."""
+
+    class Interrupted(Recorder):
+        def collect(self, *, patient: bool = True) -> StepResult | None:
+            if patient or len(self.plans) > 1:
+                return super().collect(patient=patient)
+            return None
+
+    runner = Interrupted(depth=2)
+    loop = make_loop(slots=2, runner=runner)
+    loop.add(add("a", max_tokens=4))
+    assert loop.step() is None
+    assert loop.busy
+    assert loop.under_way
+    loop.add(add("b", max_tokens=4, seed=1))
+    assert run(loop)[0] == {"a": expected(0, 4), "b": expected(1, 4)}
+    assert runner.log[:3] == ["submit", "submit", "collect"]
+
+
+def test_who_joins_is_put_where_the_fewest_are() -> None:
+    runner = Recorder(depth=2)
+    loop = make_loop(slots=8, runner=runner)
+    for i in range(5):
+        loop.add(add(str(i), max_tokens=1 if i in (0, 2, 4) else 30))
+    loop.step()
+    loop.step()
+    for i in range(5, 8):
+        loop.add(add(str(i), max_tokens=30))
+    for _ in range(6):
+        loop.step()
+    # Of the first five, the even ones are over: two are left in the second group.
+    assert sorted(len(plan.chunks) for plan in runner.plans[-2:]) == [2, 3]
+
+
+@pytest.mark.parametrize("end", ["drop", "replace", "preempt"])
+def test_what_comes_too_late_is_left_out(end: str) -> None:
+    preempt: list[str] = []
+    policy = FunctionPolicy(
+        lambda view: StepDecision(
+            admit=tuple(s.request_id for s in view.waiting),
+            preempt=tuple(preempt),
+            chunk_tokens=512,
+        )
+    )
+    runner = Recorder(depth=2)
+    loop = make_loop(slots=2, runner=runner, policy=policy)
+    for i, name in enumerate("ab"):
+        loop.add(add(name, max_tokens=6, seed=i))
+    report = loop.step()  # The first token of "a"; a step of "b" is under way.
+    assert report is not None
+    tokens: dict[str, list[int]] = {}
+    take(report, tokens, {})
+    if end == "preempt":
+        preempt.append("b")
+    else:
+        loop.drop(DropSequence(request_id="b", generation=1))
+        if end == "replace":
+            loop.add(add("b", prompt=4, max_tokens=6, seed=1))
+        else:
+            loop.add(add("c", max_tokens=6, seed=2))
+    report = loop.step()
+    preempt.clear()
+    assert report is not None
+    take(report, tokens, {})
+    rest, ends = run(loop)
+    for name, more in rest.items():
+        tokens[name] = tokens.get(name, []) + more
+    wanted = {"a": expected(0, 6)}
+    wanted |= {"c": expected(2, 6)} if end == "drop" else {"b": expected(1, 6)}
+    assert tokens == wanted
+    assert set(ends) == set(wanted)
+
+
+def test_a_slot_that_is_spoilt_after_it_was_given_away_is_scrubbed() -> None:
+    class Broken(Recorder):
+        def submit(self, plan: StepPlan) -> None:
+            super().submit(plan)
+            if plan.step == 1:
+                self._results[-1] = StepResult([-1], seconds=(0.0,))
+
+    runner = Broken(depth=2)
+    loop = make_loop(slots=2, runner=runner)
+    for i, name in enumerate("ab"):
+        loop.add(add(name, max_tokens=6, seed=i))
+    tokens: dict[str, list[int]] = {}
+    report = loop.step()
+    assert report is not None
+    take(report, tokens, {})
+    loop.drop(DropSequence(request_id="b", generation=1))
+    loop.add(add("heir", max_tokens=6, seed=2))
+    rest, ends = run(loop)
+    assert rest["heir"] == expected(2, 6)
+    assert set(ends.values()) == {FINISH_REASON_LENGTH}
+    later = runner.plans[2:]
+    assert [a.slot for plan in later for a in plan.admissions] == [1, 1]
+    assert Release(1, 0) in later[0].moves, "wiped before the heir computes"
+
+
+class Small(Recorder):
+    """Has memory for so many tokens of a step."""
+
+    def __init__(self, rows: int, depth: int = 1) -> None:
+        super().__init__(depth)
+        self.rows = rows
+        self.failures = 0
+
+    def submit(self, plan: StepPlan) -> None:
+        super().submit(plan)
+        if plan.rows > self.rows:
+            self.failures += 1
+            self._results[-1] = StepResult((), seconds=(0.0,), out_of_memory=True)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_steps_shrink_until_they_fit_into_memory(depth: int) -> None:
+    runner = Small(rows=3, depth=depth)
+    loop = make_loop(slots=6, runner=runner)
+    for i in range(6):
+        loop.add(add(str(i), prompt=20, max_tokens=6, seed=i))
+    assert run(loop)[0] == {str(i): expected(i, 6) for i in range(6)}
+    assert 0 < runner.failures < 40
+
+
+def test_steps_grow_again_when_memory_is_back() -> None:
+    runner = Small(rows=4)
+    loop = make_loop(slots=2, max_tokens=900, runner=runner)
+    loop.add(add("a", prompt=30, max_tokens=400))
+    loop.step()
+    while runner.failures < 3:
+        loop.step()
+    assert runner.plans[-1].rows < 8
+    runner.rows = 10**9
+    while len(runner.plans) < 300:
+        loop.step()
+    loop.add(add("b", prompt=90, max_tokens=1))
+    run(loop)
+    assert max(plan.rows for plan in runner.plans[300:]) > 30
+
+
+def test_memory_for_no_token_at_all_ends_the_generation() -> None:
+    loop = make_loop(runner=Small(rows=0))
+    loop.add(add("a", prompt=8))
+    with pytest.raises(MemoryError, match="single token"):
+        run(loop)
+    assert loop.suspects == ("a",)
+
+
+def test_all_steps_under_way_are_suspected_when_a_peer_is_lost() -> None:
+    class Lost(Recorder):
+        def collect(self, *, patient: bool = True) -> StepResult | None:
+            raise PeerLostError("gone")
+
+    loop = make_loop(slots=3, runner=Lost(depth=2))
+    for name in "abcd":
+        loop.add(add(name))
+    with pytest.raises(PeerLostError):
+        loop.step()
+    assert set(loop.suspects) == {"a", "b", "c"}
+
+
+def test_an_error_of_a_steps_own_is_blamed_on_that_step() -> None:
+    class Fatal(Recorder):
+        def submit(self, plan: StepPlan) -> None:
+            super().submit(plan)
+            if plan.step == 1:
+                raise RuntimeError("boom")
+
+    loop = make_loop(slots=2, runner=Fatal(depth=2))
+    for name in "ab":
+        loop.add(add(name))
+    with pytest.raises(RuntimeError):
+        loop.step()
+    assert loop.suspects == ("b",)
 
 
 COMMANDS = st.lists(
@@ -429,9 +669,9 @@ COMMANDS = st.lists(
 
 
 @settings(deadline=None)
-@given(COMMANDS, st.integers(1, 4), st.integers(20, 90), st.integers(1, 40))
+@given(COMMANDS, st.integers(1, 4), st.integers(20, 90), st.integers(1, 40), st.integers(1, 4))
 def test_any_mix_of_commands_under_kv_pressure_ends_with_the_right_tokens(
-    commands: list[tuple[str, int, int, int]], slots: int, kv_tokens: int, chunk: int
+    commands: list[tuple[str, int, int, int]], slots: int, kv_tokens: int, chunk: int, depth: int
 ) -> None:
     """The runner checks every plan; the policy admits without regard to KV room."""
     policy = FunctionPolicy(
@@ -439,7 +679,9 @@ def test_any_mix_of_commands_under_kv_pressure_ends_with_the_right_tokens(
             admit=tuple(s.request_id for s in view.waiting), chunk_tokens=chunk
         )
     )
-    loop = make_loop(slots=slots, max_tokens=64, kv_tokens=kv_tokens, policy=policy)
+    loop = make_loop(
+        slots=slots, max_tokens=64, kv_tokens=kv_tokens, policy=policy, runner=Recorder(depth)
+    )
     wanted: dict[str, list[int]] = {}
     tokens: dict[str, list[int]] = {}
     ends: dict[str, int] = {}

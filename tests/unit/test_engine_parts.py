@@ -1,6 +1,7 @@
 """A stage on several simulated devices: exact, within their memory, and as slow as they are."""
 
 import warnings
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("transformers")
     from uellm_worker.engine.device import Device, Stopwatch, accelerators, move
-    from uellm_worker.engine.shard_engine import ShardEngine, ShardMember
+    from uellm_worker.engine.member import ShardMember
+    from uellm_worker.engine.shard_engine import ShardEngine
     from uellm_worker.verification.pipeline import generate
     from uellm_worker.verification.reference import Reference
 
@@ -91,11 +93,21 @@ class Timed:
 
     def __init__(self, member: ShardMember) -> None:
         self._member = member
+        self._plans: deque[StepPlan] = deque()
         self.steps: list[tuple[StepPlan, StepResult]] = []
 
-    def run(self, plan: StepPlan) -> StepResult:
-        result = self._member.run(plan)
-        self.steps.append((plan, result))
+    @property
+    def depth(self) -> int:
+        return self._member.depth
+
+    def submit(self, plan: StepPlan) -> None:
+        self._plans.append(plan)
+        self._member.submit(plan)
+
+    def collect(self, *, patient: bool = True) -> StepResult | None:
+        result = self._member.collect(patient=patient)
+        if result is not None:
+            self.steps.append((self._plans.popleft(), result))
         return result
 
 

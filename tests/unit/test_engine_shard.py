@@ -18,8 +18,9 @@ torch = pytest.importorskip("torch")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
+    from uellm_worker.engine.member import ShardMember
     from uellm_worker.engine.packing import PackedLinear, pack, packable
-    from uellm_worker.engine.shard_engine import ShardEngine, ShardMember
+    from uellm_worker.engine.shard_engine import ShardEngine
     from uellm_worker.engine.transport import from_bytes, to_bytes
     from uellm_worker.verification.pipeline import Pipeline, generate
     from uellm_worker.verification.reference import Reference

@@ -26,9 +26,9 @@ from uellm.v1.engine_pb2 import (
 )
 from uellm.v1.topology_pb2 import DeviceUse
 from uellm_worker.engine.capacity import Prepared
-from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError
+from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError, out_of_memory
 from uellm_worker.engine.group import Group, Rendezvous, advertised_host, join
-from uellm_worker.engine.inbox import Inbox, Item, PeerLost, ResultArrived, StepAnnounced
+from uellm_worker.engine.inbox import Inbox, Item, PeerLost, StepAnnounced
 from uellm_worker.engine.instant import InstantEngine
 from uellm_worker.engine.loop import EngineLoop
 from uellm_worker.engine.runner import Engine, Member
@@ -87,7 +87,7 @@ class Child:
             raise  # The agent is gone, and nobody is there to be told.
         except Exception as error:
             _log.exception("the stage failed")
-            reason = "OUT_OF_MEMORY" if _out_of_memory(error) else "INTERNAL"
+            reason = "OUT_OF_MEMORY" if out_of_memory(error) else "INTERNAL"
             self._fail(reason, f"{type(error).__name__}: {error}")
         return True
 
@@ -100,8 +100,6 @@ class Child:
                     self._member.follow(item.meta)
             case PeerLost():
                 raise PeerLostError(item.message)
-            case ResultArrived():
-                _log.warning("a result that no step waits for")
             case _:
                 self._obey(item)
         return True
@@ -186,10 +184,12 @@ class Child:
         self._channel.send(EngineEvent(progress=progress))
 
     def _step(self) -> bool:
-        report = self._loop.step() if self._loop is not None else None
+        if self._loop is None:
+            return False
+        report = self._loop.step()
         if report is not None:
             self._report(report)
-        return report is not None
+        return report is not None or self._loop.under_way
 
     def _report(self, report: StepReport) -> None:
         self._channel.send(EngineEvent(step=report))
@@ -210,13 +210,6 @@ class Child:
         self._leave()
         failed = ShardFailed(reason=reason, message=message, suspects=suspects)
         self._channel.send(EngineEvent(failed=failed))
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Python's, CUDA's, and the CPU allocator's, which has no type of its own."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def new_engine(name: str, step_seconds: float) -> Engine:

@@ -33,8 +33,7 @@ class PeerLost:
     message: str
 
 
-PeerNews = StepAnnounced | ResultArrived | PeerLost
-Item = EngineCommand | PeerNews
+Item = EngineCommand | StepAnnounced | PeerLost
 
 
 class Inbox:
@@ -46,8 +45,9 @@ class Inbox:
 
     def __init__(self) -> None:
         self.generation = 0
-        self._queue: SimpleQueue[Item] = SimpleQueue()
-        self._put_off: deque[Item] = deque()
+        self._queue: SimpleQueue[Item | ResultArrived] = SimpleQueue()
+        self._put_off: deque[EngineCommand] = deque()
+        self._results: deque[ResultArrived] = deque()
         self._leaves = 0
         self._lock = Lock()
 
@@ -56,7 +56,7 @@ class Inbox:
         """A command that ends the present generation is waiting."""
         return self._leaves > 0
 
-    def put(self, item: Item) -> None:
+    def put(self, item: Item | ResultArrived) -> None:
         """Add an item; from any thread."""
         if _ends_generation(item):
             with self._lock:
@@ -64,7 +64,10 @@ class Inbox:
         self._queue.put(item)
 
     def take(self, *, block: bool) -> Item | None:
-        """The next item; None if there is none and ``block`` is not set."""
+        """The next item; None if there is none and ``block`` is not set.
+
+        Results are kept for ``wait_result``.
+        """
         while True:
             try:
                 item = self._put_off.popleft() if self._put_off else self._queue.get(block=block)
@@ -73,29 +76,41 @@ class Inbox:
             if _ends_generation(item):
                 with self._lock:
                     self._leaves -= 1
-            if isinstance(item, EngineCommand) or item.generation == self.generation:
+            if isinstance(item, ResultArrived):
+                self._results.append(item)
+            elif isinstance(item, EngineCommand) or item.generation == self.generation:
                 return item
 
-    def wait_result(self) -> bytes:
-        """Wait for the last stage's answer to the step under way; commands are put off.
+    def wait_result(self, *, patient: bool = True) -> bytes | None:
+        """Wait for the last stage's answer to the oldest step under way; commands are put off.
+
+        Args:
+            patient: False: stop waiting as soon as there is a command.
+
+        Returns:
+            The answer; None if a command came first.
 
         Raises:
             PeerLostError: a peer is gone, so that no answer will come.
             LeaveRequestedError: the agent wants this generation to end; the command is put off.
         """
         while True:
+            while self._results:
+                result = self._results.popleft()
+                if result.generation == self.generation:
+                    return result.data
+            if self._put_off and not patient:
+                return None
             item = self._queue.get()
-            if isinstance(item, EngineCommand):
+            if isinstance(item, ResultArrived):
+                self._results.append(item)
+            elif isinstance(item, EngineCommand):
                 self._put_off.append(item)
                 if _ends_generation(item):
                     raise LeaveRequestedError("the agent ended the generation during a step")
-            elif item.generation != self.generation:
-                continue
-            elif isinstance(item, ResultArrived):
-                return item.data
-            elif isinstance(item, PeerLost):
+            elif isinstance(item, PeerLost) and item.generation == self.generation:
                 raise PeerLostError(item.message)
 
 
-def _ends_generation(item: Item) -> bool:
+def _ends_generation(item: Item | ResultArrived) -> bool:
     return isinstance(item, EngineCommand) and item.WhichOneof("command") in ("leave", "prepare")

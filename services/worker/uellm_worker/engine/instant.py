@@ -6,6 +6,7 @@ process as the real one, needs no torch, and can keep a paced clock.
 
 import json
 import time
+from collections import deque
 from pathlib import Path
 
 from uellm.convert import device_shards
@@ -38,8 +39,14 @@ class InstantRunner:
         self._stages = stages
         self._step_seconds = step_seconds
         self._admissions: dict[int, Admission] = {}
+        self._results: deque[StepResult] = deque()
 
-    def run(self, plan: StepPlan) -> StepResult:
+    @property
+    def depth(self) -> int:
+        """One: there is nobody to overlap with."""
+        return 1
+
+    def submit(self, plan: StepPlan) -> None:
         """See ``uellm_worker.engine.runner.Runner``."""
         for admission in plan.admissions:
             self._admissions[admission.slot] = admission
@@ -52,7 +59,13 @@ class InstantRunner:
                 position = chunk.start + chunk.count - admission.prompt_tokens
                 seed = admission.sampling.seed
                 tokens.append(instant_token(seed, position, self._vocab_size))
-        return StepResult(tokens, seconds=[self._step_seconds / self._stages] * self._stages)
+        seconds = [self._step_seconds / self._stages] * self._stages
+        self._results.append(StepResult(tokens, seconds=seconds))
+
+    def collect(self, *, patient: bool = True) -> StepResult | None:
+        """See ``uellm_worker.engine.runner.Runner``."""
+        del patient
+        return self._results.popleft()
 
     def follow(self, meta: bytes) -> None:
         """Stages behind the first are never asked: it knows every token by itself."""

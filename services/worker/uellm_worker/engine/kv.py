@@ -133,6 +133,15 @@ class KvManager:
         """Blocks that so many tokens take."""
         return -(-tokens // self._block_tokens)
 
+    @property
+    def groups(self) -> Sequence[range]:
+        """The slots of each group."""
+        return self._ranges
+
+    def group(self, number: int) -> int:
+        """The group of a slot that is not spare."""
+        return next(group for group, slots in enumerate(self._ranges) if number in slots)
+
     def _length(self, number: int) -> int:
         """Tokens that a slot holds after the step being planned."""
         return self._index.length(number) + len(self._slots[number].planned)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from uellm.v1.common_pb2 import Sampling
 from uellm.v1.inference_pb2 import TokenLogprobs
 
-_PLAN = struct.Struct("!QIIII")
+_PLAN = struct.Struct("!QIIII?")
 _CHUNK = struct.Struct("!III?")
 _ADMISSION = struct.Struct("!IIIi")
 _MOVE = struct.Struct("!III")
-_RESULT = struct.Struct("!II?")
+_RESULT = struct.Struct("!II??")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,7 @@ class StepPlan:
         token_ids: inputs of all chunks, one after another; stage 0 only.
         seconds: what the stages before this one took to compute it.
         moves: of the cache, to be carried out in this order before anything is computed.
+        abandoned: an earlier stage had too little memory for it; nothing is to be computed.
     """
 
     step: int
@@ -104,6 +105,7 @@ class StepPlan:
     token_ids: tuple[int, ...] = ()
     seconds: tuple[float, ...] = ()
     moves: tuple[Move, ...] = ()
+    abandoned: bool = False
 
     @property
     def rows(self) -> int:
@@ -119,17 +121,19 @@ class StepResult:
         token_ids: one per chunk that samples, in plan order; -1 where the logits are not finite.
         logprobs: one per token, or empty when no sequence asked for any.
         seconds: what each stage took, in stage order.
+        out_of_memory: a stage had too little memory for it, and there are no tokens.
     """
 
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprobs | None] = ()
     seconds: Sequence[float] = field(default_factory=tuple)
+    out_of_memory: bool = False
 
 
 def encode_plan(plan: StepPlan) -> bytes:
     """A plan without its token ids."""
     lists = (plan.chunks, plan.admissions, plan.seconds, plan.moves)
-    parts = [_PLAN.pack(plan.step, *map(len, lists))]
+    parts = [_PLAN.pack(plan.step, *map(len, lists), plan.abandoned)]
     parts += [_CHUNK.pack(c.slot, c.start, c.count, c.sample) for c in plan.chunks]
     parts.append(struct.pack(f"!{len(plan.seconds)}d", *plan.seconds))
     for admission in plan.admissions:
@@ -142,7 +146,7 @@ def encode_plan(plan: StepPlan) -> bytes:
 
 def decode_plan(data: bytes) -> tuple[StepPlan, bytes]:
     """The inverse of ``encode_plan``, and what stands behind the plan."""
-    step, num_chunks, num_admissions, num_seconds, num_moves = _PLAN.unpack_from(data)
+    step, num_chunks, num_admissions, num_seconds, num_moves, abandoned = _PLAN.unpack_from(data)
     offset = _PLAN.size
     chunks = tuple(
         Chunk(*_CHUNK.unpack_from(data, offset + i * _CHUNK.size)) for i in range(num_chunks)
@@ -159,7 +163,9 @@ def decode_plan(data: bytes) -> tuple[StepPlan, bytes]:
         offset += length
     moves = tuple(_decode_move(data, offset + i * _MOVE.size) for i in range(num_moves))
     offset += num_moves * _MOVE.size
-    plan = StepPlan(step, chunks, tuple(admissions), seconds=seconds, moves=moves)
+    plan = StepPlan(
+        step, chunks, tuple(admissions), seconds=seconds, moves=moves, abandoned=abandoned
+    )
     return plan, data[offset:]
 
 
@@ -180,7 +186,7 @@ def encode_result(result: StepResult) -> bytes:
     """A result as the last stage sends it to the first."""
     count = len(result.token_ids)
     parts = [
-        _RESULT.pack(count, len(result.seconds), bool(result.logprobs)),
+        _RESULT.pack(count, len(result.seconds), bool(result.logprobs), result.out_of_memory),
         struct.pack(f"!{count}q{len(result.seconds)}d", *result.token_ids, *result.seconds),
     ]
     for logprobs in result.logprobs:
@@ -192,7 +198,7 @@ def encode_result(result: StepResult) -> bytes:
 
 def decode_result(data: bytes) -> StepResult:
     """The inverse of ``encode_result``."""
-    count, num_seconds, has_logprobs = _RESULT.unpack_from(data)
+    count, num_seconds, has_logprobs, out_of_memory = _RESULT.unpack_from(data)
     values = struct.unpack_from(f"!{count}q{num_seconds}d", data, _RESULT.size)
     offset = _RESULT.size + 8 * (count + num_seconds)
     logprobs: list[TokenLogprobs | None] = []
@@ -201,4 +207,4 @@ def decode_result(data: bytes) -> StepResult:
         body = data[offset + 4 : offset + 4 + length]
         logprobs.append(TokenLogprobs.FromString(body[1:]) if body else None)
         offset += 4 + length
-    return StepResult(values[:count], logprobs, values[count:])
+    return StepResult(values[:count], logprobs, values[count:], out_of_memory)

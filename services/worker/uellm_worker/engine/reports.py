@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from uellm.v1.queue_pb2 import ReplicaReport, StageSeconds
+from uellm_worker.engine.flights import Flight
 from uellm_worker.engine.kv_usage import KvUsage
+from uellm_worker.engine.plan import StepResult
 
 _WEIGHT = 0.1
 """Share of the newest step in a smoothed value: about the last twenty steps count."""
@@ -20,57 +22,74 @@ class StepMeter:
     """What the steps of one generation took.
 
     Attributes:
-        step: steps so far.
-        step_seconds: the last one's duration.
+        submitted: steps that were begun.
+        step: steps that have ended.
+        step_seconds: the last one's duration, from its submission to its result.
+        interval_seconds: what the last one took of the replica's time: since it was submitted, or
+            since the result before it, whichever was later.
         prefill_tokens: prompt tokens computed in it.
         decode_sequences: sequences that decoded in it.
         context_tokens: tokens of context they attended to.
         prefill_seconds_per_token: smoothed; 0 until known.
-        decode_step_seconds: smoothed; 0 until known.
+        decode_step_seconds: smoothed time from one token of a sequence to its next; 0 until known.
+        decode_interval_seconds: smoothed interval of steps that only decode; 0 until known.
         compute_seconds: per stage, smoothed.
         hop_seconds: smoothed time of one hop; all hops of a step are taken as equal, because
-            clocks of different hosts cannot tell them apart.
+            clocks of different hosts cannot tell them apart. Known of steps that were alone under
+            way: others wait for each other.
     """
 
+    submitted: int = 0
     step: int = 0
     step_seconds: float = 0.0
+    interval_seconds: float = 0.0
     prefill_tokens: int = 0
     decode_sequences: int = 0
     context_tokens: int = 0
     prefill_seconds_per_token: float = 0.0
     decode_step_seconds: float = 0.0
+    decode_interval_seconds: float = 0.0
     compute_seconds: list[float] = field(default_factory=list)
     hop_seconds: float = 0.0
+    _last_result_at: float = 0.0
 
-    def add(
-        self,
-        step_seconds: float,
-        prefill_tokens: int,
-        decode_sequences: int,
-        context_tokens: int,
-        stage_seconds: Sequence[float],
-    ) -> None:
-        """Take in one step."""
+    def add(self, flight: Flight, result: StepResult, now: float, *, alone: bool) -> None:
+        """Take in a step that ended at ``now``, by the clock of its submission.
+
+        Args:
+            flight: the step.
+            result: what came of it.
+            now: seconds.
+            alone: no other step was under way meanwhile.
+        """
+        decodes = flight.decodes
         self.step += 1
-        self.step_seconds = step_seconds
-        self.prefill_tokens = prefill_tokens
-        self.decode_sequences = decode_sequences
-        self.context_tokens = context_tokens
-        if prefill_tokens == 0:
-            self.decode_step_seconds = _smoothed(self.decode_step_seconds, step_seconds)
+        self.step_seconds = now - flight.submitted_at
+        self.interval_seconds = now - max(flight.submitted_at, self._last_result_at)
+        self._last_result_at = now
+        self.prefill_tokens = flight.plan.rows - len(decodes)
+        self.decode_sequences = len(decodes)
+        self.context_tokens = sum(share.chunk.start + 1 for share in decodes)
+        if self.prefill_tokens == 0:
+            self.decode_step_seconds = _smoothed(self.decode_step_seconds, self.step_seconds)
+            interval = _smoothed(self.decode_interval_seconds, self.interval_seconds)
+            self.decode_interval_seconds = interval
         else:
             # What the decodes of a mixed step would have taken alone is not the prompt's.
-            alone = self.decode_step_seconds if decode_sequences else 0.0
-            per_token = max(step_seconds - alone, 0.0) / prefill_tokens
+            theirs = self.decode_interval_seconds if decodes else 0.0
+            per_token = max(self.interval_seconds - theirs, 0.0) / self.prefill_tokens
             self.prefill_seconds_per_token = _smoothed(self.prefill_seconds_per_token, per_token)
+        self._add_stages(result.seconds, alone=alone)
+
+    def _add_stages(self, stage_seconds: Sequence[float], *, alone: bool) -> None:
         if len(self.compute_seconds) != len(stage_seconds):
             self.compute_seconds = [0.0] * len(stage_seconds)
         self.compute_seconds = [
             _smoothed(old, new)
             for old, new in zip(self.compute_seconds, stage_seconds, strict=True)
         ]
-        if len(stage_seconds) > 1:
-            hop = max(step_seconds - sum(stage_seconds), 0.0) / len(stage_seconds)
+        if alone and len(stage_seconds) > 1:
+            hop = max(self.step_seconds - sum(stage_seconds), 0.0) / len(stage_seconds)
             self.hop_seconds = _smoothed(self.hop_seconds, hop)
 
     def report(

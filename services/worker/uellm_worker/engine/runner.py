@@ -14,10 +14,34 @@ Progress = Callable[[int, int], None]
 
 
 class Runner(Protocol):
-    """Computes steps for the loop, on stage 0, with or without further stages behind it."""
+    """Computes steps for the loop, on stage 0, with or without further stages behind it.
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Compute one step.
+    Every stage computes its part of every step in the order of submission, so that a slot may be
+    given to another sequence while an older step with it is still under way.
+    """
+
+    @property
+    def depth(self) -> int:
+        """Steps worth having under way at once: one per stage."""
+        ...
+
+    def submit(self, plan: StepPlan) -> None:
+        """Begin a step: compute the first stage's part and pass it on.
+
+        Raises:
+            PeerLostError: a stage behind this one is gone.
+        """
+        ...
+
+    def collect(self, *, patient: bool = True) -> StepResult | None:
+        """What came of the oldest step under way; waits for it.
+
+        Args:
+            patient: False: stop waiting when the agent has a command, which may bring work for
+                the stages that idle.
+
+        Returns:
+            The result; None if a command came first.
 
         Raises:
             PeerLostError: a stage behind this one is gone.
@@ -27,7 +51,7 @@ class Runner(Protocol):
 
 
 class Member(Runner, Protocol):
-    """A stage that has joined its peers: ``run`` on stage 0, ``follow`` on the others."""
+    """A stage that has joined its peers: a runner on stage 0, ``follow`` on the others."""
 
     def follow(self, meta: bytes) -> None:
         """Compute the step that the stage before announced, and pass it on.

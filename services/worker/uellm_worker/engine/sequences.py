@@ -7,8 +7,9 @@ from uellm.convert import profile_from_proto, slo_from_proto
 from uellm.core.request import QuantileFunction, ResourceProfile, Slo
 from uellm.policy.reserving import reserve_tokens
 from uellm.policy.views import SequenceView
-from uellm.v1.common_pb2 import Sampling
-from uellm.v1.engine_pb2 import AddSequence
+from uellm.v1.common_pb2 import FINISH_REASON_UNSPECIFIED, FinishReason, Sampling
+from uellm.v1.engine_pb2 import AddSequence, SequenceOutput
+from uellm.v1.inference_pb2 import Failure
 from uellm_worker.engine.capacity import Capacity, Vocabulary
 
 
@@ -42,10 +43,11 @@ class Sequence:
         arrived_at: when it came, seconds since the epoch.
         adapter: its LoRA adapter's name; "": none.
         slot: where its KV cache lies, or -1 while it waits.
-        computed_tokens: tokens whose KV is in the cache.
+        computed_tokens: tokens whose KV is in the cache once the steps under way are computed.
         prefill_tokens: tokens to prefill since it was last given a slot.
         preemptions: how often its slot was taken.
-        sound: its logits were finite.
+        proven: a token was chosen since it was given its slot, from finite logits.
+        announced: the agent was told of its first step.
     """
 
     request_id: str
@@ -64,13 +66,19 @@ class Sequence:
     computed_tokens: int = 0
     prefill_tokens: int = 0
     preemptions: int = 0
-    sound: bool = True
+    proven: bool = False
+    announced: bool = False
     _waiting_view: SequenceView | None = field(default=None, init=False)
 
     @property
     def decoding(self) -> bool:
         """The prompt is done; each step computes the newest token."""
         return self.computed_tokens >= self.prefill_tokens
+
+    @property
+    def ready(self) -> bool:
+        """It has a slot, and a token that no step has computed or is computing."""
+        return self.slot >= 0 and self.computed_tokens < len(self.tokens)
 
     @property
     def full(self) -> bool:
@@ -89,7 +97,7 @@ class Sequence:
 
     def seat(self, slot: int, cached_tokens: int) -> None:
         """Give it a slot; what the slot does not hold is to be prefilled."""
-        self.slot, self.computed_tokens = slot, cached_tokens
+        self.slot, self.computed_tokens, self.proven = slot, cached_tokens, False
         self.prefill_tokens = len(self.tokens)
 
     def unseat(self) -> None:
@@ -97,6 +105,21 @@ class Sequence:
         self.slot, self.computed_tokens, self.prefill_tokens = -1, 0, 0
         self.preemptions += 1
         self._waiting_view = None
+
+    def output(
+        self,
+        token_ids: tuple[int, ...] = (),
+        finish: "FinishReason.ValueType" = FINISH_REASON_UNSPECIFIED,
+        failure: Failure | None = None,
+    ) -> SequenceOutput:
+        """What the agent is told of it."""
+        return SequenceOutput(
+            request_id=self.request_id,
+            generation=self.generation,
+            token_ids=token_ids,
+            finish=finish,
+            failure=failure,
+        )
 
     def view(self) -> SequenceView:
         """What the policy sees. Kept while it waits: nothing changes then."""

@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
@@ -14,24 +13,17 @@ from uellm.core.errors import ModelFilesError
 from uellm.v1.engine_pb2 import PrepareShard
 from uellm.v1.topology_pb2 import ShardAssignment
 from uellm_worker.engine.capacity import Capacity, Prepared, Vocabulary
-from uellm_worker.engine.device import Device, move
+from uellm_worker.engine.device import Device, move, on_host
 from uellm_worker.engine.group import Group, advertised_host
 from uellm_worker.engine.heap import trim_heap
 from uellm_worker.engine.inbox import Inbox
+from uellm_worker.engine.member import ShardMember
 from uellm_worker.engine.part import Part, shard_capacity
-from uellm_worker.engine.plan import (
-    Admission,
-    StepPlan,
-    StepResult,
-    decode_plan,
-    decode_result,
-    encode_plan,
-    encode_result,
-)
+from uellm_worker.engine.plan import Admission, StepPlan, StepResult
 from uellm_worker.engine.runner import Progress
 from uellm_worker.engine.sampling import Choice, choose
 from uellm_worker.engine.shard import DTYPES, Shard, load_shard
-from uellm_worker.engine.transport import ProcessGroupTransport, Transport, open_store
+from uellm_worker.engine.transport import ProcessGroupTransport, open_store
 from uellm_worker.engine.weights import ShardSpec
 
 
@@ -80,6 +72,16 @@ class ShardStage:
         return output
 
     @property
+    def depth(self) -> int:
+        """One per device, where devices compute beside the host."""
+        return 1 if on_host(self.parts[0].device.place) else len(self.parts)
+
+    def skip(self, plan: StepPlan) -> None:
+        """Do to the caches what a plan asks for, and no more."""
+        for part in self.parts:
+            part.cache.carry_out(plan.moves)
+
+    @property
     def seconds(self) -> tuple[float, ...]:
         """What each part took, in order; see ``Stopwatch`` for when that is known."""
         return tuple(part.watch.seconds for part in self.parts)
@@ -98,49 +100,6 @@ class ShardStage:
             token_ids, logprobs = choose(logits, choices, self._eos_ids)
         self.parts[-1].watch.stop()
         return StepResult(token_ids, logprobs)
-
-
-class ShardMember:
-    """A stage among its peers.
-
-    Args:
-        stage: computes.
-        transport: to the neighbours; None for a replica of one stage.
-    """
-
-    def __init__(self, stage: ShardStage, transport: Transport | None) -> None:
-        self._stage = stage
-        self._transport = transport
-
-    def run(self, plan: StepPlan) -> StepResult:
-        """See ``uellm_worker.engine.runner.Runner``."""
-        output = self._stage.compute(plan, None)
-        if self._transport is None:
-            result = self._stage.sample(plan, output)
-            return replace(result, seconds=self._stage.seconds)
-        plan = replace(plan, seconds=self._stage.seconds)
-        self._transport.send_step(encode_plan(plan), output)
-        return decode_result(self._transport.wait_result())
-
-    def follow(self, meta: bytes) -> None:
-        """See ``uellm_worker.engine.runner.Member``."""
-        if self._transport is None:
-            raise RuntimeError("a replica of one stage has nobody to follow")
-        plan, inline = decode_plan(meta)
-        activation = self._transport.receive_activation(plan.rows, inline)
-        output = self._stage.compute(plan, activation)
-        if not self._stage.last.spec.has_head:
-            plan = replace(plan, seconds=(*plan.seconds, *self._stage.seconds))
-            self._transport.send_step(encode_plan(plan), output)
-            return
-        result = self._stage.sample(plan, output)
-        seconds = (*plan.seconds, *self._stage.seconds)
-        self._transport.send_result(encode_result(replace(result, seconds=seconds)))
-
-    def close(self) -> None:
-        """See ``uellm_worker.engine.runner.Member``."""
-        if self._transport is not None:
-            self._transport.close()
 
 
 class ShardEngine:
@@ -196,7 +155,7 @@ class ShardEngine:
             hidden_size=first.config.hidden_size,
             dtype=first.spec.dtype,
         )
-        return ShardMember(self._stage, transport)
+        return ShardMember(self._stage, transport, group.assignment.stage_count)
 
 
 def shard_specs(command: PrepareShard) -> list[tuple[Device, ShardSpec]]:

@@ -8,6 +8,7 @@ generation's own: they are on their way when they are asked for, so a short time
 Small ones, such as those of decode steps, go with the announcement: one message instead of four.
 """
 
+from collections import deque
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -32,8 +33,8 @@ INLINE_BYTES = 256 << 10
 class Transport(Protocol):
     """What a stage needs of its neighbours."""
 
-    def send_step(self, meta: bytes, activation: torch.Tensor) -> None:
-        """Announce a step to the next stage, and send ``[T, hidden]``."""
+    def send_step(self, meta: bytes, activation: torch.Tensor | None) -> None:
+        """Announce a step to the next stage, and send ``[T, hidden]``; None: there is none."""
         ...
 
     def receive_activation(self, rows: int, inline: bytes) -> torch.Tensor:
@@ -44,8 +45,8 @@ class Transport(Protocol):
         """On the last stage: answer stage 0."""
         ...
 
-    def wait_result(self) -> bytes:
-        """On stage 0: wait for the last stage's answer."""
+    def wait_result(self, *, patient: bool) -> bytes | None:
+        """On stage 0: the last stage's answer to the oldest step; see ``Inbox.wait_result``."""
         ...
 
     def close(self) -> None:
@@ -54,7 +55,7 @@ class Transport(Protocol):
 
 
 class Loopback:
-    """Stages in one process: a step runs through all of them within ``send_step``.
+    """Stages in one process: each lags behind the one before it for as long as it may.
 
     Args:
         hub: what the stages of one replica share; one list for all of them.
@@ -66,16 +67,15 @@ class Loopback:
     def __init__(self, hub: list["Loopback"]) -> None:
         self._hub = hub
         self._index = len(hub)
+        self._arrived: deque[tuple[bytes, torch.Tensor | None]] = deque()
         self._activation: torch.Tensor | None = None
-        self._result = b""
+        self._results: deque[bytes] = deque()
         self.follow: Any = None
         hub.append(self)
 
-    def send_step(self, meta: bytes, activation: torch.Tensor) -> None:
+    def send_step(self, meta: bytes, activation: torch.Tensor | None) -> None:
         """See ``Transport``."""
-        following = self._hub[self._index + 1]
-        following._activation = activation
-        following.follow(meta)
+        self._hub[self._index + 1]._arrived.append((meta, activation))
 
     def receive_activation(self, rows: int, inline: bytes) -> torch.Tensor:
         """See ``Transport``."""
@@ -86,11 +86,18 @@ class Loopback:
 
     def send_result(self, data: bytes) -> None:
         """See ``Transport``."""
-        self._hub[0]._result = data
+        self._hub[0]._results.append(data)
 
-    def wait_result(self) -> bytes:
+    def wait_result(self, *, patient: bool) -> bytes | None:
         """See ``Transport``."""
-        return self._result
+        del patient
+        while not self._results:
+            stage = next((s for s in reversed(self._hub) if s._arrived), None)
+            if stage is None:
+                raise PeerLostError("no step is under way")
+            meta, stage._activation = stage._arrived.popleft()
+            stage.follow(meta)
+        return self._results.popleft()
 
     def close(self) -> None:
         """Nothing to give up."""
@@ -156,7 +163,7 @@ class ProcessGroupTransport:
         self._device = device
         self._hidden_size = hidden_size
         self._dtype = dtype
-        self._sent: tuple[Any, torch.Tensor] | None = None
+        self._sent: deque[tuple[Any, torch.Tensor]] = deque()
         cuda = [name for name in group.devices if name.startswith("cuda")]
         self._nccl = len(set(cuda)) == group.assignment.stage_count
         try:
@@ -189,21 +196,26 @@ class ProcessGroupTransport:
         """Where tensors must lie to be sent."""
         return self._device if self._nccl else torch.device("cpu")
 
-    def send_step(self, meta: bytes, activation: torch.Tensor) -> None:
+    def send_step(self, meta: bytes, activation: torch.Tensor | None) -> None:
         """See ``Transport``."""
+        if activation is None:
+            self._group.send_step(meta)
+            return
         tensor = activation.to(self._carrier).contiguous()
         if tensor.nbytes <= INLINE_BYTES and not self._nccl:
             self._group.send_step(meta + to_bytes(tensor))
             return
-        if self._sent is not None:
-            self._wait(*self._sent)
+        while self._sent and self._sent[0][0].is_completed():
+            self._sent.popleft()
+        while len(self._sent) >= self._group.assignment.stage_count:
+            self._wait(*self._sent.popleft())
         self._group.send_step(meta)
         try:
             work = self._process_group.send([tensor], self._stage + 1, 0)
         except RuntimeError as error:
             raise PeerLostError(f"stage {self._stage + 1} is gone: {error}") from error
-        # The tensor must live until it is sent; the answer to the step says that it was.
-        self._sent = (work, tensor)
+        # The tensor must live until it is sent.
+        self._sent.append((work, tensor))
 
     def receive_activation(self, rows: int, inline: bytes) -> torch.Tensor:
         """See ``Transport``."""
@@ -221,13 +233,13 @@ class ProcessGroupTransport:
         """See ``Transport``."""
         self._group.send_result(data)
 
-    def wait_result(self) -> bytes:
+    def wait_result(self, *, patient: bool) -> bytes | None:
         """See ``Transport``."""
-        return self._inbox.wait_result()
+        return self._inbox.wait_result(patient=patient)
 
     def close(self) -> None:
         """Give up the process group and the store."""
-        self._sent = None
+        self._sent.clear()
         if self._nccl:
             self._process_group.abort()
         self._process_group = self._store = None

@@ -1,5 +1,6 @@
 """A replica of any split within one process, under a step policy that makes life hard for it."""
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -16,8 +17,9 @@ from uellm.v1.engine_pb2 import AddSequence, PrepareShard
 from uellm.v1.topology_pb2 import DeviceShard, ShardAssignment
 from uellm_worker.engine.capacity import Capacity, Vocabulary
 from uellm_worker.engine.loop import EngineLoop
+from uellm_worker.engine.member import ShardMember
 from uellm_worker.engine.plan import StepPlan, StepResult
-from uellm_worker.engine.shard_engine import ShardMember, ShardStage, load_stage, shard_specs
+from uellm_worker.engine.shard_engine import ShardStage, load_stage, shard_specs
 from uellm_worker.engine.transport import Loopback
 
 
@@ -165,7 +167,7 @@ class Pipeline:
         members = []
         for stage in self.stages:
             transport = Loopback(hub) if len(self.stages) > 1 else None
-            members.append(ShardMember(stage, transport))
+            members.append(ShardMember(stage, transport, len(self.stages)))
             if transport is not None:
                 transport.follow = members[-1].follow
         runner = _Recorder(members[0], self.stages[-1], record)
@@ -184,22 +186,39 @@ class _Recorder:
         self._last = last
         self._record = record
         self._prompt_tokens: dict[int, int] = {}
+        self._places: deque[list[tuple[str, int]]] = deque()
         self.requests: Callable[[], Sequence[str]] = tuple
 
-    def run(self, plan: StepPlan) -> StepResult:
+    @property
+    def depth(self) -> int:
         """See ``uellm_worker.engine.runner.Runner``."""
-        result = self._member.run(plan)
-        logits = getattr(self._last, "logits", None)
+        return self._member.depth
+
+    def submit(self, plan: StepPlan) -> None:
+        """See ``uellm_worker.engine.runner.Runner``."""
         for admission in plan.admissions:
             self._prompt_tokens[admission.slot] = admission.prompt_tokens
-        if self._record is not None and logits is not None:
+        # The newest of the steps under way is this one.
+        requests = self.requests()[-len(plan.chunks) :]
+        self._places.append(
+            [
+                (request_id, chunk.start + chunk.count - self._prompt_tokens[chunk.slot])
+                for request_id, chunk in zip(requests, plan.chunks, strict=True)
+                if chunk.sample
+            ]
+        )
+        if self._record is not None:
             self._record.admissions += len(plan.admissions)
-            row = 0
-            for request_id, chunk in zip(self.requests(), plan.chunks, strict=True):
-                if chunk.sample:
-                    position = chunk.start + chunk.count - self._prompt_tokens[chunk.slot]
-                    self._record.add(request_id, position, logits[row])
-                    row += 1
+        self._member.submit(plan)
+
+    def collect(self, *, patient: bool = True) -> StepResult | None:
+        """See ``uellm_worker.engine.runner.Runner``."""
+        result = self._member.collect(patient=patient)
+        logits = getattr(self._last, "logits", None)
+        places = self._places.popleft()
+        if self._record is not None and logits is not None:
+            for row, (request_id, position) in enumerate(places):
+                self._record.add(request_id, position, logits[row])
         return result
 
 
