@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from uellm_worker.cores import WAITING
+
 from benchmarks.engine import RANDOM, write_random
 
 PARTS = ("products", "attention", "other", "sampling", "loop")
@@ -196,8 +198,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # As in a worker's children.
+    os.environ |= {**WAITING, **os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     import torch
 
     torch.set_num_threads(arguments.threads)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 from uellm.v1.engine_pb2 import EngineCommand, EngineEvent
+from uellm_worker.cores import WAITING
 from uellm_worker.engine.forkserver import EXITED, KILL, REPLY, REQUEST, SPAWN, WARM
 from uellm_worker.engine.wire import LENGTH, pack, unpack_length
 
@@ -240,11 +241,9 @@ class ChildSpawner:
 
 
 def _environment() -> dict[str, str]:
-    """The fork server's: nothing starts threads or CUDA while importing, nothing spins."""
+    """The fork server's: nothing starts threads or CUDA while importing, nothing spins for long."""
     return {
-        # Threads that spin while they wait take the cores from the other stages of this host: on
-        # four busy cores a step of two stages, four threads each, took a second; asleep, 5 ms.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        **WAITING,
         **os.environ,
         "OPENBLAS_NUM_THREADS": "1",
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
