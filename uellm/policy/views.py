@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from uellm.core.request import Promise, ResourceProfile, Slo
+from uellm.policy.latency import StepCost
 
 # ---- level one: the scheduler ------------------------------------------------------------------
 
@@ -94,6 +95,7 @@ class ReplicaView:
         decode_step_seconds: estimated or reported, of a step at the present batch.
         reported_at: when the replica last reported; 0 if it has not.
         cached: prompt tokens that its KV cache is expected to hold already, by request id.
+        cost: what its steps take, where that is known.
     """
 
     replica: str
@@ -105,6 +107,7 @@ class ReplicaView:
     decode_step_seconds: float
     reported_at: float = 0.0
     cached: Mapping[str, int] = field(default_factory=dict)
+    cost: StepCost | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +233,7 @@ class EngineView:
         kv_tokens_total: KV room in all.
         max_chunk_tokens: most tokens that one step may compute.
         block_tokens: KV room is given in blocks of so many tokens.
+        cost: what its steps take, where that is known.
     """
 
     running: Sequence[SequenceView]
@@ -239,6 +243,7 @@ class EngineView:
     kv_tokens_total: int
     max_chunk_tokens: int
     block_tokens: int = 1
+    cost: StepCost | None = None
 
 
 @dataclass(frozen=True, slots=True)
