@@ -310,7 +310,7 @@ def test_policies_are_found_by_name() -> None:
 def test_an_unknown_policy_is_answered_with_those_there_are() -> None:
     with pytest.raises(InvalidArgumentError, match="available: edf, fcfs"):
         registry.dispatch_policy("magic")
-    with pytest.raises(InvalidArgumentError, match="available: fcfs"):
+    with pytest.raises(InvalidArgumentError, match="available: cslo-odbs, edf, fcfs, fifo"):
         registry.step_policy("magic")
 
 

@@ -391,7 +391,7 @@ def test_reports_say_how_the_replica_is_doing() -> None:
     assert (report.running, report.waiting) == (3, 1)
     assert (report.prefill_tokens, report.decode_sequences) == (8, 0)
     assert (report.kv_tokens_used, report.kv_tokens_committed) == (8, 8)
-    assert (report.kv_tokens_reserved, report.kv_tokens_free) == (2 * 7, 64 - 2 * 7)
+    assert (report.kv_tokens_reserved, report.kv_tokens_free) == (2 * 5, 64 - 2 * 5)
     assert (report.kv_tokens_cached, report.kv_tokens_total) == (0, 64)
     assert report.prefill_seconds_per_token > 0
     assert len(report.stages) == 1

@@ -1,12 +1,24 @@
-"""What the engine's policy reserves, and whom it admits."""
+"""What the engine's policies reserve, whom they admit, and whom they preempt."""
 
-from hypothesis import given
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uellm.core.request import QuantileFunction, ResourceProfile, Slo
-from uellm.policy.fcfs import FcfsStep
+from tests.support.policies import COST, NOW, decoding, engine, engines, sequence
+from uellm.core.request import Priority, QuantileFunction, ResourceProfile
+from uellm.policy.occupancy import held_by, held_tokens
+from uellm.policy.peak import PeakRoom, future_peak
+from uellm.policy.registry import step_policy
+from uellm.policy.remaining import remaining_tokens
 from uellm.policy.reserving import reserve_tokens
-from uellm.policy.views import EngineView, SequenceView
+from uellm.policy.selection import Fluid, Job, late_ones
+from uellm.policy.views import EngineView, StepDecision
+
+CONTINUOUS = ["cslo-odbs", "edf", "fcfs", "past-future", "priority", "sjf"]
 
 COUNT = st.integers(1, 500)
 
@@ -35,41 +47,358 @@ def test_an_answer_that_outgrew_its_prediction_reserves_a_little_more_each_time(
     assert reserved == 87 + 10
 
 
-def waiting(number: int, need: int) -> SequenceView:
-    return SequenceView(
-        request_id=str(number),
-        slo=Slo(0.0),
-        profile=profile(1, 1),
-        prompt_tokens=1,
-        computed_tokens=0,
-        output_tokens=0,
-        max_output_tokens=9,
-        reserve_tokens=need,
-        rank=0,
-        arrived_at=float(number),
-    )
+# ---- what holds for every policy ---------------------------------------------------------------
 
 
-@given(st.lists(COUNT, max_size=8), st.integers(0, 1500), st.integers(0, 3))
-def test_first_come_first_served_admits_what_can_be_reserved(
-    needs: list[int], free: int, running: int
-) -> None:
-    view = EngineView(
-        running=[waiting(100 + i, 5) for i in range(running)],
-        waiting=[waiting(i, need) for i, need in enumerate(needs)],
-        slots=5,
-        kv_tokens_free=free,
-        kv_tokens_total=2000,
-        max_chunk_tokens=64,
-    )
-    decision = FcfsStep().step(view, 0.0)
-    admitted = len(decision.admit)
-    assert decision.admit == tuple(str(i) for i in range(admitted))
-    assert admitted <= 5 - running
-    # Alone, the first is admitted whatever it needs: nothing would ever change otherwise.
-    assert sum(needs[:admitted]) <= free or (admitted == 1 and not running)
-    if admitted < min(len(needs), 5 - running):
-        assert sum(needs[: admitted + 1]) > free
-        assert decision.reconsider_when == needs[admitted]
+@pytest.mark.parametrize("name", CONTINUOUS)
+@settings(max_examples=150, deadline=None)
+@given(view=engines())
+def test_a_decision_is_one_that_an_engine_can_carry_out(name: str, view: EngineView) -> None:
+    decision = step_policy(name).step(view, NOW)
+    assert decision == step_policy(name).step(view, NOW)
+    running = {s.request_id: s for s in view.running}
+    waiting = {s.request_id: s for s in view.waiting}
+    admitted, preempted = set(decision.admit), set(decision.preempt)
+    assert len(admitted) == len(decision.admit)
+    assert admitted <= waiting.keys()
+    assert len(preempted) == len(decision.preempt)
+    assert preempted <= running.keys()
+    assert decision.hand_back == ()
+    assert 1 <= decision.chunk_tokens <= view.max_chunk_tokens
+    stay = [s for name, s in running.items() if name not in preempted]
+    assert len(stay) + len(admitted) <= view.slots
+    assert decision.reconsider_at is None or decision.reconsider_at > NOW
+    for request_id in admitted:
+        assert decision.reserve[request_id] >= waiting[request_id].prompt_tokens
+    # Whoever stays has room for its next token, and admissions fit beside it.
+    together = [*stay, *(waiting[request_id] for request_id in admitted)]
+    if len(together) > 1:
+        assert held_by(together, view.block_tokens) <= view.kv_tokens_total
+    if view.waiting and not view.running:
+        assert admitted
+    if held_by(running.values(), view.block_tokens) > view.kv_tokens_total:
+        assert not admitted
     else:
-        assert decision.reconsider_when is None
+        assert name == "cslo-odbs" or not preempted
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+@settings(max_examples=60, deadline=None)
+@given(view=engines(), random=st.randoms())
+def test_only_what_is_seen_counts_not_in_which_order(
+    name: str, view: EngineView, random: object
+) -> None:
+    waiting = [replace(s, arrived_at=s.arrived_at + i / 64) for i, s in enumerate(view.waiting)]
+    shuffled = list(waiting)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    policy = step_policy(name)
+    one = policy.step(replace(view, waiting=waiting), NOW)
+    assert one == policy.step(replace(view, waiting=shuffled), NOW)
+
+
+def carried_out(decision: StepDecision, view: EngineView, now: float, finished: int) -> EngineView:
+    """Carry a decision out, and let the first ``finished`` that run end."""
+    by_id = {s.request_id: s for s in (*view.running, *view.waiting)}
+    gone = {*decision.preempt, *decision.admit}
+    running = [s for s in view.running if s.request_id not in gone]
+    for request_id in decision.admit:
+        found = by_id[request_id]
+        running.append(
+            replace(
+                found,
+                computed_tokens=found.prompt_tokens,
+                output_tokens=1,
+                first_token_at=now,
+            )
+        )
+    back = [
+        replace(
+            by_id[request_id],
+            computed_tokens=0,
+            prompt_tokens=by_id[request_id].computed_tokens + 1,
+            preemptions=by_id[request_id].preemptions + 1,
+        )
+        for request_id in decision.preempt
+    ]
+    waiting = [s for s in view.waiting if s.request_id not in gone]
+    running = running[finished:]
+    return replace(
+        view,
+        running=running,
+        waiting=[*waiting, *back],
+        kv_tokens_free=view.kv_tokens_total - sum(s.computed_tokens for s in running),
+    )
+
+
+@pytest.mark.parametrize("name", ["cslo-odbs", "edf", "fcfs", "priority", "sjf"])
+def test_nobody_waits_for_ever_however_many_others_come(name: str) -> None:
+    """A long request of no class, without a chance, against a flood of better ones."""
+    poor = sequence(
+        "poor",
+        tokens=400,
+        prompt=200,
+        deadline_at=NOW + 0.5,
+        priority=Priority.BATCH,
+        accepted=NOW,
+    )
+    view = engine([], [poor])
+    now = NOW
+    for turn in range(200):
+        now += 1.0
+        fresh = [
+            sequence(
+                f"{turn}-{i}",
+                deadline_at=now + 1,
+                tokens=2,
+                priority=Priority.INTERACTIVE,
+                accepted=now,
+            )
+            for i in range(5)
+        ]
+        view = replace(view, waiting=[*view.waiting, *fresh])
+        decision = step_policy(name, {"max_wait_seconds": 50}).step(view, now)
+        if "poor" in decision.admit:
+            assert now - NOW <= 60
+            assert now - NOW > 50 or name in {"edf", "fcfs"}
+            return
+        view = carried_out(decision, view, now, finished=2)
+    pytest.fail("it never ran")
+
+
+# ---- orders ------------------------------------------------------------------------------------
+
+
+def admitted(name: str, *waiting: object, **facts: object) -> tuple[str, ...]:
+    slots = facts.pop("slots", 1)
+    return (
+        step_policy(name)
+        .step(
+            engine([], list(waiting), slots=slots, **facts),  # type: ignore[arg-type]
+            NOW,
+        )
+        .admit
+    )
+
+
+def test_each_policy_has_its_order() -> None:
+    old = sequence("old", accepted=NOW - 9, tokens=50, deadline_at=NOW + 90)
+    soon = sequence("soon", tokens=40, deadline_at=NOW + 20)
+    short = sequence("short", tokens=5)
+    urgent = sequence("urgent", tokens=60, priority=Priority.INTERACTIVE, deadline_at=NOW + 50)
+    everyone = (short, soon, urgent, old)
+    assert admitted("fcfs", *everyone) == ("old",)
+    assert admitted("past-future", *everyone) == ("old",)
+    assert admitted("edf", *everyone) == ("soon",)
+    assert admitted("sjf", *everyone) == ("short",)
+    assert admitted("priority", *everyone) == ("urgent",)
+    assert admitted("cslo-odbs", *everyone) == ("soon",)
+
+
+def test_an_admission_leaves_the_watermark_free() -> None:
+    waiting = [sequence(str(i), prompt=99) for i in range(3)]
+    # 100 tokens each with the next one: 300 and 5 % of 314 fit, of 313 not.
+    assert admitted("fcfs", *waiting, slots=4, kv_tokens_total=316) == ("0", "1", "2")
+    assert admitted("fcfs", *waiting, slots=4, kv_tokens_total=315) == ("0", "1")
+    decision = step_policy("fcfs").step(engine([], waiting, kv_tokens_total=315), NOW)
+    assert decision.reconsider_when == 116
+    assert decision.reserve == {"0": 100, "1": 100}
+
+
+def test_out_of_room_the_last_of_the_order_is_preempted() -> None:
+    running = [
+        decoding("old", 100, accepted=NOW - 9, priority=Priority.BATCH),
+        decoding("young", 100, accepted=NOW - 1),
+    ]
+    view = engine(running, [], kv_tokens_total=200)
+    assert step_policy("fcfs").step(view, NOW).preempt == ("young",)
+    assert step_policy("priority").step(view, NOW).preempt == ("old",)
+
+
+def test_a_cap_in_knees_keeps_batches_small() -> None:
+    waiting = [sequence(str(i)) for i in range(200)]
+    view = engine([], waiting, slots=256, kv_tokens_total=100_000)
+    assert len(step_policy("fcfs").step(view, NOW).admit) == 200
+    assert len(step_policy("fcfs", {"knee_factor": "2"}).step(view, NOW).admit) == 90
+    assert len(step_policy("cslo-odbs").step(view, NOW).admit) == COST.knee == 45
+
+
+# ---- KV room -----------------------------------------------------------------------------------
+
+
+PAIRS = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=8)
+
+
+@given(PAIRS)
+def test_the_predicted_peak_is_that_of_a_simulation(pairs: list[tuple[int, int]]) -> None:
+    held, left = (np.array(values, dtype=np.float64) for values in zip(*pairs, strict=True))
+    steps = range(int(left.max()) + 1)
+    peak = max(float((held + t)[left >= t].sum()) for t in steps)
+    assert future_peak(held, left) == peak
+
+
+@given(PAIRS)
+def test_room_is_the_same_whether_looked_at_one_by_one_or_together(
+    pairs: list[tuple[int, int]],
+) -> None:
+    *others, last = pairs
+    held, left = ([float(p[i]) for p in others] for i in (0, 1))
+    whole = future_peak(
+        np.array([p[0] for p in pairs], float), np.array([p[1] for p in pairs], float)
+    )
+    for room in (whole - 1, whole):
+        peak = PeakRoom(room, held, left)
+        assert peak.fits(*last) == (room >= whole or not others)
+        peak.add(*last)
+        peak.remove(*last)
+        assert peak.fits(*last) == (room >= whole or not others)
+
+
+def test_past_future_admits_what_ends_before_it_meets() -> None:
+    # 151 tokens are held for four steps more; then another may have as many.
+    nearly = decoding("nearly", 141, tokens=145, spread=0.0, prompt=10)
+    assert remaining_tokens(nearly)[1] == 4
+    some = sequence("some", prompt=10, tokens=270, spread=0.0)
+    view = engine([nearly], [some], kv_tokens_total=300)
+    assert step_policy("past-future").step(view, NOW).admit == ("some",)
+    longer = sequence("longer", prompt=10, tokens=280, spread=0.0)
+    assert step_policy("past-future").step(replace(view, waiting=[longer]), NOW).admit == ()
+
+
+@given(st.integers(1, 300), st.integers(0, 400))
+def test_what_remains_follows_from_what_was_predicted(median: int, answered: int) -> None:
+    view = decoding("s", answered + 1, tokens=float(median), max_output_tokens=1000)
+    low, middle, high = remaining_tokens(view)
+    assert 1 <= low <= middle <= high
+    if answered + 1 < median * 0.5:
+        assert middle == pytest.approx(max(median - answered - 1, 1), abs=1e-6)
+
+
+# ---- who can be in time ------------------------------------------------------------------------
+
+
+JOBS = st.lists(
+    st.tuples(st.integers(1, 20), st.integers(1, 60)).map(
+        lambda d: Job(d[1] - d[0], float(d[0]), 0.0, 0.0, 0.0)
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(JOBS)
+def test_on_one_slot_no_selection_has_fewer_late(jobs: list[Job]) -> None:
+    """Moore and Hodgson, by brute force over all subsets and orders."""
+    jobs = sorted(jobs, key=lambda job: job.latest_start + job.slot_seconds)
+    late = late_ones(jobs, Fluid(1, 0, 1, 0.0), 0.0)
+
+    def in_time(chosen: tuple[Job, ...]) -> bool:
+        at = 0.0
+        for job in chosen:
+            if at > job.latest_start:
+                return False
+            at += job.slot_seconds
+        return True
+
+    assert in_time(tuple(job for place, job in enumerate(jobs) if place not in late))
+    best = max(
+        size
+        for size in range(len(jobs) + 1)
+        for some in itertools.combinations(jobs, size)
+        if any(map(in_time, itertools.permutations(some)))
+    )
+    assert len(jobs) - len(late) == best
+
+
+def test_kv_room_and_prefill_make_late_too() -> None:
+    job = Job(5.0, 1.0, 1000.0, 0.0, 100.0)
+    fluid = Fluid(100, 100.0, 100, 100.0)
+    # 100 tokens for 10 s each in a room of 100: one after the other; 10 s is too late.
+    assert len(late_ones([job, job], fluid, 0.0)) == 1
+    assert late_ones([job, job], replace(fluid, kv_tokens=1000.0, free_kv_tokens=1e3), 0.0) == set()
+    slow = replace(job, prefill_seconds=6.0, kv_token_seconds=0.0, kv_tokens=0.0)
+    assert len(late_ones([slow, slow], fluid, 0.0)) == 1
+
+
+# ---- continuous SLO-ODBS -----------------------------------------------------------------------
+
+
+def test_who_cannot_be_in_time_yields_to_who_can() -> None:
+    lost = sequence("lost", deadline_at=NOW + 0.1, tokens=200)
+    late = sequence("late", ttft_at=NOW - 1)
+    able = sequence("able", deadline_at=NOW + 50, tokens=200)
+    assert admitted("cslo-odbs", lost, late, able) == ("able",)
+    assert admitted("cslo-odbs", lost, late, able, slots=3)[0] == "able"
+    # The test is optimistic: a short answer could be in time.
+    maybe = sequence("maybe", deadline_at=NOW + 2.5, tokens=200, spread=0.9)
+    assert admitted("cslo-odbs", maybe, able) == ("maybe",)
+
+
+def test_an_urgent_one_takes_the_slot_of_one_that_has_time() -> None:
+    rich = decoding("rich", 5, tokens=100, deadline_at=NOW + 100)
+    busy = decoding("busy", 5, tokens=100, deadline_at=NOW + 4)
+    urgent = sequence("urgent", ttft_at=NOW + 0.2, tokens=100)
+    view = engine([rich, busy], [urgent], slots=2)
+    decision = step_policy("cslo-odbs").step(view, NOW)
+    assert (decision.admit, decision.preempt) == (("urgent",), ("rich",))
+    calm = sequence("calm", ttft_at=NOW + 50, tokens=100)
+    assert step_policy("cslo-odbs").step(replace(view, waiting=[calm]), NOW).preempt == ()
+    # Nobody is preempted for ever, nor where computing anew costs more than it gains.
+    again = replace(rich, preemptions=3)
+    assert step_policy("cslo-odbs").step(replace(view, running=[again, busy]), NOW).preempt == ()
+    never = step_policy("cslo-odbs", {"most_preemptions": 0})
+    assert never.step(view, NOW).preempt == ()
+    dear = replace(view, cost=replace(COST, per_token=0.05))
+    assert step_policy("cslo-odbs", {"knee_factor": 0}).step(dear, NOW).preempt == ()
+
+
+def test_one_that_is_lost_gives_way_first_and_out_of_room_too() -> None:
+    lost = decoding("lost", 50, tokens=100, deadline_at=NOW - 1)
+    rich = decoding("rich", 50, tokens=100, deadline_at=NOW + 500)
+    urgent = sequence("urgent", ttft_at=NOW + 0.2, tokens=50)
+    view = engine([rich, lost], [urgent], slots=2)
+    assert step_policy("cslo-odbs").step(view, NOW).preempt == ("lost",)
+    assert step_policy("cslo-odbs").step(replace(view, kv_tokens_total=100), NOW).preempt == (
+        "lost",
+    )
+    tight = decoding("tight", 50, tokens=100, deadline_at=NOW + 5)
+    full = engine([rich, tight], [], kv_tokens_total=100)
+    assert step_policy("cslo-odbs").step(full, NOW).preempt == ("rich",)
+
+
+def test_prefill_is_paced_by_those_that_decode() -> None:
+    waiting = [sequence("long", prompt=200)]
+    free = engine([], waiting)
+    assert step_policy("cslo-odbs").step(free, NOW).chunk_tokens == 256
+    first = NOW - 1
+    reader = decoding("reader", 30, tokens=100, tpot=0.04, first_token_at=first)
+    view = engine([reader], waiting)
+    # 31 tokens at 40 ms are due 0.24 s from now: a step may take as long.
+    assert step_policy("cslo-odbs").step(view, NOW).chunk_tokens == 256
+    behind = replace(reader, first_token_at=NOW - 1.24)
+    # 40 ms a step: 38 ms of arithmetic are 95 tokens, one of which decodes.
+    chunk = step_policy("cslo-odbs").step(replace(view, running=[behind]), NOW).chunk_tokens
+    assert chunk == 93  # and 28 us for the context
+    late = decoding("late", 30, tokens=100, deadline_at=NOW + 1.3)
+    # 19 ms a step are less than a full one takes: what the weights' streaming hides is left.
+    chunk = step_policy("cslo-odbs").step(replace(view, running=[late]), NOW).chunk_tokens
+    assert chunk == COST.knee - 1
+
+
+def test_tenants_take_turns_by_tokens() -> None:
+    flood = [
+        sequence(f"a{i}", tenant="a", deadline_at=NOW + 50 + i / 100, accepted=NOW - 3)
+        for i in range(6)
+    ]
+    few = [sequence(f"b{i}", tenant="b", deadline_at=NOW + 51 + i / 100) for i in range(2)]
+    assert admitted("cslo-odbs", *flood, *few, slots=4) == ("a0", "b0", "a1", "b1")
+    # What runs counts.
+    view = engine([decoding("a9", 50, tenant="a")], [*flood, *few], slots=3)
+    assert step_policy("cslo-odbs").step(view, NOW).admit == ("b0", "b1")
+    # Someone who has to start much sooner does not take turns.
+    soon = sequence("soon", tenant="a", deadline_at=NOW + 5)
+    assert admitted("cslo-odbs", *flood, *few, soon, slots=1) == ("soon",)
+
+
+def test_blocks_are_counted_whole() -> None:
+    assert held_tokens(sequence("s", prompt=15), 16) == 16
+    assert held_tokens(sequence("s", prompt=16), 16) == 32

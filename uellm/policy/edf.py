@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
-from uellm.core.request import Priority
+from uellm.policy.continuous import Key as StepKey
+from uellm.policy.continuous import OrderedStep
 from uellm.policy.dispatching import decide
+from uellm.policy.due import PATIENCE_SECONDS, due_at
 from uellm.policy.estimate import Speed
 from uellm.policy.refusing import lost
 from uellm.policy.views import (
@@ -12,14 +14,8 @@ from uellm.policy.views import (
     QueuedView,
     QueueView,
     ReplicaView,
+    SequenceView,
 )
-
-PATIENCE_SECONDS = {Priority.INTERACTIVE: 60.0, Priority.NORMAL: 300.0, Priority.BATCH: 1800.0}
-"""How long after its acceptance a request without a deadline is due.
-
-The times are long beside usual deadlines, so that these requests yield, and finite, so that they
-never starve: once due they come before every later deadline.
-"""
 
 Key = tuple[float, int, float]
 
@@ -68,3 +64,14 @@ def _key(request: QueuedView, fastest: Speed | None, now: float) -> Key:
     if due is None:
         due = slo.accepted_at + PATIENCE_SECONDS[slo.priority]
     return (due, -slo.priority, slo.accepted_at)
+
+
+class EdfStep(OrderedStep):
+    """Earliest deadline first."""
+
+    name = "edf"
+
+    def key(self, sequence: SequenceView, now: float) -> StepKey:
+        """By when it is due."""
+        started = sequence.first_token_at is not None or sequence.output_tokens > 0
+        return (due_at(sequence.slo, now, started=started),)

@@ -216,10 +216,10 @@ class EngineLoop:
         for request_id in decision.admit:
             sequence = self._by_id.get(request_id)
             if sequence is not None and sequence.slot < 0:
-                self._admit(sequence)
+                self._admit(sequence, decision.reserve.get(request_id, sequence.reserve_tokens))
         return (len(self._waiting), len(self._admitted)) != before
 
-    def _admit(self, sequence: Sequence) -> None:
+    def _admit(self, sequence: Sequence, reserve_tokens: int) -> None:
         """Give a sequence a slot, if there is one and its reservation fits.
 
         It joins the group with the fewest sequences; of these, the one with the fewest steps.
@@ -233,7 +233,7 @@ class EngineLoop:
             return
         seat = self._kv.seat(
             sequence.tokens,
-            reserve_tokens=sequence.reserve_tokens,
+            reserve_tokens=reserve_tokens,
             group=min(groups, key=lambda g: (counts[g], self._under_way_of(g), g)),
             scope=sequence.adapter,
         )
