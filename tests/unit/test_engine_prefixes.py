@@ -121,7 +121,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]
     yield directory, made.eval()
 
 
-@pytest.mark.parametrize(("split", "seed"), [((3,), 0), ((1, 2), 1), ((2, 1), 2), ((1, 1, 1), 3)])
+@pytest.mark.parametrize(("split", "seed"), [((3,), 4), ((1, 2), 1), ((2, 1), 2), ((1, 1, 1), 3)])
 def test_answers_are_exact_however_short_memory_is(
     split: tuple[int, ...], seed: int, model: tuple[Path, Any]
 ) -> None:
