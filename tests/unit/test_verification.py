@@ -96,6 +96,13 @@ def test_three_shards_are_exact(directory: Path, model: Model) -> None:
         assert report.logit_error < 1e-4
 
 
+def test_static_batches_are_exact(directory: Path, model: Model) -> None:
+    result = verify(pipeline(directory), Reference(model), PROMPTS, TOKENS, "static")
+    assert result.exact
+    assert result.execution == "static"
+    assert result.preemptions >= 3
+
+
 def test_float32_flips_no_token(directory: Path, model: Model) -> None:
     flips = count_flips(pipeline(directory), Reference(model), PROMPTS, TOKENS)
     assert (flips.dtype, flips.flipped) == ("float32", 0)
@@ -228,6 +235,7 @@ def test_a_difference_is_shown_and_ends_with_one(
         "exact": False,
         "split": [1, 3],
         "dtype": "float32",
+        "execution": "continuous",
         "slots": 4,
         "preemptions": 1,
         "prompts": [prompt],

@@ -21,6 +21,13 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class Execution(StrEnum):
+    """How the engine composes its steps."""
+
+    CONTINUOUS = "continuous"
+    STATIC = "static"
+
+
 def verify(
     model: Annotated[
         str,
@@ -44,6 +51,9 @@ def verify(
     dtype: Annotated[
         Dtype, typer.Option(help="In half precision rounding alone may change answers.")
     ] = Dtype.FLOAT32,
+    execution: Annotated[
+        Execution, typer.Option(help="static: in padded batches, one after another.")
+    ] = Execution.CONTINUOUS,
     flips: Annotated[
         Dtype | None,
         typer.Option(help="Also count the tokens that this dtype chooses otherwise than float32."),
@@ -67,6 +77,7 @@ def verify(
         raise ConfigurationError("the worker is not installed: pip install 'uellm[worker]'")
     directory = files.resolve(model or str(DEMO_MODEL), allow_download=allow_download)
     options = [f"--shards={shards}", f"--max-tokens={max_tokens}", f"--dtype={dtype.value}"]
+    options.append(f"--execution={execution.value}")
     if flips is not None:
         if dtype is not Dtype.FLOAT32:
             raise ConfigurationError(
@@ -140,8 +151,8 @@ def _show(result: dict[str, Any]) -> None:
     split = " + ".join(map(str, result["split"]))
     console.print(
         f"{'exact' if result['exact'] else 'different'}: {result['model']} in {result['dtype']}, "
-        f"layers {split}, {result['slots']} at once, {result['preemptions']} preemptions; "
-        f"{result['seconds']:.1f} s",
+        f"layers {split}, {result['execution']}, {result['slots']} at once, "
+        f"{result['preemptions']} preemptions; {result['seconds']:.1f} s",
         soft_wrap=True,
     )
     if flips := result.get("flips"):

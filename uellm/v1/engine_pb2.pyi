@@ -171,22 +171,30 @@ class CommitShard(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     RENDEZVOUS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    EXECUTION_FIELD_NUMBER: _builtins.int
+    CLOCK_SECONDS_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """The generation that was prepared."""
     rendezvous: _builtins.str
     """host:port of stage 0's store."""
     policy: _builtins.str
     """The step policy, for instance "fcfs"."""
+    execution: _builtins.str
+    """How steps are composed: "continuous", or "static" for padded batches. Empty: continuous."""
+    clock_seconds: _builtins.float
+    """The present time by Redis TIME, seconds since the epoch; 0: unknown."""
     def __init__(
         self,
         *,
         generation: _builtins.int = ...,
         rendezvous: _builtins.str = ...,
         policy: _builtins.str = ...,
+        execution: _builtins.str = ...,
+        clock_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "policy", b"policy", "rendezvous", b"rendezvous"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_seconds", b"clock_seconds", "execution", b"execution", "generation", b"generation", "policy", b"policy", "rendezvous", b"rendezvous"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

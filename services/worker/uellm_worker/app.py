@@ -60,6 +60,8 @@ class WorkerApplication:
             threads=settings.threads,
             data_host=settings.data_address,
             step_policy=settings.step_policy,
+            execution=settings.execution,
+            now=context.clock.now,
             simulate=devices.simulated,
         )
         self._agent = Agent(context, devices, self._stages)

@@ -45,6 +45,11 @@ class WorkerSettings(ServiceSettings):
         False, description="Fetch a hub model that this host's cache lacks when it is placed here."
     )
     step_policy: str = Field("fcfs", description="Policy of the engines led here.")
+    execution: Literal["continuous", "static"] = Field(
+        "continuous",
+        description="How the engines led here compose steps. static: padded batches that last as "
+        "long as their longest answer, to compare with.",
+    )
     append_interval_seconds: float = Field(
         0.0,
         ge=0,

@@ -7,6 +7,7 @@ weights that the new generation still needs.
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ class Stages:
         threads: that each child may use; 0: its share of the cores.
         data_host: address that the data plane binds to.
         step_policy: of the replicas led here.
+        execution: of the replicas led here.
+        now: by Redis TIME.
         simulate: says what the simulated devices of a stage are like, given what others hold.
 
     Attributes:
@@ -65,6 +68,8 @@ class Stages:
         threads: int,
         data_host: str,
         step_policy: str = "fcfs",
+        execution: str = "continuous",
+        now: Callable[[], float] = time.time,
         simulate: Simulate = lambda assignment, held: (),
     ) -> None:
         self._spawner = spawner
@@ -75,6 +80,8 @@ class Stages:
         self._threads = threads
         self._data_host = data_host
         self._step_policy = step_policy
+        self._execution = execution
+        self._now = now
         self._simulate = simulate
         self._held: dict[str, Stage] = {}
         self._fences: dict[str, int] = {}
@@ -237,7 +244,11 @@ class Stages:
             )
         if stage.state == PREPARED and stage.child is not None:
             commit = engine_pb2.CommitShard(
-                generation=generation, rendezvous=rendezvous, policy=self._step_policy
+                generation=generation,
+                rendezvous=rendezvous,
+                policy=self._step_policy,
+                execution=self._execution,
+                clock_seconds=self._now(),
             )
             with contextlib.suppress(ConnectionError):
                 await stage.child.send(engine_pb2.EngineCommand(commit=commit))

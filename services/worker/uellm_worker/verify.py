@@ -16,6 +16,7 @@ from uellm.core.errors import ConfigurationError, UellmError
 from uellm.demo.prompts import demo_prompts
 from uellm.models.profile import read_profile
 from uellm.models.tokenizer import Tokenizer
+from uellm_worker.engine.execution import EXECUTIONS
 from uellm_worker.verification.splits import uneven_split
 
 EXACT, DIFFERENT, UNUSABLE = range(3)
@@ -91,7 +92,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
 
     reference = Reference.load(directory, DTYPES[arguments.dtype], adapters)
-    result = verify(pipeline(arguments.dtype), reference, prompts, arguments.max_tokens)
+    result = verify(
+        pipeline(arguments.dtype), reference, prompts, arguments.max_tokens, arguments.execution
+    )
     report = {"model": str(directory), "exact": result.exact, **asdict(result)}
     if arguments.flips:
         flips = count_flips(pipeline(arguments.flips), reference, prompts, arguments.max_tokens)
@@ -108,6 +111,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--execution", choices=EXECUTIONS, default=EXECUTIONS[0])
     parser.add_argument("--flips", default="")
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()

@@ -8,6 +8,8 @@ import logging
 import os
 import socket
 import threading
+import time
+from collections.abc import Callable
 
 from uellm.core.errors import ConfigurationError, ModelFilesError
 from uellm.policy.registry import step_policy
@@ -163,6 +165,8 @@ class Child:
                 epoch=assignment.generation,
                 announce=self._report,
                 adapters=[adapter.name for adapter in assignment.adapters],
+                execution=commit.execution,
+                now=_clock(commit.clock_seconds),
             )
         self._channel.send(EngineEvent(serving=ShardServing(generation=commit.generation)))
 
@@ -210,6 +214,12 @@ class Child:
         self._leave()
         failed = ShardFailed(reason=reason, message=message, suspects=suspects)
         self._channel.send(EngineEvent(failed=failed))
+
+
+def _clock(now: float) -> Callable[[], float]:
+    """A clock that shows ``now`` at this moment; the host's own if that is 0."""
+    ahead = now - time.time() if now else 0.0
+    return lambda: time.time() + ahead
 
 
 def new_engine(name: str, step_seconds: float) -> Engine:

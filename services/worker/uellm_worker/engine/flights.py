@@ -1,5 +1,6 @@
 """Steps under way: what each computes of whom, until its result comes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from uellm_worker.engine.plan import Admission, Chunk, Move, StepPlan
@@ -43,6 +44,19 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
+class Padding:
+    """Tokens that are computed for the sake of a batch's shape.
+
+    Attributes:
+        chunk: where; nothing is sampled.
+        token_ids: any.
+    """
+
+    chunk: Chunk
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Flight:
     """A step under way.
 
@@ -68,15 +82,20 @@ class Flight:
 
 def make_plan(
     step: int,
-    shares: tuple[Share, ...],
+    shares: Iterable[Share],
     admissions: tuple[Admission, ...],
     moves: tuple[Move, ...],
+    padding: Iterable[Padding] = (),
 ) -> StepPlan:
-    """The plan of a step."""
+    """The plan of a step; decodes of both kinds come in the order of slots, then prompts."""
+    pieces = [(share.chunk, share.decode, tuple(share.token_ids)) for share in shares]
+    pieces += [(each.chunk, each.chunk.start > 0, each.token_ids) for each in padding]
+    decodes = sorted((p for p in pieces if p[1]), key=lambda piece: piece[0].slot)
+    ordered = decodes + [piece for piece in pieces if not piece[1]]
     return StepPlan(
         step=step,
-        chunks=tuple(share.chunk for share in shares),
+        chunks=tuple(chunk for chunk, _, _ in ordered),
         admissions=admissions,
-        token_ids=tuple(token for share in shares for token in share.token_ids),
+        token_ids=tuple(token for _, _, token_ids in ordered for token in token_ids),
         moves=moves,
     )

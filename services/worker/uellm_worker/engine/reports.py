@@ -30,6 +30,7 @@ class StepMeter:
         prefill_tokens: prompt tokens computed in it.
         decode_sequences: sequences that decoded in it.
         context_tokens: tokens of context they attended to.
+        padding_tokens: computed for the shape of static batches, in all.
         prefill_seconds_per_token: smoothed; 0 until known.
         decode_step_seconds: smoothed time from one token of a sequence to its next; 0 until known.
         decode_interval_seconds: smoothed interval of steps that only decode; 0 until known.
@@ -46,6 +47,7 @@ class StepMeter:
     prefill_tokens: int = 0
     decode_sequences: int = 0
     context_tokens: int = 0
+    padding_tokens: int = 0
     prefill_seconds_per_token: float = 0.0
     decode_step_seconds: float = 0.0
     decode_interval_seconds: float = 0.0
@@ -67,14 +69,16 @@ class StepMeter:
         self.step_seconds = now - flight.submitted_at
         self.interval_seconds = now - max(flight.submitted_at, self._last_result_at)
         self._last_result_at = now
-        self.prefill_tokens = flight.plan.rows - len(decodes)
+        padding = flight.plan.rows - sum(share.chunk.count for share in flight.shares)
+        self.padding_tokens += padding
+        self.prefill_tokens = flight.plan.rows - padding - len(decodes)
         self.decode_sequences = len(decodes)
         self.context_tokens = sum(share.chunk.start + 1 for share in decodes)
-        if self.prefill_tokens == 0:
+        if self.prefill_tokens == 0 and decodes:
             self.decode_step_seconds = _smoothed(self.decode_step_seconds, self.step_seconds)
             interval = _smoothed(self.decode_interval_seconds, self.interval_seconds)
             self.decode_interval_seconds = interval
-        else:
+        elif self.prefill_tokens:
             # What the decodes of a mixed step would have taken alone is not the prompt's.
             theirs = self.decode_interval_seconds if decodes else 0.0
             per_token = max(self.interval_seconds - theirs, 0.0) / self.prefill_tokens
@@ -116,6 +120,7 @@ class StepMeter:
             kv_tokens_cached=kv.cached_tokens,
             kv_tokens_committed=kv.committed_tokens,
             prefix_hit_tokens=kv.hit_tokens,
+            padding_tokens=self.padding_tokens,
             stages=[
                 StageSeconds(compute_seconds=seconds, hop_seconds=self.hop_seconds)
                 for seconds in self.compute_seconds

@@ -16,6 +16,7 @@ from uellm.v1.common_pb2 import Sampling
 from uellm.v1.engine_pb2 import AddSequence, PrepareShard
 from uellm.v1.topology_pb2 import DeviceShard, ShardAssignment
 from uellm_worker.engine.capacity import Capacity, Vocabulary
+from uellm_worker.engine.flights import Share
 from uellm_worker.engine.loop import EngineLoop
 from uellm_worker.engine.member import ShardMember
 from uellm_worker.engine.plan import StepPlan, StepResult
@@ -161,7 +162,12 @@ class Pipeline:
         names = ["", *self.adapters]
         return [names[index % len(names)] for index in range(count)]
 
-    def loop(self, policy: StepPolicy | None = None, record: Record | None = None) -> EngineLoop:
+    def loop(
+        self,
+        policy: StepPolicy | None = None,
+        record: Record | None = None,
+        execution: str = "continuous",
+    ) -> EngineLoop:
         """An engine loop over the stages, with nothing in it yet."""
         hub: list[Loopback] = []
         members = []
@@ -172,9 +178,14 @@ class Pipeline:
                 transport.follow = members[-1].follow
         runner = _Recorder(members[0], self.stages[-1], record)
         loop = EngineLoop(
-            runner, policy or FcfsStep(), self.capacity, self.vocabulary, adapters=self.adapters
+            runner,
+            policy or FcfsStep(),
+            self.capacity,
+            self.vocabulary,
+            adapters=self.adapters,
+            execution=execution,
         )
-        runner.requests = lambda: loop.suspects
+        runner.newest = lambda: loop.flights[-1].shares
         return loop
 
 
@@ -187,7 +198,7 @@ class _Recorder:
         self._record = record
         self._prompt_tokens: dict[int, int] = {}
         self._places: deque[list[tuple[str, int]]] = deque()
-        self.requests: Callable[[], Sequence[str]] = tuple
+        self.newest: Callable[[], Sequence[Share]] = tuple
 
     @property
     def depth(self) -> int:
@@ -199,11 +210,11 @@ class _Recorder:
         for admission in plan.admissions:
             self._prompt_tokens[admission.slot] = admission.prompt_tokens
         # The newest of the steps under way is this one.
-        requests = self.requests()[-len(plan.chunks) :]
+        chunks = [(share.sequence.request_id, share.chunk) for share in self.newest()]
         self._places.append(
             [
                 (request_id, chunk.start + chunk.count - self._prompt_tokens[chunk.slot])
-                for request_id, chunk in zip(requests, plan.chunks, strict=True)
+                for request_id, chunk in chunks
                 if chunk.sample
             ]
         )

@@ -54,6 +54,7 @@ class Verification:
     Attributes:
         split: layers of each stage.
         dtype: computed in.
+        execution: how the engine composed its steps.
         slots: sequences at once.
         preemptions: how often a sequence lost its slot.
         prompts: in order.
@@ -62,6 +63,7 @@ class Verification:
 
     split: tuple[int, ...]
     dtype: str
+    execution: str
     slots: int
     preemptions: int
     prompts: tuple[PromptReport, ...]
@@ -74,7 +76,11 @@ class Verification:
 
 
 def verify(
-    pipeline: Pipeline, reference: Reference, prompts: Sequence[Sequence[int]], max_tokens: int
+    pipeline: Pipeline,
+    reference: Reference,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    execution: str = "continuous",
 ) -> Verification:
     """Answer all prompts greedily at once, preempting each, and compare with the reference.
 
@@ -85,6 +91,7 @@ def verify(
         reference: what judges.
         prompts: token ids.
         max_tokens: most tokens of an answer, context permitting.
+        execution: how the engine composes its steps.
 
     Raises:
         ConfigurationError: if a prompt leaves no room for an answer.
@@ -98,7 +105,7 @@ def verify(
                 field="prompts",
             )
     record = Record(_RECORD_BYTES)
-    loop = pipeline.loop(PreemptOnce(), record)
+    loop = pipeline.loop(PreemptOnce(), record, execution)
     adapters = pipeline.spread(len(prompts))
     answers = generate(loop, prompts, lambda _: Sampling(max_tokens=max_tokens), adapters=adapters)
     spec = pipeline.stages[0].first.spec
@@ -133,6 +140,7 @@ def verify(
     return Verification(
         split=pipeline.split,
         dtype=str(spec.dtype).removeprefix("torch."),
+        execution=execution,
         slots=pipeline.capacity.slots,
         preemptions=record.admissions - len(prompts),
         prompts=tuple(reports),

@@ -1,0 +1,86 @@
+"""Continuous execution: in every step everybody decodes who can, and prompts take what is left.
+
+As many steps are under way as the replica has stages, each of another group of slots; a sequence is
+in the next step as soon as it has a token to compute (Yu et al., "Orca", OSDI 2022; prompts in
+chunks: Agrawal et al., "Sarathi-Serve", arXiv 2403.02310).
+"""
+
+from collections.abc import Callable
+
+from uellm_worker.engine.capacity import Capacity
+from uellm_worker.engine.flights import Padding, Share
+from uellm_worker.engine.kv import KvManager
+from uellm_worker.engine.roster import Roster
+from uellm_worker.engine.sequences import Sequence
+
+
+class Continuous:
+    """See ``uellm_worker.engine.execution.Execution``.
+
+    Args:
+        capacity: of the replica.
+        depth: steps under way at once.
+    """
+
+    def __init__(self, capacity: Capacity, depth: int) -> None:
+        self.depth = depth
+        self.admits = True
+        self._capacity = capacity
+        self._steps = 0
+        self._last_step = [-1] * min(depth, capacity.slots)
+
+    def account(self) -> KvManager:
+        """See ``Execution``."""
+        capacity = self._capacity
+        return KvManager(
+            capacity.slots,
+            capacity.max_tokens,
+            capacity.kv_tokens,
+            capacity.block_tokens,
+            spare_slots=capacity.spare_slots,
+            groups=len(self._last_step),
+            sharing=capacity.sharing,
+        )
+
+    def next_step(
+        self, roster: Roster, chunk_tokens: int, rows: int, burden: Callable[[int], int]
+    ) -> tuple[list[Share], list[Padding]]:
+        """See ``Execution``. It is the turn of the group with the least burden.
+
+        Of these, the one that waits longest.
+        """
+        groups = {roster.kv.group(s.slot) for s in roster.running if s.ready}
+        for group in sorted(groups, key=lambda g: (burden(g), self._last_step[g])):
+            if shares := _shares_of(group, roster, chunk_tokens, rows):
+                self._last_step[group] = self._steps
+                self._steps += 1
+                return shares, []
+        return [], []
+
+    def start_again(self) -> None:
+        """See ``Execution``."""
+
+
+def _shares_of(group: int, roster: Roster, chunk_tokens: int, rows: int) -> list[Share]:
+    """What a step of a group computes: decodes in slot order, then prefill by admission."""
+
+    def ready(*, decoding: bool) -> list[Sequence]:
+        return [
+            s
+            for s in roster.running
+            if s.ready and s.decoding == decoding and roster.kv.group(s.slot) == group
+        ]
+
+    for sequence in sorted(ready(decoding=True), key=lambda s: s.slot):
+        roster.make_room(sequence)
+    decodes = sorted(ready(decoding=True), key=lambda s: s.slot)
+    shares = [Share.next_of(sequence, 1) for sequence in decodes]
+    budget = min(chunk_tokens, rows - len(shares))
+    for sequence in ready(decoding=False):
+        if budget <= 0:
+            break
+        share = Share.next_of(sequence, budget)
+        if roster.kv.grow(share.chunk.slot, share.token_ids):
+            shares.append(share)
+            budget -= share.chunk.count
+    return shares

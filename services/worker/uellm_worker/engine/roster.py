@@ -1,0 +1,133 @@
+"""Who runs and who waits in an engine, and the KV room of those that run."""
+
+from bisect import insort
+from collections.abc import Callable
+
+from uellm_worker.engine.kv import KvManager
+from uellm_worker.engine.sequences import Sequence
+
+
+class Roster:
+    """The sequences of an engine.
+
+    Args:
+        kv: the account of the replica's KV cache.
+
+    Attributes:
+        kv: see there.
+        running: those with a slot, in order of admission.
+        waiting: those without one, oldest first.
+        admitted: those that got a slot since the last step.
+    """
+
+    def __init__(self, kv: KvManager) -> None:
+        self.kv = kv
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.admitted: list[Sequence] = []
+        self._by_id: dict[str, Sequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def find(self, request_id: str) -> Sequence | None:
+        """The sequence of a request."""
+        return self._by_id.get(request_id)
+
+    @property
+    def active(self) -> bool:
+        """Somebody waits, or has a token to compute."""
+        return bool(self.waiting) or any(sequence.ready for sequence in self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Take in a sequence, which waits."""
+        self._by_id[sequence.request_id] = sequence
+        self._wait(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it is."""
+        del self._by_id[sequence.request_id]
+        if sequence.slot >= 0:
+            self._stand_up(sequence)
+            sequence.slot = -1
+        else:
+            self.waiting.remove(sequence)
+
+    def admit(
+        self, sequence: Sequence, reserve_tokens: int, most: int, burden: Callable[[int], int]
+    ) -> None:
+        """Give a sequence a slot, if there is one and its reservation fits.
+
+        It joins the group with the fewest sequences; of these, the one with the least burden.
+
+        Args:
+            sequence: one that waits.
+            reserve_tokens: KV room that is kept for it.
+            most: of a group.
+            burden: of a group.
+        """
+        counts = [0] * len(self.kv.groups)
+        for other in self.running:
+            counts[self.kv.group(other.slot)] += 1
+        room = [min(len(slots), most) for slots in self.kv.groups]
+        groups = [group for group, count in enumerate(counts) if count < room[group]]
+        if not groups:
+            return
+        seat = self.kv.seat(
+            sequence.tokens,
+            reserve_tokens=reserve_tokens,
+            group=min(groups, key=lambda g: (counts[g], burden(g), g)),
+            scope=sequence.adapter,
+        )
+        if seat is not None:
+            self.waiting.remove(sequence)
+            sequence.seat(seat.slot, seat.cached_tokens)
+            self.running.append(sequence)
+            self.admitted.append(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a slot; what was computed in it will be computed again."""
+        self._stand_up(sequence)
+        sequence.unseat()
+        self._wait(sequence)
+
+    def make_room(self, sequence: Sequence) -> bool:
+        """Make room for the next token of a sequence that decodes; False if it lost its slot.
+
+        Whoever got a slot last loses it. One sequence alone always fits: its limit is within the
+        KV room.
+        """
+        while sequence.slot >= 0:
+            newest = sequence.computed_tokens
+            if self.kv.grow(sequence.slot, sequence.tokens[newest : newest + 1]):
+                return True
+            self.preempt(self.running[-1])
+        return False
+
+    def taint(self, slot: int) -> None:
+        """What a sequence left in its slot is not finite, and would spoil whoever has it now."""
+        heir = next((sequence for sequence in self.running if sequence.slot == slot), None)
+        if heir is None:
+            self.kv.discard(slot)
+        else:
+            heir.proven = False
+            self.preempt(heir)
+
+    def start_again(self) -> None:
+        """Nothing of what was computed is left: all wait for a slot, and all slots are wiped."""
+        self.admitted.clear()
+        while self.running:
+            sequence = self.running.pop()
+            sequence.unseat()
+            self._wait(sequence)
+        self.kv.reset()
+
+    def _wait(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=lambda s: s.arrived_at)
+
+    def _stand_up(self, sequence: Sequence) -> None:
+        """Take a slot. Content that no token was chosen from may not be finite."""
+        self.running.remove(sequence)
+        if sequence in self.admitted:
+            self.admitted.remove(sequence)
+        self.kv.leave(sequence.slot, keep=sequence.proven)
