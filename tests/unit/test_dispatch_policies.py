@@ -3,18 +3,22 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.policies import engine, sequence
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import LEVELS, Priority, QuantileFunction, ResourceProfile, Slo
 from uellm.policy import registry
-from uellm.policy.edf import PATIENCE_SECONDS, EdfDispatch
+from uellm.policy.due import PATIENCE_SECONDS
+from uellm.policy.edf import EdfDispatch
 from uellm.policy.estimate import peak_tokens
 from uellm.policy.fcfs import FcfsDispatch, FcfsStep
+from uellm.policy.latency import StepCost
 from uellm.policy.views import (
     DispatchDecision,
     DispatchPolicy,
@@ -88,10 +92,15 @@ REPLICAS = st.lists(
     ),
     max_size=3,
 ).map(lambda views: [replace(view, replica=f"r{i}") for i, view in enumerate(views)])
-POLICIES = st.sampled_from([EdfDispatch(), FcfsDispatch()])
+POLICIES = st.sampled_from(
+    [registry.dispatch_policy(name) for name in ("edf", "fcfs", "priority", "sjf")]
+)
+"""Orders, by which nobody overtakes and replicas are filled up to the sum of peaks."""
+STATIC = ["fifo", "morphling", "odbs", "s3", "slo-dbs", "slo-odbs", "slo-odbs-coded"]
+ALL = st.sampled_from([registry.dispatch_policy(name) for name in registry.dispatch_policies()])
 
 
-@given(POLICIES, QUEUES, REPLICAS, st.booleans())
+@given(ALL, QUEUES, REPLICAS, st.booleans())
 def test_no_request_is_lost_or_decided_twice(
     policy: DispatchPolicy, waiting: list[QueuedView], replicas: list[ReplicaView], new: bool
 ) -> None:
@@ -152,6 +161,23 @@ def test_nobody_overtakes_but_suspects_wait(
     for batch in decision.dispatches:
         places = [whole.order.index(request_id) for request_id in batch.request_ids]
         assert places == sorted(places)
+
+
+@given(ALL, QUEUES, REPLICAS, st.randoms())
+def test_what_came_before_and_in_which_order_it_is_listed_does_not_count(
+    policy: DispatchPolicy, waiting: list[QueuedView], replicas: list[ReplicaView], random: Any
+) -> None:
+    waiting = [
+        replace(r, slo=replace(r.slo, accepted_at=r.slo.accepted_at - i / 64))
+        for i, r in enumerate(waiting)
+    ]
+    decision = policy.dispatch(QueueView(waiting), replicas, NOW)
+    shuffled = list(waiting)
+    random.shuffle(shuffled)
+    # The policy has seen other queues meanwhile; a new one has not.
+    fresh = registry.dispatch_policy(policy.name).dispatch(QueueView(shuffled), replicas, NOW)
+    assert replace(fresh, refusals=()) == replace(decision, refusals=())
+    assert {r.request_id for r in fresh.refusals} == {r.request_id for r in decision.refusals}
 
 
 @st.composite
@@ -298,35 +324,184 @@ def test_an_answer_that_would_not_fit_waits_for_room() -> None:
     assert sent(EdfDispatch().dispatch(QueueView([large, small]), [empty], NOW)) == ["large"]
 
 
+# ---- whole batches -----------------------------------------------------------------------------
+
+
+@given(st.sampled_from(STATIC), QUEUES, REPLICAS)
+def test_static_batches_go_to_idle_replicas_only(
+    name: str, waiting: list[QueuedView], replicas: list[ReplicaView]
+) -> None:
+    decision = registry.dispatch_policy(name).dispatch(QueueView(waiting), replicas, NOW)
+    by_id = {request.request_id: request for request in waiting}
+    views = {view.replica: view for view in replicas}
+    for batch in decision.dispatches:
+        view = views[batch.replica]
+        assert not view.in_flight
+        assert len(batch.request_ids) <= max(view.slots, 1)
+        suspects = [i for i in batch.request_ids if by_id[i].strikes]
+        assert not suspects or len(batch.request_ids) == 1
+    idle = [view for view in replicas if not view.in_flight]
+    if waiting and idle and not any(request.strikes for request in waiting):
+        refused = {refusal.request_id for refusal in decision.refusals}
+        assert decision.dispatches or refused == by_id.keys()
+
+
+def test_a_static_batch_is_the_batchers_first() -> None:
+    waiting = [queued(f"q{i}", 10 + i, tokens=20.0 * (i % 2 + 1)) for i in range(8)]
+    policy = registry.dispatch_policy("odbs", options={"most_requests": 4})
+    (batch,) = policy.dispatch(QueueView(waiting), [replica(slots=8)], NOW).dispatches
+    assert set(batch.request_ids) == {"q0", "q2", "q4", "q6"}
+    two = policy.dispatch(QueueView(waiting), [replica("a", 8), replica("b", 8)], NOW).dispatches
+    assert [set(b.request_ids) for b in two] == [
+        {"q0", "q2", "q4", "q6"},
+        {"q1", "q3", "q5", "q7"},
+    ]
+
+
+# ---- continuous SLO-ODBS -----------------------------------------------------------------------
+
+
+def cslo(**options: object) -> DispatchPolicy:
+    return registry.dispatch_policy("cslo-odbs", DispatchSettings(lookahead_requests=0), options)
+
+
+@given(QUEUES, REPLICAS)
+def test_continuous_slo_odbs_sends_little_beyond_the_free_slots(
+    waiting: list[QueuedView], replicas: list[ReplicaView]
+) -> None:
+    decision = cslo(urgent_beyond=2).dispatch(QueueView(waiting), replicas, NOW)
+    views = {view.replica: view for view in replicas}
+    by_id = {request.request_id: request for request in waiting}
+    for batch in decision.dispatches:
+        view = views[batch.replica]
+        beyond = len(view.in_flight) + len(batch.request_ids) - max(view.slots, 1)
+        assert beyond <= 2
+        suspects = [i for i in batch.request_ids if by_id[i].strikes]
+        assert not suspects or len(view.in_flight) + len(batch.request_ids) == 1
+
+
+def test_the_urgent_may_exceed_free_slots_and_the_lost_yield() -> None:
+    full = replica(slots=2, in_flight=2)
+    soon = queued("soon", 0.4, tokens=20)  # starts within .19 s, or is late
+    calm, lost = queued("calm", 30), queued("lost", 0.05)
+    decision = cslo().dispatch(QueueView([calm, lost, soon]), [full], NOW)
+    assert sent(decision) == ["soon"]
+    assert decision.order == ("calm", "lost")
+    assert sent(cslo(urgent_beyond=0).dispatch(QueueView([soon]), [full], NOW)) == []
+
+
+def test_slots_beyond_the_knee_are_left_alone() -> None:
+    # Streaming the weights takes as long as the arithmetic of three tokens.
+    view = replica(slots=8, cost=StepCost(0.0, 0.03, 0.01))
+    waiting = [queued(f"q{i}", 90) for i in range(8)]
+    assert len(sent(cslo().dispatch(QueueView(waiting), [view], NOW))) == 3
+    assert len(sent(cslo(knee_factor=2).dispatch(QueueView(waiting), [view], NOW))) == 6
+
+
+def test_a_cached_prefix_draws_a_request_to_its_replica() -> None:
+    views = [replica("a"), replica("b", cached={"q": 400})]
+    request = queued("q", 30, prompt=500)
+    (batch,) = cslo().dispatch(QueueView([request]), views, NOW).dispatches
+    assert batch.replica == "b"
+    # But not where it would wait for longer than its prefill takes.
+    busy = replica("b", slots=4, in_flight=3, cached={"q": 50}, decode_step_seconds=0.5)
+    (batch,) = cslo().dispatch(QueueView([request]), [views[0], busy], NOW).dispatches
+    assert batch.replica == "a"
+
+
+def test_tenants_take_turns_at_the_scheduler_too() -> None:
+    flood = [queued(f"a{i}", 18 + i / 100, tenant="a") for i in range(8)]
+    few = [queued(f"b{i}", 18.5 + i / 100, tenant="b") for i in range(2)]
+    (batch,) = cslo().dispatch(QueueView([*flood, *few]), [replica(slots=4)], NOW).dispatches
+    assert batch.request_ids == ("a0", "b0", "a1", "b1")
+
+
+def test_whoever_waited_too_long_has_a_claim_on_a_slot() -> None:
+    old = queued("old", -500, accepted=NOW - 900)
+    fresh = [queued(f"q{i}", 9) for i in range(4)]
+    view = replica(slots=2)
+    assert sent(cslo().dispatch(QueueView([old, *fresh]), [view], NOW))[0] == "old"
+    assert "old" not in sent(
+        cslo(max_wait_seconds=1000).dispatch(QueueView([old, *fresh]), [view], NOW)
+    )
+    elder = InFlightView("elder", NOW, 10, 20.0, 40.0, accepted_at=NOW - 900)
+    view = replace(view, slots=3, in_flight=(elder,))
+    assert "old" not in sent(cslo().dispatch(QueueView([old, *fresh]), [view], NOW))
+
+
+def test_as_many_as_possible_are_in_time_together() -> None:
+    # One slot; the first alone takes 2 s, the others .2 s each: without it both are in time.
+    waiting = [queued("long", 1.6, tokens=200), *(queued(f"q{i}", 1.7 + i / 5) for i in range(2))]
+    busy = replica(slots=1, in_flight=1)
+    decision = cslo(urgent_beyond=0).dispatch(QueueView(waiting), [busy], NOW)
+    assert decision.order == ("q0", "q1", "long")
+
+
 # ---- by name -----------------------------------------------------------------------------------
 
 
 def test_policies_are_found_by_name() -> None:
-    assert registry.dispatch_policies() == ["edf", "fcfs"]
+    continuous = ["cslo-odbs", "edf", "fcfs", "past-future", "priority", "sjf"]
+    assert registry.dispatch_policies() == sorted([*STATIC, *continuous])
+    assert registry.step_policies() == registry.dispatch_policies()
+    for name in registry.dispatch_policies():
+        assert registry.dispatch_policy(name).name == name
+        assert registry.dispatch_settings(name) or name in {"edf", "fcfs"}
     assert registry.dispatch_policy("edf").name == "edf"
     assert isinstance(registry.step_policy("fcfs"), FcfsStep)
 
 
 def test_an_unknown_policy_is_answered_with_those_there_are() -> None:
-    with pytest.raises(InvalidArgumentError, match="available: edf, fcfs"):
+    with pytest.raises(InvalidArgumentError, match="available: cslo-odbs, edf, fcfs"):
         registry.dispatch_policy("magic")
     with pytest.raises(InvalidArgumentError, match="available: cslo-odbs, edf, fcfs, fifo"):
         registry.step_policy("magic")
 
 
-def test_installed_packages_offer_policies(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Offered:
-        name = "lifo"
-
-        def load(self) -> Any:
-            def make(settings: DispatchSettings) -> EdfDispatch:
-                return EdfDispatch(settings)
-
-            return make
-
-    class Offers(list[Any]):
-        names = {"lifo"}  # noqa: RUF012 - as importlib.metadata has it
-
-    monkeypatch.setattr(registry, "entry_points", lambda group: Offers([Offered()]))
+def test_installed_packages_offer_policies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A package like those that users write, found as importlib.metadata finds any."""
+    (tmp_path / "lifo.py").write_text(PLUGIN)
+    about = tmp_path / "lifo-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: lifo\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[uellm.dispatch_policies]\nlifo = lifo:LifoDispatch\n"
+        "[uellm.step_policies]\nlifo = lifo:LifoStep\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     assert "lifo" in registry.dispatch_policies()
-    assert isinstance(registry.dispatch_policy("lifo"), EdfDispatch)
+    assert "lifo" in registry.step_policies()
+    waiting = [queued("old", accepted=NOW - 9), queued("new", accepted=NOW - 1)]
+    policy = registry.dispatch_policy("lifo", DispatchSettings(lookahead_requests=0))
+    decision = policy.dispatch(QueueView(waiting), [replica(slots=1)], NOW)
+    assert (sent(decision), decision.order) == (["new"], ("old",))
+    assert registry.dispatch_settings("lifo") == {}
+    for most, admitted in (({}, 2), ({"most": 1}, 1)):
+        step = registry.step_policy("lifo", most)
+        assert len(step.step(engine([], [sequence("a"), sequence("b")]), NOW).admit) == admitted
+
+
+PLUGIN = """
+from uellm.policy.dispatching import Dispatcher
+from uellm.policy.views import StepDecision
+
+
+class LifoDispatch(Dispatcher):
+    name = "lifo"
+
+    def keys(self, columns, fastest, now):
+        return (-columns.accepted,)
+
+
+class LifoStep:
+    name = "lifo"
+
+    def __init__(self, settings=None):
+        self.most = int((settings or {}).get("most", 99))
+
+    def step(self, engine, now):
+        newest = sorted(engine.waiting, key=lambda s: -s.arrived_at)[: self.most]
+        return StepDecision(
+            admit=tuple(s.request_id for s in newest), chunk_tokens=engine.max_chunk_tokens
+        )
+"""

@@ -8,7 +8,7 @@ would be SLO-ODBS again (``uellm.policy.static``).
 from dataclasses import dataclass
 
 from uellm.policy.continuous import batch_cap
-from uellm.policy.fairness import in_turns
+from uellm.policy.fairness import Turn, in_turns
 from uellm.policy.latency import DEFAULT_COST
 from uellm.policy.latest_start import Outlook, Pace, outlook, pace_of
 from uellm.policy.occupancy import victims
@@ -158,7 +158,20 @@ class CsloOdbsStep:
         able = sorted((o for o in waiting if not o.lost), key=key)
         lost = [o for o in waiting if o.lost]
         lost.sort(key=lambda o: (o.sequence.slo.accepted_at, o.sequence.arrived_at))
-        able = in_turns(able, [o.sequence for o in standing.running], pace.step, now)
+        turns = in_turns(
+            [
+                Turn(
+                    o.sequence.tenant,
+                    o.sequence.slo.priority,
+                    o.sequence.prompt_tokens + o.median,
+                    o.due - now,
+                )
+                for o in able
+            ],
+            ((s.tenant, s.slo.priority, s.prompt_tokens + s.output_tokens) for s in engine.running),
+            pace.step,
+        )
+        able = [able[place] for place in turns]
         late = self._late(able[: settings.scanned], engine, standing, cap, pace, now)
         in_time = [o for place, o in enumerate(able) if place not in late]
         order = [*in_time, *(able[place] for place in sorted(late)), *lost]

@@ -1,16 +1,31 @@
 """What all policies of level one share: refusing, placing on replicas, promising.
 
-A policy is its order. Given one, ``decide`` refuses what has to be refused, sends the first of the
+A policy is its order. Given one, a decision refuses what has to be refused, sends the first of the
 rest to replicas as late as the slots allow, and promises.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import numpy as np
 
 from uellm.core.request import Promise
+from uellm.policy.columns import Columns, ColumnsCache, Floats, Places
 from uellm.policy.estimate import Estimate, Speed, estimates, fastest_of
-from uellm.policy.placing import place
-from uellm.policy.refusing import expired_refusal, infeasible_refusal, lost, to_refuse
+from uellm.policy.placing import Room, place, plain_room
+from uellm.policy.refusing import (
+    expired_refusal,
+    infeasible_refusal,
+    lost,
+    lost_ones,
+    to_refuse,
+)
+from uellm.policy.settings import PolicySettings, setting
 from uellm.policy.views import (
+    Dispatch,
     DispatchDecision,
     DispatchSettings,
     QueuedView,
@@ -23,68 +38,159 @@ MATERIAL_SECONDS = 1.0
 """A promise is revised when its finish moved by more than both: this, and that share of the time
 that was left."""
 
-Order = Callable[[Iterable[QueuedView], Speed | None, float], list[QueuedView]]
+Placed = tuple[tuple[Dispatch, ...], list[int]]
 
 
-def decide(
-    policy: str,
-    order: Order,
-    settings: DispatchSettings,
-    queue: QueueView,
-    replicas: Sequence[ReplicaView],
-    now: float,
-) -> DispatchDecision:
-    """A decision by an order."""
-    fastest = fastest_of(replicas)
-    expired, hopeless = to_refuse(queue, fastest, now)
-    refused = expired.keys() | hopeless.keys()
-    ordered = order((r for r in queue.waiting if r.request_id not in refused), fastest, now)
-    dispatches, waiting = place(ordered, replicas, settings)
-    promises = _promises(policy, ordered, queue, replicas, now)
-    refusals = [expired_refusal(request, now) for request in expired.values()]
-    if hopeless and fastest is not None:
-        with_them = order([*ordered, *hopeless.values()], fastest, now)
-        found = zip(with_them, estimates(with_them, replicas, now), strict=False)
-        for request, estimate in found:
-            if request.request_id in hopeless:
-                refusals.append(infeasible_refusal(policy, request, estimate, fastest, now))
-    return DispatchDecision(
-        dispatches=dispatches,
-        promises=promises,
-        refusals=tuple(refusals),
-        order=tuple(request.request_id for request in waiting),
-        reconsider_at=min(
-            (r.slo.deadline_at for r in waiting if r.refusable and r.slo.deadline_at is not None),
-            default=None,
-        ),
+@dataclass(frozen=True)
+class WaitSettings(PolicySettings):
+    """Settings of orders that would let some wait for ever."""
+
+    max_wait_seconds: float = setting(
+        600.0, "Who has waited longer than this is first, by arrival.", above=0
     )
 
 
-def _promises(
-    policy: str,
-    order: Sequence[QueuedView],
-    queue: QueueView,
-    replicas: Sequence[ReplicaView],
-    now: float,
-) -> dict[str, Promise]:
-    wanted = len(queue.unpromised) + len(queue.promised)
-    promises: dict[str, Promise] = {}
-    if not wanted:
-        return promises
-    fastest = fastest_of(replicas)
-    near = order if queue.horizon is None else order[: queue.horizon]
-    for request, estimate in zip(near, estimates(near, replicas, now), strict=False):
-        request_id = request.request_id
-        before = queue.promised.get(request_id)
-        if before is None and request_id not in queue.unpromised:
-            continue
-        if before is None or _material(before, estimate.finish_at(request)[0], now):
-            reason = _reason(request, estimate, fastest, now)
-            promises[request_id] = estimate.promise(request, now, policy, reason)
-        wanted -= 1
+class Dispatcher(ABC):
+    """A policy of level one; what differs among them is mostly ``keys``.
+
+    Args:
+        settings: what all policies are made with.
+        options: its own settings.
+    """
+
+    name: str
+    settings_type: type[PolicySettings] = PolicySettings
+
+    def __init__(
+        self, settings: DispatchSettings | None = None, options: PolicySettings | None = None
+    ) -> None:
+        self._settings = settings or DispatchSettings()
+        self._options: Any = options or self.settings_type()
+        self._columns = ColumnsCache()
+
+    @abstractmethod
+    def keys(self, columns: Columns, fastest: Speed | None, now: float) -> tuple[Floats, ...]:
+        """What is ordered by: the first key, at equal values the next, at last by arrival.
+
+        Args:
+            columns: the waiting requests.
+            fastest: the best replica's pace.
+            now: in seconds.
+        """
+
+    def seen(self, replicas: Sequence[ReplicaView]) -> Sequence[ReplicaView]:
+        """The replicas as the policy wants to use them."""
+        return replicas
+
+    def arranged(
+        self, order: Places, columns: Columns, replicas: Sequence[ReplicaView], now: float
+    ) -> Places:
+        """The order once more; policies that look at more than keys rearrange its beginning."""
+        del columns, replicas, now
+        return order
+
+    def placed(
+        self, order: Iterable[QueuedView], replicas: Sequence[ReplicaView], now: float
+    ) -> Placed:
+        """What to send, and its places in the order."""
+        return place(order, [self.room(view, now) for view in replicas])
+
+    def room(self, view: ReplicaView, now: float) -> Room:
+        """What a replica can still take."""
+        del now
+        return plain_room(view, self._settings)
+
+    def dispatch(
+        self, queue: QueueView, replicas: Sequence[ReplicaView], now: float
+    ) -> DispatchDecision:
+        """See ``uellm.policy.views.DispatchPolicy``."""
+        replicas = self.seen(replicas)
+        fastest = fastest_of(replicas)
+        columns = self._columns.of(queue.waiting)
+        expired, hopeless = to_refuse(columns, queue.unpromised, fastest, now)
+        everyone = _sorted(self.keys(columns, fastest, now))
+        order = everyone
+        if len(expired) or len(hopeless):
+            order = _without(everyone, [*expired, *hopeless])
+        order = self.arranged(order, columns, replicas, now)
+        views = columns.views
+        dispatches, gone = self.placed((views[i] for i in order), replicas, now)
+        promises = self._promises(order, columns, queue, replicas, now)
+        refusals = [expired_refusal(views[i], now) for i in expired]
+        if hopeless and fastest is not None:
+            with_them = [views[i] for i in _without(everyone, expired)]
+            ids = {views[i].request_id for i in hopeless}
+            for request, estimate in zip(
+                with_them, estimates(with_them, replicas, now), strict=False
+            ):
+                if request.request_id in ids:
+                    refusals.append(infeasible_refusal(self.name, request, estimate, fastest, now))
+        rest = np.delete(order, gone) if gone else order
+        expiring = columns.deadline[rest][columns.refusable[rest]].min(initial=inf)
+        return DispatchDecision(
+            dispatches=dispatches,
+            promises=promises,
+            refusals=tuple(refusals),
+            order=tuple(columns.ids[rest].tolist()),
+            reconsider_at=None if expiring == inf else float(expiring),
+        )
+
+    def _promises(
+        self,
+        order: Places,
+        columns: Columns,
+        queue: QueueView,
+        replicas: Sequence[ReplicaView],
+        now: float,
+    ) -> dict[str, Promise]:
+        wanted = len(queue.unpromised) + len(queue.promised)
+        promises: dict[str, Promise] = {}
         if not wanted:
-            break
-    return promises
+            return promises
+        fastest = fastest_of(replicas)
+        near = [columns.views[i] for i in order[: queue.horizon]]
+        for request, estimate in zip(near, estimates(near, replicas, now), strict=False):
+            request_id = request.request_id
+            before = queue.promised.get(request_id)
+            if before is None and request_id not in queue.unpromised:
+                continue
+            if before is None or _material(before, estimate.finish_at(request)[0], now):
+                reason = _reason(request, estimate, fastest, now)
+                promises[request_id] = estimate.promise(request, now, self.name, reason)
+            wanted -= 1
+            if not wanted:
+                break
+        return promises
+
+
+def overdue_first(
+    keys: tuple[Floats, ...], columns: Columns, now: float, wait: float
+) -> tuple[Floats, ...]:
+    """Keys by which those come first, by arrival, that have waited too long."""
+    overdue = now - columns.accepted > wait
+    if not overdue.any():
+        return keys
+    return (np.where(overdue, columns.accepted, inf), *keys)
+
+
+def by_due(columns: Columns, fastest: Speed | None, now: float) -> Floats:
+    """When requests are due; those whose deadline is lost after the patience of their priority."""
+    return np.where(lost_ones(columns, fastest, now), columns.patience, columns.due(now))
+
+
+def _sorted(keys: tuple[Floats, ...]) -> Places:
+    """Places by keys; the later ones are looked at only where there are ties."""
+    order = np.argsort(keys[0])
+    ordered = keys[0][order]
+    if (ordered[1:] == ordered[:-1]).any():
+        return np.lexsort(keys[::-1])
+    return order
+
+
+def _without(order: Places, gone: Sequence[int]) -> Places:
+    stays = np.ones(len(order), dtype=bool)
+    stays[gone] = False
+    return order[stays[order]]
 
 
 def _material(before: float, after: float, now: float) -> bool:

@@ -197,15 +197,19 @@ def _slots(
     return free, variance
 
 
+def progress(request: InFlightView, speed: Speed, now: float) -> tuple[float, float]:
+    """Tokens that a dispatched request has and those that it still takes, from its time."""
+    prefill = request.prompt_tokens * speed.prefill_per_token
+    generated = max(now - request.dispatched_at - prefill, 0.0) / speed.step
+    if generated < request.output_p50:
+        return generated, max(request.output_p50 - generated, 1.0)
+    if generated < request.output_p90:
+        return generated, max((request.output_p90 - generated) / 2, 1.0)
+    return generated, max(request.output_p90 / 8, 1.0)
+
+
 def _remaining_seconds(request: InFlightView, speed: Speed, now: float) -> float:
     """What a dispatched request still takes, from how long it has been running."""
     prefill = request.prompt_tokens * speed.prefill_per_token
     elapsed = max(now - request.dispatched_at, 0.0)
-    generated = max(elapsed - prefill, 0.0) / speed.step
-    if generated < request.output_p50:
-        left = request.output_p50 - generated
-    elif generated < request.output_p90:
-        left = (request.output_p90 - generated) / 2
-    else:
-        left = request.output_p90 / 8
-    return max(prefill - elapsed, 0.0) + max(left, 1.0) * speed.step
+    return max(prefill - elapsed, 0.0) + progress(request, speed, now)[1] * speed.step

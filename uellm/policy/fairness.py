@@ -2,34 +2,53 @@
 
 from collections.abc import Iterable, Sequence
 from math import frexp
+from typing import NamedTuple
 
-from uellm.policy.latest_start import Outlook
-from uellm.policy.views import SequenceView
+
+class Turn(NamedTuple):
+    """What counts of a request.
+
+    Attributes:
+        tenant: whose it is.
+        priority: its class.
+        tokens: that it takes, prompt and answer.
+        seconds: until it is due.
+    """
+
+    tenant: str
+    priority: int
+    tokens: float
+    seconds: float
 
 
 def in_turns(
-    order: Sequence[Outlook], running: Iterable[SequenceView], step: float, now: float
-) -> list[Outlook]:
+    order: Sequence[Turn], given: Iterable[tuple[str, int, float]], step: float
+) -> Sequence[int]:
     """The order, with tenants taking turns among requests of one class.
 
     A class is a priority, and a time left until the request is due: from one power of two of
     steps to the next. Within it, a request comes after those of other tenants before which less
     was given to its own, counted in tokens, those of what runs included (start-time fair queueing:
     Goyal, Vin and Cheng, 1996). With one tenant nothing changes.
+
+    Args:
+        order: of the requests.
+        given: tenant, priority and tokens of what runs.
+        step: seconds of a step.
+
+    Returns:
+        Places in ``order``.
     """
-    if len({each.sequence.tenant for each in order}) < 2:
-        return list(order)
-    given: dict[tuple[str, int], float] = {}
-    for sequence in running:
-        key = (sequence.tenant, sequence.slo.priority)
-        given[key] = given.get(key, 0.0) + sequence.prompt_tokens + sequence.output_tokens
+    if len({turn.tenant for turn in order}) < 2:
+        return range(len(order))
+    sums: dict[tuple[str, int], float] = {}
+    for tenant, priority, tokens in given:
+        sums[tenant, priority] = sums.get((tenant, priority), 0.0) + tokens
     keyed = []
-    for place, each in enumerate(order):
-        sequence = each.sequence
-        key = (sequence.tenant, sequence.slo.priority)
-        tag = given.get(key, 0.0)
-        given[key] = tag + sequence.prompt_tokens + each.median
-        urgency = frexp(max((each.due - now) / step, 1.0))[1]
-        keyed.append((urgency, tag, place))
+    for place, turn in enumerate(order):
+        key = (turn.tenant, turn.priority)
+        tag = sums.get(key, 0.0)
+        sums[key] = tag + turn.tokens
+        keyed.append((frexp(max(turn.seconds / step, 1.0))[1], tag, place))
     keyed.sort()
-    return [order[place] for _, _, place in keyed]
+    return [place for _, _, place in keyed]

@@ -1,41 +1,21 @@
 """First come, first served: the order every other policy is measured against."""
 
-from collections.abc import Iterable, Sequence
-
+from uellm.policy.columns import Columns, Floats
 from uellm.policy.continuous import Key, OrderedStep
-from uellm.policy.dispatching import decide
+from uellm.policy.dispatching import Dispatcher
 from uellm.policy.estimate import Speed
-from uellm.policy.views import (
-    DispatchDecision,
-    DispatchSettings,
-    QueuedView,
-    QueueView,
-    ReplicaView,
-    SequenceView,
-)
+from uellm.policy.views import SequenceView
 
 
-class FcfsDispatch:
+class FcfsDispatch(Dispatcher):
     """Order by arrival; a request that was given back keeps the place of its first arrival."""
 
     name = "fcfs"
 
-    def __init__(self, settings: DispatchSettings | None = None) -> None:
-        self._settings = settings or DispatchSettings()
-
-    def dispatch(
-        self, queue: QueueView, replicas: Sequence[ReplicaView], now: float
-    ) -> DispatchDecision:
-        """See ``uellm.policy.views.DispatchPolicy``."""
-        return decide(self.name, arrival_order, self._settings, queue, replicas, now)
-
-
-def arrival_order(
-    requests: Iterable[QueuedView], fastest: Speed | None, now: float
-) -> list[QueuedView]:
-    """Requests by when they were accepted; at equal times as they were queued."""
-    del fastest, now
-    return sorted(requests, key=lambda request: request.slo.accepted_at)
+    def keys(self, columns: Columns, fastest: Speed | None, now: float) -> tuple[Floats, ...]:
+        """By when they were accepted."""
+        del fastest, now
+        return (columns.accepted,)
 
 
 class FcfsStep(OrderedStep):

@@ -2,12 +2,17 @@
 
 from dataclasses import dataclass
 
+from uellm.policy.columns import Columns, Floats
 from uellm.policy.continuous import batch_cap
+from uellm.policy.dispatching import Dispatcher
+from uellm.policy.estimate import Speed
 from uellm.policy.occupancy import held_tokens, victims
 from uellm.policy.peak import PeakRoom
+from uellm.policy.peaked import peaked_room
+from uellm.policy.placing import Room
 from uellm.policy.remaining import remaining_tokens
 from uellm.policy.settings import PolicySettings, setting
-from uellm.policy.views import EngineView, SequenceView, StepDecision
+from uellm.policy.views import EngineView, ReplicaView, SequenceView, StepDecision
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,28 @@ class PastFutureSettings(PolicySettings):
     knee_factor: float = setting(
         0.0, "Most sequences at once, in knees; 0: as many as there are slots.", least=0
     )
+
+
+class PastFutureDispatch(Dispatcher):
+    """Order by arrival; a replica takes what fits its predicted peak."""
+
+    name = "past-future"
+    settings_type = PastFutureSettings
+
+    def keys(self, columns: Columns, fastest: Speed | None, now: float) -> tuple[Floats, ...]:
+        """By arrival."""
+        del fastest, now
+        return (columns.accepted,)
+
+    def room(self, view: ReplicaView, now: float) -> Room:
+        """By the predicted peak."""
+        return peaked_room(
+            view,
+            self._settings,
+            now,
+            kv_share=self._options.kv_share,
+            caution=self._options.caution,
+        )
 
 
 class PastFutureStep:

@@ -6,8 +6,12 @@ chance; some that are let in will miss.
 
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
+
+from uellm.policy.columns import Columns
 from uellm.policy.estimate import Estimate, Speed, shortest_seconds
-from uellm.policy.views import QueuedView, QueueView, Refusal
+from uellm.policy.views import QueuedView, Refusal
 
 
 def lost(request: QueuedView, fastest: Speed | None, now: float) -> bool:
@@ -20,23 +24,25 @@ def lost(request: QueuedView, fastest: Speed | None, now: float) -> bool:
     return now + shortest_seconds(request, fastest) > deadline
 
 
+def lost_ones(columns: Columns, fastest: Speed | None, now: float) -> npt.NDArray[np.bool_]:
+    """The same of all requests of a queue."""
+    if fastest is None:
+        return columns.deadline <= now
+    shortest = columns.prefill * fastest.prefill_per_token + columns.low * fastest.step
+    return now + shortest > columns.deadline
+
+
 def to_refuse(
-    queue: QueueView, fastest: Speed | None, now: float
-) -> tuple[dict[str, QueuedView], dict[str, QueuedView]]:
-    """The expired, and those that have no chance at first sight, by id."""
-    expired, hopeless = {}, {}
-    for request in queue.waiting:
-        if not request.refusable or request.slo.deadline_at is None:
-            continue
-        if request.slo.deadline_at <= now:
-            expired[request.request_id] = request
-        elif (
-            fastest is not None
-            and request.request_id in queue.unpromised
-            and lost(request, fastest, now)
-        ):
-            hopeless[request.request_id] = request
-    return expired, hopeless
+    columns: Columns, unpromised: frozenset[str], fastest: Speed | None, now: float
+) -> tuple[list[int], list[int]]:
+    """Places of the expired, and of those that have no chance at first sight."""
+    refusable = columns.refusable
+    over = refusable & (columns.deadline <= now)
+    expired: list[int] = np.flatnonzero(over).tolist()
+    if fastest is None or not unpromised:
+        return expired, []
+    hopeless = np.flatnonzero(refusable & ~over & lost_ones(columns, fastest, now))
+    return expired, [i for i in hopeless.tolist() if columns.ids[i] in unpromised]
 
 
 def expired_refusal(request: QueuedView, now: float) -> Refusal:

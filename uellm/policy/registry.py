@@ -12,13 +12,14 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from uellm.core.errors import InvalidArgumentError
+from uellm.policy.cslo_dispatch import CsloOdbsDispatch
 from uellm.policy.cslo_odbs import CsloOdbsStep
 from uellm.policy.edf import EdfDispatch, EdfStep
 from uellm.policy.fcfs import FcfsDispatch, FcfsStep
-from uellm.policy.past_future import PastFutureStep
-from uellm.policy.priority import PriorityStep
+from uellm.policy.past_future import PastFutureDispatch, PastFutureStep
+from uellm.policy.priority import PriorityDispatch, PriorityStep
 from uellm.policy.settings import PolicySettings
-from uellm.policy.sjf import SjfStep
+from uellm.policy.sjf import SjfDispatch, SjfStep
 from uellm.policy.static import (
     S3,
     Batching,
@@ -30,15 +31,20 @@ from uellm.policy.static import (
     SloOdbs,
     StaticStep,
 )
+from uellm.policy.static_dispatch import StaticDispatch
 from uellm.policy.views import DispatchPolicy, DispatchSettings, StepPolicy
 
 DISPATCH_GROUP = "uellm.dispatch_policies"
 STEP_GROUP = "uellm.step_policies"
 
-_DISPATCH: Mapping[str, Callable[[DispatchSettings], DispatchPolicy]] = {
-    "edf": EdfDispatch,
-    "fcfs": FcfsDispatch,
-}
+_DISPATCHERS: tuple[Any, ...] = (
+    CsloOdbsDispatch,
+    EdfDispatch,
+    FcfsDispatch,
+    PastFutureDispatch,
+    PriorityDispatch,
+    SjfDispatch,
+)
 _CONTINUOUS: tuple[Any, ...] = (
     CsloOdbsStep,
     EdfStep,
@@ -51,20 +57,41 @@ _BATCHERS: tuple[Any, ...] = (CodedSloOdbs, Fifo, Morphling, Odbs, S3, SloDbs, S
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _Dispatch:
+    """A built-in policy of level one, and what it is made with."""
+
+    settings: type[PolicySettings]
+    make: Callable[[DispatchSettings, Any], DispatchPolicy]
+
+
+@dataclass(frozen=True)
+class _Step:
     """A built-in policy of level two, and what it is made with."""
 
     settings: type[PolicySettings]
     make: Callable[[Any], StepPolicy]
 
 
-def _batched(batching: Callable[[Any], Batching]) -> Callable[[Any], StepPolicy]:
-    return lambda settings: StaticStep(batching(settings))
+def _static_dispatch(batching: Callable[[Any], Batching]) -> _Dispatch:
+    kind: Any = batching
+    return _Dispatch(
+        kind.settings_type,
+        lambda settings, options: StaticDispatch(batching(options), settings),
+    )
 
 
-_STEP: Mapping[str, _Kind] = {
-    **{made.name: _Kind(made.settings_type, made) for made in _CONTINUOUS},
-    **{made.name: _Kind(made.settings_type, _batched(made)) for made in _BATCHERS},
+def _static_step(batching: Callable[[Any], Batching]) -> _Step:
+    kind: Any = batching
+    return _Step(kind.settings_type, lambda settings: StaticStep(batching(settings)))
+
+
+_DISPATCH: Mapping[str, _Dispatch] = {
+    **{made.name: _Dispatch(made.settings_type, made) for made in _DISPATCHERS},
+    **{made.name: _static_dispatch(made) for made in _BATCHERS},
+}
+_STEP: Mapping[str, _Step] = {
+    **{made.name: _Step(made.settings_type, made) for made in _CONTINUOUS},
+    **{made.name: _static_step(made) for made in _BATCHERS},
 }
 
 
@@ -78,15 +105,34 @@ def step_policies() -> list[str]:
     return sorted({*_STEP, *entry_points(group=STEP_GROUP).names})
 
 
-def dispatch_policy(name: str, settings: DispatchSettings | None = None) -> DispatchPolicy:
+def dispatch_policy(
+    name: str,
+    settings: DispatchSettings | None = None,
+    options: Mapping[str, object] | None = None,
+) -> DispatchPolicy:
     """A policy of level one.
 
+    Args:
+        name: its name.
+        settings: what all policies are made with.
+        options: its own settings, by name; see ``dispatch_settings``.
+
     Raises:
-        InvalidArgumentError: if there is none of that name.
+        InvalidArgumentError: if there is none of that name, or a setting is not what it should be.
     """
-    make = _DISPATCH.get(name) or _offered(DISPATCH_GROUP, name, dispatch_policies())
-    policy: DispatchPolicy = make(settings or DispatchSettings())
-    return policy
+    known = _DISPATCH.get(name)
+    settings = settings or DispatchSettings()
+    if known is None:
+        make = _offered(DISPATCH_GROUP, name, dispatch_policies())
+        policy: DispatchPolicy = make(settings, options) if options else make(settings)
+        return policy
+    return known.make(settings, known.settings.parse(options or {}))
+
+
+def dispatch_settings(name: str) -> Mapping[str, tuple[object, str]]:
+    """Default and description of each setting of a built-in policy of level one."""
+    known = _DISPATCH.get(name)
+    return known.settings.described() if known else {}
 
 
 def step_policy(name: str, settings: Mapping[str, object] | None = None) -> StepPolicy:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
+import numpy as np
+
 from uellm.policy.batching import (
     Batch,
     Candidate,
@@ -16,6 +18,7 @@ from uellm.policy.batching import (
     s3,
     slo_odbs,
 )
+from uellm.policy.columns import Columns, Floats
 from uellm.policy.due import slo_seconds
 from uellm.policy.latency import StepCost
 from uellm.policy.occupancy import victims
@@ -46,6 +49,10 @@ class Batching(ABC):
         self, candidates: Sequence[Candidate], room: Room, cost: StepCost | None
     ) -> list[Batch]:
         """Batches, the first to run first."""
+
+    def keys(self, columns: Columns) -> tuple[Floats, ...]:
+        """By what a long queue is ordered before its first requests are looked at."""
+        return (columns.accepted,)
 
     def batches(
         self, candidates: Sequence[Candidate], room: Room, cost: StepCost | None, now: float
@@ -80,6 +87,12 @@ class SloOdbs(Batching):
         """See ``Batching``."""
         del cost
         return slo_odbs(candidates, room, self._settings)
+
+    def keys(self, columns: Columns) -> tuple[Floats, ...]:
+        """By the score."""
+        slo = np.where(columns.deadline < inf, columns.deadline, columns.patience)
+        score = self._settings.slo_weight * (slo - columns.accepted)
+        return (score + self._settings.length_weight * columns.median, columns.accepted)
 
 
 class SloDbs(SloOdbs):

@@ -5,6 +5,7 @@ Times are seconds since the epoch by Redis TIME; durations are seconds.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol
 
 from uellm.core.request import Promise, ResourceProfile, Slo
@@ -70,6 +71,7 @@ class InFlightView:
         output_p90: 90 % of the time fewer.
         alone: it is a suspect; nothing may run beside it.
         tenant: whose it is.
+        accepted_at: when it became durable; infinite if that is not known.
     """
 
     request_id: str
@@ -79,6 +81,7 @@ class InFlightView:
     output_p90: float
     alone: bool = False
     tenant: str = "local"
+    accepted_at: float = inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,8 @@ class Ticket:
             output_p50=max(lengths.at(0.5) - view.resume_tokens, 1.0),
             output_p90=max(lengths.at(0.9) - view.resume_tokens, 1.0),
             alone=view.strikes > 0,
+            tenant=view.tenant,
+            accepted_at=view.slo.accepted_at,
         )
 
 

@@ -1,0 +1,240 @@
+"""Continuous SLO-ODBS at the scheduler: the same order and demotion, over the central queue.
+
+Small batches leave late, so that whoever comes in the meantime and is more urgent goes first. What
+is urgent may go beyond a replica's free slots: its engine preempts for it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+import numpy as np
+
+from uellm.policy.columns import Columns, Floats, Places
+from uellm.policy.continuous import batch_cap
+from uellm.policy.dispatching import Dispatcher, Placed
+from uellm.policy.estimate import Speed, fastest_of
+from uellm.policy.fairness import Turn, in_turns
+from uellm.policy.peaked import PeakedRoom, peaked_room
+from uellm.policy.placing import place
+from uellm.policy.selection import Fluid, Job, late_ones
+from uellm.policy.settings import PolicySettings, setting
+from uellm.policy.views import QueuedView, ReplicaView
+
+_DEMOTED = 1e15
+"""Seconds behind everybody else."""
+
+
+@dataclass(frozen=True)
+class CsloOdbsDispatchSettings(PolicySettings):
+    """Settings of continuous SLO-ODBS at the scheduler."""
+
+    slo_weight: float = setting(1.0, "w1, of the seconds until a request is due.", least=0)
+    length_weight: float = setting(0.0, "w2, of the seconds that its answer takes.", least=0)
+    knee_factor: float = setting(
+        1.0,
+        "Most requests of a replica at once, in knees: batches from which on arithmetic, not the "
+        "weights, sets the pace. 0: as many as it has slots.",
+        least=0,
+    )
+    kv_share: float = setting(
+        0.98, "Share of a replica's KV room that the predicted peak may take.", above=0, most=1
+    )
+    caution: float = setting(
+        0.5,
+        "For the peak, lengths are taken so far from their median to their 90 % quantile.",
+        least=0,
+        most=1,
+    )
+    most_misfits: int = setting(4, "So many that do not fit are passed over.", least=0)
+    urgent_steps: float = setting(
+        30.0, "A request is urgent when it has to start within so many steps.", least=0
+    )
+    urgent_beyond: int = setting(
+        4, "So many urgent requests a replica is sent beyond its free places.", least=0
+    )
+    scanned: int = setting(
+        256, "So many first of the order are judged by whether they are in time together.", least=1
+    )
+    max_wait_seconds: float = setting(
+        600.0, "Who has waited longer than this has a claim on a slot.", above=0
+    )
+    elder_every: int = setting(
+        8, "One in so many slots is for those that have waited too long.", least=1
+    )
+
+
+class CsloOdbsDispatch(Dispatcher):
+    """Continuous SLO-ODBS; see ``uellm.policy.cslo_odbs`` for its other half."""
+
+    name = "cslo-odbs"
+    settings_type = CsloOdbsDispatchSettings
+
+    def seen(self, replicas: Sequence[ReplicaView]) -> Sequence[ReplicaView]:
+        """Replicas with as many slots as pay."""
+        factor = self._options.knee_factor
+        return [
+            replace(view, slots=batch_cap(max(view.slots, 1), view.cost, factor))
+            for view in replicas
+        ]
+
+    def keys(self, columns: Columns, fastest: Speed | None, now: float) -> tuple[Floats, ...]:
+        """By the weighted score; those that are lost behind all others, by arrival."""
+        step = fastest.step if fastest is not None else 0.0
+        score = self._options.slo_weight * (columns.due(now) - now)
+        score = score + self._options.length_weight * columns.median * step
+        lost = _last_chance(columns, fastest) < now
+        return (np.where(lost, columns.accepted + _DEMOTED, score), columns.accepted)
+
+    def arranged(
+        self, order: Places, columns: Columns, replicas: Sequence[ReplicaView], now: float
+    ) -> Places:
+        """Tenants take turns, who cannot be in time with the others yields, and elders do not."""
+        fastest = fastest_of(replicas)
+        if fastest is None or not len(order):
+            return order
+        chance = _last_chance(columns, fastest)
+        able = int((chance[order] >= now).sum())
+        near, beyond, lost = np.split(order, [min(able, self._options.scanned), able])
+        near = near[self._turns(near, columns, replicas, fastest, now)]
+        late = self._late(near, columns, chance, replicas, fastest, now)
+        stays = np.ones(len(near), dtype=bool)
+        stays[list(late)] = False
+        order = np.concatenate([near[stays], beyond, near[~stays], lost])
+        elder = self._elder(order, columns, replicas, now)
+        if elder is not None:
+            order = np.concatenate([[elder], order[order != elder]])
+        return order
+
+    def _turns(
+        self,
+        near: Places,
+        columns: Columns,
+        replicas: Sequence[ReplicaView],
+        fastest: Speed,
+        now: float,
+    ) -> list[int]:
+        due = columns.due(now)
+        turns = [
+            Turn(
+                columns.views[i].tenant,
+                columns.views[i].slo.priority,
+                float(columns.prefill[i] + columns.median[i]),
+                float(due[i]) - now,
+            )
+            for i in near
+        ]
+        # What class a request in flight is of is not known: it counts for each.
+        given = [
+            (request.tenant, priority, request.prompt_tokens + request.output_p50)
+            for view in replicas
+            for request in view.in_flight
+            for priority in {turn.priority for turn in turns}
+        ]
+        return list(in_turns(turns, given, fastest.step))
+
+    def _late(
+        self,
+        near: Places,
+        columns: Columns,
+        chance: Floats,
+        replicas: Sequence[ReplicaView],
+        fastest: Speed,
+        now: float,
+    ) -> set[int]:
+        slots = sum(view.slots for view in replicas)
+        taken = sum(len(view.in_flight) for view in replicas)
+        if len(near) <= slots - taken:
+            return set()
+        kv_tokens = self._options.kv_share * sum(view.kv_tokens_total for view in replicas)
+        held = sum(
+            request.prompt_tokens + request.output_p50 / 2
+            for view in replicas
+            for request in view.in_flight
+        )
+        jobs = []
+        for i in near:
+            prompt, median = float(columns.prefill[i]), float(columns.median[i])
+            seconds = median * fastest.step
+            prefill = prompt * fastest.prefill_per_token
+            jobs.append(
+                Job(
+                    latest_start=float(chance[i]),
+                    slot_seconds=prefill + seconds,
+                    kv_token_seconds=(prompt + median / 2) * seconds,
+                    prefill_seconds=prefill / len(replicas),
+                    kv_tokens=prompt + median,
+                )
+            )
+        free = kv_tokens - held if kv_tokens else inf
+        return late_ones(jobs, Fluid(slots, kv_tokens, slots - taken, free), now)
+
+    def _elder(
+        self, order: Places, columns: Columns, replicas: Sequence[ReplicaView], now: float
+    ) -> int | None:
+        """Who has waited longest, if that is too long and few such are in flight."""
+        wait = self._options.max_wait_seconds
+        oldest = order[np.argmin(columns.accepted[order])]
+        if now - columns.accepted[oldest] <= wait:
+            return None
+        in_flight = sum(
+            now - request.accepted_at > wait for view in replicas for request in view.in_flight
+        )
+        slots = sum(view.slots for view in replicas)
+        return int(oldest) if in_flight < max(1, slots // self._options.elder_every) else None
+
+    # ---- placing -------------------------------------------------------------------------------
+
+    def placed(
+        self, order: Iterable[QueuedView], replicas: Sequence[ReplicaView], now: float
+    ) -> Placed:
+        """See ``Dispatcher``. A few that fit nowhere are passed over, but none that is overdue."""
+        fastest = fastest_of(replicas)
+        misfits = 0
+
+        def passes(request: QueuedView) -> bool:
+            nonlocal misfits
+            misfits += 1
+            overdue = now - request.slo.accepted_at > self._options.max_wait_seconds
+            return misfits <= self._options.most_misfits and not overdue
+
+        def urgent(request: QueuedView) -> bool:
+            return fastest is not None and self._urgent(request, fastest, now)
+
+        rooms: list[PeakedRoom] = [
+            peaked_room(
+                view,
+                self._settings,
+                now,
+                kv_share=self._options.kv_share,
+                caution=self._options.caution,
+                beyond=self._options.urgent_beyond,
+                urgent=urgent,
+            )
+            for view in replicas
+        ]
+        return place(order, rooms, passes)
+
+    def _urgent(self, request: QueuedView, fastest: Speed, now: float) -> bool:
+        """Whether it has to start soon, and can still be in time."""
+        slo, (_, median, _) = request.slo, request.profile.output_tokens.low_median_high
+        tokens = request.profile.prompt_tokens + request.resume_tokens
+        prefill = tokens * fastest.prefill_per_token
+        latest = inf
+        if slo.deadline_at is not None:
+            left = max(median - request.resume_tokens, 1.0)
+            latest = slo.deadline_at - prefill - left * fastest.step
+        if slo.ttft_at is not None and not request.resume_tokens:
+            latest = min(latest, slo.ttft_at - prefill - fastest.step)
+        soon: float = self._options.urgent_steps * fastest.step
+        return 0 <= latest - now < soon
+
+
+def _last_chance(columns: Columns, fastest: Speed | None) -> Floats:
+    """Until when each could start and be in time, if its answer is short and steps are fast."""
+    if fastest is None:
+        return np.minimum(columns.deadline, columns.first_token)
+    prefill = columns.prefill * fastest.prefill_per_token
+    short = np.minimum(np.maximum(columns.median**2 / columns.high, 1.0), columns.median)
+    whole = columns.deadline - prefill - short * fastest.step
+    return np.minimum(whole, columns.first_token - prefill - fastest.step)
