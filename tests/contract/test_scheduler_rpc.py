@@ -145,7 +145,7 @@ async def test_bad_calls_name_what_is_wrong(mesh: Mesh, redis_url: str) -> None:
     async with scheduler(redis_url) as service, stub_of(service) as stub:
         with pytest.raises(NotFoundError, match="'nothing' is not deployed; deployed: demo"):
             await call(stub.GetQueue, scheduler_pb2.GetQueueRequest(model="nothing"))
-        with pytest.raises(InvalidArgumentError, match="available: edf, fcfs") as error:
+        with pytest.raises(InvalidArgumentError, match="available: cslo-odbs, edf, fcfs") as error:
             change = scheduler_pb2.SetPolicyRequest(model=MODEL, policy="magic")
             await call(stub.SetPolicy, change)
         assert error.value.field == "policy"

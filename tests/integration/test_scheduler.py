@@ -449,7 +449,7 @@ async def test_no_trace_is_broken(mesh: Mesh, redis_url: str) -> None:
 
 
 async def test_an_unknown_policy_is_an_error_at_the_start(redis_url: str) -> None:
-    with pytest.raises(ConfigurationError, match="available: edf, fcfs"):
+    with pytest.raises(ConfigurationError, match="available: cslo-odbs, edf, fcfs"):
         async with scheduler(redis_url, policy="magic"):
             pass
 
