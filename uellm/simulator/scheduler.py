@@ -1,0 +1,154 @@
+"""The owner of a model in simulated time: what it knows, what it puts before its policy.
+
+It knows what the live one does: a request is in flight from its dispatch until its completion has
+been heard of, and a replica is as its latest report says.
+"""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+
+from uellm.core.request import Promise, ResourceProfile
+from uellm.policy.views import (
+    DispatchDecision,
+    DispatchPolicy,
+    InFlightView,
+    QueuedView,
+    QueueView,
+    ReplicaView,
+)
+from uellm.simulator.engine import Engine
+from uellm.simulator.requests import Request
+
+
+@dataclass(slots=True)
+class _Replica:
+    """A replica as the scheduler knows it."""
+
+    view: ReplicaView
+    in_flight: dict[str, InFlightView]
+
+
+class Scheduler:
+    """The waiting and the sent requests of one model.
+
+    Args:
+        policy: decides.
+        engines: one a replica.
+        report_seconds: how often replicas are looked at while there is work.
+        refusable: requests ask to be refused when they cannot be in time.
+
+    Attributes:
+        waiting: by id, in order of arrival.
+        asked: times that the policy was asked.
+    """
+
+    def __init__(
+        self,
+        policy: DispatchPolicy,
+        engines: Items[Engine],
+        *,
+        report_seconds: float,
+        refusable: bool,
+    ) -> None:
+        self.waiting: dict[str, QueuedView] = {}
+        self.asked = 0
+        self._policy = policy
+        self._engines = engines
+        self._report_seconds = report_seconds
+        self._refusable = refusable
+        self._reported_at = float("-inf")
+        self._replicas = [
+            _Replica(
+                ReplicaView(
+                    replica=f"replica-{i}",
+                    epoch=1,
+                    slots=engine.platform.slots,
+                    in_flight=(),
+                    kv_tokens_total=engine.platform.kv_tokens,
+                    # Until it has measured itself: what its deployer expects of it.
+                    prefill_seconds_per_token=engine.platform.seconds_per_prompt_token,
+                    decode_step_seconds=engine.platform.cost.unloaded,
+                    cost=engine.platform.cost,
+                ),
+                {},
+            )
+            for i, engine in enumerate(engines)
+        ]
+        self._numbers = {found.view.replica: i for i, found in enumerate(self._replicas)}
+        self._sent_to: dict[str, int] = {}
+        self._unpromised: set[str] = set()
+
+    def accept(self, request: Request, profile: ResourceProfile) -> None:
+        """A request came."""
+        self.waiting[request.request_id] = QueuedView(
+            request_id=request.request_id,
+            slo=request.slo,
+            profile=profile,
+            tenant=request.tenant,
+            max_tokens=request.max_tokens,
+            refusable=self._refusable,
+        )
+        self._unpromised.add(request.request_id)
+
+    def take_back(self, view: QueuedView, tokens: int) -> None:
+        """A replica handed a request back, with so many tokens logged."""
+        self.ended(view.request_id)
+        self.waiting[view.request_id] = replace(
+            view, resume_tokens=tokens, attempt=view.attempt + 1
+        )
+
+    def ended(self, request_id: str) -> None:
+        """A request's completion was heard of."""
+        number = self._sent_to.pop(request_id)
+        del self._replicas[number].in_flight[request_id]
+
+    def refused(self, request_id: str) -> None:
+        """A request was refused."""
+        del self.waiting[request_id]
+        self._unpromised.discard(request_id)
+
+    def promised(self, promises: dict[str, Promise]) -> dict[str, Promise]:
+        """Note promises; returns those that are a request's first."""
+        first = {i: promise for i, promise in promises.items() if i in self._unpromised}
+        self._unpromised.difference_update(first)
+        return first
+
+    def sent(self, request_id: str, replica: str, now: float) -> tuple[int, QueuedView]:
+        """A request leaves for a replica; returns the replica's number, and the request."""
+        view = self.waiting.pop(request_id)
+        number = self._numbers[replica]
+        _, median, high = view.profile.output_tokens.low_median_high
+        self._replicas[number].in_flight[request_id] = InFlightView(
+            request_id=request_id,
+            dispatched_at=now,
+            prompt_tokens=view.profile.prompt_tokens + view.resume_tokens,
+            output_p50=max(median - view.resume_tokens, 1.0),
+            output_p90=max(high - view.resume_tokens, 1.0),
+            tenant=view.tenant,
+        )
+        self._sent_to[request_id] = number
+        return number, view
+
+    def decide(self, now: float) -> DispatchDecision:
+        """Ask the policy."""
+        self.asked += 1
+        if now - self._reported_at >= self._report_seconds:
+            self._read_reports(now)
+        queue = QueueView(list(self.waiting.values()), unpromised=frozenset(self._unpromised))
+        replicas = [
+            replace(found.view, in_flight=tuple(found.in_flight.values()))
+            for found in self._replicas
+        ]
+        return self._policy.dispatch(queue, replicas, now)
+
+    def _read_reports(self, now: float) -> None:
+        self._reported_at = now
+        for found, engine in zip(self._replicas, self._engines, strict=True):
+            meter, before = engine.meter, found.view
+            found.view = replace(
+                before,
+                prefill_seconds_per_token=meter.prefill_seconds_per_token
+                or before.prefill_seconds_per_token,
+                decode_step_seconds=meter.decode_step_seconds or before.decode_step_seconds,
+                reported_at=now,
+            )
