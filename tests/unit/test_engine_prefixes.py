@@ -5,7 +5,8 @@ is served from the cache must be what would have been computed.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -19,6 +20,8 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
     from uellm_worker.verification.pipeline import Pipeline
     from uellm_worker.verification.reference import Reference
+
+from uellm_worker.engine.plan import StepPlan  # noqa: E402
 
 from uellm.policy.fcfs import FcfsStep  # noqa: E402
 from uellm.policy.views import EngineView, StepDecision  # noqa: E402
@@ -157,3 +160,47 @@ def test_answers_are_exact_however_short_memory_is(
         answer = run.answers[name]
         count = len(answer) if name in dropped else max(len(answer), 1)
         assert reference.compare(prompt, answer, count).difference is None, name
+
+
+@pytest.mark.parametrize("split", [(3,), (1, 2), (1, 1, 1)])
+def test_answers_are_exact_when_steps_do_not_fit_into_memory(
+    split: tuple[int, ...], model: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any stage may fail, before or after it wrote to its cache, or where tokens are chosen."""
+    directory, whole = model
+    random = Random(5)  # noqa: S311
+    pipeline = Pipeline(directory, split, slots=4, max_tokens=CONTEXT, kv_tokens=BLOCKS * BLOCK)
+    failed: Counter[str] = Counter()
+
+    def unreliable(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(plan: StepPlan, *arguments: Any) -> Any:
+            fails = plan.rows > 1 and random.random() < 0.04
+            if fails and random.random() < 0.5:
+                failed[name] += 1
+                raise MemoryError("before")
+            result = work(plan, *arguments)
+            if fails:
+                failed[name] += 1
+                raise MemoryError("after")
+            return result
+
+        return attempt
+
+    for index, stage in enumerate(pipeline.stages):
+        monkeypatch.setattr(stage, "compute", unreliable(f"stage {index}", stage.compute))
+    last = pipeline.stages[-1]
+    monkeypatch.setattr(last, "sample", unreliable("choice", last.sample))
+    run = Run(pipeline, random)
+    loop = pipeline.loop(Rough(random))
+    for number in range(10):
+        loop.add(run.arrive(number))
+    while loop.busy:
+        report = loop.step()
+        if report is not None:
+            run.take(report)
+    assert set(failed) == {*(f"stage {index}" for index in range(len(split))), "choice"}
+    assert len(run.ended) == 10
+    reference = Reference(whole)
+    for name, prompt in run.prompts.items():
+        answer = run.answers[name]
+        assert reference.compare(prompt, answer, max(len(answer), 1)).difference is None, name

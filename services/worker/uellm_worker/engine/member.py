@@ -2,8 +2,9 @@
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -20,6 +21,7 @@ from uellm_worker.engine.shard import Shard
 from uellm_worker.engine.transport import Transport
 
 _log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class Stage(Protocol):
@@ -122,23 +124,28 @@ class ShardMember:
 
     def _finish(self, plan: StepPlan, output: torch.Tensor | None) -> StepResult:
         """Choose the tokens of a step that was computed."""
-        if output is None:
-            result = StepResult((), out_of_memory=True)
-        else:
-            result = self._stage.sample(plan, output)
-        return replace(result, seconds=(*plan.seconds, *self._stage.seconds))
+        result = None
+        if output is not None:
+            result = _within_memory(plan, lambda: self._stage.sample(plan, output))
+        seconds = (*plan.seconds, *self._stage.seconds)
+        return replace(result or StepResult((), out_of_memory=True), seconds=seconds)
 
     def _compute(self, plan: StepPlan, activation: torch.Tensor | None) -> torch.Tensor | None:
         """This stage's part of a step; None if memory is too short for it."""
         if plan.abandoned:
             self._stage.skip(plan)
             return None
-        try:
-            return self._stage.compute(plan, activation)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            _log.warning("a step of %d tokens does not fit into memory: %s", plan.rows, error)
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-        return None
+        return _within_memory(plan, lambda: self._stage.compute(plan, activation))
+
+
+def _within_memory(plan: StepPlan, work: Callable[[], Result]) -> Result | None:
+    """What ``work`` on a step returns; None if memory is too short for it."""
+    try:
+        return work()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        _log.warning("a step of %d tokens does not fit into memory: %s", plan.rows, error)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return None
