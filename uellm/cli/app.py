@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from uellm.cli import asking, exits, looking, serving, verify
+from uellm.cli import asking, exits, looking, serving, simulate, verify
 from uellm.core.errors import UellmError
 
 
@@ -42,3 +42,4 @@ _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)
+app.add_typer(simulate.app, name="simulate", rich_help_panel="Look")

@@ -1,0 +1,307 @@
+"""Commands: simulate, simulate goodput. Policies compared on a mesh in simulated time."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from uellm.cli.asking import Json
+
+if TYPE_CHECKING:
+    from uellm.simulator.experiments import Cell, Result, Setup
+
+app = typer.Typer(
+    help="Compare policies on a mesh in simulated time, at given loads.",
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+PlatformName = Annotated[
+    str, typer.Option(metavar="NAME|FILE", help="a100, r3090, cpu, or a TOML file.")
+]
+Workload = Annotated[
+    str, typer.Option(metavar="NAME|FILE", help="alpha, tier, loose, or a CSV trace.")
+]
+Policies = Annotated[
+    str, typer.Option(metavar="A,B", help="Policies: names, or DISPATCH+STEP; by commas.")
+]
+Predictor = Annotated[
+    str, typer.Option(help="Of lengths: oracle, b80, noise, noise:SPREAD or class-mean.")
+]
+Replicas = Annotated[int, typer.Option(min=1, max=256, help="Replicas of the model.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of each case, with other requests.")]
+Requests = Annotated[int, typer.Option(min=1, help="Requests of a run; of a trace, at most.")]
+Variation = Annotated[
+    float, typer.Option("--cv", min=0.05, max=20, help="Variation of the gaps; 1: Poisson.")
+]
+ExecutionName = Annotated[
+    str, typer.Option(metavar="continuous|static", help="How engines run their sequences.")
+]
+Refusable = Annotated[
+    bool, typer.Option("--refuse", help="Requests that cannot be in time ask to be refused.")
+]
+Jobs = Annotated[int, typer.Option(min=1, help="Processes.")]
+
+
+@app.callback()
+def simulate(
+    context: typer.Context,
+    platform: PlatformName = "a100",
+    workload: Workload = "tier",
+    policies: Policies = "fcfs,edf",
+    load: Annotated[
+        str,
+        typer.Option(metavar="X,Y", help="Loads: 1 is what first come, first served saturates at."),
+    ] = "0.8,1,1.2",
+    predictor: Predictor = "b80",
+    replicas: Replicas = 1,
+    seeds: Seeds = 1,
+    requests: Requests = 10_000,
+    cv: Variation = 1.0,
+    execution: ExecutionName = "continuous",
+    refuse: Refusable = False,
+    jobs: Jobs = 1,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw attainment over load.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare policies on a mesh in simulated time, at given loads."""
+    if context.invoked_subcommand is not None:
+        return
+    from uellm.simulator.experiments import Cell
+
+    names, loads = _names(policies), _numbers("load", load, above=0.0)
+    if plot is not None:
+        _check_plot(plot)
+    setup = _setup(platform, workload, predictor, replicas, requests, cv, execution, refuse)
+    cells = [Cell(name, x, seed) for name in names for x in loads for seed in range(seeds)]
+    results = _run(setup, cells, jobs)
+    if plot is not None:
+        _draw(plot, setup, results)
+    if as_json:
+        _write(setup, [asdict(result) for result in results])
+    else:
+        _show(results)
+
+
+@app.command(name="goodput")
+def find_goodput(
+    platform: PlatformName = "a100",
+    workload: Workload = "tier",
+    policies: Policies = "fcfs,edf",
+    attainment: Annotated[
+        str, typer.Option(metavar="X,Y", help="Shares that have to be in time.")
+    ] = "0.9,0.95,0.99",
+    predictor: Predictor = "b80",
+    replicas: Replicas = 1,
+    seeds: Seeds = 1,
+    requests: Requests = 10_000,
+    cv: Variation = 1.0,
+    execution: ExecutionName = "continuous",
+    refuse: Refusable = False,
+    jobs: Jobs = 1,
+    as_json: Json = False,
+) -> None:
+    """Find the largest load that each policy serves in time, and what no policy exceeds."""
+    from uellm.simulator.experiments import Cell, goodput
+
+    shares = _numbers("attainment", attainment, above=0.0, most=1.0)
+    names = _names(policies)
+    setup = _setup(platform, workload, predictor, replicas, requests, cv, execution, refuse)
+    found = []
+    for name in names:
+
+        def attained(load: float, name: str = name) -> float:
+            cells = [Cell(name, load, seed) for seed in range(seeds)]
+            results = _run(setup, cells, min(jobs, seeds), f"{name} at load {load:.2f}")
+            return sum(result.metrics.attainment for result in results) / seeds
+
+        found += goodput(setup, name, shares, attained)
+    if as_json:
+        _write(setup, [asdict(each) for each in found])
+        return
+    _table(
+        ("policy", "in time", "load", "requests/s", "of the bound"),
+        [
+            (
+                each.policy,
+                f"{each.attainment:.0%}",
+                f"{each.load:.2f}",
+                f"{each.requests_per_second:.3g}",
+                f"{each.load / each.bound:.2f}",
+            )
+            for each in found
+        ],
+    )
+
+
+def _setup(
+    platform: str,
+    workload: str,
+    predictor: str,
+    replicas: int,
+    requests: int,
+    cv: float,
+    execution: str,
+    refuse: bool,
+) -> "Setup":
+    """The experiment that was asked for; what is wrong with it is said before anything runs."""
+    from uellm.core.errors import InvalidArgumentError
+    from uellm.simulator.experiments import Setup
+    from uellm.simulator.mesh import Execution, MeshSettings
+    from uellm.simulator.platforms import find_platform
+    from uellm.simulator.predictors import check_predictor
+
+    check_predictor(predictor)
+    if execution not in list(Execution):
+        raise InvalidArgumentError(
+            f"execution: no {execution!r}; available: {', '.join(Execution)}", field="execution"
+        )
+    mesh = MeshSettings(replicas, Execution(execution), refusable=refuse)
+    setup = Setup(find_platform(platform), workload, predictor, requests, cv, mesh)
+    setup.draw(1.0, 0)
+    return setup
+
+
+def _names(text: str) -> list[str]:
+    from uellm.core.errors import InvalidArgumentError
+    from uellm.simulator.experiments import pair_of
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InvalidArgumentError("policies: none; name at least one", field="policies")
+    for name in names:
+        pair_of(name)
+    return names
+
+
+def _numbers(field: str, text: str, *, above: float, most: float = 1000.0) -> list[float]:
+    from uellm.core.errors import InvalidArgumentError
+
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(above < number <= most for number in numbers):
+        raise InvalidArgumentError(
+            f"{field}: {text!r}: numbers above {above:g}, at most {most:g}, by commas", field=field
+        )
+    return numbers
+
+
+def _run(
+    setup: "Setup", cells: "list[Cell]", jobs: int, title: str = "simulating"
+) -> "list[Result]":
+    """Results of all cells, with a bar on a terminal's standard error."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from uellm.simulator.experiments import simulate_all
+
+    results = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=len(cells))
+        for result in simulate_all(setup, cells, min(jobs, len(cells))):
+            results.append(result)
+            progress.advance(task)
+    return results
+
+
+def _write(setup: "Setup", results: list[dict[str, Any]]) -> None:
+    facts = {"setup": asdict(setup), "reference_rate": setup.reference_rate(), "results": results}
+    sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def _groups(results: "list[Result]") -> "dict[tuple[str, float], list[Result]]":
+    """Results that differ in nothing but the seed."""
+    groups: dict[tuple[str, float], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.cell.policy, result.cell.load), []).append(result)
+    return groups
+
+
+def _show(results: "list[Result]") -> None:
+    rows = []
+    for (policy, load), group in _groups(results).items():
+
+        def mean(pick: Callable[["Result"], float | None], group: "list[Result]" = group) -> float:
+            values = [value for each in group if (value := pick(each)) is not None]
+            return sum(values) / len(values) if values else float("nan")
+
+        rows.append(
+            (
+                policy,
+                f"{load:.2f}",
+                f"{mean(lambda r: r.metrics.attainment):.3f}",
+                f"{mean(lambda r: r.metrics.refused):.3f}",
+                f"{mean(lambda r: r.metrics.met_per_second):.3g}",
+                f"{mean(lambda r: r.metrics.tokens_per_second):.4g}",
+                f"{mean(lambda r: r.metrics.latency_mean):.3g}",
+                f"{mean(lambda r: r.metrics.preemptions):.2f}",
+                f"{mean(lambda r: r.metrics.wasted):.1%}",
+                f"{mean(lambda r: r.metrics.padding):.1%}",
+                f"{mean(lambda r: r.metrics.calibration.p90_coverage):.2f}",
+            )
+        )
+    _table(
+        (
+            *("policy", "load", "in time", "refused", "met/s", "tokens/s", "latency s"),
+            *("preempted", "wasted", "padding", "p90 kept"),
+        ),
+        rows,
+    )
+
+
+# ---- drawing -----------------------------------------------------------------------------------
+
+
+def _check_plot(path: Path) -> None:
+    from importlib.util import find_spec
+
+    from uellm.core.errors import ConfigurationError, InvalidArgumentError
+
+    if find_spec("matplotlib") is None:
+        raise ConfigurationError("drawing needs matplotlib: pip install 'uellm[simulate]'")
+    if path.suffix not in {".png", ".svg", ".pdf"} or not path.parent.is_dir():
+        raise InvalidArgumentError(
+            f"plot: {path}: a .png, .svg or .pdf file in a directory that exists", field="plot"
+        )
+
+
+def _draw(path: Path, setup: "Setup", results: "list[Result]") -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for (policy, load), group in _groups(results).items():
+        mean = sum(result.metrics.attainment for result in group) / len(group)
+        lines.setdefault(policy, []).append((load, mean))
+    for policy, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=policy)
+    axes.set(
+        xlabel="load",
+        ylabel="share in time",
+        ylim=(0, 1.02),
+        title=f"{Path(setup.workload).name} on {setup.platform.name}, {setup.predictor}",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)

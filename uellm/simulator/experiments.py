@@ -1,0 +1,247 @@
+"""Experiments: the same requests under several policies, loads and seeds; goodput.
+
+A load is a multiple of a reference rate, so that platforms can be compared: the rate that plain
+first come, first served reaches when everything waits, fixed for the workloads that have one.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+
+import numpy as np
+
+from uellm.policy import registry
+from uellm.policy.views import DispatchSettings
+from uellm.simulator.mesh import Mesh, MeshSettings, Record
+from uellm.simulator.metrics import Metrics, highest_rate, measure
+from uellm.simulator.platforms import Platform
+from uellm.simulator.predictors import profiles
+from uellm.simulator.requests import Request
+from uellm.simulator.traces import read_trace
+from uellm.simulator.workloads import Arrivals, find_workload, generate
+
+REFERENCE_RATES: Mapping[tuple[str, str], float] = {
+    ("a100", "alpha"): 14.66,
+    ("r3090", "alpha"): 1.83,
+    ("cpu", "alpha"): 0.270,
+    ("a100", "tier"): 12.59,
+    ("r3090", "tier"): 1.63,
+    ("cpu", "tier"): 0.241,
+    ("a100", "loose"): 14.66,
+    ("r3090", "loose"): 1.83,
+    ("cpu", "loose"): 0.270,
+}
+"""Requests per second that a load of 1 stands for, per replica. Elsewhere it is half of what no
+policy can exceed (``highest_rate``)."""
+FINENESS = 1.04
+"""Goodput is found to this factor."""
+_LOWEST, _HIGHEST = 0.02, 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A policy of each level. One name stands for both, where there is no step policy of it: fcfs.
+
+    Attributes:
+        name: as it was asked for.
+        dispatch: of the scheduler.
+        step: of the engine.
+    """
+
+    name: str
+    dispatch: str
+    step: str
+
+
+def pair_of(name: str) -> Pair:
+    """The policies that a name stands for: ``NAME``, or ``DISPATCH+STEP``.
+
+    Raises:
+        InvalidArgumentError: if there is none.
+    """
+    dispatch, plus, step = name.partition("+")
+    if not plus:
+        step = dispatch if dispatch in registry.step_policies() else "fcfs"
+        if dispatch not in registry.dispatch_policies() and step == dispatch:
+            dispatch = "fcfs"
+    registry.dispatch_policy(dispatch)
+    registry.step_policy(step)
+    return Pair(name, dispatch, step)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all cells of an experiment share.
+
+    Attributes:
+        platform: of every replica.
+        workload: a name, or a trace's path that ends in ``.csv``.
+        predictor: a name.
+        requests: how many; of a trace, at most.
+        cv: coefficient of variation of the gaps between arrivals.
+        mesh: what the mesh is like.
+        dispatch: what dispatch policies are made with.
+    """
+
+    platform: Platform
+    workload: str
+    predictor: str = "b80"
+    requests: int = 10_000
+    cv: float = 1.0
+    mesh: MeshSettings = MeshSettings()  # noqa: RUF009 - frozen
+    dispatch: DispatchSettings = DispatchSettings()  # noqa: RUF009 - frozen
+
+    @property
+    def traced(self) -> bool:
+        """The requests come from a file, and a load is a multiple of its own pace."""
+        return self.workload.endswith(".csv")
+
+    def reference_rate(self) -> float:
+        """Requests per second that a load of 1 stands for, over all replicas; of a trace, 1."""
+        if self.traced:
+            return 1.0
+        known = REFERENCE_RATES.get((self.platform.name, self.workload))
+        if known is None:
+            known = 0.5 * self._bound(1.0)
+        return known * self.mesh.replicas
+
+    def highest_load(self, share: float) -> float:
+        """No policy attains ``share`` at a higher load; see ``metrics.highest_rate``."""
+        if not self.traced:
+            return self._bound(share) * self.mesh.replicas / self.reference_rate()
+        requests = self.draw(1.0, 0)
+        span = max(requests[-1].arrival, 1e-12)
+        records = [Record(request) for request in requests]
+        rate = highest_rate(records, self.platform, share) * self.mesh.replicas
+        return rate / (len(requests) / span)
+
+    def _bound(self, share: float) -> float:
+        requests = self._drawn(1.0, 0)
+        return highest_rate([Record(request) for request in requests], self.platform, share)
+
+    def draw(self, load: float, seed: int) -> list[Request]:
+        """The requests of a seed, at a load.
+
+        Raises:
+            InvalidArgumentError: if there is no such workload, or its file is bad.
+        """
+        if self.traced:
+            return read_trace(Path(self.workload), load=load, most=self.requests)
+        return self._drawn(load * self.reference_rate(), seed)
+
+    def _drawn(self, rate: float, seed: int) -> list[Request]:
+        kinds = find_workload(self.workload)
+        rng = np.random.default_rng([seed, 0])
+        return generate(kinds, self.platform, Arrivals(rate, self.cv), self.requests, rng)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run: a policy, a load, a seed."""
+
+    policy: str
+    load: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a cell."""
+
+    cell: Cell
+    metrics: Metrics
+
+
+def simulate(setup: Setup, cell: Cell) -> Result:
+    """Run one cell.
+
+    Raises:
+        InvalidArgumentError: if a name is unknown or a file bad.
+    """
+    pair = pair_of(cell.policy)
+    requests = setup.draw(cell.load, cell.seed)
+    known = profiles(setup.predictor, requests, np.random.default_rng([cell.seed, 1]))
+    mesh = Mesh(
+        setup.platform,
+        registry.dispatch_policy(pair.dispatch, setup.dispatch),
+        lambda: registry.step_policy(pair.step),
+        setup.mesh,
+    )
+    return Result(cell, measure(mesh.run(requests, known)))
+
+
+def simulate_all(setup: Setup, cells: Iterable[Cell], jobs: int) -> Iterator[Result]:
+    """Run cells in so many processes; results come in the order of the cells."""
+    if jobs == 1:
+        yield from (simulate(setup, cell) for cell in cells)
+        return
+    # Not forked: a command shows its progress by a thread.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        pending = [pool.submit(simulate, setup, cell) for cell in cells]
+        try:
+            yield from (future.result() for future in pending)
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """The largest load that a policy serves well enough.
+
+    Attributes:
+        policy: which.
+        attainment: the share that has to be in time.
+        load: the largest such load; 0 if there is none, however small.
+        requests_per_second: the same.
+        bound: no policy attains that share at a larger load.
+    """
+
+    policy: str
+    attainment: float
+    load: float
+    requests_per_second: float
+    bound: float
+
+
+def goodput(
+    setup: Setup, policy: str, attainments: Sequence[float], attained: Callable[[float], float]
+) -> list[Goodput]:
+    """Bisect for the largest load at each attainment, on a grid of ``FINENESS``.
+
+    Attainment is taken to fall with the load.
+
+    Args:
+        setup: of the experiment.
+        policy: its name.
+        attainments: shares that have to be in time.
+        attained: the share in time at a load; asked once for each.
+    """
+    known: dict[int, float] = {}
+
+    def reaches(place: int, share: float) -> bool:
+        if place not in known:
+            known[place] = attained(FINENESS**place)
+        return known[place] >= share
+
+    found = []
+    for share in attainments:
+        low = round(log(_LOWEST) / log(FINENESS))
+        high = round(log(_HIGHEST) / log(FINENESS))
+        # What is known from other shares narrows the search.
+        low = max([low, *(p for p, value in known.items() if value >= share)])
+        high = min([high, *(p for p, value in known.items() if value < share and p > low)])
+        served = reaches(low, share)
+        while served and high - low > 1:
+            middle = (low + high) // 2
+            if reaches(middle, share):
+                low = middle
+            else:
+                high = middle
+        load = FINENESS**low if served else 0.0
+        rate = load * setup.reference_rate()
+        found.append(Goodput(policy, share, load, rate, setup.highest_load(share)))
+    return found
