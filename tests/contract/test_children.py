@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import AsyncIterator
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +344,9 @@ def _alive(pid: int) -> bool:
 # ---- the shard engine -------------------------------------------------------------------------
 
 PROMPT = [3, 7, 11, 5, 2]
+ANSWER = 90
+ROOM = 400
+"""Tokens of KV cache under load: half of what eight sequences come to."""
 
 
 async def alone(spawner: ChildSpawner, checkpoint: Path, count: int) -> list[int]:
@@ -480,6 +485,94 @@ async def test_large_activations_travel_over_the_process_group(
     assert len(answers[0]) == 8
     for stage in stages:
         await stage.child.kill()
+
+
+async def _answers_but_for_a_quarter(
+    stage: Stage, requests: list[str]
+) -> tuple[dict[str, list[int]], set[str], int]:
+    """Tokens by request; those that were dropped at their fifth; how many tokens were prefilled."""
+    answers: dict[str, list[int]] = {request_id: [] for request_id in requests}
+    left, dropped, computed = {*requests}, set[str](), 0
+    while left:
+        step: StepReport = await stage.expect("step")
+        computed += step.report.prefill_tokens
+        for output in step.outputs:
+            assert not output.HasField("failure"), output
+            answers[output.request_id] += output.token_ids
+            if output.finish:
+                left.discard(output.request_id)
+            elif int(output.request_id) % 4 == 0 and len(answers[output.request_id]) == 5:
+                drop = DropSequence(request_id=output.request_id, generation=1)
+                await stage.child.send(EngineCommand(drop=drop))
+                dropped.add(output.request_id)
+                left.discard(output.request_id)
+    return answers, dropped, computed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [(1, 3), (2, 1, 1)])
+async def test_a_pipeline_under_load_is_exact(
+    shard: ChildSpawner, tmp_path: Path, split: tuple[int, ...]
+) -> None:
+    """More sequences than slots, more tokens than KV room, and some that leave halfway."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers = pytest.importorskip("transformers")
+        import torch  # noqa: PLC0415
+        from uellm_worker.verification.reference import Reference  # noqa: PLC0415
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        eos_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    stages = [await spawn(shard) for _ in split]
+    rendezvous = ""
+    for index, (first, end) in enumerate(pairwise(accumulate(split, initial=0))):
+        cached = ROOM * (end - first) * 2 * 64 * 4
+        prepared = await stages[index].prepare(
+            tmp_path,
+            stage_index=index,
+            stage_count=len(split),
+            has_embed=index == 0,
+            has_head=index == len(split) - 1,
+            slots=8,
+            max_tokens=200,
+            shards=[
+                DeviceShard(device_id="cpu", first_layer=first, last_layer=end - 1, kv_bytes=cached)
+            ],
+        )
+        rendezvous = rendezvous or prepared.rendezvous
+    for stage in stages:
+        await stage.commit(rendezvous)
+    for stage in stages:
+        await stage.expect("serving")
+
+    prompts = {
+        str(n): [3 + (7 * n + 5 * place) % (VOCAB - 3) for place in range(6 + 4 * n % 45)]
+        for n in range(24)
+    }
+    for request_id, prompt in prompts.items():
+        await stages[0].add(request_id, prompt, max_tokens=ANSWER)
+    answers, dropped, computed = await _answers_but_for_a_quarter(stages[0], [*prompts])
+    for stage in stages:
+        await stage.child.kill()
+
+    assert computed > sum(map(len, prompts.values())) + ANSWER, "nobody lost a slot"
+    assert len(dropped) == len(prompts) // 4
+    reference = Reference(model)
+    for request_id, prompt in prompts.items():
+        answer = answers[request_id]
+        count = len(answer) if request_id in dropped else ANSWER
+        assert reference.compare(prompt, answer, count).difference is None, request_id
 
 
 async def test_a_checkpoint_that_cannot_be_served_is_named_and_another_is_loaded(
