@@ -315,7 +315,7 @@ def test_kv_room_and_prefill_make_late_too() -> None:
     # 100 tokens for 10 s each in a room of 100: one after the other; 10 s is too late.
     assert len(late_ones([job, job], fluid, 0.0)) == 1
     assert late_ones([job, job], replace(fluid, kv_tokens=1000.0, free_kv_tokens=1e3), 0.0) == set()
-    slow = replace(job, prefill_seconds=6.0, kv_token_seconds=0.0, kv_tokens=0.0)
+    slow = job._replace(prefill_seconds=6.0, kv_token_seconds=0.0, kv_tokens=0.0)
     assert len(late_ones([slow, slow], fluid, 0.0)) == 1
 
 

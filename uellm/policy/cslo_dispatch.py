@@ -21,7 +21,7 @@ from uellm.policy.selection import Fluid, Job, late_ones
 from uellm.policy.settings import PolicySettings, setting
 from uellm.policy.views import QueuedView, ReplicaView
 
-_DEMOTED = 1e15
+_DEMOTED = 1e9
 """Seconds behind everybody else."""
 
 
@@ -87,17 +87,21 @@ class CsloOdbsDispatch(Dispatcher):
         return (np.where(lost, columns.accepted + _DEMOTED, score), columns.accepted)
 
     def arranged(
-        self, order: Places, columns: Columns, replicas: Sequence[ReplicaView], now: float
+        self,
+        order: Places,
+        key: Floats,
+        columns: Columns,
+        replicas: Sequence[ReplicaView],
+        now: float,
     ) -> Places:
         """Tenants take turns, who cannot be in time with the others yields, and elders do not."""
         fastest = fastest_of(replicas)
         if fastest is None or not len(order):
             return order
-        chance = _last_chance(columns, fastest)
-        able = int((chance[order] >= now).sum())
+        able = int(np.searchsorted(key[order], _DEMOTED / 2))
         near, beyond, lost = np.split(order, [min(able, self._options.scanned), able])
         near = near[self._turns(near, columns, replicas, fastest, now)]
-        late = self._late(near, columns, chance, replicas, fastest, now)
+        late = self._late(near, columns, replicas, fastest, now)
         stays = np.ones(len(near), dtype=bool)
         stays[list(late)] = False
         order = np.concatenate([near[stays], beyond, near[~stays], lost])
@@ -114,22 +118,26 @@ class CsloOdbsDispatch(Dispatcher):
         fastest: Speed,
         now: float,
     ) -> list[int]:
+        views = [columns.views[i] for i in near]
+        if len({view.tenant for view in views}) < 2:
+            return list(range(len(views)))
         due = columns.due(now)
         turns = [
             Turn(
-                columns.views[i].tenant,
-                columns.views[i].slo.priority,
+                view.tenant,
+                view.slo.priority,
                 float(columns.prefill[i] + columns.median[i]),
                 float(due[i]) - now,
             )
-            for i in near
+            for view, i in zip(views, near, strict=True)
         ]
         # What class a request in flight is of is not known: it counts for each.
+        classes = {turn.priority for turn in turns}
         given = [
             (request.tenant, priority, request.prompt_tokens + request.output_p50)
             for view in replicas
             for request in view.in_flight
-            for priority in {turn.priority for turn in turns}
+            for priority in classes
         ]
         return list(in_turns(turns, given, fastest.step))
 
@@ -137,7 +145,6 @@ class CsloOdbsDispatch(Dispatcher):
         self,
         near: Places,
         columns: Columns,
-        chance: Floats,
         replicas: Sequence[ReplicaView],
         fastest: Speed,
         now: float,
@@ -153,13 +160,14 @@ class CsloOdbsDispatch(Dispatcher):
             for request in view.in_flight
         )
         jobs = []
-        for i in near:
+        chance = _last_chance(columns.some(near), fastest)
+        for chosen, i in enumerate(near):
             prompt, median = float(columns.prefill[i]), float(columns.median[i])
             seconds = median * fastest.step
             prefill = prompt * fastest.prefill_per_token
             jobs.append(
                 Job(
-                    latest_start=float(chance[i]),
+                    latest_start=float(chance[chosen]),
                     slot_seconds=prefill + seconds,
                     kv_token_seconds=(prompt + median / 2) * seconds,
                     prefill_seconds=prefill / len(replicas),

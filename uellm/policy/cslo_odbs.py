@@ -6,14 +6,19 @@ would be SLO-ODBS again (``uellm.policy.static``).
 """
 
 from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+import numpy.typing as npt
 
 from uellm.policy.continuous import batch_cap
 from uellm.policy.fairness import Turn, in_turns
 from uellm.policy.latency import DEFAULT_COST
-from uellm.policy.latest_start import Outlook, Pace, outlook, pace_of
-from uellm.policy.occupancy import victims
+from uellm.policy.latest_start import FactsCache, Outlook, Pace, facts_of, outlook, pace_of
+from uellm.policy.occupancy import held_tokens, victims
 from uellm.policy.pacing import paced_chunk
 from uellm.policy.peak import PeakRoom
+from uellm.policy.rows import Places, sorted_by
 from uellm.policy.selection import Fluid, Job, late_ones
 from uellm.policy.settings import PolicySettings, setting
 from uellm.policy.views import EngineView, StepDecision
@@ -63,12 +68,19 @@ class CsloOdbsSettings(PolicySettings):
 
 @dataclass(slots=True)
 class _Standing:
-    """Who runs, as the decision changes it."""
+    """Who runs, as the decision changes it.
 
-    running: list[Outlook]
+    Attributes:
+        running: what is expected of them.
+        stays: which of them have not been preempted.
+        room: for the predicted peak.
+        places: free ones.
+    """
+
+    running: Outlook
+    stays: npt.NDArray[np.bool_]
     room: PeakRoom
     places: int
-    elders: int
 
 
 class CsloOdbsStep:
@@ -79,160 +91,170 @@ class CsloOdbsStep:
 
     def __init__(self, settings: CsloOdbsSettings | None = None) -> None:
         self._settings = settings or CsloOdbsSettings()
+        self._waiting = FactsCache()
 
     def step(self, engine: EngineView, now: float) -> StepDecision:
         """See ``uellm.policy.views.StepPolicy``."""
         settings = self._settings
-        pace = pace_of(engine, engine.cost or DEFAULT_COST)
-        running = [
-            outlook(s, pace, now, engine.block_tokens, settings.caution) for s in engine.running
-        ]
-        chunk = paced_chunk(running, engine, pace, settings.min_chunk_tokens, now)
+        facts = facts_of(engine.running)
+        pace = pace_of(engine, facts, engine.cost or DEFAULT_COST)
+        running = outlook(engine.running, facts, pace, now, engine.block_tokens, settings.caution)
+        chunk = paced_chunk(running, engine.max_chunk_tokens, pace, settings.min_chunk_tokens, now)
         again = now + settings.urgent_steps * pace.step / 2 if engine.waiting else None
-        if preempt := self._out_of_room(engine, running, now):
+        if running.held.sum() > engine.kv_tokens_total and len(engine.running) > 1:
+            preempt = self._out_of_room(engine, running, now)
             return StepDecision(preempt=preempt, chunk_tokens=chunk, reconsider_at=again)
         if not engine.waiting:
             return StepDecision(chunk_tokens=chunk)
-        waiting = [
-            outlook(s, pace, now, engine.block_tokens, settings.caution) for s in engine.waiting
-        ]
         cap = batch_cap(engine.slots, engine.cost, settings.knee_factor)
         standing = _Standing(
             running,
-            PeakRoom(
-                min(settings.kv_share * engine.kv_tokens_total, engine.kv_tokens_total),
-                [o.held for o in running],
-                [o.cautious for o in running],
-            ),
-            cap - len(running),
-            sum(self._overdue(o, now) for o in running),
+            np.ones(len(engine.running), dtype=bool),
+            PeakRoom(settings.kv_share * engine.kv_tokens_total, running.held, running.cautious),
+            cap - len(engine.running),
         )
+        waiting = outlook(
+            engine.waiting,
+            self._waiting.of(engine.waiting),
+            pace,
+            now,
+            engine.block_tokens,
+            settings.caution,
+        )
+        urgent = ~waiting.lost & (waiting.latest_start - now < settings.urgent_steps * pace.step)
+        if standing.places <= 0 and not (settings.most_preemptions and urgent.any()):
+            return StepDecision(chunk_tokens=chunk, reconsider_at=again)
         order, hopeful = self._order(waiting, engine, standing, cap, pace, now)
-        admit, preempt = self._admit(order, hopeful, standing, cap, pace, now)
+        urgent[order[hopeful:]] = False
+        admit, preempt = self._admit(order, urgent, waiting, standing, pace, now)
         return StepDecision(
-            admit=tuple(o.sequence.request_id for o in admit),
+            admit=tuple(engine.waiting[i].request_id for i in admit),
             preempt=preempt,
             chunk_tokens=chunk,
-            reconsider_at=again if len(admit) < len(waiting) else None,
-            reserve={
-                o.sequence.request_id: max(o.sequence.prompt_tokens, o.sequence.computed_tokens) + 1
-                for o in admit
-            },
+            reconsider_at=again if len(admit) < len(engine.waiting) else None,
+            reserve={engine.waiting[i].request_id: held_tokens(engine.waiting[i]) for i in admit},
         )
 
-    def _overdue(self, outlook: Outlook, now: float) -> bool:
-        return now - outlook.sequence.slo.accepted_at > self._settings.max_wait_seconds
+    def _overdue(self, those: Outlook, now: float) -> npt.NDArray[np.bool_]:
+        overdue: npt.NDArray[np.bool_] = now - those.accepted > self._settings.max_wait_seconds
+        return overdue
 
-    def _out_of_room(
-        self, engine: EngineView, running: list[Outlook], now: float
-    ) -> tuple[str, ...]:
+    def _out_of_room(self, engine: EngineView, running: Outlook, now: float) -> tuple[str, ...]:
         """Whom to preempt for want of room: those that are lost, then who can wait longest."""
-        by_id = {o.sequence.request_id: o for o in running}
-
-        def key(sequence: object) -> tuple[float, ...]:
-            found = by_id[sequence.request_id]  # type: ignore[attr-defined]
-            return (self._overdue(found, now), not found.lost, -found.latest_start)
-
-        return victims(engine, key)
+        overdue = self._overdue(running, now)
+        keys = {
+            s.request_id: (float(overdue[i]), float(not running.lost[i]), -running.latest_start[i])
+            for i, s in enumerate(engine.running)
+        }
+        return victims(engine, lambda s: keys[s.request_id])
 
     # ---- order ---------------------------------------------------------------------------------
 
     def _order(
         self,
-        waiting: list[Outlook],
+        waiting: Outlook,
         engine: EngineView,
         standing: _Standing,
         cap: int,
         pace: Pace,
         now: float,
-    ) -> tuple[list[Outlook], int]:
-        """Who waits, first to go first, and how many of them can be in time."""
+    ) -> tuple[Places, int]:
+        """Places of who waits, first to go first, and how many of them can be in time."""
         settings = self._settings
+        score = settings.slo_weight * (waiting.due - now)
+        score = score + settings.length_weight * waiting.median * pace.step
+        score[waiting.lost] = inf
+        order = sorted_by((score, np.where(waiting.lost, waiting.accepted, 0.0), *waiting.arrived))
+        able = len(order) - int(waiting.lost.sum())
+        near, beyond, lost = np.split(order, [min(able, settings.scanned), able])
+        near = near[self._turns(near, waiting, engine, pace, now)]
+        late = self._late(near, waiting, engine, standing, cap, pace, now)
+        stays = np.ones(len(near), dtype=bool)
+        stays[list(late)] = False
+        order = np.concatenate([near[stays], beyond, near[~stays], lost])
+        hopeful = able - len(late)
+        elder = self._elder(waiting, standing, cap, now)
+        if elder is not None:
+            hopeful += int(elder not in order[:hopeful])
+            order = np.concatenate([[elder], order[order != elder]])
+        return order, hopeful
 
-        def key(o: Outlook) -> tuple[float, float, int]:
-            score = (
-                settings.slo_weight * (o.due - now) + settings.length_weight * o.median * pace.step
+    def _elder(self, waiting: Outlook, standing: _Standing, cap: int, now: float) -> int | None:
+        """Who has waited longest, if that is too long and few such are running."""
+        oldest = int(np.lexsort((*waiting.arrived[::-1], waiting.accepted))[0])
+        if now - waiting.accepted[oldest] <= self._settings.max_wait_seconds:
+            return None
+        running = int(self._overdue(standing.running, now).sum())
+        return oldest if running < max(1, cap // self._settings.elder_every) else None
+
+    def _turns(
+        self, near: Places, waiting: Outlook, engine: EngineView, pace: Pace, now: float
+    ) -> list[int]:
+        some = [waiting.sequences[i] for i in near]
+        if len({s.tenant for s in some}) < 2:
+            return list(range(len(some)))
+        turns = [
+            Turn(s.tenant, s.slo.priority, s.prompt_tokens + median, due - now)
+            for s, median, due in zip(
+                some, waiting.median[near].tolist(), waiting.due[near].tolist(), strict=True
             )
-            return (score, o.sequence.arrived_at, o.sequence.rank)
-
-        able = sorted((o for o in waiting if not o.lost), key=key)
-        lost = [o for o in waiting if o.lost]
-        lost.sort(key=lambda o: (o.sequence.slo.accepted_at, o.sequence.arrived_at))
-        turns = in_turns(
-            [
-                Turn(
-                    o.sequence.tenant,
-                    o.sequence.slo.priority,
-                    o.sequence.prompt_tokens + o.median,
-                    o.due - now,
-                )
-                for o in able
-            ],
-            ((s.tenant, s.slo.priority, s.prompt_tokens + s.output_tokens) for s in engine.running),
-            pace.step,
+        ]
+        given = (
+            (s.tenant, s.slo.priority, s.prompt_tokens + s.output_tokens) for s in engine.running
         )
-        able = [able[place] for place in turns]
-        late = self._late(able[: settings.scanned], engine, standing, cap, pace, now)
-        in_time = [o for place, o in enumerate(able) if place not in late]
-        order = [*in_time, *(able[place] for place in sorted(late)), *lost]
-        elders = [o for o in waiting if self._overdue(o, now)]
-        if elders and standing.elders < max(1, cap // settings.elder_every):
-            elder = min(elders, key=lambda o: (o.sequence.slo.accepted_at, o.sequence.arrived_at))
-            hopeful = len(in_time) + (elder not in in_time)
-            return [elder, *(o for o in order if o is not elder)], hopeful
-        return order, len(in_time)
+        return list(in_turns(turns, given, pace.step))
 
     def _late(
         self,
-        able: list[Outlook],
+        near: Places,
+        waiting: Outlook,
         engine: EngineView,
         standing: _Standing,
         cap: int,
         pace: Pace,
         now: float,
     ) -> set[int]:
-        held = sum(o.held for o in standing.running)
-        free = self._settings.kv_share * engine.kv_tokens_total - held
-        jobs = (
-            Job(
-                latest_start=o.last_chance,
-                slot_seconds=o.prefill + o.median * pace.step,
-                kv_token_seconds=(o.held + o.median / 2) * o.median * pace.step,
-                prefill_seconds=o.prefill,
-                kv_tokens=o.held + o.median,
-            )
-            for o in able
+        room = self._settings.kv_share * engine.kv_tokens_total
+        held, median = waiting.held[near], waiting.median[near]
+        seconds, prefill = median * pace.step, waiting.prefill[near]
+        jobs = zip(
+            waiting.last_chance[near].tolist(),
+            (prefill + seconds).tolist(),
+            ((held + median / 2) * seconds).tolist(),
+            prefill.tolist(),
+            (held + median).tolist(),
+            strict=True,
         )
-        fluid = Fluid(cap, self._settings.kv_share * engine.kv_tokens_total, standing.places, free)
-        return late_ones(jobs, fluid, now)
+        free = room - float(standing.running.held.sum())
+        return late_ones(map(Job._make, jobs), Fluid(cap, room, standing.places, free), now)
 
     # ---- admission -----------------------------------------------------------------------------
 
     def _admit(
         self,
-        order: list[Outlook],
-        hopeful: int,
+        order: Places,
+        urgent: npt.NDArray[np.bool_],
+        waiting: Outlook,
         standing: _Standing,
-        cap: int,
         pace: Pace,
         now: float,
-    ) -> tuple[list[Outlook], tuple[str, ...]]:
+    ) -> tuple[list[int], tuple[str, ...]]:
         settings = self._settings
-        admitted: list[Outlook] = []
-        preempted: list[Outlook] = []
+        admitted: list[int] = []
+        preempted: list[int] = []
         misfits = 0
-        for place, each in enumerate(order):
-            elder = place == 0 and self._overdue(each, now)
-            if standing.places > 0 and standing.room.fits(each.held, each.cautious):
-                gone: list[Outlook] | None = []
-            elif (
-                place < hopeful
-                and not elder
-                and each.latest_start - now < settings.urgent_steps * pace.step
-            ):
-                gone = self._cleared(each, standing, pace, now)
-            else:
-                gone = None
+        overdue = self._overdue(waiting, now)
+        for i in order.tolist():
+            if standing.places <= 0 and not urgent[order].any():
+                break
+            held, cautious = float(waiting.held[i]), float(waiting.cautious[i])
+            elder = i == order[0] and overdue[i]
+            gone: list[int] | None = None
+            if standing.places > 0 and standing.room.fits(held, cautious):
+                gone = []
+            elif urgent[i] and not elder:
+                need = float(waiting.prefill[i] + waiting.median[i] * pace.step)
+                gone = self._cleared(held, cautious, need, standing, pace, now)
             if gone is None:
                 misfits += 1
                 # Whoever has waited too long goes before all others, as soon as there is room.
@@ -241,45 +263,58 @@ class CsloOdbsStep:
                 continue
             preempted += gone
             standing.places += len(gone) - 1
-            standing.room.add(each.held, each.cautious)
-            admitted.append(each)
-        return admitted, tuple(o.sequence.request_id for o in preempted)
+            standing.room.add(held, cautious)
+            admitted.append(i)
+        names = standing.running.sequences
+        return admitted, tuple(names[i].request_id for i in preempted)
 
     def _cleared(
-        self, urgent: Outlook, standing: _Standing, pace: Pace, now: float
-    ) -> list[Outlook] | None:
-        """Whom to preempt so that an urgent one fits; None if that is not worth its price."""
-        need = urgent.prefill + urgent.median * pace.step
-        candidates = [o for o in standing.running if self._yields(o, need, standing, pace, now)]
-        candidates.sort(key=lambda o: (not o.lost, o.held if o.lost else -o.latest_start))
-        gone: list[Outlook] = []
-        for victim in candidates[:_MOST_VICTIMS]:
+        self,
+        held: float,
+        cautious: float,
+        need: float,
+        standing: _Standing,
+        pace: Pace,
+        now: float,
+    ) -> list[int] | None:
+        """Whom to preempt so that an urgent one fits; None if that is not worth its price.
+
+        Args:
+            held: KV tokens that it takes.
+            cautious: tokens that it will generate.
+            need: seconds that it takes.
+            standing: who runs; changed if somebody is preempted.
+            pace: of the engine.
+            now: in seconds.
+        """
+        running = standing.running
+        yields = np.flatnonzero(self._yielding(need, standing, pace, now))
+        lost = running.lost[yields]
+        by = np.where(lost, running.held[yields], -running.latest_start[yields])
+        gone: list[int] = []
+        for victim in yields[np.lexsort((by, ~lost))][:_MOST_VICTIMS].tolist():
             gone.append(victim)
-            standing.room.remove(victim.held, victim.cautious)
-            places = standing.places + len(gone)
-            if places > 0 and standing.room.fits(urgent.held, urgent.cautious):
-                standing.running = [o for o in standing.running if o not in gone]
+            standing.room.remove(float(running.held[victim]), float(running.cautious[victim]))
+            if standing.places + len(gone) > 0 and standing.room.fits(held, cautious):
+                standing.stays[gone] = False
                 return gone
         for victim in gone:
-            standing.room.add(victim.held, victim.cautious)
+            standing.room.add(float(running.held[victim]), float(running.cautious[victim]))
         return None
 
-    def _yields(
-        self, victim: Outlook, need: float, standing: _Standing, pace: Pace, now: float
-    ) -> bool:
-        """Whether a running sequence may give way to one that takes ``need`` seconds."""
-        if victim.sequence.preemptions >= self._settings.most_preemptions:
-            return False
-        if self._overdue(victim, now):
-            return False
-        if victim.lost:
-            return True
-        again = victim.prefill
-        slack = victim.latest_start - now
-        return (
-            slack > 1.5 * need + 5 * again + self._settings.urgent_steps * pace.step
-            and again <= need / len(standing.running)
-        )
+    def _yielding(
+        self, need: float, standing: _Standing, pace: Pace, now: float
+    ) -> npt.NDArray[np.bool_]:
+        """Which running sequences may give way to one that takes ``need`` seconds."""
+        settings, running = self._settings, standing.running
+        preemptions = np.array([s.preemptions for s in running.sequences])
+        may = standing.stays & (preemptions < settings.most_preemptions)
+        may &= ~self._overdue(running, now)
+        slack = running.latest_start - now
+        worth = slack > 1.5 * need + 5 * running.prefill + settings.urgent_steps * pace.step
+        worth &= running.prefill <= need / max(int(standing.stays.sum()), 1)
+        yielding: npt.NDArray[np.bool_] = may & (running.lost | worth)
+        return yielding
 
 
 _MOST_VICTIMS = 3

@@ -23,6 +23,7 @@ from uellm.policy.refusing import (
     lost_ones,
     to_refuse,
 )
+from uellm.policy.rows import sorted_by
 from uellm.policy.settings import PolicySettings, setting
 from uellm.policy.views import (
     Dispatch,
@@ -83,10 +84,23 @@ class Dispatcher(ABC):
         return replicas
 
     def arranged(
-        self, order: Places, columns: Columns, replicas: Sequence[ReplicaView], now: float
+        self,
+        order: Places,
+        key: Floats,
+        columns: Columns,
+        replicas: Sequence[ReplicaView],
+        now: float,
     ) -> Places:
-        """The order once more; policies that look at more than keys rearrange its beginning."""
-        del columns, replicas, now
+        """The order once more; policies that look at more than keys rearrange its beginning.
+
+        Args:
+            order: by the keys.
+            key: the first of them.
+            columns: the waiting requests.
+            replicas: where they may go.
+            now: in seconds.
+        """
+        del key, columns, replicas, now
         return order
 
     def placed(
@@ -108,11 +122,12 @@ class Dispatcher(ABC):
         fastest = fastest_of(replicas)
         columns = self._columns.of(queue.waiting)
         expired, hopeless = to_refuse(columns, queue.unpromised, fastest, now)
-        everyone = _sorted(self.keys(columns, fastest, now))
+        keys = self.keys(columns, fastest, now)
+        everyone = sorted_by(keys)
         order = everyone
         if len(expired) or len(hopeless):
             order = _without(everyone, [*expired, *hopeless])
-        order = self.arranged(order, columns, replicas, now)
+        order = self.arranged(order, keys[0], columns, replicas, now)
         views = columns.views
         dispatches, gone = self.placed((views[i] for i in order), replicas, now)
         promises = self._promises(order, columns, queue, replicas, now)
@@ -143,13 +158,18 @@ class Dispatcher(ABC):
         replicas: Sequence[ReplicaView],
         now: float,
     ) -> dict[str, Promise]:
-        wanted = len(queue.unpromised) + len(queue.promised)
+        near = [columns.views[i] for i in order[: queue.horizon]]
+        wanted = [
+            i
+            for i, request in enumerate(near)
+            if request.request_id in queue.unpromised or request.request_id in queue.promised
+        ]
         promises: dict[str, Promise] = {}
         if not wanted:
             return promises
         fastest = fastest_of(replicas)
-        near = [columns.views[i] for i in order[: queue.horizon]]
-        for request, estimate in zip(near, estimates(near, replicas, now), strict=False):
+        found = estimates(near, replicas, now)
+        for request, estimate in zip(near[: wanted[-1] + 1], found, strict=False):
             request_id = request.request_id
             before = queue.promised.get(request_id)
             if before is None and request_id not in queue.unpromised:
@@ -157,9 +177,6 @@ class Dispatcher(ABC):
             if before is None or _material(before, estimate.finish_at(request)[0], now):
                 reason = _reason(request, estimate, fastest, now)
                 promises[request_id] = estimate.promise(request, now, self.name, reason)
-            wanted -= 1
-            if not wanted:
-                break
         return promises
 
 
@@ -176,15 +193,6 @@ def overdue_first(
 def by_due(columns: Columns, fastest: Speed | None, now: float) -> Floats:
     """When requests are due; those whose deadline is lost after the patience of their priority."""
     return np.where(lost_ones(columns, fastest, now), columns.patience, columns.due(now))
-
-
-def _sorted(keys: tuple[Floats, ...]) -> Places:
-    """Places by keys; the later ones are looked at only where there are ties."""
-    order = np.argsort(keys[0])
-    ordered = keys[0][order]
-    if (ordered[1:] == ordered[:-1]).any():
-        return np.lexsort(keys[::-1])
-    return order
 
 
 def _without(order: Places, gone: Sequence[int]) -> Places:

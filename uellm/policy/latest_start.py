@@ -1,13 +1,19 @@
-"""Until when a sequence can wait, and whether its objective is lost."""
+"""Until when sequences can wait, and whether their objectives are lost."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, nan
 
-from uellm.policy.due import PATIENCE_SECONDS, due_at
-from uellm.policy.latency import StepCost, chunk_pairs
-from uellm.policy.occupancy import held_tokens
-from uellm.policy.remaining import answered_tokens, remaining_tokens
+import numpy as np
+import numpy.typing as npt
+
+from uellm.policy.due import PATIENCE_SECONDS
+from uellm.policy.latency import StepCost
+from uellm.policy.remaining import remaining_tokens
+from uellm.policy.rows import Array, Floats, RowCache
 from uellm.policy.views import EngineView, SequenceView
+
+_ROWS = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,94 +31,169 @@ class Pace:
     best: float
 
 
-def pace_of(engine: EngineView, cost: StepCost) -> Pace:
+def pace_of(engine: EngineView, running: Floats, cost: StepCost) -> Pace:
     """The pace of an engine, from what runs in it.
 
     Where sequences wait, prefill goes on beside decoding: as much of it a step as keeps up with
     those that run.
+
+    Args:
+        engine: the engine.
+        running: facts of what runs; see ``facts_of``.
+        cost: of its steps.
     """
-    running = engine.running
-    tokens = float(max(len(running), 1))
-    context = 0
-    for sequence in running:
-        context += sequence.computed_tokens
-        if engine.waiting:
-            tokens += sequence.prompt_tokens / max(sequence.profile.output_tokens.mean, 1.0)
+    tokens = float(max(running.shape[1], 1))
+    if engine.waiting and running.shape[1]:
+        tokens += float((running[5] / (running[7] + running[8])).sum())
+    context = float(running[6].sum()) if running.shape[1] else 0.0
     step = cost.seconds(min(tokens, engine.max_chunk_tokens), context)
     return Pace(cost, step, (step + cost.unloaded) / 2)
 
 
-@dataclass(slots=True)
+def _facts(sequence: SequenceView) -> tuple[float, ...]:
+    slo = sequence.slo
+    prompt, computed = sequence.prompt_tokens, sequence.computed_tokens
+    answered = (prompt if prompt > computed else computed) - sequence.profile.prompt_tokens
+    answered = max(answered, sequence.output_tokens)
+    _, median, high = remaining_tokens(sequence)
+    first = sequence.first_token_at
+    begun = first is not None or answered > 0
+    deadline, ttft, tpot = slo.deadline_at, slo.ttft_at, slo.tpot_seconds
+    return (
+        slo.accepted_at,
+        inf if deadline is None else deadline,
+        inf if ttft is None or begun else ttft,
+        inf if tpot is None else tpot,
+        nan if first is None else first,
+        prompt,
+        computed,
+        answered if answered > 0 else 0,
+        median,
+        high,
+        slo.accepted_at + PATIENCE_SECONDS[slo.priority],
+        # It is lost for good: the first token came too late.
+        ttft is not None and first is not None and first > ttft,
+        sequence.arrived_at,
+        sequence.rank,
+    )
+
+
+def facts_of(sequences: Sequence[SequenceView]) -> Floats:
+    """Numbers of sequences, a column for each; ``Outlook`` gives them names."""
+    rows = np.array([_facts(sequence) for sequence in sequences], dtype=np.float64)
+    return np.ascontiguousarray(rows.reshape(len(sequences), _ROWS).T)
+
+
+def _arrays(sequences: Sequence[SequenceView]) -> tuple[Array, ...]:
+    return (facts_of(sequences),)
+
+
+class FactsCache:
+    """Facts of what waits: while it does, they do not change."""
+
+    def __init__(self) -> None:
+        self._rows = RowCache(_arrays)
+
+    def of(self, sequences: Sequence[SequenceView]) -> Floats:
+        """Numbers of these sequences; see ``facts_of``."""
+        return self._rows.of(sequences)[0]
+
+
+@dataclass(frozen=True, slots=True)
 class Outlook:
-    """What is to be expected of a sequence.
+    """What is to be expected of sequences, an entry for each in every array.
 
     Attributes:
-        sequence: which.
-        held: KV tokens that it takes now, or would take with a slot.
-        median: tokens that it will still generate: median.
-        cautious: tokens that it will hardly exceed.
+        sequences: which.
+        accepted: when they became durable.
+        deadline: when their answers are needed; infinite: whenever.
+        tpot: most seconds per token; infinite: any.
+        first_token_at: when their first tokens came, or NaN.
+        decoding: their prompts are computed.
+        computed: tokens with KV in the cache.
+        answered: tokens of their answers.
+        held: KV tokens that they take now, or would take with a slot.
+        median: tokens that they will still generate: median.
+        cautious: tokens that they will hardly exceed.
         prefill: seconds to compute what a slot would have to be filled with anew.
-        latest_start: it is in time if it has a slot from then on.
-        last_chance: the same, if its answer is short and steps are fast.
-        due: when it is due.
-        lost: its objective cannot be met any more.
+        latest_start: they are in time if they have a slot from then on.
+        last_chance: the same, if their answers are short and steps are fast.
+        due: when they are due.
+        lost: their objectives cannot be met any more.
+        arrived: when they came, and their ranks.
     """
 
-    sequence: SequenceView
-    held: int
-    median: float
-    cautious: float
-    prefill: float
-    latest_start: float
-    last_chance: float
-    due: float
-    lost: bool
+    sequences: Sequence[SequenceView]
+    accepted: Floats
+    deadline: Floats
+    tpot: Floats
+    first_token_at: Floats
+    decoding: npt.NDArray[np.bool_]
+    computed: Floats
+    answered: Floats
+    held: Floats
+    median: Floats
+    cautious: Floats
+    prefill: Floats
+    latest_start: Floats
+    last_chance: Floats
+    due: Floats
+    lost: npt.NDArray[np.bool_]
+    arrived: tuple[Floats, Floats]
 
 
 def outlook(
-    sequence: SequenceView, pace: Pace, now: float, block_tokens: int, caution: float
+    sequences: Sequence[SequenceView],
+    facts: Floats,
+    pace: Pace,
+    now: float,
+    block_tokens: int,
+    caution: float,
 ) -> Outlook:
-    """What is to be expected of a sequence, waiting or running.
+    """What is to be expected of sequences, waiting or running.
 
-    Its objective counts as lost if even a short answer (``median² / high``) at the best pace is
+    An objective counts as lost if even a short answer (``median² / high``) at the best pace is
     too late: a test that wrongly gives up one in a hundred costs more than it gains.
     """
-    _, median, high = remaining_tokens(sequence)
-    slo, cost = sequence.slo, pace.cost
-    tokens = max(sequence.prompt_tokens, sequence.computed_tokens)
-    prefill = max(cost.unloaded, cost.per_token * tokens) + cost.per_pair * chunk_pairs(0, tokens)
-    answered = answered_tokens(sequence)
-    begun = sequence.first_token_at is not None or answered > 0
-    latest, optimistic = inf, inf
-    if slo.deadline_at is not None:
-        short = max(min(median * median / high, median), 1.0)
-        latest = slo.deadline_at - prefill - median * pace.step
-        ahead = prefill if sequence.computed_tokens < sequence.prompt_tokens else 0.0
-        optimistic = slo.deadline_at - ahead - short * pace.best
-    if slo.ttft_at is not None:
-        if not begun:
-            by = slo.ttft_at - prefill - pace.step
-            latest, optimistic = min(latest, by), min(optimistic, by + pace.step - pace.best)
-        elif sequence.first_token_at is not None and sequence.first_token_at > slo.ttft_at:
-            optimistic = -inf
-    first = sequence.first_token_at
-    if slo.tpot_seconds is not None and first is not None:
-        # It is the mean that counts: a long answer has time to catch up.
-        end = first + slo.tpot_seconds * (answered + median)
-        latest = min(latest, end - prefill - median * pace.step)
-        end = first + slo.tpot_seconds * (answered + high)
-        optimistic = min(optimistic, end - high * pace.best)
-    due = due_at(slo, now, started=begun)
-    if latest == inf:
-        latest = slo.accepted_at + PATIENCE_SECONDS[slo.priority]
+    (accepted, deadline, ttft, tpot, first, prompt, computed, answered) = facts[:8]
+    (median, high, patience, came_late, arrived, rank) = facts[8:]
+    cost = pace.cost
+    known = np.maximum(prompt, computed)
+    prefill = np.maximum(cost.unloaded, cost.per_token * known)
+    if cost.per_pair:
+        prefill = prefill + cost.per_pair * known * (known + 1) / 2
+    decoding = computed >= prompt
+    short = np.minimum(np.maximum(median * median / high, 1.0), median)
+    latest = deadline - prefill - median * pace.step
+    chance = deadline - np.where(decoding, 0.0, prefill) - short * pace.best
+    by = ttft - prefill
+    latest = np.minimum(latest, by - pace.step)
+    chance = np.minimum(chance, by - pace.best)
+    chance = np.where(came_late > 0, -inf, chance)
+    # It is the mean that counts: a long answer has time to catch up.
+    paced = np.isfinite(tpot) & np.isfinite(first)
+    if paced.any():
+        end = first + tpot * (answered + median)
+        latest = np.where(paced, np.fmin(latest, end - prefill - median * pace.step), latest)
+        end = first + tpot * (answered + high)
+        chance = np.where(paced, np.fmin(chance, end - high * pace.best), chance)
+    due = np.minimum(deadline, np.where(ttft > now, ttft, inf))
     return Outlook(
-        sequence=sequence,
-        held=held_tokens(sequence, block_tokens),
+        sequences=sequences,
+        accepted=accepted,
+        deadline=deadline,
+        tpot=tpot,
+        first_token_at=first,
+        decoding=decoding,
+        computed=computed,
+        answered=answered,
+        held=np.ceil((known + 1) / block_tokens) * block_tokens,
         median=median,
         cautious=median + caution * (high - median),
         prefill=prefill,
-        latest_start=latest,
-        last_chance=optimistic,
-        due=due,
-        lost=optimistic < now,
+        latest_start=np.where(latest == inf, patience, latest),
+        last_chance=chance,
+        due=np.where(due == inf, patience, due),
+        lost=chance < now,
+        arrived=(arrived, rank),
     )

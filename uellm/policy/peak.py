@@ -2,6 +2,7 @@
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import ArrayLike
 
 Floats = npt.NDArray[np.float64]
 
@@ -33,7 +34,7 @@ class PeakRoom:
         remaining: what each will still generate.
     """
 
-    def __init__(self, room: float, held: list[float], remaining: list[float]) -> None:
+    def __init__(self, room: float, held: ArrayLike, remaining: ArrayLike) -> None:
         self._room = room
         self._held = np.array(held, dtype=np.float64)
         self._remaining = np.array(remaining, dtype=np.float64)

@@ -42,7 +42,7 @@ def to_refuse(
     if fastest is None or not unpromised:
         return expired, []
     hopeless = np.flatnonzero(refusable & ~over & lost_ones(columns, fastest, now))
-    return expired, [i for i in hopeless.tolist() if columns.ids[i] in unpromised]
+    return expired, [i for i in hopeless.tolist() if columns.views[i].request_id in unpromised]
 
 
 def expired_refusal(request: QueuedView, now: float) -> Refusal:

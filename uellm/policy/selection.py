@@ -3,10 +3,10 @@
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """A request that waits, as far as the selection is concerned.
 
     Attributes:

@@ -1,0 +1,97 @@
+"""Numbers of many views, made anew only for those that are new.
+
+Making the numbers of a view takes microseconds, and there may be a hundred thousand of them; but
+from one decision to the next few change.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Places = npt.NDArray[np.intp]
+Array = npt.NDArray[Any]
+
+View = TypeVar("View")
+
+
+class RowCache(Generic[View]):
+    """Numbers of a list of views, made of those of the list before where nothing changed.
+
+    A cache only: what it returns depends on its argument alone.
+
+    Args:
+        make: arrays of some views; their last axis is that of the views.
+    """
+
+    def __init__(self, make: Callable[[Sequence[View]], tuple[Array, ...]]) -> None:
+        self._make = make
+        self._views: list[View] = []
+        self._arrays = make(())
+
+    def of(self, views: Sequence[View]) -> tuple[Array, ...]:
+        """The arrays of these views."""
+        views = list(views)
+        kept = _kept(self._views, views)
+        found = sum(end - start for start, end in kept)
+        if found < len(views) or found < len(self._views):
+            fresh = self._make(views[found:])
+            self._arrays = tuple(
+                np.concatenate([*(array[..., start:end] for start, end in kept), new], axis=-1)
+                for array, new in zip(self._arrays, fresh, strict=True)
+            )
+        self._views = views
+        return self._arrays
+
+
+def _kept(before: list[View], after: list[View]) -> list[tuple[int, int]]:
+    """Ranges of ``before`` that, one behind the other, ``after`` begins with.
+
+    What is missing from ``before`` is passed over; lists of the same objects are compared at the
+    speed of memory.
+    """
+    kept: list[tuple[int, int]] = []
+    old = new = 0
+    while old < len(before) and new < len(after):
+        run = _run(before, after, old, new)
+        if run:
+            kept.append((old, old + run))
+            old, new = old + run, new + run
+        else:
+            old += 1
+    return kept
+
+
+def _run(before: list[View], after: list[View], old: int, new: int) -> int:
+    """For how long both lists are the same from there on."""
+    if before[old] is not after[new]:
+        return 0
+    most = min(len(before) - old, len(after) - new)
+    same, size = 1, 64
+    while same < most:
+        size = min(size, most - same)
+        ours = before[old + same : old + same + size]
+        theirs = after[new + same : new + same + size]
+        if ours == theirs:
+            same += size
+            size *= 2
+        else:
+            return same + next(i for i in range(size) if ours[i] != theirs[i])
+    return same
+
+
+def sorted_by(keys: tuple[Floats, ...]) -> Places:
+    """Places by keys; the later ones are looked at only where there are ties."""
+    order = np.argsort(keys[0])
+    ordered = keys[0][order]
+    ties = ordered[1:] == ordered[:-1]
+    if ties.any():
+        tied = np.zeros(len(order), dtype=bool)
+        tied[1:] |= ties
+        tied[:-1] |= ties
+        # In their own places: a run of ties stays where it is.
+        some = np.sort(order[tied])
+        order[tied] = some[np.lexsort([key[some] for key in keys[::-1]])]
+    return order
