@@ -120,10 +120,19 @@ def test_goodput_is_where_attainment_breaks(edge: float) -> None:
 
 
 def test_names_stand_for_policies_of_both_levels() -> None:
-    assert pair_of("fcfs") == Pair("fcfs", "fcfs", "fcfs")
-    assert pair_of("edf+fcfs") == Pair("edf+fcfs", "edf", "fcfs")
-    for name in ("magic", "edf+magic", "magic+fcfs"):
-        with pytest.raises(InvalidArgumentError, match="available"):
+    assert pair_of("fcfs") == Pair("fcfs", "fcfs", {}, {})
+    options = {"knee_factor": "2"}
+    assert pair_of("edf+fcfs:knee_factor=2") == Pair("edf", "fcfs", {}, options)
+    assert pair_of("fcfs:knee_factor=2").step_options == options
+    for name, message in (
+        ("magic", "available"),
+        ("edf+magic", "available"),
+        ("magic+fcfs", "available"),
+        ("fcfs:speed=2", "knee_factor"),
+        ("fcfs:knee_factor", "NAME:SETTING=VALUE"),
+        ("fcfs:knee_factor=x", "not a number"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
             pair_of(name)
 
 

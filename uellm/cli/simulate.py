@@ -13,6 +13,8 @@ from uellm.cli.asking import Json
 
 if TYPE_CHECKING:
     from uellm.simulator.experiments import Cell, Result, Setup
+    from uellm.simulator.mesh import MeshSettings
+    from uellm.simulator.metrics import Metrics
 
 app = typer.Typer(
     help="Compare policies on a mesh in simulated time, at given loads.",
@@ -27,7 +29,7 @@ Workload = Annotated[
     str, typer.Option(metavar="NAME|FILE", help="alpha, tier, loose, or a CSV trace.")
 ]
 Policies = Annotated[
-    str, typer.Option(metavar="A,B", help="Policies: names, or DISPATCH+STEP; by commas.")
+    str, typer.Option(metavar="A,B", help="Policies: NAME, NAME:SETTING=VALUE or DISPATCH+STEP.")
 ]
 Predictor = Annotated[
     str, typer.Option(help="Of lengths: oracle, b80, noise, noise:SPREAD or class-mean.")
@@ -43,6 +45,12 @@ ExecutionName = Annotated[
 ]
 Refusable = Annotated[
     bool, typer.Option("--refuse", help="Requests that cannot be in time ask to be refused.")
+]
+Lookahead = Annotated[
+    int, typer.Option(min=0, help="Requests that a replica is sent beyond its free slots.")
+]
+Headroom = Annotated[
+    float, typer.Option(min=0.01, help="Predicted KV peaks that it is sent, in its KV room.")
 ]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes.")]
 
@@ -64,6 +72,8 @@ def simulate(
     cv: Variation = 1.0,
     execution: ExecutionName = "continuous",
     refuse: Refusable = False,
+    lookahead: Lookahead = 2,
+    kv_headroom: Headroom = 1.1,
     jobs: Jobs = 1,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw attainment over load.")
@@ -73,12 +83,18 @@ def simulate(
     """Compare policies on a mesh in simulated time, at given loads."""
     if context.invoked_subcommand is not None:
         return
-    from uellm.simulator.experiments import Cell
+    from uellm.policy.views import DispatchSettings
+    from uellm.simulator.experiments import Cell, Setup
+    from uellm.simulator.platforms import find_platform
 
     names, loads = _names(policies), _numbers("load", load, above=0.0)
     if plot is not None:
         _check_plot(plot)
-    setup = _setup(platform, workload, predictor, replicas, requests, cv, execution, refuse)
+    mesh = _mesh(replicas, execution, refuse)
+    dispatch = DispatchSettings(lookahead, kv_headroom)
+    setup = _setup(
+        Setup(find_platform(platform), workload, predictor, requests, cv, mesh, dispatch)
+    )
     cells = [Cell(name, x, seed) for name in names for x in loads for seed in range(seeds)]
     results = _run(setup, cells, jobs)
     if plot is not None:
@@ -104,15 +120,23 @@ def find_goodput(
     cv: Variation = 1.0,
     execution: ExecutionName = "continuous",
     refuse: Refusable = False,
+    lookahead: Lookahead = 2,
+    kv_headroom: Headroom = 1.1,
     jobs: Jobs = 1,
     as_json: Json = False,
 ) -> None:
     """Find the largest load that each policy serves in time, and what no policy exceeds."""
-    from uellm.simulator.experiments import Cell, goodput
+    from uellm.policy.views import DispatchSettings
+    from uellm.simulator.experiments import Cell, Setup, goodput
+    from uellm.simulator.platforms import find_platform
 
     shares = _numbers("attainment", attainment, above=0.0, most=1.0)
     names = _names(policies)
-    setup = _setup(platform, workload, predictor, replicas, requests, cv, execution, refuse)
+    mesh = _mesh(replicas, execution, refuse)
+    dispatch = DispatchSettings(lookahead, kv_headroom)
+    setup = _setup(
+        Setup(find_platform(platform), workload, predictor, requests, cv, mesh, dispatch)
+    )
     found = []
     for name in names:
 
@@ -140,30 +164,22 @@ def find_goodput(
     )
 
 
-def _setup(
-    platform: str,
-    workload: str,
-    predictor: str,
-    replicas: int,
-    requests: int,
-    cv: float,
-    execution: str,
-    refuse: bool,
-) -> "Setup":
-    """The experiment that was asked for; what is wrong with it is said before anything runs."""
+def _mesh(replicas: int, execution: str, refuse: bool) -> "MeshSettings":
     from uellm.core.errors import InvalidArgumentError
-    from uellm.simulator.experiments import Setup
     from uellm.simulator.mesh import Execution, MeshSettings
-    from uellm.simulator.platforms import find_platform
-    from uellm.simulator.predictors import check_predictor
 
-    check_predictor(predictor)
     if execution not in list(Execution):
         raise InvalidArgumentError(
             f"execution: no {execution!r}; available: {', '.join(Execution)}", field="execution"
         )
-    mesh = MeshSettings(replicas, Execution(execution), refusable=refuse)
-    setup = Setup(find_platform(platform), workload, predictor, requests, cv, mesh)
+    return MeshSettings(replicas, Execution(execution), refusable=refuse)
+
+
+def _setup(setup: "Setup") -> "Setup":
+    """An experiment; what is wrong with it is said before anything runs."""
+    from uellm.simulator.predictors import check_predictor
+
+    check_predictor(setup.predictor)
     setup.draw(1.0, 0)
     return setup
 
@@ -226,7 +242,10 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    # A narrow terminal breaks lines; figures are not cut off.
+    console = Console(highlight=False)
+    console.width = max(console.width, 160)
+    console.print(table, crop=False)
 
 
 def _groups(results: "list[Result]") -> "dict[tuple[str, float], list[Result]]":
@@ -237,36 +256,35 @@ def _groups(results: "list[Result]") -> "dict[tuple[str, float], list[Result]]":
     return groups
 
 
+_COLUMNS: "dict[str, tuple[str, Callable[[Metrics], float | None]]]" = {
+    "in time": (".3f", lambda m: m.attainment),
+    "refused": (".3f", lambda m: m.refused),
+    "in time/s": (".3g", lambda m: m.met_per_second),
+    "tokens/s": (".4g", lambda m: m.tokens_per_second),
+    "latency s": (".3g", lambda m: m.latency_mean),
+    "preempted": (".2f", lambda m: m.preemptions),
+    "wasted": (".1%", lambda m: m.wasted),
+    "padding": (".1%", lambda m: m.padding),
+    "p90 kept": (".2f", lambda m: m.calibration.p90_coverage),
+}
+
+
 def _show(results: "list[Result]") -> None:
-    rows = []
-    for (policy, load), group in _groups(results).items():
+    """A table of means over seeds, without columns that say nothing."""
+    groups = _groups(results)
+    columns, cells = ["policy", "load"], [[policy, f"{load:.2f}"] for policy, load in groups]
+    for title, (shape, pick) in _COLUMNS.items():
+        means = [_mean([pick(result.metrics) for result in group]) for group in groups.values()]
+        if any(means):
+            columns.append(title)
+            for row, mean in zip(cells, means, strict=True):
+                row.append("-" if mean is None else format(mean, shape))
+    _table(columns, cells)
 
-        def mean(pick: Callable[["Result"], float | None], group: "list[Result]" = group) -> float:
-            values = [value for each in group if (value := pick(each)) is not None]
-            return sum(values) / len(values) if values else float("nan")
 
-        rows.append(
-            (
-                policy,
-                f"{load:.2f}",
-                f"{mean(lambda r: r.metrics.attainment):.3f}",
-                f"{mean(lambda r: r.metrics.refused):.3f}",
-                f"{mean(lambda r: r.metrics.met_per_second):.3g}",
-                f"{mean(lambda r: r.metrics.tokens_per_second):.4g}",
-                f"{mean(lambda r: r.metrics.latency_mean):.3g}",
-                f"{mean(lambda r: r.metrics.preemptions):.2f}",
-                f"{mean(lambda r: r.metrics.wasted):.1%}",
-                f"{mean(lambda r: r.metrics.padding):.1%}",
-                f"{mean(lambda r: r.metrics.calibration.p90_coverage):.2f}",
-            )
-        )
-    _table(
-        (
-            *("policy", "load", "in time", "refused", "met/s", "tokens/s", "latency s"),
-            *("preempted", "wasted", "padding", "p90 kept"),
-        ),
-        rows,
-    )
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 # ---- drawing -----------------------------------------------------------------------------------

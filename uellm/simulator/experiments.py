@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from uellm.core.errors import InvalidArgumentError
 from uellm.policy import registry
-from uellm.policy.views import DispatchSettings
+from uellm.policy.views import DispatchPolicy, DispatchSettings, StepPolicy
 from uellm.simulator.mesh import Mesh, MeshSettings, Record
 from uellm.simulator.metrics import Metrics, highest_rate, measure
 from uellm.simulator.platforms import Platform
@@ -43,33 +44,84 @@ _LOWEST, _HIGHEST = 0.02, 8.0
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A policy of each level. One name stands for both, where there is no step policy of it: fcfs.
+    """A policy of each level, with settings of its own.
 
     Attributes:
-        name: as it was asked for.
-        dispatch: of the scheduler.
-        step: of the engine.
+        dispatch: name, of the scheduler's.
+        step: name, of the engine's.
+        dispatch_options: settings by name.
+        step_options: likewise.
     """
 
-    name: str
     dispatch: str
     step: str
+    dispatch_options: Mapping[str, str]
+    step_options: Mapping[str, str]
+
+    def make_dispatch(self, settings: DispatchSettings) -> DispatchPolicy:
+        """The scheduler's policy."""
+        return registry.dispatch_policy(self.dispatch, settings, self.dispatch_options)
+
+    def make_step(self) -> StepPolicy:
+        """The engine's policy."""
+        return registry.step_policy(self.step, self.step_options)
 
 
-def pair_of(name: str) -> Pair:
-    """The policies that a name stands for: ``NAME``, or ``DISPATCH+STEP``.
+def pair_of(text: str) -> Pair:
+    """The policies that a text stands for: ``NAME``, or ``DISPATCH+STEP``.
+
+    Settings come behind a name: ``fcfs:knee_factor=2:watermark=0.1``. Those behind a name for both
+    levels are for the levels that have such a setting. Where the other level has no policy of a
+    name, fcfs is taken there.
 
     Raises:
-        InvalidArgumentError: if there is none.
+        InvalidArgumentError: if there is no such policy or setting.
     """
-    dispatch, plus, step = name.partition("+")
-    if not plus:
-        step = dispatch if dispatch in registry.step_policies() else "fcfs"
-        if dispatch not in registry.dispatch_policies() and step == dispatch:
-            dispatch = "fcfs"
-    registry.dispatch_policy(dispatch)
-    registry.step_policy(step)
-    return Pair(name, dispatch, step)
+    first, plus, second = text.partition("+")
+    dispatch, options = _parted(first)
+    if plus:
+        step, step_options = _parted(second)
+        pair = Pair(dispatch, step, options, step_options)
+    else:
+        pair = _of_both(dispatch, options)
+    pair.make_dispatch(DispatchSettings())
+    pair.make_step()
+    return pair
+
+
+def _of_both(name: str, options: Mapping[str, str]) -> Pair:
+    """The policies of one name."""
+    step = name if name in registry.step_policies() else "fcfs"
+    dispatch = name if name in registry.dispatch_policies() or step != name else "fcfs"
+    of_dispatch = registry.dispatch_settings(dispatch).keys() if dispatch == name else set()
+    of_step = registry.step_settings(step).keys() if step == name else set()
+    if unknown := options.keys() - of_dispatch - of_step:
+        raise InvalidArgumentError(
+            f"policy {name}: no setting {min(unknown)!r}; available: "
+            f"{', '.join(sorted(of_dispatch | of_step)) or 'none'}",
+            field="policy",
+        )
+    return Pair(
+        dispatch,
+        step,
+        {key: value for key, value in options.items() if key in of_dispatch},
+        {key: value for key, value in options.items() if key in of_step},
+    )
+
+
+def _parted(text: str) -> tuple[str, dict[str, str]]:
+    """A name and its settings."""
+    name, *settings = text.split(":")
+    options = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (key and equals and value):
+            raise InvalidArgumentError(
+                f"policy {name}: {setting!r} is not a setting as in NAME:SETTING=VALUE",
+                field="policy",
+            )
+        options[key] = value
+    return name, options
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +218,8 @@ def simulate(setup: Setup, cell: Cell) -> Result:
     known = profiles(setup.predictor, requests, np.random.default_rng([cell.seed, 1]))
     mesh = Mesh(
         setup.platform,
-        registry.dispatch_policy(pair.dispatch, setup.dispatch),
-        lambda: registry.step_policy(pair.step),
+        pair.make_dispatch(setup.dispatch),
+        pair.make_step,
         setup.mesh,
     )
     return Result(cell, measure(mesh.run(requests, known)))
