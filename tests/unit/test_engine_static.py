@@ -1,5 +1,6 @@
 """Static execution: every step has the shape of the batch, and the answers are the same."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from uellm_worker.engine.capacity import Capacity, Vocabulary
@@ -33,8 +34,16 @@ class Plans(InstantRunner):
         super().submit(plan)
 
 
-def make_loop(runner: Plans, slots: int = 4, spare: int = 4, max_tokens: int = 64) -> EngineLoop:
-    capacity = Capacity(slots, max_tokens, 2 * slots * max_tokens, spare_slots=spare)
+def make_loop(
+    runner: Plans,
+    slots: int = 4,
+    spare: int = 4,
+    max_tokens: int = 64,
+    kv_tokens: int = 0,
+    block_tokens: int = 1,
+) -> EngineLoop:
+    kv_tokens = kv_tokens or 2 * slots * max_tokens
+    capacity = Capacity(slots, max_tokens, kv_tokens, spare, block_tokens)
     return EngineLoop(
         runner, FcfsStep(), capacity, Vocabulary(VOCAB), now=lambda: 0.0, execution="static"
     )
@@ -117,6 +126,13 @@ def test_stages_work_one_after_the_other() -> None:
     loop.add(add(1, 4, 3))
     loop.step()
     assert len(runner.plans) == 1
+
+
+@pytest.mark.parametrize("blocks", [7, 8, 12, 13, 14, 15, 20])
+def test_the_longest_sequence_fits_beside_the_padding_in_whole_blocks(blocks: int) -> None:
+    loop = make_loop(Plans(), slots=2, max_tokens=100, kv_tokens=16 * blocks, block_tokens=16)
+    loop.add(add(0, 90, 50))
+    assert run(loop) == {"0": expected(0, 10)}
 
 
 COMMANDS = st.lists(

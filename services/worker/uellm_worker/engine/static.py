@@ -112,13 +112,18 @@ class Static:
         return self._batch is None or self._batch.over
 
     def account(self) -> KvManager:
-        """See ``Execution``. The padding takes the room of one sequence at most."""
+        """See ``Execution``. Room is left for padding, as far as the longest sequence fits besides.
+
+        It takes the room of one sequence at most, and a block of each that has left the batch.
+        """
         capacity = self._capacity
-        padding = capacity.max_tokens if capacity.kv_tokens >= 2 * capacity.max_tokens else 0
+        block = capacity.block_tokens
+        longest = -(-capacity.max_tokens // block) * block
+        padding = min(longest + self._scratch * block, capacity.kv_tokens - longest)
         return KvManager(
             self._scratch,
             capacity.max_tokens,
-            capacity.kv_tokens - padding,
+            capacity.kv_tokens - max(padding, 0),
             capacity.block_tokens,
             sharing=False,
         )
