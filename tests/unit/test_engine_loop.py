@@ -657,6 +657,39 @@ def test_an_error_of_a_steps_own_is_blamed_on_that_step() -> None:
     assert loop.suspects == ("b",)
 
 
+def test_an_error_in_the_choice_of_tokens_is_blamed_on_the_oldest_step() -> None:
+    class Fatal(Recorder):
+        def collect(self, *, patient: bool = True) -> StepResult | None:
+            raise RuntimeError("boom")
+
+    loop = make_loop(slots=2, runner=Fatal(depth=2))
+    for name in "ab":
+        loop.add(add(name))
+    with pytest.raises(RuntimeError):
+        loop.step()
+    assert loop.suspects == ("a",)
+
+
+def test_too_little_memory_for_a_token_is_blamed_on_its_step() -> None:
+    loop = make_loop(slots=2, runner=Small(rows=0, depth=2))
+    for name in "ab":
+        loop.add(add(name, prompt=1))
+    with pytest.raises(MemoryError, match="single token"):
+        run(loop)
+    assert loop.suspects == ("a",)
+
+
+def test_the_policy_is_told_in_which_blocks_room_is_given() -> None:
+    """One that does not fit in whole blocks is not overtaken by those behind it."""
+    capacity = Capacity(4, 64, 6 * 16, block_tokens=16)
+    loop = EngineLoop(Recorder(), FcfsStep(), capacity, Vocabulary(VOCAB), now=Clock())
+    # Two blocks are left beside the first: the large one takes three.
+    for name, prompt in [("first", 49), ("large", 33), ("small", 5)]:
+        loop.add(add(name, prompt=prompt, max_tokens=4))
+    _, ends = run(loop)
+    assert list(ends) == ["first", "large", "small"]
+
+
 COMMANDS = st.lists(
     st.tuples(
         st.sampled_from(["add", "add", "drop", "step", "step"]),

@@ -11,7 +11,6 @@ from uellm_worker.engine.capacity import Capacity
 from uellm_worker.engine.flights import Padding, Share
 from uellm_worker.engine.kv import KvManager
 from uellm_worker.engine.roster import Roster
-from uellm_worker.engine.sequences import Sequence
 
 
 class Continuous:
@@ -63,20 +62,17 @@ class Continuous:
 
 def _shares_of(group: int, roster: Roster, chunk_tokens: int, rows: int) -> list[Share]:
     """What a step of a group computes: decodes in slot order, then prefill by admission."""
-
-    def ready(*, decoding: bool) -> list[Sequence]:
-        return [
-            s
-            for s in roster.running
-            if s.ready and s.decoding == decoding and roster.kv.group(s.slot) == group
-        ]
-
-    for sequence in sorted(ready(decoding=True), key=lambda s: s.slot):
+    members = [s for s in roster.running if s.ready and roster.kv.group(s.slot) == group]
+    prompts = [s for s in members if not s.decoding]
+    decodes = sorted((s for s in members if s.decoding), key=lambda s: s.slot)
+    for sequence in decodes:
         roster.make_room(sequence)
-    decodes = sorted(ready(decoding=True), key=lambda s: s.slot)
-    shares = [Share.next_of(sequence, 1) for sequence in decodes]
+    # Room for one may have come from another.
+    shares = [Share.next_of(sequence, 1) for sequence in decodes if sequence.slot >= 0]
     budget = min(chunk_tokens, rows - len(shares))
-    for sequence in ready(decoding=False):
+    for sequence in prompts:
+        if sequence.slot < 0:
+            continue
         if budget <= 0:
             break
         share = Share.next_of(sequence, budget)

@@ -104,6 +104,8 @@ class KvManager:
         self._slots = [_Slot() for _ in range(slots + spare_slots)]
         bounds = [-(-slots * group // groups) for group in range(groups + 1)]
         self._ranges = [range(first, end) for first, end in pairwise(bounds)]
+        self._group_of = [group for group, slots in enumerate(self._ranges) for _ in slots]
+        self._seated: set[int] = set()
         self._index = PrefixIndex(slots + spare_slots)
         # Least recently used first; in blocks: what busy slots are charged, what is in memory.
         self._cached: dict[int, None] = {}
@@ -114,13 +116,22 @@ class KvManager:
         self._moves: list[Move] = []
 
     @property
+    def total_tokens(self) -> int:
+        """The budget, in whole blocks."""
+        return self._budget * self._block_tokens
+
+    @property
+    def free_tokens(self) -> int:
+        """Room for new reservations; cached prefixes give way to them."""
+        return (self._budget - self._charged) * self._block_tokens
+
+    @property
     def usage(self) -> KvUsage:
         """The account as it is now."""
-        busy = [number for number, slot in enumerate(self._slots) if slot.busy]
-        used = sum(self._length(number) for number in busy)
-        committed = sum(self._slots[number].committed for number in busy)
+        used = sum(map(self._length, self._seated))
+        committed = sum(self._slots[number].committed for number in self._seated)
         return KvUsage(
-            total_tokens=self._budget * self._block_tokens,
+            total_tokens=self.total_tokens,
             used_tokens=used,
             reserved_tokens=self._charged * self._block_tokens,
             cached_tokens=sum(map(self._index.length, self._cached)),
@@ -140,7 +151,7 @@ class KvManager:
 
     def group(self, number: int) -> int:
         """The group of a slot that is not spare."""
-        return next(group for group, slots in enumerate(self._ranges) if number in slots)
+        return self._group_of[number]
 
     def _length(self, number: int) -> int:
         """Tokens that a slot holds after the step being planned."""
@@ -191,6 +202,7 @@ class KvManager:
         self._index.begin(number, scope)
         self._shrink(number, self.blocks(stays))
         slot.busy, slot.reserved = True, reserved
+        self._seated.add(number)
         self._charged += slot.charge
         if source is not None and source != number:
             cached = self._copy(source, number, cached)
@@ -242,6 +254,7 @@ class KvManager:
             raise ValueError(f"slot {number} is nobody's")
         self._charged -= slot.charge
         slot.busy, slot.reserved = False, 0
+        self._seated.discard(number)
         self._grown.pop(number, None)
         slot.planned.clear()
         length = self._index.length(number)

@@ -6,7 +6,8 @@ The loop does no I/O: the child process hands it commands and sends the reports 
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from uellm.policy.views import EngineView, StepDecision, StepPolicy
 from uellm.v1.common_pb2 import (
@@ -73,7 +74,9 @@ class EngineLoop:
         self._adapters = {name: index for index, name in enumerate(adapters)}
         self._execution = execution_of(execution, capacity, runner.depth)
         self._roster = Roster(self._execution.account())
-        most = max(map(len, self._roster.kv.groups))
+        groups = self._roster.kv.groups
+        self._slots = sum(map(len, groups))
+        most = max(map(len, groups))
         depth = self._execution.depth
         self._limit = RowLimit(max(MAX_CHUNK_TOKENS // depth, 2 * most))
         self._flights: deque[Flight] = deque()
@@ -156,7 +159,8 @@ class EngineLoop:
         landed = False
         if self._flights:
             full = len(self._flights) == self._execution.depth
-            result = self._runner.collect(patient=full)
+            with self._blaming(self._flights[0]):
+                result = self._runner.collect(patient=full)
             if result is not None:
                 self._land(result)
                 landed = True
@@ -190,10 +194,11 @@ class EngineLoop:
         return EngineView(
             running=[sequence.view() for sequence in self._roster.running],
             waiting=[sequence.view() for sequence in self._roster.waiting],
-            slots=min(self._capacity.slots, len(kv.groups) * self._limit.rows),
-            kv_tokens_free=kv.usage.free_tokens,
-            kv_tokens_total=kv.usage.total_tokens,
+            slots=min(self._slots, len(kv.groups) * self._limit.rows),
+            kv_tokens_free=kv.free_tokens,
+            kv_tokens_total=kv.total_tokens,
             max_chunk_tokens=self._limit.rows,
+            block_tokens=self._capacity.block_tokens,
         )
 
     def _apply(self, decision: StepDecision) -> bool:
@@ -243,8 +248,14 @@ class EngineLoop:
         for share in shares:
             share.sequence.computed_tokens += share.chunk.count
         self._flights.append(flight)
-        try:
+        with self._blaming(flight):
             self._runner.submit(plan)
+
+    @contextmanager
+    def _blaming(self, flight: Flight) -> Iterator[None]:
+        """An error of this stage's own within it leaves that step alone under way."""
+        try:
+            yield
         except (PeerLostError, LeaveRequestedError):
             raise
         except Exception:
@@ -279,7 +290,8 @@ class EngineLoop:
 
         What was submitted since rests on what that step did not compute.
         """
-        self._limit.exceeded(flight.plan.rows)
+        with self._blaming(flight):
+            self._limit.exceeded(flight.plan.rows)
         for _ in range(len(self._flights) - 1):
             self._runner.collect()
         self._flights.clear()
@@ -326,7 +338,7 @@ class EngineLoop:
             kv=self._roster.kv.usage,
             running=len(self._roster),
             waiting=len(self._roster.waiting),
-            slots=self._capacity.slots,
+            slots=self._slots,
         )
 
 
