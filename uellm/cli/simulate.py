@@ -220,7 +220,8 @@ def _run(
     from uellm.simulator.experiments import simulate_all
 
     results = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=len(cells))
         for result in simulate_all(setup, cells, min(jobs, len(cells))):
             results.append(result)
