@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
-    from uellm_worker.verification.pipeline import Pipeline
+    from uellm_worker.verification.pipeline import Pipeline, PreemptOnce, generate
     from uellm_worker.verification.reference import Reference
 
 from uellm_worker.engine.plan import StepPlan  # noqa: E402
@@ -205,3 +205,27 @@ def test_answers_are_exact_when_steps_do_not_fit_into_memory(
     for name, prompt in run.prompts.items():
         answer = run.answers[name]
         assert reference.compare(prompt, answer, max(len(answer), 1)).difference is None, name
+
+
+def test_a_step_under_way_behind_one_that_does_not_fit_harms_nobody(
+    model: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last stage never computed the step that gave the sequence its slot."""
+    directory, whole = model
+    pipeline = Pipeline(directory, (1, 2), slots=1, max_tokens=CONTEXT)
+    first = pipeline.stages[0]
+    compute, plans = first.compute, list[StepPlan]()
+
+    def once_too_large(plan: StepPlan, activation: Any) -> Any:
+        plans.append(plan)
+        if len(plans) == 1:
+            raise MemoryError("the first")
+        return compute(plan, activation)
+
+    monkeypatch.setattr(first, "compute", once_too_large)
+    prompt = [3 + 5 * i % 90 for i in range(24)]
+    loop = pipeline.loop(PreemptOnce(chunk_tokens=12))
+    assert generate(loop, [prompt], lambda _: common_pb2.Sampling(max_tokens=6)) == [
+        Reference(whole).greedy(prompt, 6)[0]
+    ]
+    assert [plan.chunks[0].start for plan in plans[:3]] == [0, 12, 0]

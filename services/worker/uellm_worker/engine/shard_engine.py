@@ -63,8 +63,7 @@ class ShardStage:
             ``[T, hidden]``, or where the head is ``[n, vocabulary]`` of the rows that sample, on
             the last part's device.
         """
-        for admission in plan.admissions:
-            self._admissions[admission.slot] = admission
+        self._admit(plan)
         first, *others = self.parts
         output = first.compute(plan, activation)
         for part in others:
@@ -77,9 +76,18 @@ class ShardStage:
         return 1 if on_host(self.parts[0].device.place) else len(self.parts)
 
     def skip(self, plan: StepPlan) -> None:
-        """Do to the caches what a plan asks for, and no more."""
+        """Do to the caches what a plan asks for, and no more.
+
+        Steps behind it may be under way already; they are computed, and then of no use.
+        """
+        self._admit(plan)
         for part in self.parts:
             part.cache.carry_out(plan.moves)
+
+    def _admit(self, plan: StepPlan) -> None:
+        """Keep how the tokens of new sequences are chosen."""
+        for admission in plan.admissions:
+            self._admissions[admission.slot] = admission
 
     @property
     def seconds(self) -> tuple[float, ...]:
