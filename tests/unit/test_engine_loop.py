@@ -679,6 +679,24 @@ def test_too_little_memory_for_a_token_is_blamed_on_its_step() -> None:
     assert loop.suspects == ("a",)
 
 
+def test_the_policy_is_told_when_the_first_token_came() -> None:
+    """What lost its slot keeps the time."""
+    seen: list[float | None] = []
+
+    def decide(view: EngineView) -> StepDecision:
+        (sequence,) = (*view.running, *view.waiting)
+        seen.append(sequence.first_token_at)
+        preempt = (sequence.request_id,) if len(seen) == 4 else ()
+        return StepDecision(admit=(sequence.request_id,), preempt=preempt, chunk_tokens=2)
+
+    loop = make_loop(policy=FunctionPolicy(decide))
+    loop.add(add("a", prompt=4, max_tokens=5))
+    assert run(loop)[0] == {"a": expected(0, 5)}
+    assert seen[:2] == [None, None]
+    assert seen[2] is not None
+    assert set(seen[2:]) == {seen[2]}
+
+
 def test_the_policy_is_told_in_which_blocks_room_is_given() -> None:
     """One that does not fit in whole blocks is not overtaken by those behind it."""
     capacity = Capacity(4, 64, 6 * 16, block_tokens=16)

@@ -317,6 +317,8 @@ class EngineLoop:
             self._finish(sequence, sequence.output(finish=FINISH_REASON_STOP))
             return
         sequence.tokens.append(token)
+        if sequence.first_token_at is None:
+            sequence.first_token_at = self._now()
         output = sequence.output((token,))
         if logprobs is not None:
             output.logprobs.append(logprobs)

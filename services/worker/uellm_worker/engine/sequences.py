@@ -48,6 +48,7 @@ class Sequence:
         preemptions: how often its slot was taken.
         proven: a token was chosen since it was given its slot, from finite logits.
         announced: the agent was told of its first step.
+        first_token_at: when its first token here came, seconds since the epoch, or None.
     """
 
     request_id: str
@@ -68,6 +69,7 @@ class Sequence:
     preemptions: int = 0
     proven: bool = False
     announced: bool = False
+    first_token_at: float | None = None
     _waiting_view: SequenceView | None = field(default=None, init=False)
 
     @property
@@ -137,6 +139,7 @@ class Sequence:
             rank=self.rank,
             arrived_at=self.arrived_at,
             preemptions=self.preemptions,
+            first_token_at=self.first_token_at,
         )
         if self.slot < 0:
             self._waiting_view = view
