@@ -82,11 +82,13 @@ async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
     assert "sure to make it" in err
     assert "deadline met" in err
     status, out, _ = await up.run("models", "--json")
-    assert [(m["name"], m["adapters"]) for m in json.loads(out)] == [("demo", ["twist"])]
+    (model,) = json.loads(out)
+    assert (model["name"], model["adapters"]) == ("demo", ["twist"])
+    assert (model["stored_dtype"], model["dtype"]) == ("float16", "float32")
     status, out, err = await up.run("generate", "Hi", "--max-tokens", "8", "--adapter", "twist")
     assert (status, bool(out.strip())) == (0, True), err
     status, _, err = await up.run("generate", "Hi", "--adapter", "twits")
-    assert (status, "served are: twist" in err) == (1, True), err
+    assert (status, "(served: twist)" in err, err.count("\n")) == (2, True, 1), err
     status, out, _ = await up.run("health", "--json")
     health = json.loads(out)
     assert status == 0, out
@@ -121,10 +123,21 @@ async def test_a_model_is_spread_over_the_devices_of_one_worker(up: Up, engine: 
         "worker-1/sim:1:3-5",
         "worker-1/sim:2:6-7",
     ]
+    assert deployment["stored_dtype"] == "float16"
     status, out, err = await up.run("generate", "Count from 1 to 20.", "--max-tokens", "64")
     assert status == 0, err
     if engine == "shard":
         assert out.strip() == ", ".join(map(str, range(1, 21)))
+    for _ in range(2):
+        await up.run("generate", "Count from 1 to 20. " * 8, "--max-tokens", "2")
+    _, out, _ = await up.run("health", "--json")
+    held = json.loads(out)["deployments"][0]["replicas"][0]["engine"]
+    assert held["kv_tokens_total"] > 0
+    assert held["kv_tokens_used"] == 0
+    if engine == "shard":
+        assert held["prefix_hit_tokens"] > 0
+    _, out, _ = await up.run("health")
+    assert f"which saved {held['prefix_hit_tokens']} prompt tokens" in out
 
 
 async def test_nothing_outlives_it_when_it_is_killed(up: Up) -> None:

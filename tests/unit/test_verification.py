@@ -1,6 +1,7 @@
 """`uellm verify`: what is exact is called exact, and what is not is found, and where."""
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -208,6 +209,21 @@ def test_what_cannot_be_compared_is_said_in_one_line(directory: Path, options: l
     done = CliRunner().invoke(app, ["verify", str(directory), *options])
     assert done.exit_code == 2
     assert len(done.output.strip().splitlines()) == 1
+
+
+def test_weights_that_do_not_fit_are_named(directory: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", hidden=16)
+    misfit = shutil.copytree(directory, tmp_path / "misfit")
+    config = json.loads((misfit / "config.json").read_text())
+    (misfit / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    for arguments, words in (
+        ([str(directory), "--adapter", f"x={adapter}"], "q_proj.lora_A.weight': shape (2, 16)"),
+        ([str(misfit)], "mlp.down_proj.weight': shape"),
+    ):
+        done = CliRunner().invoke(app, ["verify", *arguments])
+        assert done.exit_code == 2
+        assert words in done.output
+        assert len(done.output.strip().splitlines()) == 1
 
 
 def test_a_model_that_is_not_there_is_unusable(tmp_path: Path) -> None:

@@ -103,6 +103,21 @@ async def choose_model(client: Client, name: str) -> inference_pb2.Model:
     raise FailedPreconditionError("no model is served; serve one with `uellm up --model …`")
 
 
+def check_adapter(model: inference_pb2.Model, name: str) -> None:
+    """Whether requests of the model may name this adapter; "" is the model alone.
+
+    Raises:
+        InvalidArgumentError: if it has none of that name.
+    """
+    if name and name not in model.adapters:
+        served = ", ".join(model.adapters) or "none"
+        raise InvalidArgumentError(
+            f"no adapter {name!r} is served with {model.name} (served: {served}); choose one of "
+            "them with --adapter, or leave it out",
+            field="adapter",
+        )
+
+
 def warn_of_waiting(model: inference_pb2.Model, notes: TextIO) -> None:
     """Say that a request will wait, if nothing is there that could answer it."""
     if not model.ready_replicas:
@@ -152,6 +167,7 @@ async def generate(
     """
     async with Client(servers) as client:
         model = await choose_model(client, wishes.model)
+        check_adapter(model, wishes.adapter)
         warn_of_waiting(model, sys.stderr)
         templated = model.has_chat_template if as_chat is None else as_chat
         request = wishes.request(model.name, [("user", prompt)] if templated else prompt)
@@ -183,6 +199,7 @@ def chat(servers: Sequence[str], wishes: Wishes, system: str) -> int:
         client = Client(servers)
         try:
             chosen = runner.run(choose_model(client, wishes.model))
+            check_adapter(chosen, wishes.adapter)
             model = chosen.name
             sys.stderr.write(f"{model}: Ctrl-D ends\n")
             warn_of_waiting(chosen, sys.stderr)

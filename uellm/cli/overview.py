@@ -18,11 +18,17 @@ from uellm.config import ROLES
 from uellm.core.errors import UnavailableError
 from uellm.mesh.readiness import placement
 from uellm.rpc import channel
-from uellm.streams.connection import check, connect
+from uellm.streams.connection import RedisClient, check, connect
+from uellm.streams.queue import ModelQueue
 from uellm.streams.registry import Registry, ServiceAddress
-from uellm.v1 import topology_pb2
+from uellm.v1 import queue_pb2, topology_pb2
 
 PROBE_SECONDS = 2.0
+_REPORTED = (
+    *("running", "waiting", "slots", "kv_tokens_total", "kv_tokens_used", "kv_tokens_reserved"),
+    *("kv_tokens_cached", "kv_tokens_committed", "prefix_hit_tokens", "padding_tokens"),
+)
+"""Of a replica's report, what `uellm health` shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +58,23 @@ async def models(servers: Sequence[str], *, as_json: bool) -> int:
                     "source": model.ref.source,
                     "status": model.status,
                     "adapters": list(model.adapters),
+                    "stored_dtype": model.stored_dtype,
+                    "dtype": model.dtype,
                 }
                 for model in served
             ]
         )
         return exits.OK
-    columns = ("model", "replicas ready", "context", "chat", "adapters", "source", "status")
-    table = Table(*columns, box=None)
+    columns = ("model", "replicas ready", "context", "chat", "weights", "computes in", "adapters")
+    table = Table(*columns, "source", "status", box=None)
     for model in served:
         table.add_row(
             model.name,
             f"{model.ready_replicas}/{model.replicas}",
             str(model.max_tokens),
             "yes" if model.has_chat_template else "no",
+            model.stored_dtype,
+            model.dtype,
             ", ".join(model.adapters) or "none",
             model.ref.source,
             model.status,
@@ -81,7 +91,10 @@ async def health(redis_url: str, *, as_json: bool) -> int:
         registry = Registry(redis)
         found = [service for role in ROLES for service in await registry.find(role)]
         services = await asyncio.gather(*map(_probe, found))
-        deployments = list((await registry.deployments()).values())
+        deployments = [
+            await _describe(redis, deployment)
+            for deployment in (await registry.deployments()).values()
+        ]
     finally:
         await redis.aclose()
     missing = [role for role in ROLES if role not in {service.role for service in services}]
@@ -90,7 +103,7 @@ async def health(redis_url: str, *, as_json: bool) -> int:
             {
                 "services": [asdict(service) for service in services],
                 "missing": missing,
-                "deployments": [_deployment(deployment) for deployment in deployments],
+                "deployments": deployments,
             }
         )
     else:
@@ -130,21 +143,37 @@ def _state(replica: topology_pb2.Replica) -> str:
     return topology_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_")
 
 
-def _deployment(deployment: topology_pb2.Deployment) -> dict[str, Any]:
+async def _describe(redis: RedisClient, deployment: topology_pb2.Deployment) -> dict[str, Any]:
+    """A deployment: where its replicas are, and what they last said of themselves."""
+    queue = ModelQueue(redis, deployment.name)
+    routes = await queue.routes(replica.id for replica in deployment.replicas)
     return {
         "name": deployment.name,
         "status": deployment.status,
+        "stored_dtype": deployment.profile.stored_dtype,
+        "dtype": deployment.dtype,
         "replicas": [
-            {**asdict(placement(replica)), "state": _state(replica)}
+            {
+                **asdict(placement(replica)),
+                "state": _state(replica),
+                "engine": _engine(routes[replica.id].report) if replica.id in routes else None,
+            }
             for replica in deployment.replicas
         ],
     }
 
 
+def _engine(report: queue_pb2.ReplicaReport) -> dict[str, int] | None:
+    """What is held and was saved, in tokens; None before the first report."""
+    if not report.kv_tokens_total:
+        return None
+    return {name: getattr(report, name) for name in _REPORTED}
+
+
 def _print_health(
     services: Sequence[ServiceHealth],
     missing: Sequence[str],
-    deployments: Sequence[topology_pb2.Deployment],
+    deployments: Sequence[dict[str, Any]],
 ) -> None:
     console = Console()
     table = Table("role", "id", "address", "pid", "status", box=None)
@@ -161,13 +190,24 @@ def _print_health(
     for role in missing:
         console.print(f"[red]no {role}: start one with `uellm serve {role}`")
     for deployment in deployments:
-        for replica in deployment.replicas:
-            where = "  ".join(placement(replica).stages)
-            console.print(f"{deployment.name}: {replica.id} {_state(replica)}  {where}")
-        if not deployment.replicas or deployment.status:
-            console.print(f"{deployment.name}: {deployment.status or 'no replica'}")
+        name = deployment["name"]
+        for replica in deployment["replicas"]:
+            where = "  ".join(replica["stages"])
+            console.print(f"{name}: {replica['replica']} {replica['state']}  {where}")
+            if replica["engine"] is not None:
+                console.print("  " + _holds(replica["engine"]), soft_wrap=True)
+        if not deployment["replicas"] or deployment["status"]:
+            console.print(f"{name}: {deployment['status'] or 'no replica'}")
     if not deployments:
         console.print("no model is served")
+
+
+def _holds(engine: dict[str, int]) -> str:
+    return (
+        "{running} running on {slots} slots; KV cache of {kv_tokens_total} tokens: "
+        "{kv_tokens_used} used, {kv_tokens_cached} kept as prefixes, "
+        "which saved {prefix_hit_tokens} prompt tokens"
+    ).format_map(engine)
 
 
 def _print_json(value: Any) -> None:

@@ -836,6 +836,8 @@ class Model(_message.Message):
     REF_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    STORED_DTYPE_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name requests use."""
     max_tokens: _builtins.int
@@ -848,6 +850,10 @@ class Model(_message.Message):
     """Whether chat messages are taken."""
     status: _builtins.str
     """Why nothing is ready, when nothing is."""
+    stored_dtype: _builtins.str
+    """What its weights are stored as, for instance "float16" or "int4 (group 128)"."""
+    dtype: _builtins.str
+    """What it computes in: float32, bfloat16 or float16."""
     @_builtins.property
     def ref(self) -> _common_pb2.ModelRef:
         """Where it comes from."""
@@ -867,10 +873,12 @@ class Model(_message.Message):
         ref: _common_pb2.ModelRef | None = ...,
         status: _builtins.str = ...,
         adapters: _abc.Iterable[_builtins.str] | None = ...,
+        stored_dtype: _builtins.str = ...,
+        dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "has_chat_template", b"has_chat_template", "max_tokens", b"max_tokens", "name", b"name", "ready_replicas", b"ready_replicas", "ref", b"ref", "replicas", b"replicas", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "has_chat_template", b"has_chat_template", "max_tokens", b"max_tokens", "name", b"name", "ready_replicas", b"ready_replicas", "ref", b"ref", "replicas", b"replicas", "status", b"status", "stored_dtype", b"stored_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

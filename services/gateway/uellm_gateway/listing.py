@@ -37,4 +37,6 @@ async def _describe(view: ModelView, model: ServedModel) -> inference_pb2.Model:
         ref=deployment.model,
         status=problem,
         adapters=model.adapters,
+        stored_dtype=deployment.profile.stored_dtype,
+        dtype=deployment.dtype,
     )

@@ -91,10 +91,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             directory, split, slots=SLOTS, max_tokens=room, dtype=dtype, adapters=adapters
         )
 
+    # The engine first: it says which tensor does not fit, and what to do.
+    split_model = pipeline(arguments.dtype)
     reference = Reference.load(directory, DTYPES[arguments.dtype], adapters)
-    result = verify(
-        pipeline(arguments.dtype), reference, prompts, arguments.max_tokens, arguments.execution
-    )
+    result = verify(split_model, reference, prompts, arguments.max_tokens, arguments.execution)
     report = {"model": str(directory), "exact": result.exact, **asdict(result)}
     if arguments.flips:
         flips = count_flips(pipeline(arguments.flips), reference, prompts, arguments.max_tokens)

@@ -281,8 +281,9 @@ class _Stored:
             if not holds(tensor):
                 raise ModelFilesError(
                     f"{self._dir}, tensor {key!r} does not have the {what} that the config claims: "
-                    "activation order (desc_act, actorder) and other zero points than the middle "
-                    "of a symmetric checkpoint are not served; quantise it again without"
+                    "activation order (desc_act, actorder), other groups than group_size and "
+                    "other zero points than the middle of a symmetric checkpoint are not served; "
+                    "correct the config, or quantise it again without"
                 )
 
 
