@@ -21,6 +21,7 @@ from uellm.v1.common_pb2 import (
     QuantileFunction,
     ResourceProfile,
     Sampling,
+    Slo,
 )
 from uellm.v1.engine_pb2 import AddSequence, DropSequence, StepReport
 
@@ -230,6 +231,7 @@ def test_the_end_of_sequence_token_is_not_emitted() -> None:
             ),
             "PROFILE_INVALID",
         ),
+        (add("x", slo=Slo(priority=9)), "SLO_INVALID"),  # type: ignore[arg-type]
     ],
 )
 def test_what_cannot_be_served_fails_alone(command: AddSequence, reason: str) -> None:

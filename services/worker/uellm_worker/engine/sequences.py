@@ -181,6 +181,14 @@ def _check(
         raise SequenceError("SAMPLING_INVALID", f"top_p {sampling.top_p}: above 0, at most 1")
 
 
+def _slo(command: AddSequence) -> Slo:
+    """The command's SLO."""
+    try:
+        return slo_from_proto(command.slo, command.accepted_seconds)
+    except ValueError as error:
+        raise SequenceError("SLO_INVALID", f"slo: {error}") from error
+
+
 def _profile(command: AddSequence, limit_tokens: int) -> ResourceProfile:
     """The command's profile; without one, the longest answer is expected."""
     if command.profile.output_tokens.levels:
@@ -219,7 +227,7 @@ def sequence_from_command(
         given_tokens=given,
         limit_tokens=limit,
         sampling=command.sampling,
-        slo=slo_from_proto(command.slo, command.accepted_seconds),
+        slo=_slo(command),
         profile=_profile(command, limit),
         rank=command.rank,
         arrived_at=arrived_at,
