@@ -85,10 +85,12 @@ async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
     (model,) = json.loads(out)
     assert (model["name"], model["adapters"]) == ("demo", ["twist"])
     assert (model["stored_dtype"], model["dtype"]) == ("float16", "float32")
+    _, out, _ = await up.run("models")
+    assert "…" not in out, "cut off"
     status, out, err = await up.run("generate", "Hi", "--max-tokens", "8", "--adapter", "twist")
     assert (status, bool(out.strip())) == (0, True), err
     status, _, err = await up.run("generate", "Hi", "--adapter", "twits")
-    assert (status, "(served: twist)" in err, err.count("\n")) == (2, True, 1), err
+    assert (status, "choose of twist" in err, err.count("\n")) == (2, True, 1), err
     status, out, _ = await up.run("health", "--json")
     health = json.loads(out)
     assert status == 0, out
@@ -158,6 +160,16 @@ async def test_a_taken_port_is_said_and_nothing_is_started(up: Up) -> None:
     assert err.count("\n") == 1
     assert port in err
     assert "--port" in err
+
+
+async def test_a_model_that_does_not_fit_ends_it_in_one_line(up: Up) -> None:
+    status, _, err = await up.run("up", "--port", "0", "--devices", "sim:0:memory=2MiB")
+    assert status == 2
+    last = err.strip().splitlines()[-1]
+    assert "are missing" in last
+    assert "worker-1/sim:0" in last
+    assert "next try" not in last
+    assert find_mesh(up.home) is None
 
 
 async def test_more_stages_than_devices_are_refused_and_nothing_is_left(up: Up) -> None:

@@ -110,11 +110,10 @@ def check_adapter(model: inference_pb2.Model, name: str) -> None:
         InvalidArgumentError: if it has none of that name.
     """
     if name and name not in model.adapters:
-        served = ", ".join(model.adapters) or "none"
+        served = ", ".join(model.adapters)
+        remedy = f"choose of {served} with --adapter, or leave it out" if served else "leave it out"
         raise InvalidArgumentError(
-            f"no adapter {name!r} is served with {model.name} (served: {served}); choose one of "
-            "them with --adapter, or leave it out",
-            field="adapter",
+            f"no adapter {name!r} is served with {model.name}; {remedy}", field="adapter"
         )
 
 

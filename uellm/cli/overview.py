@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from uellm.cli import exits
 from uellm.client import Client
@@ -66,7 +66,7 @@ async def models(servers: Sequence[str], *, as_json: bool) -> int:
         )
         return exits.OK
     columns = ("model", "replicas ready", "context", "chat", "weights", "computes in", "adapters")
-    table = Table(*columns, "source", "status", box=None)
+    table = Table(*columns, Column("source", overflow="fold"), "status", box=None)
     for model in served:
         table.add_row(
             model.name,

@@ -132,7 +132,9 @@ async def _wait_for_model(registry: Registry, name: str, report: Report) -> None
             if states and all(state == topology_pb2.REPLICA_STATE_READY for state in states):
                 return
             if topology_pb2.REPLICA_STATE_FAILED in states:
-                raise ConfigurationError(f"{name}: {deployment.status}", field="model")
+                # The deployer would go on trying, but without a mesh there is no next time.
+                why, _, _ = deployment.status.partition("; next try in ")
+                raise ConfigurationError(f"{name}: {why}", field="model")
             if deployment.status and deployment.status != told:
                 report(f"{name}: {(told := deployment.status)}")
         await asyncio.sleep(_POLL_SECONDS)
