@@ -362,6 +362,8 @@ def test_a_static_batch_is_the_batchers_first() -> None:
 
 
 def cslo(**options: object) -> DispatchPolicy:
+    """As with several replicas, of which tests need but one."""
+    options = {"ahead_alone": 0, **options}
     return registry.dispatch_policy("cslo-odbs", DispatchSettings(lookahead_requests=0), options)
 
 
@@ -388,6 +390,25 @@ def test_the_urgent_may_exceed_free_slots_and_the_lost_yield() -> None:
     assert sent(decision) == ["soon"]
     assert decision.order == ("calm", "lost")
     assert sent(cslo(urgent_beyond=0).dispatch(QueueView([soon]), [full], NOW)) == []
+
+
+def test_when_the_next_becomes_urgent_it_is_decided_again() -> None:
+    # .01 s of prefill, and 20 steps of 10 ms; urgent 1.2 s before that.
+    queue = QueueView([queued("later", 30), queued("next", 20)])
+    decision = cslo().dispatch(queue, [replica(slots=1, in_flight=1)], NOW)
+    assert sent(decision) == []
+    assert decision.reconsider_at == pytest.approx(NOW + 20 - 0.21 - 1.2)
+    assert cslo(urgent_beyond=0).dispatch(queue, [replica(slots=1, in_flight=1)], NOW) == replace(
+        decision, reconsider_at=None
+    )
+
+
+def test_the_only_replica_is_sent_what_there_is() -> None:
+    waiting = [queued(f"q{i}", 30 + i) for i in range(20)]
+    view = replica(slots=2, in_flight=2, kv_tokens_total=100)
+    assert len(sent(cslo(ahead_alone=9).dispatch(QueueView(waiting), [view], NOW))) == 9
+    other = replace(view, replica="r1")
+    assert sent(cslo(ahead_alone=9).dispatch(QueueView(waiting), [view, other], NOW)) == []
 
 
 def test_slots_beyond_the_knee_are_left_alone() -> None:

@@ -384,6 +384,26 @@ def test_prefill_is_paced_by_those_that_decode() -> None:
     assert chunk == COST.knee - 1
 
 
+def test_prefill_keeps_up_with_the_answers_that_end() -> None:
+    # Forty prompts of 200 tokens for answers of 20: 400 prompt tokens a step take their places.
+    late = [decoding(f"r{i}", 10, prompt=200, tokens=20, deadline_at=NOW + 2) for i in range(40)]
+    view = engine(late, [sequence("w")], slots=64, kv_tokens_total=99_999, max_chunk_tokens=2048)
+    assert step_policy("cslo-odbs").step(view, NOW).chunk_tokens == 800
+    alone = step_policy("cslo-odbs", {"keep_up": 0}).step(view, NOW)
+    assert alone.chunk_tokens < 500  # 200 ms a step
+
+
+def test_selection_keeps_as_many_in_time_as_possible() -> None:
+    # One slot: the long one takes 4 s and makes the two short ones late, which take .4 s each.
+    long = sequence("long", tokens=200, spread=0.0, deadline_at=NOW + 4.2)
+    short = [
+        sequence(f"s{i}", tokens=20, spread=0.0, deadline_at=NOW + 4.3 + i / 10) for i in range(2)
+    ]
+    view = engine([], [long, *short], slots=1)
+    assert step_policy("cslo-odbs").step(view, NOW).admit == ("long",)
+    assert step_policy("cslo-odbs", {"scanned": 256}).step(view, NOW).admit == ("s0",)
+
+
 def test_tenants_take_turns_by_tokens() -> None:
     flood = [
         sequence(f"a{i}", tenant="a", deadline_at=NOW + 50 + i / 100, accepted=NOW - 3)

@@ -16,7 +16,7 @@ from uellm.policy.dispatching import Dispatcher, Placed
 from uellm.policy.estimate import Speed, fastest_of
 from uellm.policy.fairness import Turn, in_turns
 from uellm.policy.peaked import PeakedRoom, peaked_room
-from uellm.policy.placing import place
+from uellm.policy.placing import place, plain_room
 from uellm.policy.selection import Fluid, Job, late_ones
 from uellm.policy.settings import PolicySettings, setting
 from uellm.policy.views import QueuedView, ReplicaView
@@ -38,7 +38,7 @@ class CsloOdbsDispatchSettings(PolicySettings):
         least=0,
     )
     kv_share: float = setting(
-        0.98, "Share of a replica's KV room that the predicted peak may take.", above=0, most=1
+        0.98, "Share of a replica's KV room that the predicted peak may take.", above=0
     )
     caution: float = setting(
         0.5,
@@ -48,10 +48,16 @@ class CsloOdbsDispatchSettings(PolicySettings):
     )
     most_misfits: int = setting(4, "So many that do not fit are passed over.", least=0)
     urgent_steps: float = setting(
-        30.0, "A request is urgent when it has to start within so many steps.", least=0
+        120.0, "A request is urgent when it has to start within so many steps.", least=0
     )
     urgent_beyond: int = setting(
-        4, "So many urgent requests a replica is sent beyond its free places.", least=0
+        64, "So many urgent requests a replica is sent beyond its free places.", least=0
+    )
+    ahead_alone: int = setting(
+        512,
+        "So many requests the only replica is sent ahead, whatever its KV room: there is nowhere "
+        "else to go, and its engine sees more.",
+        least=0,
     )
     scanned: int = setting(
         256, "So many first of the order are judged by whether they are in time together.", least=1
@@ -191,6 +197,26 @@ class CsloOdbsDispatch(Dispatcher):
         slots = sum(view.slots for view in replicas)
         return int(oldest) if in_flight < max(1, slots // self._options.elder_every) else None
 
+    def reconsidered(
+        self,
+        rest: Places,
+        columns: Columns,
+        replicas: Sequence[ReplicaView],
+        now: float,
+    ) -> float | None:
+        """When the next one of those that go on waiting becomes urgent."""
+        fastest = fastest_of(replicas)
+        if fastest is None or not self._options.urgent_beyond or not len(rest):
+            return None
+        near = columns.some(rest[: self._options.scanned])
+        prefill = near.prefill * fastest.prefill_per_token
+        latest = np.minimum(
+            near.deadline - near.median * fastest.step, near.first_token - fastest.step
+        )
+        urgent = latest - prefill - self._options.urgent_steps * fastest.step
+        soonest = urgent[urgent > now].min(initial=inf)
+        return None if soonest == inf else float(soonest)
+
     # ---- placing -------------------------------------------------------------------------------
 
     def placed(
@@ -209,6 +235,10 @@ class CsloOdbsDispatch(Dispatcher):
         def urgent(request: QueuedView) -> bool:
             return fastest is not None and self._urgent(request, fastest, now)
 
+        if len(replicas) == 1 and self._options.ahead_alone:
+            ahead = max(self._settings.lookahead_requests, self._options.ahead_alone)
+            unbound = replace(self._settings, lookahead_requests=ahead, kv_headroom=inf)
+            return place(order, [plain_room(replicas[0], unbound)], passes)
         rooms: list[PeakedRoom] = [
             peaked_room(
                 view,

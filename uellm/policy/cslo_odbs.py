@@ -6,7 +6,7 @@ would be SLO-ODBS again (``uellm.policy.static``).
 """
 
 from dataclasses import dataclass
-from math import inf
+from math import ceil, inf
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ class CsloOdbsSettings(PolicySettings):
     )
     most_misfits: int = setting(4, "So many that do not fit are passed over.", least=0)
     urgent_steps: float = setting(
-        30.0, "A request is urgent when it has to start within so many steps.", least=0
+        60.0, "A request is urgent when it has to start within so many steps.", least=0
     )
     most_preemptions: int = setting(
         3, "Who was preempted so often is not preempted for an urgent one. 0: nobody is.", least=0
@@ -55,8 +55,17 @@ class CsloOdbsSettings(PolicySettings):
     min_chunk_tokens: int = setting(
         32, "A step prefills so many tokens, however short of time the running are.", least=1
     )
+    keep_up: float = setting(
+        2.0,
+        "And so many times as many as keep up with the answers that end: with less, those that "
+        "wait for their first token pay for those that decode.",
+        least=0,
+    )
     scanned: int = setting(
-        256, "So many first of the order are judged by whether they are in time together.", least=1
+        0,
+        "So many first of the order are judged by whether they are in time together; at most 256.",
+        least=0,
+        most=256,
     )
     max_wait_seconds: float = setting(
         600.0, "Who has waited longer than this has a claim on a slot.", above=0
@@ -99,7 +108,8 @@ class CsloOdbsStep:
         facts = facts_of(engine.running)
         pace = pace_of(engine, facts, engine.cost or DEFAULT_COST)
         running = outlook(engine.running, facts, pace, now, engine.block_tokens, settings.caution)
-        chunk = paced_chunk(running, engine.max_chunk_tokens, pace, settings.min_chunk_tokens, now)
+        least = max(settings.min_chunk_tokens, ceil(settings.keep_up * pace.turnover))
+        chunk = paced_chunk(running, engine.max_chunk_tokens, pace, least, now)
         again = now + settings.urgent_steps * pace.step / 2 if engine.waiting else None
         if running.held.sum() > engine.kv_tokens_total and len(engine.running) > 1:
             preempt = self._out_of_room(engine, running, now)
@@ -124,8 +134,7 @@ class CsloOdbsStep:
         urgent = ~waiting.lost & (waiting.latest_start - now < settings.urgent_steps * pace.step)
         if standing.places <= 0 and not (settings.most_preemptions and urgent.any()):
             return StepDecision(chunk_tokens=chunk, reconsider_at=again)
-        order, hopeful = self._order(waiting, engine, standing, cap, pace, now)
-        urgent[order[hopeful:]] = False
+        order = self._order(waiting, engine, standing, cap, pace, now)
         admit, preempt = self._admit(order, urgent, waiting, standing, pace, now)
         return StepDecision(
             admit=tuple(engine.waiting[i].request_id for i in admit),
@@ -158,26 +167,24 @@ class CsloOdbsStep:
         cap: int,
         pace: Pace,
         now: float,
-    ) -> tuple[Places, int]:
-        """Places of who waits, first to go first, and how many of them can be in time."""
+    ) -> Places:
+        """Places of who waits, first to go first."""
         settings = self._settings
         score = settings.slo_weight * (waiting.due - now)
         score = score + settings.length_weight * waiting.median * pace.step
         score[waiting.lost] = inf
         order = sorted_by((score, np.where(waiting.lost, waiting.accepted, 0.0), *waiting.arrived))
         able = len(order) - int(waiting.lost.sum())
-        near, beyond, lost = np.split(order, [min(able, settings.scanned), able])
+        near, beyond, lost = np.split(order, [min(able, _NEAR), able])
         near = near[self._turns(near, waiting, engine, pace, now)]
-        late = self._late(near, waiting, engine, standing, cap, pace, now)
+        late = self._late(near[: settings.scanned], waiting, engine, standing, cap, pace, now)
         stays = np.ones(len(near), dtype=bool)
         stays[list(late)] = False
         order = np.concatenate([near[stays], beyond, near[~stays], lost])
-        hopeful = able - len(late)
         elder = self._elder(waiting, standing, cap, now)
         if elder is not None:
-            hopeful += int(elder not in order[:hopeful])
             order = np.concatenate([[elder], order[order != elder]])
-        return order, hopeful
+        return order
 
     def _elder(self, waiting: Outlook, standing: _Standing, cap: int, now: float) -> int | None:
         """Who has waited longest, if that is too long and few such are running."""
@@ -317,5 +324,7 @@ class CsloOdbsStep:
         return yielding
 
 
+_NEAR = 256
+"""So many first of the order take turns by tenant."""
 _MOST_VICTIMS = 3
 """For one urgent request."""

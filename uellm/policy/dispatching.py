@@ -103,6 +103,17 @@ class Dispatcher(ABC):
         del key, columns, replicas, now
         return order
 
+    def reconsidered(
+        self,
+        rest: Places,
+        columns: Columns,
+        replicas: Sequence[ReplicaView],
+        now: float,
+    ) -> float | None:
+        """When to decide again even if nothing happens; None if time alone changes nothing."""
+        del rest, columns, replicas, now
+        return None
+
     def placed(
         self, order: Iterable[QueuedView], replicas: Sequence[ReplicaView], now: float
     ) -> Placed:
@@ -141,13 +152,15 @@ class Dispatcher(ABC):
                 if request.request_id in ids:
                     refusals.append(infeasible_refusal(self.name, request, estimate, fastest, now))
         rest = np.delete(order, gone) if gone else order
-        expiring = columns.deadline[rest][columns.refusable[rest]].min(initial=inf)
+        again = columns.deadline[rest][columns.refusable[rest]].min(initial=inf)
+        if (at := self.reconsidered(rest, columns, replicas, now)) is not None:
+            again = min(again, at)
         return DispatchDecision(
             dispatches=dispatches,
             promises=promises,
             refusals=tuple(refusals),
             order=tuple(columns.ids[rest].tolist()),
-            reconsider_at=None if expiring == inf else float(expiring),
+            reconsider_at=None if again == inf else float(again),
         )
 
     def _promises(

@@ -24,11 +24,13 @@ class Pace:
         cost: of its steps.
         step: seconds of a step at the present load.
         best: seconds of a step for an optimistic test.
+        turnover: prompt tokens a step that take the place of answers that end.
     """
 
     cost: StepCost
     step: float
     best: float
+    turnover: float
 
 
 def pace_of(engine: EngineView, running: Floats, cost: StepCost) -> Pace:
@@ -43,11 +45,12 @@ def pace_of(engine: EngineView, running: Floats, cost: StepCost) -> Pace:
         cost: of its steps.
     """
     tokens = float(max(running.shape[1], 1))
-    if engine.waiting and running.shape[1]:
-        tokens += float((running[5] / (running[7] + running[8])).sum())
-    context = float(running[6].sum()) if running.shape[1] else 0.0
+    turnover = float((running[5] / (running[7] + running[8])).sum())
+    if engine.waiting:
+        tokens += turnover
+    context = float(running[6].sum())
     step = cost.seconds(min(tokens, engine.max_chunk_tokens), context)
-    return Pace(cost, step, (step + cost.unloaded) / 2)
+    return Pace(cost, step, (step + cost.unloaded) / 2, turnover)
 
 
 def _facts(sequence: SequenceView) -> tuple[float, ...]:
