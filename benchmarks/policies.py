@@ -113,12 +113,13 @@ def _steps(name: str, decisions: int, tenants: int) -> list[float]:
             for s in running
         ]
         if turn % 3 == 0:
-            running[rng.randrange(256)] = sequence(now, 1)
-            waiting[rng.randrange(1000)] = sequence(now, 0)
+            del running[rng.randrange(256)], waiting[rng.randrange(1000)]
+            running.append(sequence(now, 1))
+            waiting.append(sequence(now, 0))
         used = sum(s.computed_tokens for s in running)
         # Every other time a slot is free.
         engine = EngineView(
-            running[turn % 2 :], waiting, 256, max(250_000 - used, 0), 250_000, 2048, 16, COST
+            running[: 256 - turn % 2], waiting, 256, max(250_000 - used, 0), 250_000, 2048, 16, COST
         )
         found.append(_timed(lambda engine=engine, now=now: policy.step(engine, now)))  # type: ignore[misc]
     return found

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from tests.support.policies import COST, NOW, decoding, engine, engines, sequence
 from uellm.core.request import Priority, QuantileFunction, ResourceProfile
+from uellm.policy.latest_start import facts_of
 from uellm.policy.occupancy import held_by, held_tokens
 from uellm.policy.peak import PeakRoom, future_peak
 from uellm.policy.registry import step_policy
 from uellm.policy.remaining import remaining_tokens
 from uellm.policy.reserving import reserve_tokens
+from uellm.policy.running_facts import RunningFacts
 from uellm.policy.selection import Fluid, Job, late_ones
 from uellm.policy.views import EngineView, StepDecision
 
@@ -163,6 +165,19 @@ def test_nobody_waits_for_ever_however_many_others_come(name: str) -> None:
             return
         view = carried_out(decision, view, now, finished=2)
     pytest.fail("it never ran")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(engines(), min_size=1, max_size=3))
+def test_facts_of_what_runs_are_the_same_however_they_are_found(views: list[EngineView]) -> None:
+    running = RunningFacts()
+    for view in views:
+        later = [
+            replace(s, computed_tokens=s.computed_tokens + 9, output_tokens=s.output_tokens + 9)
+            for s in view.running
+        ]
+        for sequences in (view.running, later, later[1:], view.waiting):
+            assert np.array_equal(running.of(sequences), facts_of(sequences), equal_nan=True)
 
 
 # ---- orders ------------------------------------------------------------------------------------

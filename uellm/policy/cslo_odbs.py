@@ -14,11 +14,12 @@ import numpy.typing as npt
 from uellm.policy.continuous import batch_cap
 from uellm.policy.fairness import Turn, in_turns
 from uellm.policy.latency import DEFAULT_COST
-from uellm.policy.latest_start import FactsCache, Outlook, Pace, facts_of, outlook, pace_of
+from uellm.policy.latest_start import FactsCache, Outlook, Pace, outlook, pace_of
 from uellm.policy.occupancy import held_tokens, victims
 from uellm.policy.pacing import paced_chunk
 from uellm.policy.peak import PeakRoom
 from uellm.policy.rows import Places, sorted_by
+from uellm.policy.running_facts import RunningFacts
 from uellm.policy.selection import Fluid, Job, late_ones
 from uellm.policy.settings import PolicySettings, setting
 from uellm.policy.views import EngineView, StepDecision
@@ -101,11 +102,12 @@ class CsloOdbsStep:
     def __init__(self, settings: CsloOdbsSettings | None = None) -> None:
         self._settings = settings or CsloOdbsSettings()
         self._waiting = FactsCache()
+        self._running = RunningFacts()
 
     def step(self, engine: EngineView, now: float) -> StepDecision:
         """See ``uellm.policy.views.StepPolicy``."""
         settings = self._settings
-        facts = facts_of(engine.running)
+        facts = self._running.of(engine.running)
         pace = pace_of(engine, facts, engine.cost or DEFAULT_COST)
         running = outlook(engine.running, facts, pace, now, engine.block_tokens, settings.caution)
         least = max(settings.min_chunk_tokens, ceil(settings.keep_up * pace.turnover))
