@@ -94,7 +94,7 @@ class _Standing:
 
 
 class CsloOdbsStep:
-    """Continuous SLO-ODBS; see docs/scheduling.md for what each part is worth."""
+    """Continuous SLO-ODBS; docs/scheduling.md goes through its parts."""
 
     name = "cslo-odbs"
     settings_type = CsloOdbsSettings
