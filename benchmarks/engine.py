@@ -8,8 +8,9 @@ batches, which last as long as their longest answer. ``hf-static`` is transforme
 such batches in the order of arrival and ``hf-sorted`` the same, ordered by lengths that nobody
 would know beforehand; only tokens that were asked for count. ``hf-continuous`` is transformers' own
 continuous batching; ``vllm`` and ``openvino`` are measured where ``make bench-peers`` has installed
-them, on CPUs. All compute in one dtype, float32 by default. Each run is a process of its own, after
-one short run to warm up; engines take turns, and medians are given.
+them, on CPUs. All compute in one dtype, float32 by default. Each run is a process of its own, on as
+many cores as it has threads, after one short run to warm up; engines take turns, and medians are
+given.
 """
 # ruff: noqa: PLC0415 - the process that starts the others needs no model library.
 
@@ -77,6 +78,12 @@ ENGINES: dict[str, Callable[[Setup], Run]] = {
     **PEERS,
 }
 DEFAULT = [engine for engine in ENGINES if engine not in OWN_INTERPRETER]
+
+
+def stay_on(cores: int) -> None:
+    """Keep this process on so many cores: some engines start more threads than they are told to."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
 
 
 def measure(engine: str, setup: Setup, requests: int) -> float:
@@ -176,6 +183,7 @@ def main() -> None:
     if unknown := {*arguments.engines} - {*ENGINES}:
         parser.error(f"no such engines: {', '.join(unknown)}; there are {', '.join(ENGINES)}")
     if arguments.one:
+        stay_on(arguments.threads)
         setup = Setup(
             arguments.model,
             arguments.slots,
