@@ -129,14 +129,6 @@ class Family:
         """Name of the head's weight."""
         return f"{self.head}.weight"
 
-    @property
-    def shares_prefixes(self) -> bool:
-        """What was computed of a prompt serves others that begin like it.
-
-        Keys and values do, up to any token; a state is that behind the last token only.
-        """
-        return self.recurrence is None
-
     @staticmethod
     def kv_heads(heads: int, head_dim: int, fused_rows: int) -> int:
         """Key heads behind a projection to queries, keys and values of so many numbers."""

@@ -12,13 +12,14 @@ import numpy as np
 
 from uellm.policy.columns import Columns, Floats, Places
 from uellm.policy.continuous import batch_cap
+from uellm.policy.cslo_settings import CsloSettings
 from uellm.policy.dispatching import Dispatcher, Placed
 from uellm.policy.estimate import Speed, fastest_of
 from uellm.policy.fairness import Turn, in_turns
 from uellm.policy.peaked import PeakedRoom, peaked_room
 from uellm.policy.placing import place, plain_room
 from uellm.policy.selection import Fluid, Job, late_ones
-from uellm.policy.settings import PolicySettings, setting
+from uellm.policy.settings import setting
 from uellm.policy.views import QueuedView, ReplicaView
 
 _DEMOTED = 1e9
@@ -26,11 +27,9 @@ _DEMOTED = 1e9
 
 
 @dataclass(frozen=True)
-class CsloOdbsDispatchSettings(PolicySettings):
+class CsloOdbsDispatchSettings(CsloSettings):
     """Settings of continuous SLO-ODBS at the scheduler."""
 
-    slo_weight: float = setting(1.0, "w1, of the seconds until a request is due.", least=0)
-    length_weight: float = setting(0.0, "w2, of the seconds that its answer takes.", least=0)
     knee_factor: float = setting(
         1.0,
         "Most requests of a replica at once, in knees: batches from which on arithmetic, not the "
@@ -40,13 +39,6 @@ class CsloOdbsDispatchSettings(PolicySettings):
     kv_share: float = setting(
         0.98, "Share of a replica's KV room that the predicted peak may take.", above=0
     )
-    caution: float = setting(
-        0.5,
-        "For the peak, lengths are taken so far from their median to their 90 % quantile.",
-        least=0,
-        most=1,
-    )
-    most_misfits: int = setting(4, "So many that do not fit are passed over.", least=0)
     urgent_steps: float = setting(
         120.0, "A request is urgent when it has to start within so many steps.", least=0
     )
@@ -61,12 +53,6 @@ class CsloOdbsDispatchSettings(PolicySettings):
     )
     scanned: int = setting(
         256, "So many first of the order are judged by whether they are in time together.", least=1
-    )
-    max_wait_seconds: float = setting(
-        600.0, "Who has waited longer than this has a claim on a slot.", above=0
-    )
-    elder_every: int = setting(
-        8, "One in so many slots is for those that have waited too long.", least=1
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from uellm.policy.continuous import batch_cap
+from uellm.policy.cslo_settings import CsloSettings
 from uellm.policy.fairness import Turn, in_turns
 from uellm.policy.latency import DEFAULT_COST
 from uellm.policy.latest_start import FactsCache, Outlook, Pace, outlook, pace_of
@@ -21,16 +22,14 @@ from uellm.policy.peak import PeakRoom
 from uellm.policy.rows import Places, sorted_by
 from uellm.policy.running_facts import RunningFacts
 from uellm.policy.selection import Fluid, Job, late_ones
-from uellm.policy.settings import PolicySettings, setting
+from uellm.policy.settings import setting
 from uellm.policy.views import EngineView, StepDecision
 
 
 @dataclass(frozen=True)
-class CsloOdbsSettings(PolicySettings):
+class CsloOdbsSettings(CsloSettings):
     """Settings of continuous SLO-ODBS in the engine."""
 
-    slo_weight: float = setting(1.0, "w1, of the seconds until a request is due.", least=0)
-    length_weight: float = setting(0.0, "w2, of the seconds that its answer takes.", least=0)
     knee_factor: float = setting(
         1.0,
         "Most sequences at once, in knees: batches from which on arithmetic, not the weights, "
@@ -40,13 +39,6 @@ class CsloOdbsSettings(PolicySettings):
     kv_share: float = setting(
         0.98, "Share of the KV room that the predicted peak may take.", above=0, most=1
     )
-    caution: float = setting(
-        0.5,
-        "For the peak, lengths are taken so far from their median to their 90 % quantile.",
-        least=0,
-        most=1,
-    )
-    most_misfits: int = setting(4, "So many that do not fit are passed over.", least=0)
     urgent_steps: float = setting(
         60.0, "A request is urgent when it has to start within so many steps.", least=0
     )
@@ -67,12 +59,6 @@ class CsloOdbsSettings(PolicySettings):
         "So many first of the order are judged by whether they are in time together; at most 256.",
         least=0,
         most=256,
-    )
-    max_wait_seconds: float = setting(
-        600.0, "Who has waited longer than this has a claim on a slot.", above=0
-    )
-    elder_every: int = setting(
-        8, "One in so many slots is for those that have waited too long.", least=1
     )
 
 
