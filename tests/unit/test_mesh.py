@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.support.waiting import eventually
 from uellm.core.errors import ConfigurationError, UnavailableError
 from uellm.mesh.mesh import Mesh
-from uellm.mesh.options import DRAIN_ORDER, MeshOptions, ModelSource
+from uellm.mesh.options import DRAIN_ORDER, MeshOptions, ModelSource, parse_models
 from uellm.mesh.state import MeshState, find_mesh, home, read_state
 from uellm.mesh.supervision import Backoff, ServiceSpec, Supervised
 
@@ -188,3 +188,10 @@ async def test_a_mesh_that_cannot_start_leaves_nothing(
     assert psutil.Process().children(recursive=True) == others
     assert find_mesh(home()) is None
     assert not (mesh.directory / "redis").exists()
+
+
+def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert [m.name for m in parse_models([f"x={tmp_path / 'a'}", "org/a"])] == ["x", "org/a"]
+    with pytest.raises(ConfigurationError, match=r"both be served as 'org/a'; .* NAME=SOURCE"):
+        parse_models(["org/a", str(tmp_path / "a"), "org/a"])

@@ -47,6 +47,15 @@ def test_what_is_not_served_is_told_why(
         check_architecture(Path("config.json"), config)
 
 
+def test_the_nearest_that_are_served_are_named() -> None:
+    config = {"architectures": ["Qwen9ForCausalLM"], "model_type": "qwen9"}
+    with pytest.raises(
+        ModelFilesError, match=r"nearest that are served: Qwen\dForCausalLM"
+    ) as found:
+        check_architecture(Path("config.json"), config)
+    assert len(str(found.value)) < 400
+
+
 def test_the_documentation_names_what_is_served() -> None:
     table = (Path(__file__).parents[2] / "docs" / "models.md").read_text().split("|\n\n")[0]
     cells = [row.split("|")[2] for row in table.splitlines()[2:] if row.startswith("| ")]

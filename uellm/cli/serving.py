@@ -68,9 +68,9 @@ def up(
     from uellm.cli import tree
     from uellm.cli.loops import run
     from uellm.mesh.mesh import Mesh
-    from uellm.mesh.options import DEMO_MODEL, MeshOptions, ModelSource, with_adapters
+    from uellm.mesh.options import DEMO_MODEL, MeshOptions, parse_models, with_adapters
 
-    models = [ModelSource.parse(text) for text in model or [f"demo={DEMO_MODEL}"]]
+    models = parse_models(model or [f"demo={DEMO_MODEL}"])
     options = MeshOptions(
         models=tuple(with_adapters(models, adapter or ())),
         workers=workers,

@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -53,6 +53,25 @@ class ModelSource:
                 match["name"] or re.sub(r"[^A-Za-z0-9._-]", "-", directory.resolve().name), source
             )
         return cls(match["name"] or source, source)
+
+
+def parse_models(texts: Iterable[str]) -> list[ModelSource]:
+    """The models to serve, each ``SOURCE`` or ``NAME=SOURCE``.
+
+    Raises:
+        ConfigurationError: if one is empty, or two would be served under one name.
+    """
+    found: dict[str, ModelSource] = {}
+    for model in map(ModelSource.parse, texts):
+        if model.name in found:
+            raise ConfigurationError(
+                f"--model: {found[model.name].source} and {model.source} would both be served as "
+                f"{model.name!r}; name one of them with --model NAME=SOURCE, or ask for copies of "
+                "one model with --replicas",
+                field="model",
+            )
+        found[model.name] = model
+    return list(found.values())
 
 
 def with_adapters(models: Sequence[ModelSource], adapters: Sequence[str]) -> list[ModelSource]:

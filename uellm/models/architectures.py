@@ -1,5 +1,6 @@
 """Refuses kinds of model that are not served, and says why."""
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,19 @@ def check_architecture(path: Path, config: dict[str, Any]) -> Family:
         raise ModelFilesError(
             f"{path}: architecture {architecture or '(none)'!r} of type "
             f"{config.get('model_type')!r} is not served: {_reason(architecture, config, found)}; "
-            f"served are {', '.join(architectures())}"
+            f"{_nearest(architecture)}; docs/models.md lists the {len(architectures())} that are"
         )
     if config.get("alibi"):
         raise ModelFilesError(
             f"{path}: alibi = true is not served: {_ALIBI}; use a checkpoint with rotary positions"
         )
     return found
+
+
+def _nearest(architecture: str) -> str:
+    """The names that are served and most like this one."""
+    close = get_close_matches(architecture, architectures(), n=3, cutoff=0.0)
+    return f"the nearest that are served: {', '.join(close)}"
 
 
 _ALIBI = "attention with ALiBi biases is not implemented"

@@ -134,7 +134,10 @@ def read_config(directory: Path) -> LoraConfig:
 def _refuse_unservable(path: Path, raw: Mapping[str, Any]) -> None:
     kind = raw.get("peft_type")
     if kind != "LORA":
-        raise ModelFilesError(f"{path}: peft_type is {kind!r}, and only LORA is served")
+        raise ModelFilesError(
+            f"{path}: peft_type is {kind!r}, and only LORA is served; train it as LoRA, or "
+            "merge it into the model (peft: merge_and_unload) and serve that"
+        )
     bias = raw.get("bias") or "none"
     if bias != "none":
         raise ModelFilesError(
