@@ -66,7 +66,7 @@ async def test_the_first_request_gets_an_honest_profile(mesh: Mesh, redis_url: s
     median = profile.output_tokens.values[LEVELS.index(0.5)]
     assert profile.kv_bytes == round(2 * 64 * (3 + median))
     assert profile.flops > 0
-    assert (profile.predictor, profile.fallback) == ("running-quantiles", False)
+    assert (profile.predictor, profile.fallback) == ("prior", False)
 
 
 async def test_two_profilers_learn_the_same_whenever_they_started(

@@ -7,7 +7,7 @@ with. They see candidates, not requests: the scheduler, the engine and the simul
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from uellm.policy.settings import PolicySettings, setting
+from uellm.core.settings import Settings, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ Batcher = Callable[[Sequence[Candidate], Room], list[Batch]]
 
 
 @dataclass(frozen=True)
-class OdbsSettings(PolicySettings):
+class OdbsSettings(Settings):
     """Settings of SLO-ODBS and its two halves.
 
     The paper gives no values. The weights and the threshold are those of the authors' code, the

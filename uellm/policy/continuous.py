@@ -10,16 +10,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import ceil
 
+from uellm.core.settings import Settings, setting
 from uellm.policy.latency import StepCost
 from uellm.policy.occupancy import free_tokens, held_tokens, victims
-from uellm.policy.settings import PolicySettings, setting
 from uellm.policy.views import EngineView, SequenceView, StepDecision
 
 Key = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class OrderedSettings(PolicySettings):
+class OrderedSettings(Settings):
     """Settings of the policies that are an order."""
 
     watermark: float = setting(

@@ -10,6 +10,7 @@ from math import inf
 
 import numpy as np
 
+from uellm.core.settings import setting
 from uellm.policy.columns import Columns, Floats, Places
 from uellm.policy.continuous import batch_cap
 from uellm.policy.cslo_settings import CsloSettings
@@ -19,7 +20,6 @@ from uellm.policy.fairness import Turn, in_turns
 from uellm.policy.peaked import PeakedRoom, peaked_room
 from uellm.policy.placing import place, plain_room
 from uellm.policy.selection import Fluid, Job, late_ones
-from uellm.policy.settings import setting
 from uellm.policy.views import QueuedView, ReplicaView
 
 _DEMOTED = 1e9

@@ -11,6 +11,7 @@ from math import ceil, inf
 import numpy as np
 import numpy.typing as npt
 
+from uellm.core.settings import setting
 from uellm.policy.continuous import batch_cap
 from uellm.policy.cslo_settings import CsloSettings
 from uellm.policy.fairness import Turn, in_turns
@@ -22,7 +23,6 @@ from uellm.policy.peak import PeakRoom
 from uellm.policy.rows import Places, sorted_by
 from uellm.policy.running_facts import RunningFacts
 from uellm.policy.selection import Fluid, Job, late_ones
-from uellm.policy.settings import setting
 from uellm.policy.views import EngineView, StepDecision
 
 

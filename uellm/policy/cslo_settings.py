@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from uellm.policy.settings import PolicySettings, setting
+from uellm.core.settings import Settings, setting
 
 
 @dataclass(frozen=True)
-class CsloSettings(PolicySettings):
+class CsloSettings(Settings):
     """Settings that the scheduler's half and the engine's half have in common."""
 
     slo_weight: float = setting(1.0, "w1, of the seconds until a request is due.", least=0)

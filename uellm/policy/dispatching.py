@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from uellm.core.request import Promise
+from uellm.core.settings import Settings, setting
 from uellm.policy.columns import Columns, ColumnsCache, Floats, Places
 from uellm.policy.estimate import Estimate, Speed, estimates, fastest_of
 from uellm.policy.placing import Room, place, plain_room
@@ -24,7 +25,6 @@ from uellm.policy.refusing import (
     to_refuse,
 )
 from uellm.policy.rows import sorted_by
-from uellm.policy.settings import PolicySettings, setting
 from uellm.policy.views import (
     Dispatch,
     DispatchDecision,
@@ -43,7 +43,7 @@ Placed = tuple[tuple[Dispatch, ...], list[int]]
 
 
 @dataclass(frozen=True)
-class WaitSettings(PolicySettings):
+class WaitSettings(Settings):
     """Settings of orders that would let some wait for ever."""
 
     max_wait_seconds: float = setting(
@@ -60,10 +60,10 @@ class Dispatcher(ABC):
     """
 
     name: str
-    settings_type: type[PolicySettings] = PolicySettings
+    settings_type: type[Settings] = Settings
 
     def __init__(
-        self, settings: DispatchSettings | None = None, options: PolicySettings | None = None
+        self, settings: DispatchSettings | None = None, options: Settings | None = None
     ) -> None:
         self._settings = settings or DispatchSettings()
         self._options: Any = options or self.settings_type()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from uellm.core.settings import Settings, setting
 from uellm.policy.columns import Columns, Floats
 from uellm.policy.continuous import batch_cap
 from uellm.policy.dispatching import Dispatcher
@@ -11,12 +12,11 @@ from uellm.policy.peak import PeakRoom
 from uellm.policy.peaked import peaked_room
 from uellm.policy.placing import Room
 from uellm.policy.remaining import remaining_tokens
-from uellm.policy.settings import PolicySettings, setting
 from uellm.policy.views import EngineView, ReplicaView, SequenceView, StepDecision
 
 
 @dataclass(frozen=True)
-class PastFutureSettings(PolicySettings):
+class PastFutureSettings(Settings):
     """Settings of past-future."""
 
     kv_share: float = setting(

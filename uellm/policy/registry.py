@@ -12,13 +12,13 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from uellm.core.errors import InvalidArgumentError
+from uellm.core.settings import Settings
 from uellm.policy.cslo_dispatch import CsloOdbsDispatch
 from uellm.policy.cslo_odbs import CsloOdbsStep
 from uellm.policy.edf import EdfDispatch, EdfStep
 from uellm.policy.fcfs import FcfsDispatch, FcfsStep
 from uellm.policy.past_future import PastFutureDispatch, PastFutureStep
 from uellm.policy.priority import PriorityDispatch, PriorityStep
-from uellm.policy.settings import PolicySettings
 from uellm.policy.sjf import SjfDispatch, SjfStep
 from uellm.policy.static import (
     S3,
@@ -60,7 +60,7 @@ _BATCHERS: tuple[Any, ...] = (CodedSloOdbs, Fifo, Morphling, Odbs, S3, SloDbs, S
 class _Dispatch:
     """A built-in policy of level one, and what it is made with."""
 
-    settings: type[PolicySettings]
+    settings: type[Settings]
     make: Callable[[DispatchSettings, Any], DispatchPolicy]
 
 
@@ -68,7 +68,7 @@ class _Dispatch:
 class _Step:
     """A built-in policy of level two, and what it is made with."""
 
-    settings: type[PolicySettings]
+    settings: type[Settings]
     make: Callable[[Any], StepPolicy]
 
 

@@ -7,6 +7,7 @@ from math import inf
 
 import numpy as np
 
+from uellm.core.settings import Settings, setting
 from uellm.policy.batching import (
     Batch,
     Candidate,
@@ -22,7 +23,6 @@ from uellm.policy.columns import Columns, Floats
 from uellm.policy.due import slo_seconds
 from uellm.policy.latency import StepCost
 from uellm.policy.occupancy import victims
-from uellm.policy.settings import PolicySettings, setting
 from uellm.policy.stress import MorphlingSettings, best_batch
 from uellm.policy.views import EngineView, SequenceView, StepDecision
 
@@ -41,7 +41,7 @@ class Batching(ABC):
     """
 
     name: str
-    settings_type: type[PolicySettings]
+    settings_type: type[Settings]
     max_wait_seconds: float = inf
 
     @abstractmethod
@@ -127,7 +127,7 @@ class CodedSloOdbs(SloOdbs):
 
 
 @dataclass(frozen=True)
-class S3Settings(PolicySettings):
+class S3Settings(Settings):
     """Settings of S3."""
 
     least_bin: int = setting(64, "Output tokens of the smallest bin; the next are twice.", least=1)
@@ -170,7 +170,7 @@ class Morphling(Batching):
 
 
 @dataclass(frozen=True)
-class FifoSettings(PolicySettings):
+class FifoSettings(Settings):
     """Settings of FIFO batches."""
 
     most_requests: int = setting(10, "Most requests of a batch.", least=1)

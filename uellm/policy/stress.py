@@ -6,13 +6,13 @@ Serving") runs stress tests of configurations and keeps the best. Here the tests
 
 from dataclasses import dataclass
 
+from uellm.core.settings import Settings, setting
 from uellm.policy.batching import Room
 from uellm.policy.latency import StepCost, chunk_pairs
-from uellm.policy.settings import PolicySettings, setting
 
 
 @dataclass(frozen=True)
-class MorphlingSettings(PolicySettings):
+class MorphlingSettings(Settings):
     """Settings of the stress test, and of what counts as best."""
 
     prompt_tokens: int = setting(128, "Prompt of a request of the stress test.", least=1)

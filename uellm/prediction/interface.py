@@ -1,12 +1,22 @@
 """What a predictor is asked, what it is taught, and what it answers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
+
+import numpy.typing as npt
 
 from uellm.core.request import QuantileFunction
 
 GREEDY = "greedy"
 SAMPLED = "sampled"
+
+MOST_FEATURE_BYTES = 1024
+"""Longest record of what a predictor saw of a prompt."""
+
+State: TypeAlias = dict[str, npt.NDArray[Any]]
+"""What a predictor has learnt: arrays of numbers, flags or text, never objects, so that it is
+kept as npz and read without unpickling."""
 
 
 def sampling_regime(temperature: float) -> str:
@@ -36,6 +46,20 @@ class PredictionRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a predictor answers.
+
+    Attributes:
+        lengths: output length at ``uellm.core.request.LEVELS``, within 1 and ``max_tokens``.
+        features: what it saw of the prompt, for ``CompletionFacts.features`` when the answer has
+            ended; at most ``MOST_FEATURE_BYTES``, never the text. Empty if it needs none.
+    """
+
+    lengths: QuantileFunction
+    features: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionFacts:
     """What a finished request teaches.
 
@@ -46,6 +70,7 @@ class CompletionFacts:
         output_tokens: what the answer came to.
         censored: the answer would have gone on; its true length is at least ``output_tokens``.
         adapter: a LoRA adapter's name, or "".
+        features: those of its ``Prediction``, or empty where they are lost.
     """
 
     model: str
@@ -54,13 +79,26 @@ class CompletionFacts:
     output_tokens: int
     censored: bool = False
     adapter: str = ""
+    features: bytes = b""
+
+
+class Refit(Protocol):
+    """Work of seconds that makes a predictor better.
+
+    A function of plain data: it can be pickled and run in a thread or a process of its own.
+    """
+
+    def __call__(self) -> State:
+        """Do it; the result is for ``Predictor.adopt``."""
+        ...
 
 
 class Predictor(Protocol):
     """Predicts output lengths as distributions, and learns from completions.
 
-    The answer depends on what was observed, in its order, and on nothing else: two profilers that
-    read the same completions answer alike.
+    The answer depends on what was observed and adopted, in its order, and on nothing else: two
+    profilers that read the same completions answer alike. Nothing here blocks on I/O. Offered by
+    packages as entry points in ``uellm.predictors``; see ``uellm.prediction.registry``.
     """
 
     @property
@@ -73,10 +111,47 @@ class Predictor(Protocol):
         """Which version of it; changes when the same facts would give other answers."""
         ...
 
-    def predict(self, request: PredictionRequest) -> QuantileFunction:
-        """The output length at ``uellm.core.request.LEVELS``, within 1 and ``max_tokens``."""
+    @property
+    def needs_text(self) -> bool:
+        """Whether it looks at the text; its callers need not send it otherwise."""
+        ...
+
+    def predict_batch(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
+        """One prediction for each request, in their order; none depends on the others."""
         ...
 
     def observe(self, facts: CompletionFacts) -> None:
-        """Learn from one completion."""
+        """Learn from one completion, in well under a millisecond."""
+        ...
+
+    def observations(self, model: str) -> int:
+        """Completions of a model that it learnt from."""
+        ...
+
+    def describe(self, model: str) -> QuantileFunction:
+        """Output length of a model, whatever the prompt."""
+        ...
+
+    def refit(self) -> Refit | None:
+        """Work that is due, a snapshot of what was observed; None: nothing is.
+
+        The caller does it elsewhere, calls ``adopt`` with its result, and then asks again. Until
+        then predictions and observations go on as before.
+        """
+        ...
+
+    def adopt(self, fitted: State) -> None:
+        """Take what a ``Refit`` has made."""
+        ...
+
+    def state(self) -> State:
+        """All that was learnt: loaded by another of the same name and version, it answers alike."""
+        ...
+
+    def load(self, state: State) -> None:
+        """Take the place of one that made this state.
+
+        Raises:
+            InvalidArgumentError: if it is not one of this predictor; nothing has changed then.
+        """
         ...

@@ -5,16 +5,25 @@ observations leans on its model's pool, and a model with few on a broad default;
 by the constants below.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from statistics import NormalDist
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import LEVELS, QuantileFunction
-from uellm.prediction.interface import CompletionFacts, PredictionRequest
+from uellm.core.settings import Settings, setting
+from uellm.prediction.interface import (
+    CompletionFacts,
+    Prediction,
+    PredictionRequest,
+    Refit,
+    State,
+)
 
 CELL_WINDOW = 256
 """Latest observations that a cell keeps."""
@@ -78,6 +87,11 @@ class Window:
         """How many are kept."""
         return min(self.seen, self.size)
 
+    def latest(self) -> tuple[Floats, Flags]:
+        """What is kept, oldest first."""
+        places = np.arange(self.seen - self.kept, self.seen) % self.size
+        return self.lengths[places], self.censored[places]
+
 
 def weighted_quantiles(lengths: Floats, censored: Flags, weights: Floats) -> Floats:
     """Kaplan-Meier quantiles at ``LEVELS`` of weighted, right-censored lengths.
@@ -97,13 +111,37 @@ def weighted_quantiles(lengths: Floats, censored: Flags, weights: Floats) -> Flo
     return quantiles
 
 
+@dataclass(frozen=True)
+class PriorSettings(Settings):
+    """How much a prior keeps, and how much it leans on what is coarser."""
+
+    cell_window: int = setting(
+        CELL_WINDOW, "Latest lengths that a cell keeps.", least=1, most=100_000
+    )
+    model_window: int = setting(
+        MODEL_WINDOW, "Latest lengths that a model's pool keeps.", least=1, most=1_000_000
+    )
+    model_weight: float = setting(
+        MODEL_WEIGHT, "Of a cell's own lengths, how many its model's pool counts as.", above=0
+    )
+    default_weight: float = setting(
+        DEFAULT_WEIGHT, "Of a model's lengths, how many the default counts as.", above=0
+    )
+
+
 class Prior:
-    """See the module. Its state is bounded; the least recently taught pools are forgotten."""
+    """See the module. Its state is bounded; the least recently taught pools are forgotten.
 
-    name = "running-quantiles"
-    version = "1"
+    Args:
+        settings: how much it keeps.
+    """
 
-    def __init__(self) -> None:
+    name = "prior"
+    version = "2"
+    needs_text: ClassVar[bool] = False
+
+    def __init__(self, settings: PriorSettings | None = None) -> None:
+        self._settings = settings or PriorSettings()
         self._cells: dict[Cell, Window] = {}
         self._models: dict[str, Window] = {}
         self._answers: dict[Cell, tuple[int, int, Floats]] = {}
@@ -113,21 +151,59 @@ class Prior:
         if facts.output_tokens <= 0:
             return
         cell = (facts.model, facts.adapter, facts.regime, band_of(facts.prompt_tokens))
-        forgotten = _teach(self._cells, cell, CELL_WINDOW, MOST_CELLS, facts)
+        forgotten = _teach(self._cells, cell, self._settings.cell_window, MOST_CELLS, facts)
         if forgotten is not None:
             self._answers.pop(forgotten, None)
-        _teach(self._models, facts.model, MODEL_WINDOW, MOST_MODELS, facts)
+        _teach(self._models, facts.model, self._settings.model_window, MOST_MODELS, facts)
 
     def predict(self, request: PredictionRequest) -> QuantileFunction:
-        """See ``uellm.prediction.interface.Predictor``."""
+        """The output length of one request, capped."""
         cell = (request.model, request.adapter, request.regime, band_of(request.prompt_tokens))
         values = self._quantiles(cell)
         most = float(request.max_tokens) if request.max_tokens > 0 else float("inf")
         return QuantileFunction(LEVELS, np.clip(values, 1.0, max(1.0, most)).tolist())
 
+    def predict_batch(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
+        """See ``uellm.prediction.interface.Predictor``."""
+        return [Prediction(self.predict(request)) for request in requests]
+
+    def refit(self) -> Refit | None:
+        """Nothing is ever due: it learns as it observes."""
+        return None
+
+    def adopt(self, fitted: State) -> None:
+        """Never called: see ``refit``."""
+        del fitted
+
+    def state(self) -> State:
+        """See ``uellm.prediction.interface.Predictor``."""
+        cells = np.array([[*cell[:3], str(cell[3])] for cell in self._cells], dtype=np.str_)
+        return {
+            "cells": cells.reshape(len(self._cells), 4),
+            "models": np.array(list(self._models), dtype=np.str_),
+            **_packed("cell", list(self._cells.values())),
+            **_packed("model", list(self._models.values())),
+        }
+
+    def load(self, state: State) -> None:
+        """See ``uellm.prediction.interface.Predictor``."""
+        try:
+            cells = [(str(m), str(a), str(r), int(b)) for m, a, r, b in state["cells"]]
+            windows = _unpacked("cell", state, self._settings.cell_window)
+            models = [str(name) for name in state["models"]]
+            pools = _unpacked("model", state, self._settings.model_window)
+            loaded = dict(zip(cells, windows, strict=True)), dict(zip(models, pools, strict=True))
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise InvalidArgumentError(
+                f"state: not one of predictor {self.name!r} version {self.version} ({error!r})",
+                field="state",
+            ) from error
+        self._cells, self._models = loaded
+        self._answers = {}
+
     def describe(self, model: str) -> QuantileFunction:
         """Output length over everything that the model's pool remembers."""
-        return QuantileFunction(LEVELS, _mixture(None, self._models.get(model)).tolist())
+        return QuantileFunction(LEVELS, self._mixture(None, self._models.get(model)).tolist())
 
     def observations(self, model: str) -> int:
         """Completions learnt from."""
@@ -140,10 +216,30 @@ class Prior:
         known = self._answers.get(cell)
         if known is not None and known[:2] == seen:
             return known[2]
-        values = _mixture(own, pool)
+        values = self._mixture(own, pool)
         if own is not None:
             self._answers[cell] = (*seen, values)
         return values
+
+    def _mixture(self, own: Window | None, pool: Window | None) -> Floats:
+        default = default_lengths()
+        pooled = pool.kept if pool else 0
+        trust = pooled / (pooled + self._settings.default_weight)
+        lengths = [default]
+        censored = [np.zeros(len(default), dtype=np.bool_)]
+        model_weight = self._settings.model_weight
+        weights = [np.full(len(default), model_weight * (1 - trust) / len(default))]
+        for window, weight in (
+            (pool, model_weight * trust / pooled if pooled else 0.0),
+            (own, 1.0),
+        ):
+            if window is not None and window.kept:
+                lengths.append(window.lengths[: window.kept])
+                censored.append(window.censored[: window.kept])
+                weights.append(np.full(window.kept, weight))
+        return weighted_quantiles(
+            np.concatenate(lengths), np.concatenate(censored), np.concatenate(weights)
+        )
 
 
 def _teach(
@@ -161,21 +257,34 @@ def _teach(
     return forgotten
 
 
-def _mixture(own: Window | None, pool: Window | None) -> Floats:
-    default = default_lengths()
-    pooled = pool.kept if pool else 0
-    trust = pooled / (pooled + DEFAULT_WEIGHT)
-    lengths = [default]
-    censored = [np.zeros(len(default), dtype=np.bool_)]
-    weights = [np.full(len(default), MODEL_WEIGHT * (1 - trust) / len(default))]
-    for window, weight in (
-        (pool, MODEL_WEIGHT * trust / pooled if pooled else 0.0),
-        (own, 1.0),
-    ):
-        if window is not None and window.kept:
-            lengths.append(window.lengths[: window.kept])
-            censored.append(window.censored[: window.kept])
-            weights.append(np.full(window.kept, weight))
-    return weighted_quantiles(
-        np.concatenate(lengths), np.concatenate(censored), np.concatenate(weights)
+def _packed(kind: str, windows: Sequence[Window]) -> State:
+    """What windows keep, oldest first, one behind the other."""
+    kept = [window.latest() for window in windows]
+    return {
+        f"{kind}_seen": np.array([window.seen for window in windows], dtype=np.int64),
+        f"{kind}_kept": np.array([len(lengths) for lengths, _ in kept], dtype=np.int64),
+        f"{kind}_lengths": np.concatenate([np.zeros(0), *(lengths for lengths, _ in kept)]),
+        f"{kind}_censored": np.concatenate(
+            [np.zeros(0, dtype=np.bool_), *(censored for _, censored in kept)]
+        ),
+    }
+
+
+def _unpacked(kind: str, state: State, size: int) -> list[Window]:
+    ends = np.cumsum(state[f"{kind}_kept"])
+    parts = zip(
+        np.split(state[f"{kind}_lengths"], ends)[:-1],
+        np.split(state[f"{kind}_censored"], ends)[:-1],
+        state[f"{kind}_seen"],
+        strict=True,
     )
+    windows = []
+    for lengths, censored, seen in parts:
+        window = Window(size)
+        # Places go by what was seen, as if it had been kept from the first on.
+        places = np.arange(seen - len(lengths), seen)[-size:] % size
+        window.lengths[places] = lengths[-size:]
+        window.censored[places] = censored[-size:]
+        window.seen = int(seen)
+        windows.append(window)
+    return windows

@@ -39,20 +39,19 @@ class ProfilerServicer(profiler_pb2_grpc.ProfilerServiceServicer):
             return profiler_pb2.ProfiledItem()
         predictor = self._learning.predictor
         with span("profiler.profile", parent=item.traceparent):
-            quantiles = predictor.predict(
-                PredictionRequest(
-                    model=item.model,
-                    adapter=item.adapter,
-                    regime=item.sampling_regime or GREEDY,
-                    prompt_tokens=item.prompt_tokens,
-                    max_tokens=item.max_tokens,
-                    text=item.text,
-                )
+            request = PredictionRequest(
+                model=item.model,
+                adapter=item.adapter,
+                regime=item.sampling_regime or GREEDY,
+                prompt_tokens=item.prompt_tokens,
+                max_tokens=item.max_tokens,
+                text=item.text,
             )
+            [prediction] = predictor.predict_batch([request])
             profile = build_profile(
                 model,
                 item.prompt_tokens,
-                quantiles,
+                prediction.lengths,
                 item.max_tokens,
                 predictor.name,
                 predictor.version,

@@ -1,4 +1,4 @@
-"""Settings of policies: frozen dataclasses whose fields know their limits.
+"""Settings of policies and predictors: frozen dataclasses whose fields know their limits.
 
 They come as a mapping from names to values, from a command line or a service's settings, so that
 text is taken for the number that it stands for.
@@ -22,14 +22,14 @@ def setting(
     above: float | None = None,
     most: float | None = None,
 ) -> Any:
-    """A field of a ``PolicySettings``: a number within its limits, or a choice of two."""
+    """A field of ``Settings``: a number within its limits, or a choice of two."""
     limits = {"description": description, "least": least, "above": above, "most": most}
     return field(default=default, metadata=limits)
 
 
 @dataclass(frozen=True)
-class PolicySettings:
-    """What a policy is made with.
+class Settings:
+    """What a policy or a predictor is made with.
 
     Raises:
         InvalidArgumentError: if a value is beyond a limit; it names the field and the limit.
