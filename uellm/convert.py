@@ -118,6 +118,26 @@ def promise_to_proto(promise: Promise, revision: int) -> common_pb2.Promise:
     return message
 
 
+def promise_from_proto(message: common_pb2.Promise) -> Promise:
+    """A promise from the wire; its revision is the message's own."""
+    earliest = message.HasField("earliest_feasible_finish")
+    return Promise(
+        start_p50=seconds(message.start_p50),
+        start_p90=seconds(message.start_p90),
+        finish_p50=seconds(message.finish_p50),
+        finish_p90=seconds(message.finish_p90),
+        p_meet=message.p_meet if message.HasField("p_meet") else None,
+        queue_position=message.queue_position,
+        policy=message.policy,
+        reason=message.reason,
+        output_tokens_p50=message.output_tokens_p50,
+        output_tokens_p90=message.output_tokens_p90,
+        plan_epoch=message.plan_epoch,
+        earliest_feasible_finish=seconds(message.earliest_feasible_finish) if earliest else None,
+        best_effort=message.best_effort,
+    )
+
+
 def verdict(
     slo: Slo, first_token_at: float | None, finished_at: float, output_tokens: int
 ) -> common_pb2.SloVerdict:

@@ -83,11 +83,10 @@ def measure(run: Run) -> Metrics:
     padding = sum(engine.padding for engine in engines)
     met = sum(record.met for record in records)
     latencies = [r.finished_at - r.request.arrival for r in finished]
-    kinds = sorted({record.request.kind for record in records})
     return Metrics(
         requests=len(records),
         attainment=met / len(records),
-        kinds={kind: _kind([r for r in records if r.request.kind == kind]) for kind in kinds},
+        kinds=by_kind(records),
         refused=1 - len(finished) / len(records),
         latency_mean=float(np.mean(latencies)) if latencies else None,
         max_wait=max(
@@ -106,6 +105,12 @@ def measure(run: Run) -> Metrics:
         asked=(run.dispatch_asked, sum(engine.asked for engine in engines)),
         calibration=calibration(records),
     )
+
+
+def by_kind(records: Sequence[Record]) -> dict[str, KindMetrics]:
+    """The numbers of each class."""
+    kinds = sorted({record.request.kind for record in records})
+    return {kind: _kind([r for r in records if r.request.kind == kind]) for kind in kinds}
 
 
 def _kind(records: Sequence[Record]) -> KindMetrics:
