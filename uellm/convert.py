@@ -7,6 +7,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from uellm.core.model import LayerProfile, ModelProfile
 from uellm.core.request import Priority, Promise, QuantileFunction, ResourceProfile, Slo
+from uellm.placement.topology import Device, Link, LinkSpeed, Topology
 from uellm.v1 import common_pb2, topology_pb2
 
 
@@ -204,4 +205,81 @@ def model_to_proto(model: ModelProfile) -> topology_pb2.ModelProfile:
         hidden_size=model.hidden_size,
         architecture=model.architecture,
         stored_dtype=model.stored_dtype,
+    )
+
+
+_KINDS = {
+    topology_pb2.DEVICE_KIND_CPU: "cpu",
+    topology_pb2.DEVICE_KIND_CUDA: "cuda",
+    topology_pb2.DEVICE_KIND_SIMULATED: "simulated",
+}
+
+
+def device_from_proto(
+    message: topology_pb2.Device, memory_bytes: int | None = None, num_stages: int = 0
+) -> Device:
+    """A device as a plan may fill it.
+
+    Args:
+        message: the device.
+        memory_bytes: what a plan may fill of it; None: what is free.
+        num_stages: stages of other replicas that it holds.
+    """
+    return Device(
+        id=message.id,
+        worker=message.worker or message.id.rpartition("/")[0],
+        host=message.host,
+        kind=_KINDS.get(message.kind, "other"),
+        memory_bytes=message.memory_free_bytes if memory_bytes is None else memory_bytes,
+        num_stages=num_stages,
+        flops_per_second=message.flops_per_second,
+        memory_bytes_per_second=message.memory_bytes_per_second,
+        name=message.name,
+        path=tuple(message.path),
+        launch_seconds=message.launch_seconds,
+        slowdown=message.slowdown or 1.0,
+        healthy=message.healthy,
+        cost=message.cost if message.HasField("cost") else 1.0,
+    )
+
+
+def link_from_proto(message: topology_pb2.Link) -> Link:
+    """A way between two devices."""
+    return Link(
+        src=message.src,
+        dst=message.dst,
+        latency_seconds=message.latency_seconds,
+        bytes_per_second=message.bytes_per_second,
+        source=message.source,
+        measured_at=seconds(message.measured_at) if message.HasField("measured_at") else None,
+        kind=message.kind,
+    )
+
+
+def link_to_proto(link: Link) -> topology_pb2.Link:
+    """A way between two devices for the wire."""
+    return topology_pb2.Link(
+        src=link.src,
+        dst=link.dst,
+        kind=link.kind,
+        latency_seconds=link.latency_seconds,
+        bytes_per_second=link.bytes_per_second,
+        measured_at=None if link.measured_at is None else timestamp(link.measured_at),
+        source=link.source,
+    )
+
+
+def topology_from_proto(message: topology_pb2.Topology) -> Topology:
+    """What there is to place on.
+
+    Raises:
+        InvalidArgumentError: naming the device, link or level that cannot be.
+    """
+    return Topology(
+        devices=tuple(device_from_proto(device) for device in message.devices),
+        links=tuple(link_from_proto(link) for link in message.links),
+        default_link_by_level={
+            link.level: LinkSpeed(link.latency_seconds, link.bytes_per_second)
+            for link in message.default_links
+        },
     )

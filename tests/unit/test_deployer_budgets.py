@@ -14,7 +14,8 @@ from uellm_deployer.workers import Worker
 from tests.support.checkpoints import write_checkpoint
 from uellm.core.errors import FailedPreconditionError, InvalidArgumentError
 from uellm.placement.even import EvenPlacer
-from uellm.placement.views import Device, PlannedReplica, PlannedStage
+from uellm.placement.topology import Device
+from uellm.placement.views import PlannedReplica, PlannedStage
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
 
 

@@ -13,7 +13,8 @@ from uellm.models.profile import read_profile
 from uellm.models.quantization import AWQ, GPTQ, INT, PACK, Quantization, read_quantization
 from uellm.models.safetensors import TensorInfo
 from uellm.placement.even import EvenPlacer
-from uellm.placement.views import Device, Workload
+from uellm.placement.topology import Device, Topology
+from uellm.placement.views import PlanRequest, Workload
 
 PATH = Path("config.json")
 
@@ -152,9 +153,11 @@ def test_a_plan_has_room_where_the_unquantised_model_has_none(tmp_path: Path) ->
     target = quantize_checkpoint(source, tmp_path / "int4", Recipe(group_size=32))
     plain, quantised = read_profile(source, "float32"), read_profile(target, "float32")
     memory = quantised.weight_bytes + quantised.kv_bytes_per_token * 16
-    devices = [Device(f"w{i}/cpu", f"w{i}", f"w{i}", "cpu", memory) for i in range(16)]
+    topology = Topology(
+        tuple(Device(f"w{i}/cpu", f"w{i}", f"w{i}", "cpu", memory) for i in range(16))
+    )
     placer, wanted = EvenPlacer(workspace_bytes=0, usable=1.0), Workload(1, 0, 1, 16)
-    (whole,) = placer.place(devices, quantised, wanted).replicas
+    (whole,) = placer.place(PlanRequest(topology, quantised, wanted)).replicas
     assert len(whole.stages) == 1
-    (parted,) = placer.place(devices, plain, wanted).replicas
+    (parted,) = placer.place(PlanRequest(topology, plain, wanted)).replicas
     assert len(parted.stages) > 4

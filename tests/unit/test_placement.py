@@ -1,5 +1,6 @@
 """The even split: whole, in order, within memory, the same every time, and explained."""
 
+from collections.abc import Sequence
 from itertools import permutations, product
 
 from hypothesis import given, settings
@@ -11,9 +12,16 @@ from uellm.placement.even import EvenPlacer
 from uellm.placement.memory import Need
 from uellm.placement.partition import fits, split
 from uellm.placement.speed import HOP_SECONDS, first_guess
-from uellm.placement.views import Device, PlacementPlan, Workload
+from uellm.placement.topology import Device, Topology
+from uellm.placement.views import Plan, PlanRequest, Workload
 
 PLACER = EvenPlacer(workspace_bytes=3, usable=1.0)
+
+
+def place(
+    devices: Sequence[Device], needs: ModelProfile, wanted: Workload, previous: Plan | None = None
+) -> Plan:
+    return PLACER.place(PlanRequest(Topology(tuple(devices)), needs, wanted, previous=previous))
 
 
 def model(
@@ -41,7 +49,7 @@ def device(name: str, memory: int, kind: str = "simulated") -> Device:
     return Device(name, worker, worker, kind, memory)
 
 
-def ranges(plan: PlacementPlan, replica: int = 0) -> list[tuple[str, int, int]]:
+def ranges(plan: Plan, replica: int = 0) -> list[tuple[str, int, int]]:
     return [
         (stage.device_id, stage.first_layer, stage.last_layer)
         for stage in plan.replicas[replica].stages
@@ -73,8 +81,8 @@ def test_every_layer_once_in_order_and_memory_never_exceeded(
     needs: ModelProfile, sizes: list[int], wanted: Workload
 ) -> None:
     devices = [device(f"w{i}/d:0", size) for i, size in enumerate(sizes)]
-    plan = PLACER.place(devices, needs, wanted)
-    assert plan == PLACER.place(list(reversed(devices)), needs, wanted)
+    plan = place(devices, needs, wanted)
+    assert plan == place(list(reversed(devices)), needs, wanted)
     assert bool(plan.infeasible_reason) == (len(plan.replicas) < wanted.replicas)
     assert 1 <= plan.slots <= wanted.slots
     need = Need(needs, plan.slots, plan.max_tokens, PLACER.workspace_bytes)
@@ -104,7 +112,7 @@ def test_a_plan_is_found_whenever_there_is_one(
     needs: ModelProfile, sizes: list[int], stages: int, slots: int, max_tokens: int
 ) -> None:
     devices = [device(f"w{i}/d:0", size) for i, size in enumerate(sizes)]
-    plan = PLACER.place(devices, needs, Workload(1, stages, slots, max_tokens))
+    plan = place(devices, needs, Workload(1, stages, slots, max_tokens))
     most = min(len(sizes), len(needs.layers))
     counts = [min(stages, most)] if stages else range(1, most + 1)
 
@@ -141,9 +149,9 @@ def test_the_devices_of_a_worker_hold_consecutive_layers(
 ) -> None:
     devices = [device(f"{name}/d:{i}", size) for i, (name, size) in enumerate(sizes)]
     wanted = Workload(stages=stages, slots=1, max_tokens=1)
-    plan = PLACER.place(devices, needs, wanted)
+    plan = place(devices, needs, wanted)
     rest = [each for each in devices if each.id != devices[0].id]
-    for made in (plan, PLACER.place(rest, needs, wanted, plan)):
+    for made in (plan, place(rest, needs, wanted, plan)):
         for replica in made.replicas:
             visits = [stage.device_id.partition("/")[0] for stage in replica.stages]
             assert sorted(visits, key=visits.index) == visits
@@ -154,11 +162,11 @@ def test_ends_are_on_one_worker_only_with_all_that_is_between() -> None:
     sizes = {"a/d:0": 40, "a/d:1": 40, "b/d:0": 13}
     devices = [device(name, size) for name, size in sizes.items()]
     needs = model(layers=3, weight=10, kv=0, embed=8)
-    plan = PLACER.place(devices, needs, Workload(stages=3, max_tokens=1))
+    plan = place(devices, needs, Workload(stages=3, max_tokens=1))
     assert not plan.replicas
     assert "each worker's devices side by side" in plan.infeasible_reason
     assert "it fits with stages 2" in plan.infeasible_reason
-    assert ranges(PLACER.place(devices, needs, Workload(stages=0, max_tokens=1))) == [
+    assert ranges(place(devices, needs, Workload(stages=0, max_tokens=1))) == [
         ("a/d:0", 0, 1),
         ("a/d:1", 2, 2),
     ]
@@ -187,21 +195,21 @@ def test_a_split_is_the_most_even_one_that_fits(costs: list[int], capacities: li
 
 def test_wanted_stages_go_to_different_workers_evenly() -> None:
     devices = [device("a/d:0", 200), device("a/d:1", 200), device("b/d:0", 150)]
-    plan = PLACER.place(devices, model(), Workload(stages=2, max_tokens=1))
+    plan = place(devices, model(), Workload(stages=2, max_tokens=1))
     assert ranges(plan) == [("a/d:0", 0, 3), ("b/d:0", 4, 7)]
     assert plan.slots == 8
 
 
 def test_as_few_devices_as_fit_and_the_roomiest_first() -> None:
-    plan = PLACER.place([device("a/d", 60), device("b/d", 500)], model(), Workload(max_tokens=1))
+    plan = place([device("a/d", 60), device("b/d", 500)], model(), Workload(max_tokens=1))
     assert ranges(plan) == [("b/d", 0, 7)]
     wanted = Workload(max_tokens=1, slots=1)
-    plan = PLACER.place([device("a/d", 60), device("b/d", 80)], model(), wanted)
+    plan = place([device("a/d", 60), device("b/d", 80)], model(), wanted)
     assert ranges(plan) == [("a/d", 0, 3), ("b/d", 4, 7)]
 
 
 def test_a_smaller_device_takes_fewer_layers() -> None:
-    plan = PLACER.place(
+    plan = place(
         [device("a/d", 30), device("b/d", 200)], model(), Workload(stages=2, max_tokens=1, slots=1)
     )
     assert ranges(plan) == [("a/d", 0, 1), ("b/d", 2, 7)]
@@ -209,16 +217,16 @@ def test_a_smaller_device_takes_fewer_layers() -> None:
 
 def test_fewer_slots_where_the_wanted_ones_do_not_fit() -> None:
     # Weights and ends 93; a slot of 4 tokens takes 32.
-    plan = PLACER.place([device("a/d", 93 + 3 * 32 + 5)], model(), Workload(max_tokens=4))
+    plan = place([device("a/d", 93 + 3 * 32 + 5)], model(), Workload(max_tokens=4))
     assert plan.slots == 3
     assert "3 slot(s) of 4 tokens instead of 8" in plan.explanation
 
 
 def test_a_tied_embedding_counts_on_both_ends_only_when_they_differ() -> None:
     tied = model(embed=20, tied=True)
-    whole = PLACER.place([device("a/d", 500)], tied, Workload(slots=1, max_tokens=1))
+    whole = place([device("a/d", 500)], tied, Workload(slots=1, max_tokens=1))
     assert whole.replicas[0].stages[0].memory_bytes == 8 * 11 + 20 + 3
-    halves = PLACER.place(
+    halves = place(
         [device("a/d", 500), device("b/d", 500)], tied, Workload(stages=2, slots=1, max_tokens=1)
     )
     assert [stage.memory_bytes for stage in halves.replicas[0].stages] == [4 * 11 + 20 + 3] * 2
@@ -227,14 +235,14 @@ def test_a_tied_embedding_counts_on_both_ends_only_when_they_differ() -> None:
 def test_a_recurrent_state_counts_once_a_slot_however_long_the_context() -> None:
     needs = model(layers=2, kv=0, embed=0, state=7)
     workload = Workload(slots=5, max_tokens=60)
-    plan = PLACER.place([device("a", 3 + 2 * (10 + 3 * 7) + 1)], needs, workload)
+    plan = place([device("a", 3 + 2 * (10 + 3 * 7) + 1)], needs, workload)
     assert (plan.slots, plan.max_tokens) == (3, 60)
     (stage,) = plan.replicas[0].stages
     assert (stage.kv_bytes, stage.memory_bytes) == (2 * 3 * 7, 3 + 2 * (10 + 3 * 7))
 
 
 def test_replicas_go_to_unused_devices() -> None:
-    plan = PLACER.place(
+    plan = place(
         [device("a/d", 900), device("b/d", 300)], model(), Workload(replicas=2, max_tokens=1)
     )
     assert [replica.stages[0].device_id for replica in plan.replicas] == ["a/d", "b/d"]
@@ -242,65 +250,65 @@ def test_replicas_go_to_unused_devices() -> None:
 
 def test_a_device_that_holds_nothing_comes_first() -> None:
     busy = Device("a/d", "a", "a", "cpu", 500, num_stages=1)
-    plan = PLACER.place([busy, device("b/d", 200)], model(), Workload(max_tokens=1))
+    plan = place([busy, device("b/d", 200)], model(), Workload(max_tokens=1))
     assert ranges(plan) == [("b/d", 0, 7)]
-    plan = PLACER.place([busy, device("b/d", 20)], model(), Workload(max_tokens=1))
+    plan = place([busy, device("b/d", 20)], model(), Workload(max_tokens=1))
     assert ranges(plan) == [("a/d", 0, 7)]
 
 
 def test_survivors_keep_their_layers_when_a_device_is_replaced() -> None:
     names = ("a/d", "b/d", "c/d")
     wanted = Workload(stages=2, max_tokens=1)
-    before = PLACER.place([device(name, 200) for name in names], model(), wanted)
+    before = place([device(name, 200) for name in names], model(), wanted)
     assert ranges(before) == [("a/d", 0, 3), ("b/d", 4, 7)]
-    after = PLACER.place([device("b/d", 200), device("c/d", 900)], model(), wanted, before)
+    after = place([device("b/d", 200), device("c/d", 900)], model(), wanted, before)
     assert ranges(after) == [("c/d", 0, 3), ("b/d", 4, 7)]
-    same = PLACER.place([device(name, 300) for name in names], model(), wanted, before)
+    same = place([device(name, 300) for name in names], model(), wanted, before)
     assert ranges(same) == ranges(before)
 
 
 def test_fewer_stages_when_fewer_devices_are_left() -> None:
     wanted = Workload(stages=2, max_tokens=1)
-    before = PLACER.place([device("a/d", 200), device("b/d", 200)], model(), wanted)
-    after = PLACER.place([device("b/d", 200)], model(), wanted, before)
+    before = place([device("a/d", 200), device("b/d", 200)], model(), wanted)
+    after = place([device("b/d", 200)], model(), wanted, before)
     assert ranges(after) == [("b/d", 0, 7)]
     assert "1 stage(s) instead of 2: there are 1 device(s)" in after.explanation
 
 
 def test_no_device_says_how_to_get_one() -> None:
-    plan = PLACER.place([], model(), Workload())
+    plan = place([], model(), Workload())
     assert not plan.replicas
     assert "start a worker" in plan.infeasible_reason
 
 
 def test_what_is_missing_is_named_with_the_nearest_choices() -> None:
-    plan = PLACER.place([device("a/d", 110)], model(), Workload(max_tokens=4))
+    plan = place([device("a/d", 110)], model(), Workload(max_tokens=4))
     assert not plan.replicas
     # 8 layers of 10 and 4 tokens of KV, two ends of 5, a workspace of 3: 125.
     assert "15 B (15 bytes) are missing" in plan.infeasible_reason
     assert "a/d 110 B" in plan.infeasible_reason
     assert "it fits with max_tokens 2 or with one more device with" in plan.infeasible_reason
-    again = PLACER.place([device("a/d", 110)], model(), Workload(max_tokens=2))
+    again = place([device("a/d", 110)], model(), Workload(max_tokens=2))
     assert again.replicas
 
 
 def test_another_number_of_stages_is_offered_when_it_fits() -> None:
     devices = [device(f"{name}/d", 50) for name in "abc"]
-    plan = PLACER.place(devices, model(), Workload(stages=2, max_tokens=1))
+    plan = place(devices, model(), Workload(stages=2, max_tokens=1))
     assert "stages 3" in plan.infeasible_reason
-    assert PLACER.place(devices, model(), Workload(stages=3, max_tokens=1)).replicas
+    assert place(devices, model(), Workload(stages=3, max_tokens=1)).replicas
 
 
 def test_many_devices_are_planned() -> None:
     devices = [device(f"w{i:02}/d", 90) for i in range(64)]
-    plan = PLACER.place(devices, model(layers=80, weight=40), Workload(max_tokens=1, slots=1))
+    plan = place(devices, model(layers=80, weight=40), Workload(max_tokens=1, slots=1))
     assert len(plan.replicas[0].stages) == 40
 
 
 def test_a_first_guess_of_speed_uses_what_was_measured() -> None:
     slow = device("a/d", 500, "cpu")
     fast = Device("b/d", "b", "b", "cpu", 500, flops_per_second=1e3, memory_bytes_per_second=1e2)
-    plan = PLACER.place([slow, fast], model(), Workload(stages=2, max_tokens=1))
+    plan = place([slow, fast], model(), Workload(stages=2, max_tokens=1))
     prefill, decode = first_guess(plan.replicas[0], model(), {"a/d": slow, "b/d": fast})
     # Stage 1, measured: 4 layers of 20 FLOPs; 4 layers and a head of 45 bytes to read.
     assert prefill == approx(80 / 1e3 + 80 / 2e10)
@@ -309,7 +317,7 @@ def test_a_first_guess_of_speed_uses_what_was_measured() -> None:
 
 def test_a_way_within_a_worker_is_taken_to_cost_nothing() -> None:
     devices = {name: device(name, 500, "cpu") for name in ("a/d:0", "a/d:1", "b/d:0")}
-    plan = PLACER.place(list(devices.values()), model(), Workload(stages=3, max_tokens=1))
+    plan = place(list(devices.values()), model(), Workload(stages=3, max_tokens=1))
     assert [stage.device_id for stage in plan.replicas[0].stages] == sorted(devices)
     _, decode = first_guess(plan.replicas[0], model(), devices)
     assert decode == approx(85 / 1e10 + HOP_SECONDS)

@@ -8,18 +8,12 @@ layers: they are one stage of it.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from uellm.core.model import ModelProfile
 from uellm.placement.explain import explain, explain_infeasible
 from uellm.placement.memory import USABLE, WORKSPACE_BYTES, Need
 from uellm.placement.partition import Range
 from uellm.placement.rooms import Rooms, neighbours
-from uellm.placement.views import (
-    Device,
-    PlacementPlan,
-    PlannedReplica,
-    PlannedStage,
-    Workload,
-)
+from uellm.placement.topology import Device
+from uellm.placement.views import Plan, PlannedReplica, PlannedStage, PlanRequest, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +37,15 @@ class EvenPlacer:
     usable: float = USABLE
     name: str = "even"
 
-    def place(
-        self,
-        devices: Sequence[Device],
-        model: ModelProfile,
-        workload: Workload,
-        previous: PlacementPlan | None = None,
-    ) -> PlacementPlan:
+    def place(self, request: PlanRequest) -> Plan:
         """Plan; see ``uellm.placement.views.Placer``.
 
         As few devices as hold the model with one slot; or as many as ``workload.stages`` says, if
         so many are there, on different workers where possible. Then the most slots that fit, up
         to those wanted.
         """
+        model, workload, previous = request.model, request.workload, request.previous
+        devices = [device for device in request.topology.devices if device.healthy]
         wanted = replace(
             workload,
             replicas=max(workload.replicas, 1),
@@ -82,11 +72,12 @@ class EvenPlacer:
         need = replace(least, slots=slots)
         planned, _ = _fill(everything, need, layouts) or ((), everything)
         missing = len(planned) < wanted.replicas
-        return PlacementPlan(
+        return Plan(
             replicas=planned,
             slots=slots,
             max_tokens=wanted.max_tokens,
             objective=self.name,
+            solver=self.name,
             explanation=explain(planned, need, wanted, len(everything.devices)),
             infeasible_reason=_what_is_missing(rooms, least, wanted, planned) if missing else "",
         )

@@ -6,7 +6,7 @@ from itertools import groupby, permutations
 
 from uellm.placement.memory import Need
 from uellm.placement.partition import Range, fits, split
-from uellm.placement.views import Device
+from uellm.placement.topology import Device
 
 # Up to this many devices every pair is tried as the ends; of more, only the roomiest few.
 _ALL_ENDS = 8

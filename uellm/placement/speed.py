@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 from uellm.core.model import ModelProfile
-from uellm.placement.views import Device, PlannedReplica
+from uellm.placement.topology import Device
+from uellm.placement.views import PlannedReplica
 
 # Where a device has not been measured: a few cores of a server, a mid-range accelerator.
 _FLOPS = {"cpu": 2e10, "cuda": 2e13}

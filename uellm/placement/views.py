@@ -1,52 +1,88 @@
-"""What a placer may look at, and what it decides."""
+"""What a placer is asked, and what it decides."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
+from uellm.core.errors import InvalidArgumentError
 from uellm.core.model import ModelProfile
+from uellm.placement.topology import Topology
 
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Something that can hold layers.
-
-    Attributes:
-        id: unique in the mesh: ``<worker>/<kind>:<index>``.
-        worker: the worker it belongs to.
-        host: the host the worker runs on.
-        kind: cpu, cuda, other or simulated.
-        memory_bytes: what a plan may fill: free now, or held by what the plan replaces.
-        num_stages: stages of other replicas that it holds; those with fewer come first.
-        flops_per_second: sustained; 0: not measured.
-        memory_bytes_per_second: sustained; 0: not measured.
-    """
-
-    id: str
-    worker: str
-    host: str
-    kind: str
-    memory_bytes: int
-    num_stages: int = 0
-    flops_per_second: float = 0.0
-    memory_bytes_per_second: float = 0.0
+Objective = Literal["helr", "he", "lr", "throughput", "goodput"]
+OBJECTIVES: tuple[Objective, ...] = ("helr", "he", "lr", "throughput", "goodput")
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is wanted of a deployment.
+    """What is wanted of a deployment, and the load that it is for.
+
+    A plan's KV cache is for ``batch * in_flight`` sequences of ``prompt_tokens + output_tokens``
+    where the load is described (``batch`` above 0), else for ``slots`` of ``max_tokens``, of which
+    it may grant fewer.
 
     Attributes:
-        replicas: whole copies.
-        stages: stages per copy; 0: as few as fit.
+        replicas: whole copies; as many as pay for the objective ``goodput``.
+        stages: stages per copy; 0: as few as fit, or as many as the objective is best with.
         slots: most sequences that run at once per copy; a plan may grant fewer.
         max_tokens: longest context; 0: the model's.
+        batch: sequences that are computed together; 0: each batch in flight has its share of slots.
+        prompt_tokens: of a request.
+        output_tokens: of a request: the 90 % quantile that profilers predict.
+        in_flight: batches that are under way at once, each on another stage.
+        requests_per_second: offered to all copies together; 0: not known, as many as can be served.
+        slo_seconds: longest time that a batch may take from prompt to last token; 0: none.
     """
 
     replicas: int = 1
     stages: int = 0
     slots: int = 8
     max_tokens: int = 0
+    batch: int = 0
+    prompt_tokens: int = 512
+    output_tokens: int = 128
+    in_flight: int = 1
+    requests_per_second: float = 0.0
+    slo_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "stages", "slots", "max_tokens", "batch", "requests_per_second"):
+            if not getattr(self, name) >= 0:
+                _refuse(name, f"{getattr(self, name)} is negative; use 0 for the default")
+        for name in ("prompt_tokens", "output_tokens", "in_flight"):
+            if not getattr(self, name) >= 1:
+                _refuse(name, f"{getattr(self, name)} is not at least 1")
+        if not self.slo_seconds >= 0:
+            _refuse("slo_seconds", f"{self.slo_seconds} is negative; use 0 for none")
+
+
+def _refuse(name: str, problem: str) -> None:
+    raise InvalidArgumentError(f"workload.{name}: {problem}", field=f"workload.{name}")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """What one layer takes on a device, measured: (tokens in the batch, seconds), by tokens.
+
+    Attributes:
+        prefill: prompts, tokens of all sequences together.
+        decode: one step, one token of each sequence.
+    """
+
+    prefill: tuple[tuple[float, float], ...]
+    decode: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A device that a plan must use.
+
+    Attributes:
+        device_id: which.
+        end: where in a replica's order; "any" for anywhere.
+    """
+
+    device_id: str
+    end: Literal["any", "first", "last"] = "any"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +97,9 @@ class PlannedStage:
         has_head: holds final norm and head.
         memory_bytes: weights, KV cache and workspace.
         kv_bytes: KV cache and recurrent states alone.
+        prefill_seconds: predicted, for a batch's prompts.
+        decode_seconds: predicted, for one step of a batch.
+        send_seconds: predicted, for one step's activations to the next stage.
     """
 
     device_id: str
@@ -70,17 +109,111 @@ class PlannedStage:
     has_head: bool
     memory_bytes: int
     kv_bytes: int
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    send_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """How fast a replica is expected to be, with batches of the workload.
+
+    Attributes:
+        prefill_seconds: from prompt to first token, links included.
+        decode_seconds: one step through all stages, links included.
+        total_seconds: from prompt to last token.
+        bottleneck_seconds: the least time between the ends of two batches.
+        bottleneck: what sets it: a device, a link as "a -> b", or "in_flight".
+        tokens_per_second: output tokens, all batches in flight.
+    """
+
+    prefill_seconds: float
+    decode_seconds: float
+    total_seconds: float
+    bottleneck_seconds: float
+    bottleneck: str
+    tokens_per_second: float
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedReplica:
-    """One whole copy, in stage order."""
+    """One whole copy, in stage order; ``prediction`` is None where speed was not looked at."""
 
     stages: tuple[PlannedStage, ...]
+    prediction: Prediction | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class PlacementPlan:
+class Certificate:
+    """How far a plan is from the best one there can be.
+
+    Attributes:
+        quantity: what is compared: seconds, cost, or tokens per second.
+        value: the plan's.
+        bound: no plan can be better than this.
+        proof: what the bound rests on, in a few words.
+    """
+
+    quantity: Literal["seconds", "cost", "tokens per second"]
+    value: float
+    bound: float
+    proof: str
+
+    @property
+    def ratio(self) -> float:
+        """1 for a plan that is proven to be the best; never below."""
+        worse, better = (
+            (self.bound, self.value)
+            if self.quantity == "tokens per second"
+            else (self.value, self.bound)
+        )
+        if worse <= better:
+            return 1.0
+        return worse / better if better > 0 else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan that was looked at and not chosen.
+
+    Attributes:
+        name: a baseline, or the best of so many devices.
+        device_ids: in stage order.
+        num_layers: per stage.
+        total_seconds: predicted, from prompt to last token; inf if it does not fit.
+        tokens_per_second: predicted; 0 if it does not fit.
+        ruled_out: the constraint or objective that speaks against it.
+    """
+
+    name: str
+    device_ids: tuple[str, ...]
+    num_layers: tuple[int, ...]
+    total_seconds: float
+    tokens_per_second: float
+    ruled_out: str
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Layers that a device has to load which it did not hold before.
+
+    Attributes:
+        replica: index.
+        device_id: which loads.
+        first_layer: inclusive.
+        last_layer: inclusive.
+        weight_bytes: of these layers.
+    """
+
+    replica: int
+    device_id: str
+    first_layer: int
+    last_layer: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
     """Where a model goes.
 
     Attributes:
@@ -90,6 +223,11 @@ class PlacementPlan:
         objective: what was sought.
         explanation: why it looks like this, in plain words.
         infeasible_reason: what is missing, and the nearest choice that fits; "" if nothing is.
+        certificate: how good it is at least; None where nothing was optimised.
+        solver: what found it.
+        solve_seconds: how long that took, as measured by whoever asked; 0: not measured.
+        candidates: what else was looked at, the best first.
+        moves: what differs from the previous plan.
     """
 
     replicas: tuple[PlannedReplica, ...]
@@ -98,6 +236,47 @@ class PlacementPlan:
     objective: str
     explanation: str
     infeasible_reason: str = ""
+    certificate: Certificate | None = None
+    solver: str = ""
+    solve_seconds: float = 0.0
+    candidates: tuple[Candidate, ...] = ()
+    moves: tuple[Move, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What to place, where, and what to look for.
+
+    Attributes:
+        topology: what there is.
+        model: what is to be placed, in the compute dtype.
+        workload: what is wanted.
+        objective: ``lr``: least latency; ``he``: least cost, which counts devices unless told
+            otherwise; ``helr``: least cost whose latency keeps the SLO; ``throughput``: most tokens
+            per second of each replica; ``goodput``: of as many replicas as pay, SLO kept.
+        previous: where it is now; its devices need not be there any more.
+        move_seconds_per_byte: price of loading weights; 0: a plan may move all.
+        pins: devices that must be used.
+        excluded: ids of devices, workers or hosts that must not be.
+        costs: by id of device, instead of the device's own.
+        layer_times: measured, by device id or else device name; they override FLOP/s and bandwidth.
+        budget_seconds: nominal time to search where no exact method is fast enough. It is counted
+            in work, not by a clock: equal requests have equal plans.
+        seeded: whether baselines are where the search starts; off to compare with them.
+    """
+
+    topology: Topology
+    model: ModelProfile
+    workload: Workload = field(default_factory=Workload)
+    objective: Objective = "helr"
+    previous: Plan | None = None
+    move_seconds_per_byte: float = 0.0
+    pins: tuple[Pin, ...] = ()
+    excluded: frozenset[str] = frozenset()
+    costs: Mapping[str, float] = field(default_factory=dict)
+    layer_times: Mapping[str, LayerTimes] = field(default_factory=dict)
+    budget_seconds: float = 5.0
+    seeded: bool = True
 
 
 class Placer(Protocol):
@@ -108,19 +287,6 @@ class Placer(Protocol):
         """As plans show it."""
         ...
 
-    def place(
-        self,
-        devices: Sequence[Device],
-        model: ModelProfile,
-        workload: Workload,
-        previous: PlacementPlan | None = None,
-    ) -> PlacementPlan:
-        """Plan. Pure and deterministic; ``previous`` is what the plan moves as little of as it can.
-
-        Args:
-            devices: those that may be used.
-            model: what is to be placed, in the compute dtype.
-            workload: what is wanted.
-            previous: where it is now; its devices need not be there any more.
-        """
+    def place(self, request: PlanRequest) -> Plan:
+        """Plan. Pure and deterministic; moves as little of ``request.previous`` as it can."""
         ...

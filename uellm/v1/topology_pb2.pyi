@@ -94,6 +94,7 @@ class Device(_message.Message):
     LAUNCH_SECONDS_FIELD_NUMBER: _builtins.int
     SLOWDOWN_FIELD_NUMBER: _builtins.int
     HEALTHY_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique in the mesh: `<worker>/<kind>:<index>`."""
     worker: _builtins.str
@@ -118,6 +119,8 @@ class Device(_message.Message):
     """1 at nominal speed, larger when throttled."""
     healthy: _builtins.bool
     """Whether it may be used."""
+    cost: _builtins.float
+    """Of using it, in any unit; unset: 1, so that plans count devices."""
     @_builtins.property
     def path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Where it hangs, from the widest down: rack, host, NUMA node, switch."""
@@ -138,12 +141,15 @@ class Device(_message.Message):
         launch_seconds: _builtins.float = ...,
         slowdown: _builtins.float = ...,
         healthy: _builtins.bool = ...,
+        cost: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops_per_second", b"flops_per_second", "healthy", b"healthy", "host", b"host", "id", b"id", "kind", b"kind", "launch_seconds", b"launch_seconds", "memory_bytes_per_second", b"memory_bytes_per_second", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "name", b"name", "path", b"path", "slowdown", b"slowdown", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "cost", b"cost", "flops_per_second", b"flops_per_second", "healthy", b"healthy", "host", b"host", "id", b"id", "kind", b"kind", "launch_seconds", b"launch_seconds", "memory_bytes_per_second", b"memory_bytes_per_second", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "name", b"name", "path", b"path", "slowdown", b"slowdown", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__cost: _TypeAlias = _typing.Literal["cost"]  # noqa: Y015
+    _WhichOneofArgType__cost: _TypeAlias = _typing.Literal["_cost", b"_cost"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cost) -> _WhichOneofReturnType__cost | None: ...
 
 Global___Device: _TypeAlias = Device  # noqa: Y015
 
@@ -196,6 +202,36 @@ class Link(_message.Message):
 Global___Link: _TypeAlias = Link  # noqa: Y015
 
 @_typing.final
+class DefaultLink(_message.Message):
+    """How fast a way between two devices of a level is where no link says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEVEL_FIELD_NUMBER: _builtins.int
+    LATENCY_SECONDS_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    level: _builtins.str
+    """What the two share: network (nothing), rack, host, numa or switch."""
+    latency_seconds: _builtins.float
+    """Time of an empty message."""
+    bytes_per_second: _builtins.float
+    """Sustained bandwidth."""
+    def __init__(
+        self,
+        *,
+        level: _builtins.str = ...,
+        latency_seconds: _builtins.float = ...,
+        bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "latency_seconds", b"latency_seconds", "level", b"level"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DefaultLink: _TypeAlias = DefaultLink  # noqa: Y015
+
+@_typing.final
 class Topology(_message.Message):
     """The devices and links that a plan may use."""
 
@@ -204,6 +240,7 @@ class Topology(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
+    DEFAULT_LINKS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Rises with every change."""
     @_builtins.property
@@ -214,16 +251,21 @@ class Topology(_message.Message):
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___Link]:
         """Links. A pair without one takes its level's default."""
 
+    @_builtins.property
+    def default_links(self) -> _containers.RepeatedCompositeFieldContainer[Global___DefaultLink]:
+        """Defaults by level; for a level without one there is a built-in one."""
+
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
         devices: _abc.Iterable[Global___Device] | None = ...,
         links: _abc.Iterable[Global___Link] | None = ...,
+        default_links: _abc.Iterable[Global___DefaultLink] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "links", b"links", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_links", b"default_links", "devices", b"devices", "links", b"links", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,16 +7,12 @@ replica to be planned holds itself.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from uellm.placement.views import Device, PlannedStage
+from uellm.convert import device_from_proto
+from uellm.placement.topology import Device
+from uellm.placement.views import PlannedStage
 from uellm.v1 import deployer_pb2, topology_pb2
 from uellm_deployer.replica import Phase, Replica
 from uellm_deployer.workers import Worker
-
-_KINDS = {
-    topology_pb2.DEVICE_KIND_CPU: "cpu",
-    topology_pb2.DEVICE_KIND_CUDA: "cuda",
-    topology_pb2.DEVICE_KIND_SIMULATED: "simulated",
-}
 
 
 def devices_for(
@@ -34,18 +30,8 @@ def devices_for(
     for worker in workers:
         for device in worker.usable:
             free = device.memory_free_bytes + held[device.id] - owed[device.id]
-            found.append(
-                Device(
-                    id=device.id,
-                    worker=worker.worker,
-                    host=device.host,
-                    kind=_KINDS.get(device.kind, "other"),
-                    memory_bytes=max(0, min(free, device.memory_total_bytes)),
-                    num_stages=stages[device.id],
-                    flops_per_second=device.flops_per_second,
-                    memory_bytes_per_second=device.memory_bytes_per_second,
-                )
-            )
+            memory_bytes = max(0, min(free, device.memory_total_bytes))
+            found.append(device_from_proto(device, memory_bytes, stages[device.id]))
     return found
 
 

@@ -7,7 +7,8 @@ from itertools import groupby
 from uellm.core.errors import FailedPreconditionError
 from uellm.core.model import ModelProfile
 from uellm.placement.speed import first_guess
-from uellm.placement.views import Device, PlacementPlan, Placer, PlannedReplica, Workload
+from uellm.placement.topology import Device, Topology
+from uellm.placement.views import Placer, Plan, PlannedReplica, PlanRequest, Workload
 from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.workers import Worker
@@ -24,7 +25,7 @@ class Planned:
         devices: those that it was made from, by id.
     """
 
-    plan: PlacementPlan
+    plan: Plan
     dtype: str
     profile: ModelProfile
     devices: dict[str, Device]
@@ -36,7 +37,7 @@ def plan(
     request: deployer_pb2.PlanRequest,
     devices: Sequence[Device],
     replicas: int,
-    previous: PlacementPlan | None = None,
+    previous: Plan | None = None,
 ) -> Planned:
     """Place a model.
 
@@ -56,7 +57,9 @@ def plan(
         profile = model.profile(dtype)
         made.append(
             Planned(
-                placer.place(group, profile, workload, previous),
+                placer.place(
+                    PlanRequest(Topology(tuple(group)), profile, workload, previous=previous)
+                ),
                 dtype,
                 profile,
                 {device.id: device for device in group},
@@ -72,9 +75,9 @@ def plan(
     return (whole or feasible or made[-1:])[0]
 
 
-def as_previous(replica: PlannedReplica | None) -> PlacementPlan | None:
+def as_previous(replica: PlannedReplica | None) -> Plan | None:
     """Where a replica was, for a placer to move as little of as it can."""
-    return PlacementPlan((replica,), 0, 0, "", "") if replica is not None else None
+    return Plan((replica,), 0, 0, "", "") if replica is not None else None
 
 
 def assignments(
