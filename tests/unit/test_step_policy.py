@@ -12,7 +12,7 @@ from tests.support.policies import COST, NOW, decoding, engine, engines, sequenc
 from uellm.core.request import Priority, QuantileFunction, ResourceProfile
 from uellm.policy.latest_start import facts_of
 from uellm.policy.occupancy import held_by, held_tokens
-from uellm.policy.peak import PeakRoom, future_peak
+from uellm.policy.peak import PeakRoom
 from uellm.policy.registry import step_policy
 from uellm.policy.remaining import remaining_tokens
 from uellm.policy.reserving import reserve_tokens
@@ -243,29 +243,27 @@ def test_a_cap_in_knees_keeps_batches_small() -> None:
 PAIRS = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=8)
 
 
-@given(PAIRS)
-def test_the_predicted_peak_is_that_of_a_simulation(pairs: list[tuple[int, int]]) -> None:
-    held, left = (np.array(values, dtype=np.float64) for values in zip(*pairs, strict=True))
-    steps = range(int(left.max()) + 1)
-    peak = max(float((held + t)[left >= t].sum()) for t in steps)
-    assert future_peak(held, left) == peak
-
-
-@given(PAIRS)
-def test_room_is_the_same_whether_looked_at_one_by_one_or_together(
-    pairs: list[tuple[int, int]],
+@given(PAIRS, st.lists(st.integers(0, 7), max_size=4))
+def test_what_fits_is_what_a_simulation_finds(
+    pairs: list[tuple[int, int]], removed: list[int]
 ) -> None:
+    def peak_of(some: list[tuple[int, int]]) -> float:
+        held, left = (np.array(values) for values in zip(*some, strict=True))
+        return max(float((held + t)[left >= t].sum()) for t in range(int(left.max()) + 1))
+
     *others, last = pairs
-    held, left = ([float(p[i]) for p in others] for i in (0, 1))
-    whole = future_peak(
-        np.array([p[0] for p in pairs], float), np.array([p[1] for p in pairs], float)
-    )
-    for room in (whole - 1, whole):
-        peak = PeakRoom(room, held, left)
-        assert peak.fits(*last) == (room >= whole or not others)
-        peak.add(*last)
-        peak.remove(*last)
-        assert peak.fits(*last) == (room >= whole or not others)
+    room = peak_of(pairs)
+    together = PeakRoom(room, *(([p[i] for p in others]) for i in (0, 1)))
+    short, emptied = (PeakRoom(size, [], []) for size in (room - 1, room - 1))
+    for pair in others:
+        short.add(*pair)
+        emptied.add(*pair)
+    assert together.fits(*last)
+    assert short.fits(*last) == (not others)
+    for place in removed:
+        if others:
+            emptied.remove(*others.pop(place % len(others)))
+            assert emptied.fits(*last) == (not others or peak_of([*others, last]) < room)
 
 
 def test_past_future_admits_what_ends_before_it_meets() -> None:

@@ -1,8 +1,10 @@
 """A queue as columns of numbers, so that a long one is ordered in milliseconds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,7 @@ from uellm.policy.due import PATIENCE_SECONDS
 from uellm.policy.rows import Array, Floats, Places, RowCache
 from uellm.policy.views import QueuedView
 
-__all__ = ["Columns", "ColumnsCache", "Floats", "Places"]
+__all__ = ["Columns", "ColumnsCache", "Floats", "Ids", "Places"]
 
 _COLUMNS = 10
 
@@ -119,6 +121,45 @@ def _arrays(views: Sequence[QueuedView]) -> tuple[Array, ...]:
     ids = np.empty(len(views), dtype=object)
     ids[:] = [view.request_id for view in views]
     return np.ascontiguousarray(rows.reshape(len(views), _COLUMNS).T), ids
+
+
+class Ids(Sequence[str]):
+    """Ids of requests in some order, put together when they are looked at.
+
+    That of a hundred thousand takes milliseconds, and few decisions' orders are looked at.
+
+    Args:
+        ids: of a queue.
+        places: of some of them, in the order wanted.
+    """
+
+    def __init__(self, ids: Array, places: Places) -> None:
+        self._ids, self._places = ids, places
+
+    @cached_property
+    def _ordered(self) -> tuple[str, ...]:
+        return tuple(self._ids[self._places].tolist())
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        return self._ordered[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ordered)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._ordered == tuple(other)
+
+    def __repr__(self) -> str:
+        return repr(self._ordered)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class ColumnsCache:

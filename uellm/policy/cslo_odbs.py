@@ -20,7 +20,7 @@ from uellm.policy.latest_start import FactsCache, Outlook, Pace, outlook, pace_o
 from uellm.policy.occupancy import held_tokens, victims
 from uellm.policy.pacing import paced_chunk
 from uellm.policy.peak import PeakRoom
-from uellm.policy.rows import Places, sorted_by
+from uellm.policy.rows import Floats, Places, sorted_by
 from uellm.policy.running_facts import RunningFacts
 from uellm.policy.selection import Fluid, Job, late_ones
 from uellm.policy.views import EngineView, StepDecision
@@ -68,13 +68,17 @@ class _Standing:
 
     Attributes:
         running: what is expected of them.
-        stays: which of them have not been preempted.
+        count: of those that have not been preempted.
+        yields: which of them may be.
+        spare: seconds that each can do without, beyond what computing it anew takes.
         room: for the predicted peak.
         places: free ones.
     """
 
     running: Outlook
-    stays: npt.NDArray[np.bool_]
+    count: int
+    yields: npt.NDArray[np.bool_]
+    spare: Floats
     room: PeakRoom
     places: int
 
@@ -105,12 +109,7 @@ class CsloOdbsStep:
         if not engine.waiting:
             return StepDecision(chunk_tokens=chunk)
         cap = batch_cap(engine.slots, engine.cost, settings.knee_factor)
-        standing = _Standing(
-            running,
-            np.ones(len(engine.running), dtype=bool),
-            PeakRoom(settings.kv_share * engine.kv_tokens_total, running.held, running.cautious),
-            cap - len(engine.running),
-        )
+        standing = self._standing(engine, running, cap, pace, now)
         waiting = outlook(
             engine.waiting,
             self._waiting.of(engine.waiting),
@@ -130,6 +129,23 @@ class CsloOdbsStep:
             chunk_tokens=chunk,
             reconsider_at=again if len(admit) < len(engine.waiting) else None,
             reserve={engine.waiting[i].request_id: held_tokens(engine.waiting[i]) for i in admit},
+        )
+
+    def _standing(
+        self, engine: EngineView, running: Outlook, cap: int, pace: Pace, now: float
+    ) -> _Standing:
+        settings = self._settings
+        preemptions = np.array([s.preemptions for s in engine.running])
+        spare = running.latest_start - now - 5 * running.prefill
+        return _Standing(
+            running=running,
+            count=len(engine.running),
+            yields=(preemptions < settings.most_preemptions) & ~self._overdue(running, now),
+            spare=spare - settings.urgent_steps * pace.step,
+            room=PeakRoom(
+                settings.kv_share * engine.kv_tokens_total, running.held, running.cautious
+            ),
+            places=cap - len(engine.running),
         )
 
     def _overdue(self, those: Outlook, now: float) -> npt.NDArray[np.bool_]:
@@ -176,16 +192,16 @@ class CsloOdbsStep:
 
     def _elder(self, waiting: Outlook, standing: _Standing, cap: int, now: float) -> int | None:
         """Who has waited longest, if that is too long and few such are running."""
-        oldest = int(np.lexsort((*waiting.arrived[::-1], waiting.accepted))[0])
-        if now - waiting.accepted[oldest] <= self._settings.max_wait_seconds:
+        if now - waiting.accepted.min() <= self._settings.max_wait_seconds:
             return None
+        oldest = int(np.lexsort((*waiting.arrived[::-1], waiting.accepted))[0])
         running = int(self._overdue(standing.running, now).sum())
         return oldest if running < max(1, cap // self._settings.elder_every) else None
 
     def _turns(
         self, near: Places, waiting: Outlook, engine: EngineView, pace: Pace, now: float
     ) -> list[int]:
-        some = [waiting.sequences[i] for i in near]
+        some = [waiting.sequences[i] for i in near.tolist()]
         if len({s.tenant for s in some}) < 2:
             return list(range(len(some)))
         turns = [
@@ -239,8 +255,9 @@ class CsloOdbsStep:
         preempted: list[int] = []
         misfits = 0
         overdue = self._overdue(waiting, now)
+        any_urgent = bool(urgent.any())
         for i in order.tolist():
-            if standing.places <= 0 and not urgent[order].any():
+            if standing.places <= 0 and not any_urgent:
                 break
             held, cautious = float(waiting.held[i]), float(waiting.cautious[i])
             elder = i == order[0] and overdue[i]
@@ -249,7 +266,7 @@ class CsloOdbsStep:
                 gone = []
             elif urgent[i] and not elder:
                 need = float(waiting.prefill[i] + waiting.median[i] * pace.step)
-                gone = self._cleared(held, cautious, need, standing, pace, now)
+                gone = self._cleared(held, cautious, need, standing)
             if gone is None:
                 misfits += 1
                 # Whoever has waited too long goes before all others, as soon as there is room.
@@ -269,8 +286,6 @@ class CsloOdbsStep:
         cautious: float,
         need: float,
         standing: _Standing,
-        pace: Pace,
-        now: float,
     ) -> list[int] | None:
         """Whom to preempt so that an urgent one fits; None if that is not worth its price.
 
@@ -279,11 +294,13 @@ class CsloOdbsStep:
             cautious: tokens that it will generate.
             need: seconds that it takes.
             standing: who runs; changed if somebody is preempted.
-            pace: of the engine.
-            now: in seconds.
         """
         running = standing.running
-        yields = np.flatnonzero(self._yielding(need, standing, pace, now))
+        # In time, with as much again to spare, and computed anew at less than what it makes wait.
+        worth = (standing.spare > 1.5 * need) & (running.prefill <= need / max(standing.count, 1))
+        yields = np.flatnonzero(standing.yields & (running.lost | worth))
+        if standing.places + min(len(yields), _MOST_VICTIMS) <= 0:
+            return None
         lost = running.lost[yields]
         by = np.where(lost, running.held[yields], -running.latest_start[yields])
         gone: list[int] = []
@@ -291,25 +308,12 @@ class CsloOdbsStep:
             gone.append(victim)
             standing.room.remove(float(running.held[victim]), float(running.cautious[victim]))
             if standing.places + len(gone) > 0 and standing.room.fits(held, cautious):
-                standing.stays[gone] = False
+                standing.yields[gone] = False
+                standing.count -= len(gone)
                 return gone
         for victim in gone:
             standing.room.add(float(running.held[victim]), float(running.cautious[victim]))
         return None
-
-    def _yielding(
-        self, need: float, standing: _Standing, pace: Pace, now: float
-    ) -> npt.NDArray[np.bool_]:
-        """Which running sequences may give way to one that takes ``need`` seconds."""
-        settings, running = self._settings, standing.running
-        preemptions = np.array([s.preemptions for s in running.sequences])
-        may = standing.stays & (preemptions < settings.most_preemptions)
-        may &= ~self._overdue(running, now)
-        slack = running.latest_start - now
-        worth = slack > 1.5 * need + 5 * running.prefill + settings.urgent_steps * pace.step
-        worth &= running.prefill <= need / max(int(standing.stays.sum()), 1)
-        yielding: npt.NDArray[np.bool_] = may & (running.lost | worth)
-        return yielding
 
 
 _NEAR = 256

@@ -14,7 +14,7 @@ import numpy as np
 
 from uellm.core.request import Promise
 from uellm.core.settings import Settings, setting
-from uellm.policy.columns import Columns, ColumnsCache, Floats, Places
+from uellm.policy.columns import Columns, ColumnsCache, Floats, Ids, Places
 from uellm.policy.estimate import Estimate, Speed, estimates, fastest_of
 from uellm.policy.placing import Room, place, plain_room
 from uellm.policy.refusing import (
@@ -152,14 +152,16 @@ class Dispatcher(ABC):
                 if request.request_id in ids:
                     refusals.append(infeasible_refusal(self.name, request, estimate, fastest, now))
         rest = np.delete(order, gone) if gone else order
-        again = columns.deadline[rest][columns.refusable[rest]].min(initial=inf)
+        expiring = np.where(columns.refusable, columns.deadline, inf)
+        expiring[[*expired, *hopeless, *order[gone].tolist()]] = inf
+        again = expiring.min(initial=inf)
         if (at := self.reconsidered(rest, columns, replicas, now)) is not None:
             again = min(again, at)
         return DispatchDecision(
             dispatches=dispatches,
             promises=promises,
             refusals=tuple(refusals),
-            order=tuple(columns.ids[rest].tolist()),
+            order=Ids(columns.ids, rest),
             reconsider_at=None if again == inf else float(again),
         )
 

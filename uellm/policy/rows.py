@@ -5,6 +5,8 @@ from one decision to the next few change.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import compress, count
+from operator import is_not
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -78,7 +80,8 @@ def _run(before: list[View], after: list[View], old: int, new: int) -> int:
             same += size
             size *= 2
         else:
-            return same + next(i for i in range(size) if ours[i] != theirs[i])
+            # By identity: comparing what they say takes a thousand times as long.
+            return same + next(compress(count(), map(is_not, ours, theirs)))
     return same
 
 

@@ -1,7 +1,9 @@
 """Facts of what runs, step after step: what does not change is looked up."""
 
 from collections.abc import Sequence
-from math import inf, nan
+from itertools import chain
+from math import inf
+from operator import attrgetter
 
 import numpy as np
 
@@ -14,6 +16,15 @@ from uellm.policy.views import SequenceView
 
 _POINTS = 32
 """Predictions of more points are looked at one by one."""
+_CHANGING = attrgetter(
+    "prompt_tokens",
+    "computed_tokens",
+    "output_tokens",
+    "max_output_tokens",
+    "first_token_at",
+    "arrived_at",
+    "rank",
+)
 
 
 class RunningFacts:
@@ -25,24 +36,14 @@ class RunningFacts:
 
     def of(self, sequences: Sequence[SequenceView]) -> Floats:
         """Numbers of these sequences."""
-        profiles = [sequence.profile for sequence in sequences]
-        if any(len(profile.output_tokens.levels) > _POINTS for profile in profiles):
+        base, values, medians, highs = self._profiles.of([s.profile for s in sequences])
+        if (base[2] > _POINTS).any():
             return facts_of(sequences)
-        base, values, medians, highs = self._profiles.of(profiles)
         (slos,) = self._slos.of([sequence.slo for sequence in sequences])
-        rows = [
-            (
-                s.prompt_tokens,
-                s.computed_tokens,
-                s.output_tokens,
-                s.max_output_tokens,
-                nan if s.first_token_at is None else s.first_token_at,
-                s.arrived_at,
-                s.rank,
-            )
-            for s in sequences
-        ]
-        numbers = np.array(rows, dtype=np.float64).reshape(len(rows), 7).T
+        count = len(sequences)
+        # No first token, None, becomes NaN.
+        flat = chain.from_iterable(map(_CHANGING, sequences))
+        numbers = np.fromiter(flat, np.float64, 7 * count).reshape(count, 7).T
         prompt, computed, output, most, first, arrived, rank = numbers
         answered = np.maximum(np.maximum(prompt, computed) - base[0], output)
         answered = np.maximum(answered, 0.0)
@@ -50,7 +51,7 @@ class RunningFacts:
         outgrown = answered >= base[1]
         beyond = np.maximum(LEAST_OUTGROWN, answered / 2)
         most = np.maximum(most - output, 1.0)
-        place = np.arange(len(rows))
+        place = np.arange(count)
         median, high = (
             np.minimum(np.where(outgrown, beyond, table[point, place] - answered), most)
             for table in (medians, highs)
@@ -78,14 +79,16 @@ class RunningFacts:
 
 
 def _profiles(profiles: Sequence[ResourceProfile]) -> tuple[Array, ...]:
-    """Prompt and longest prediction; the points; medians and highs of what exceeds each of them."""
-    base = np.empty((2, len(profiles)))
+    """Prompt, last point and how many; the points; medians and highs of what exceeds each."""
+    base = np.empty((3, len(profiles)))
     values = np.full((_POINTS, len(profiles)), inf)
     medians, highs = np.zeros((2, _POINTS + 1, len(profiles)))
     for i, profile in enumerate(profiles):
         lengths = profile.output_tokens
-        base[:, i] = profile.prompt_tokens, lengths.values[-1]
         count = len(lengths.values)
+        base[:, i] = profile.prompt_tokens, lengths.values[-1], count
+        if count > _POINTS:
+            continue
         values[:count, i] = lengths.values
         given = [lengths.low_median_high, *(lengths.given(value) for value in lengths.values)]
         medians[: count + 1, i] = [median for _, median, _ in given]

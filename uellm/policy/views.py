@@ -154,7 +154,7 @@ class DispatchDecision:
     dispatches: tuple[Dispatch, ...] = ()
     promises: dict[str, Promise] = field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
-    order: tuple[str, ...] = ()
+    order: Sequence[str] = ()
     reconsider_at: float | None = None
 
 

@@ -61,7 +61,7 @@ class ModelScheduler:
         self.token = token
         self.replicas: Sequence[str] = ()
         self.book = Book()
-        self.order: tuple[str, ...] = ()
+        self.order: Sequence[str] = ()
         self.routes: dict[str, ReplicaRoute] = {}
         self.withdrawn = False
         self._context = context
