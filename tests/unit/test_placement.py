@@ -72,6 +72,7 @@ workloads = st.builds(
     stages=st.integers(0, 3),
     slots=st.integers(1, 4),
     max_tokens=st.integers(1, 6),
+    kv_tokens=st.integers(0, 24),
 )
 
 
@@ -85,7 +86,11 @@ def test_every_layer_once_in_order_and_memory_never_exceeded(
     assert plan == place(list(reversed(devices)), needs, wanted)
     assert bool(plan.infeasible_reason) == (len(plan.replicas) < wanted.replicas)
     assert 1 <= plan.slots <= wanted.slots
-    need = Need(needs, plan.slots, plan.max_tokens, PLACER.workspace_bytes)
+    assert plan.max_tokens <= plan.kv_tokens
+    assert plan.kv_tokens <= (wanted.kv_tokens or plan.slots * plan.max_tokens)
+    need = Need(
+        needs, plan.slots, plan.max_tokens, plan.kv_tokens, workspace_bytes=PLACER.workspace_bytes
+    )
     used: dict[str, int] = {}
     for replica in plan.replicas:
         stages = replica.stages
@@ -117,7 +122,7 @@ def test_a_plan_is_found_whenever_there_is_one(
     counts = [min(stages, most)] if stages else range(1, most + 1)
 
     def possible(count: int, slots: int) -> bool:
-        need = Need(needs, slots, max_tokens, PLACER.workspace_bytes)
+        need = Need(needs, slots, max_tokens, workspace_bytes=PLACER.workspace_bytes)
         cuts = (
             cut
             for cut in product(range(1, len(needs.layers) + 1), repeat=count)
@@ -279,6 +284,15 @@ def test_no_device_says_how_to_get_one() -> None:
     plan = place([], model(), Workload())
     assert not plan.replicas
     assert "start a worker" in plan.infeasible_reason
+
+
+def test_less_kv_room_lets_more_sequences_run() -> None:
+    needs = model(layers=2, weight=5, kv=1)
+    devices = [device("w/d:0", 45)]
+    assert place(devices, needs, Workload(slots=8, max_tokens=5)).slots == 2
+    plan = place(devices, needs, Workload(slots=8, max_tokens=5, kv_tokens=10))
+    assert (plan.slots, plan.kv_tokens) == (8, 10)
+    assert "8 slot(s) of 5 tokens, 10 together" in plan.explanation
 
 
 def test_what_is_missing_is_named_with_the_nearest_choices() -> None:

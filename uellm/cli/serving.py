@@ -60,6 +60,14 @@ def up(
     max_model_len: Annotated[
         int, typer.Option(min=0, help="Longest context granted, in tokens; 0: the model's.")
     ] = 0,
+    kv_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="KV room per replica, in tokens of all sequences together; 0: the longest "
+            "context for every slot.",
+        ),
+    ] = 0,
     allow_download: Annotated[
         bool, typer.Option(help="Fetch hub models that are not in the local cache.")
     ] = False,
@@ -80,6 +88,7 @@ def up(
         dtype=dtype,
         slots=slots,
         max_tokens=max_model_len,
+        kv_tokens=kv_tokens,
         host=host,
         port=port,
         redis_url=redis,

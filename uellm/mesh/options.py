@@ -108,6 +108,7 @@ class MeshOptions:
         dtype: compute dtype; "": float32 on CPU, bfloat16 elsewhere.
         slots: most sequences at once per replica; 0: the default.
         max_tokens: longest context granted; 0: the model's.
+        kv_tokens: KV room per replica, of all sequences together; 0: all slots full.
         host: address that all services bind to.
         port: port of the gateway.
         redis_url: Redis to use; "": one of its own.
@@ -122,6 +123,7 @@ class MeshOptions:
     dtype: str = ""
     slots: int = 0
     max_tokens: int = 0
+    kv_tokens: int = 0
     host: str = "127.0.0.1"
     port: int = 0
     redis_url: str = ""
@@ -136,6 +138,7 @@ class MeshOptions:
             dtype=self.dtype,
             slots=self.slots,
             max_tokens=self.max_tokens,
+            kv_tokens=self.kv_tokens,
             adapters=model.adapters,
         )
 

@@ -50,9 +50,13 @@ class EvenPlacer:
             workload,
             replicas=max(workload.replicas, 1),
             slots=max(workload.slots, 1),
-            max_tokens=min(workload.max_tokens or model.max_tokens, model.max_tokens),
+            max_tokens=min(
+                workload.max_tokens or model.max_tokens,
+                model.max_tokens,
+                workload.kv_tokens or model.max_tokens,
+            ),
         )
-        least = Need(model, 1, wanted.max_tokens, self.workspace_bytes)
+        least = Need(model, 1, wanted.max_tokens, wanted.kv_tokens, self.workspace_bytes)
         everything = rooms = Rooms(devices, self.usable)
         layouts: list[_Layout] = []
         for index in range(wanted.replicas):
@@ -79,6 +83,7 @@ class EvenPlacer:
             objective=self.name,
             solver=self.name,
             explanation=explain(planned, need, wanted, len(everything.devices)),
+            kv_tokens=need.cached_tokens,
             infeasible_reason=_what_is_missing(rooms, least, wanted, planned) if missing else "",
         )
 

@@ -44,6 +44,8 @@ def explain(
         most = f"{num_layers} layers" if num_layers < wanted.stages else f"{num_devices} device(s)"
         sentences.append(f"{stages} stage(s) instead of {wanted.stages}: there are {most}")
     granted = f"{need.slots} slot(s) of {need.max_tokens} tokens"
+    if need.cached_tokens < need.slots * need.max_tokens:
+        granted += f", {need.cached_tokens} together"
     if need.slots < wanted.slots:
         granted += f" instead of {wanted.slots}: more do not fit beside the weights"
     sentences.append(granted)

@@ -19,13 +19,21 @@ class Need:
         model: whose.
         slots: most sequences that run at once.
         max_tokens: longest context.
+        kv_tokens: KV room of all sequences together; 0: the longest context for every slot.
         workspace_bytes: what every stage needs besides weights and KV cache.
     """
 
     model: ModelProfile
     slots: int
     max_tokens: int
+    kv_tokens: int = 0
     workspace_bytes: int = WORKSPACE_BYTES
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that the KV cache has room for: no more than all slots could fill."""
+        most = self.slots * self.max_tokens
+        return min(self.kv_tokens, most) if self.kv_tokens else most
 
     def layer(self, index: int) -> int:
         """Weights, KV cache and recurrent states of a layer."""
@@ -44,11 +52,9 @@ class Need:
 
     def kv(self, first_layer: int, last_layer: int) -> int:
         """KV cache and recurrent states of a range of layers, both ends included."""
-        per_sequence = sum(
-            self.max_tokens * layer.kv_bytes_per_token + layer.state_bytes
-            for layer in self.model.layers[first_layer : last_layer + 1]
-        )
-        return self.slots * per_sequence
+        layers = self.model.layers[first_layer : last_layer + 1]
+        cache = self.cached_tokens * sum(layer.kv_bytes_per_token for layer in layers)
+        return cache + self.slots * sum(layer.state_bytes for layer in layers)
 
     def stage(self, first_layer: int, last_layer: int) -> int:
         """All that a range of layers needs, both ends included."""

@@ -25,6 +25,8 @@ class Workload:
         stages: stages per copy; 0: as few as fit, or as many as the objective is best with.
         slots: most sequences that run at once per copy; a plan may grant fewer.
         max_tokens: longest context; 0: the model's.
+        kv_tokens: KV room per copy, of all sequences together; 0: the longest context for every
+            slot. Less lets more sequences run than could all be of the longest context.
         batch: sequences that are computed together; 0: each batch in flight has its share of slots.
         prompt_tokens: of a request.
         output_tokens: of a request: the 90 % quantile that profilers predict.
@@ -37,6 +39,7 @@ class Workload:
     stages: int = 0
     slots: int = 8
     max_tokens: int = 0
+    kv_tokens: int = 0
     batch: int = 0
     prompt_tokens: int = 512
     output_tokens: int = 128
@@ -45,7 +48,10 @@ class Workload:
     slo_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("replicas", "stages", "slots", "max_tokens", "batch", "requests_per_second"):
+        for name in (
+            *("replicas", "stages", "slots", "max_tokens", "kv_tokens", "batch"),
+            "requests_per_second",
+        ):
             if not getattr(self, name) >= 0:
                 _refuse(name, f"{getattr(self, name)} is negative; use 0 for the default")
         for name in ("prompt_tokens", "output_tokens", "in_flight"):
@@ -223,6 +229,7 @@ class Plan:
         objective: what was sought.
         explanation: why it looks like this, in plain words.
         infeasible_reason: what is missing, and the nearest choice that fits; "" if nothing is.
+        kv_tokens: KV room per copy, in tokens of all sequences together.
         certificate: how good it is at least; None where nothing was optimised.
         solver: what found it.
         solve_seconds: how long that took, as measured by whoever asked; 0: not measured.
@@ -236,6 +243,7 @@ class Plan:
     objective: str
     explanation: str
     infeasible_reason: str = ""
+    kv_tokens: int = 0
     certificate: Certificate | None = None
     solver: str = ""
     solve_seconds: float = 0.0

@@ -245,6 +245,7 @@ class PlanRequest(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
     replicas: _builtins.int
     """Copies; 0: one."""
     stages: _builtins.int
@@ -255,6 +256,8 @@ class PlanRequest(_message.Message):
     """Most sequences that run at once per copy; 0: the default."""
     max_tokens: _builtins.int
     """Longest context to grant; 0: the model's."""
+    kv_tokens: _builtins.int
+    """KV room per copy, in tokens of all sequences together; 0: the longest context for every slot."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelRef:
         """Directory or hub id."""
@@ -273,10 +276,11 @@ class PlanRequest(_message.Message):
         slots: _builtins.int = ...,
         max_tokens: _builtins.int = ...,
         adapters: _abc.Iterable[_common_pb2.ModelRef] | None = ...,
+        kv_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "max_tokens", b"max_tokens", "model", b"model", "replicas", b"replicas", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "kv_tokens", b"kv_tokens", "max_tokens", b"max_tokens", "model", b"model", "replicas", b"replicas", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -729,6 +729,7 @@ class Deployment(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    WANTED_KV_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The served name."""
     status: _builtins.str
@@ -745,6 +746,8 @@ class Deployment(_message.Message):
     """Compute dtype."""
     slots: _builtins.int
     """Most sequences that run at once per copy."""
+    wanted_kv_tokens: _builtins.int
+    """KV room wanted per copy, in tokens; 0: the longest context for every slot."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelRef:
         """What to load."""
@@ -776,10 +779,11 @@ class Deployment(_message.Message):
         dtype: _builtins.str = ...,
         slots: _builtins.int = ...,
         adapters: _abc.Iterable[_common_pb2.ModelRef] | None = ...,
+        wanted_kv_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "max_tokens", b"max_tokens", "model", b"model", "name", b"name", "profile", b"profile", "replicas", b"replicas", "slots", b"slots", "status", b"status", "version", b"version", "wanted_replicas", b"wanted_replicas", "wanted_stages", b"wanted_stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "max_tokens", b"max_tokens", "model", b"model", "name", b"name", "profile", b"profile", "replicas", b"replicas", "slots", b"slots", "status", b"status", "version", b"version", "wanted_kv_tokens", b"wanted_kv_tokens", "wanted_replicas", b"wanted_replicas", "wanted_stages", b"wanted_stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,6 +61,7 @@ def _matches(published: topology_pb2.Deployment, wanted: deployer_pb2.PlanReques
         and published.model.revision == wanted.model.revision
         and (not wanted.dtype or published.dtype == wanted.dtype)
         and published.slots <= wanted.slots
+        and published.wanted_kv_tokens == wanted.kv_tokens
         and _sources(published.adapters) == _sources(wanted.adapters)
     )
 
@@ -81,9 +82,8 @@ def planned_of(
                 last_layer=part.last_layer,
                 has_embed=stage.has_embed and part.first_layer == stage.first_layer,
                 has_head=stage.has_head and part.last_layer == stage.last_layer,
-                memory_bytes=Need(profile, stage.slots, stage.max_tokens).stage(
-                    part.first_layer, part.last_layer
-                ),
+                memory_bytes=Need(profile, 0, 0).stage(part.first_layer, part.last_layer)
+                + part.kv_bytes,
                 kv_bytes=part.kv_bytes,
             )
             for stage in stages

@@ -145,6 +145,7 @@ class Deployer:
                 dtype=settings.dtype,
                 slots=settings.slots,
                 max_tokens=settings.max_tokens,
+                kv_tokens=settings.kv_tokens,
                 adapters=adapters,
             ),
             settings.slots,

@@ -310,6 +310,7 @@ class Deployment:
             max_tokens=min((stage.max_tokens for stage in running), default=0),
             wanted_replicas=self.request.replicas,
             wanted_stages=self.request.stages,
+            wanted_kv_tokens=self.request.kv_tokens,
             dtype=running[0].dtype if running else self.request.dtype,
             slots=min((stage.slots for stage in running), default=0),
             adapters=running[0].adapters if running else self._adapters(),

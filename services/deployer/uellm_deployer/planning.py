@@ -47,7 +47,9 @@ def plan(
     Raises:
         ModelFilesError: if the model's files do not say what it needs.
     """
-    workload = Workload(replicas, request.stages, request.slots, request.max_tokens)
+    workload = Workload(
+        replicas, request.stages, request.slots, request.max_tokens, request.kv_tokens
+    )
     accelerators = [device for device in devices if device.kind != "cpu"]
     groups = [devices] if len(accelerators) in (0, len(devices)) else [accelerators, devices]
     made = []
@@ -156,7 +158,7 @@ def first_report(
 ) -> queue_pb2.ReplicaReport:
     """What schedulers go by until the replica reports for itself."""
     prefill, decode = first_guess(replica, planned.profile, planned.devices)
-    tokens = planned.plan.slots * planned.plan.max_tokens
+    tokens = planned.plan.kv_tokens
     return queue_pb2.ReplicaReport(
         epoch=generation,
         kv_tokens_free=tokens,

@@ -30,6 +30,12 @@ class DeployerSettings(ServiceSettings):
         8, ge=1, description="Most sequences that run at once per copy, unless a request says."
     )
     max_tokens: int = Field(0, ge=0, description="Longest context granted; 0: the model's.")
+    kv_tokens: int = Field(
+        0,
+        ge=0,
+        description="KV room per copy, in tokens of all sequences together; 0: the longest "
+        "context for every slot.",
+    )
     dtype: Literal["", "float32", "bfloat16", "float16"] = Field(
         "", description="Compute dtype; empty: float32 where a CPU is used, bfloat16 elsewhere."
     )
