@@ -65,6 +65,13 @@ class ServiceSettings(BaseSettings):
     lease_seconds: float = Field(
         5.0, gt=0, description="After this silence a service, an owner or a holder counts as gone."
     )
+    decisions_kept: int = Field(
+        4096,
+        ge=0,
+        description="Recorded decisions are kept in about so many entries per model, for `uellm "
+        "why`; an entry has those of a quarter of a second, about 10 KB under load. Schedulers "
+        "and workers write them; 0: they do not.",
+    )
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:

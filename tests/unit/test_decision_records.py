@@ -42,26 +42,28 @@ LENGTHS = st.builds(
 
 def anything(hint: Any) -> st.SearchStrategy[Any]:
     """Any value of a type, each field of a dataclass included, whatever its default."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        (kind,) = [part for part in parts if part is not NoneType]
+    if get_origin(hint) in (Union, UnionType):
+        (kind,) = [part for part in get_args(hint) if part is not NoneType]
         return st.none() | anything(kind)
-    if hint is QuantileFunction:
-        return LENGTHS
+    if get_origin(hint) is not None:
+        return collections(get_origin(hint), get_args(hint))
     if is_dataclass(hint):
         hints = get_type_hints(hint)
-        return st.fixed_dictionaries(
-            {each.name: anything(hints[each.name]) for each in fields(hint)}
-        ).map(lambda given: hint(**given))
-    if origin is not None and issubclass(origin, Mapping):
-        return st.dictionaries(anything(parts[0]), anything(parts[1]), max_size=2)
-    if origin is frozenset:
-        return st.frozensets(anything(parts[0]), max_size=3)
-    if origin is not None and issubclass(origin, Sequence):
-        return st.lists(anything(parts[0]), max_size=2).map(tuple)
+        given = {each.name: anything(hints[each.name]) for each in fields(hint)}
+        return st.builds(hint, **given)
     if issubclass(hint, IntEnum):
         return st.sampled_from(hint)
-    return {bool: st.booleans(), int: COUNTS, float: NUMBERS, str: NAMES}[hint]
+    return {bool: st.booleans(), int: COUNTS, float: NUMBERS, str: NAMES}.get(hint, LENGTHS)
+
+
+def collections(origin: Any, parts: tuple[Any, ...]) -> st.SearchStrategy[Any]:
+    first = anything(parts[0])
+    if issubclass(origin, Mapping):
+        return st.dictionaries(first, anything(parts[1]), max_size=2)
+    if origin is frozenset:
+        return st.frozensets(first, max_size=3)
+    assert issubclass(origin, Sequence)
+    return st.lists(first, max_size=2).map(tuple)
 
 
 def written(records: Sequence[Record], dropped: int = 0) -> DecisionSegment:
@@ -122,7 +124,7 @@ def decided(name: str, queue: QueueView, replicas: Sequence[ReplicaView]) -> Dis
 
 
 @pytest.mark.parametrize("name", dispatch_policies())
-@settings(max_examples=50)
+@settings(max_examples=10)
 @given(QUEUES, REPLICAS, st.booleans(), st.booleans())
 def test_a_scheduler_decides_again_what_it_decided(
     name: str, waiting: list[QueuedView], replicas: list[ReplicaView], new: bool, revise: bool
@@ -139,7 +141,7 @@ def test_a_scheduler_decides_again_what_it_decided(
 
 
 @pytest.mark.parametrize("name", step_policies())
-@settings(max_examples=40)
+@settings(max_examples=10)
 @given(engines())
 def test_an_engine_decides_again_what_it_decided(name: str, engine: EngineView) -> None:
     used = StepPolicyUsed(name)

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from uellm.cli import asking, exits, looking, serving, simulate, verify
+from uellm.cli import asking, exits, looking, recorded, serving, simulate, verify
 from uellm.core.errors import UellmError
 
 
@@ -38,6 +38,7 @@ _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run": (serving.demo, serving.up, serving.serve),
     "Ask": (asking.generate, asking.chat, asking.cancel),
     "Look": (looking.models, looking.health, verify.verify, looking.version),
+    "Explain": (recorded.decisions, recorded.replay),
 }
 for _panel, _commands in _PANELS.items():
     for _command in _commands:

@@ -5,7 +5,7 @@ Where the message has a place (uint32) for a text, a profile or a view, the thin
 the table of its kind, once, and its place there into the message.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import IntEnum
 from functools import cache
@@ -32,6 +32,10 @@ class Interning(Protocol):
 
     def place(self, kind: type, value: Any) -> int:
         """The place of a value in the table of its kind, where it is put if it is new."""
+        ...
+
+    def places(self, kind: type, values: Iterable[Any]) -> list[int]:
+        """The places of several values of one kind."""
         ...
 
 
@@ -139,17 +143,24 @@ def _conversion(hint: Any, place: FieldDescriptor) -> tuple[_Encode | None, _Dec
     if origin is not None and issubclass(origin, Mapping):
         return _mapping(hint, place.message_type)
     if origin is not None and issubclass(origin, Sequence | frozenset):
-        container = frozenset if issubclass(origin, frozenset) else tuple
-        encode, decode = _single(get_args(hint)[0], place)
-        return (
-            (lambda values, tables: [encode(value, tables) for value in values])
-            if encode is not None
-            else (lambda values, _: list(values)),
-            (lambda parts, tables: container(decode(part, tables) for part in parts))
-            if decode is not None
-            else (lambda parts, _: container(parts)),
-        )
+        (kind, *_) = get_args(hint)
+        return _several(kind, frozenset if issubclass(origin, frozenset) else tuple, place)
     return _single(hint, place)
+
+
+def _several(
+    kind: Any, container: Callable[[Iterable[Any]], Any], place: FieldDescriptor
+) -> tuple[_Encode, _Decode]:
+    one, back = _single(kind, place)
+    if _is_place(kind, place):
+        return (
+            lambda values, tables: tables.places(kind, values),
+            lambda parts, tables: container([tables.at(kind, part) for part in parts]),
+        )
+    return (
+        lambda values, tables: [_apply(one, value, tables) for value in values],
+        lambda parts, tables: container([_apply(back, part, tables) for part in parts]),
+    )
 
 
 def _mapping(hint: Any, entry: Any) -> tuple[_Encode, _Decode]:
@@ -176,8 +187,12 @@ def _apply(convert: Callable[[Any, Any], Any] | None, value: Any, tables: Any) -
     return value if convert is None else convert(value, tables)
 
 
+def _is_place(kind: Any, place: FieldDescriptor) -> bool:
+    return kind in TABLES and place.type == FieldDescriptor.TYPE_UINT32
+
+
 def _single(kind: Any, place: FieldDescriptor) -> tuple[_Encode | None, _Decode | None]:
-    if kind in TABLES and place.type == FieldDescriptor.TYPE_UINT32:
+    if _is_place(kind, place):
         return (
             lambda value, tables: tables.place(kind, value),
             lambda part, tables: tables.at(kind, part),

@@ -1,5 +1,6 @@
 """Records in segments: what an entry of the stream of decisions holds."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,20 @@ class SegmentWriter:
             table.append(message)
             self._kept.append(value)
         return place
+
+    def places(self, kind: type, values: Iterable[Any]) -> list[int]:
+        """See ``uellm.decisions.codec.Interning``. Most values have a place already."""
+        try:
+            if kind is str:
+                return [self._texts[value] for value in values]
+            return [self._places[id(value)] for value in values]
+        except KeyError:
+            return [self.place(kind, value) for value in values]
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._segment.ByteSize()
 
     def message(self, dropped: int = 0) -> DecisionSegment:
         """The segment.

@@ -81,6 +81,11 @@ class Keys:
         """String: the dispatch policy that was chosen while running."""
         return f"{self.prefix}policy"
 
+    @property
+    def decisions(self) -> str:
+        """Stream of DecisionSegments, trimmed; nothing depends on it."""
+        return f"{self.prefix}decisions"
+
     def request(self, request_id: str) -> str:
         """Hash: the record of a request."""
         return f"{self.prefix}request:{request_id}"

@@ -148,6 +148,10 @@ class Book:
         if len(self._ended) > _REMEMBERED:
             del self._ended[next(iter(self._ended))]
 
+    def view(self, request_id: str) -> QueuedView:
+        """What a policy may look at of a waiting request."""
+        return self.waiting[request_id].view
+
     def unpromised(self) -> list[str]:
         """Ids of waiting requests that have no promise."""
         return [request_id for request_id, ticket in self.waiting.items() if not ticket.promise]

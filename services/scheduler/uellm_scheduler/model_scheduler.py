@@ -14,12 +14,14 @@ from uellm.core.request import Promise
 from uellm.policy.registry import dispatch_policy
 from uellm.policy.views import DispatchPolicy, QueuedView, QueueView, Refusal
 from uellm.service import RETRY_SECONDS, Context
+from uellm.streams.decisions import DecisionLog
 from uellm.streams.messages import ReplicaRoute
 from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.v1 import common_pb2, queue_pb2
 from uellm_scheduler.book import REVISE_SECONDS, Book
 from uellm_scheduler.effects import Effects
 from uellm_scheduler.inbox import Inbox
+from uellm_scheduler.recorder import Recorder
 from uellm_scheduler.recovery import recover
 from uellm_scheduler.settings import SchedulerSettings
 from uellm_scheduler.upkeep import Timer, Upkeep
@@ -68,6 +70,7 @@ class ModelScheduler:
         self._settings = settings
         self._queue = queue
         self._policy = dispatch_policy(settings.policy, settings.dispatch_settings)
+        self._recorder = Recorder(DecisionLog(context.redis, queue.model), settings)
         self._inbox: Inbox | None = None
         self._away = False
         # Goes on after a recovery, so that no two batches of a term have one name.
@@ -121,6 +124,7 @@ class ModelScheduler:
         async with asyncio.TaskGroup() as readers:
             readers.create_task(inbox.read_requests())
             readers.create_task(inbox.read_completions())
+            readers.create_task(self._recorder.run())
             while True:
                 await inbox.wait(self._pause(upkeep))
                 inbox.empty_into(book)
@@ -189,9 +193,9 @@ class ModelScheduler:
         revise = full and began >= self._revise_at
         room = sum(max(0, view.slots - len(view.in_flight)) for view in replicas)
         horizon = None if full else max(HORIZON, 2 * room)
-        decision = self._policy.dispatch(
-            book.queue_view(now, revise=revise, horizon=horizon), replicas, now
-        )
+        queue = book.queue_view(now, revise=revise, horizon=horizon)
+        decision = self._policy.dispatch(queue, replicas, now)
+        self._recorder.note(self._policy.name, queue, replicas, now, decision, book.view)
         seconds = time.monotonic() - began
         if full:
             self._full_round_at = began + seconds / FULL_ROUND_SHARE

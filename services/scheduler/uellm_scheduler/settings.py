@@ -39,6 +39,12 @@ class SchedulerSettings(ServiceSettings):
     most_attempts: int = Field(
         10, ge=1, description="A request is given up after this many starts, whatever their end."
     )
+    recorded_requests: int = Field(
+        256,
+        ge=1,
+        description="Of a longer queue than this, decisions are recorded with so many first of the "
+        "order only; such a record explains, but cannot be replayed.",
+    )
 
     @property
     def dispatch_settings(self) -> DispatchSettings:

@@ -1,0 +1,93 @@
+"""Keeping what was decided, beside deciding: later, at a bounded cost, dropped rather than late."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from uellm.decisions.records import DispatchPolicyUsed, DispatchRecord, dispatch_record
+from uellm.decisions.segments import SegmentWriter
+from uellm.policy.views import DispatchDecision, QueuedView, QueueView, ReplicaView
+from uellm.streams.decisions import DecisionLog, DecisionWriter
+from uellm_scheduler.settings import SchedulerSettings
+
+GATHER_SECONDS = 0.25
+"""The decisions of so long go into one segment."""
+SHARE = 0.03
+"""Share of its time that a scheduler spends on recording one model, at most."""
+WAITING_RECORDS = 512
+"""So many decisions wait to be recorded; what is decided then is dropped."""
+SEGMENT_BYTES = 128 << 10
+"""A segment takes no more decisions once it has this size."""
+
+
+class Recorder:
+    """Records the decisions of one model.
+
+    Args:
+        log: where to.
+        settings: the service's.
+    """
+
+    def __init__(self, log: DecisionLog, settings: SchedulerSettings) -> None:
+        self._settings = settings
+        self._writer = DecisionWriter(log, settings.decisions_kept)
+        self._waiting: deque[DispatchRecord] = deque()
+        self._work = asyncio.Event()
+        self._policy = DispatchPolicyUsed("")
+
+    def note(
+        self,
+        policy: str,
+        queue: QueueView,
+        replicas: Sequence[ReplicaView],
+        now: float,
+        decision: DispatchDecision,
+        find: Callable[[str], QueuedView],
+    ) -> None:
+        """Have a decision recorded. Takes no time to speak of; the views must not change.
+
+        Args:
+            policy: name of what decided.
+            queue: what waited.
+            replicas: where it could go.
+            now: when.
+            decision: what was decided.
+            find: the waiting request of an id.
+        """
+        if not self._settings.decisions_kept:
+            return
+        if len(self._waiting) >= WAITING_RECORDS:
+            self._writer.dropped += 1
+            return
+        if policy != self._policy.name:
+            self._policy = DispatchPolicyUsed(policy, self._settings.dispatch_settings)
+        most = self._settings.recorded_requests
+        self._waiting.append(
+            dispatch_record(self._policy, queue, replicas, now, decision, most=most, find=find)
+        )
+        self._work.set()
+
+    async def run(self) -> None:
+        """Record, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._writer.run())
+            while True:
+                await self._work.wait()
+                self._work.clear()
+                await asyncio.sleep(GATHER_SECONDS)
+                await self._gather()
+
+    async def _gather(self) -> None:
+        """Make a segment of what waits, as far as its share of time goes; the rest is dropped."""
+        segment, spent = SegmentWriter(), 0.0
+        while self._waiting:
+            began = time.monotonic()
+            segment.add(self._waiting.popleft())
+            spent += time.monotonic() - began
+            full = segment.records % 16 == 0 and segment.size > SEGMENT_BYTES
+            if full or spent > SHARE * GATHER_SECONDS:
+                self._writer.dropped += len(self._waiting)
+                self._waiting.clear()
+            await asyncio.sleep(0)
+        self._writer.offer(segment.message())

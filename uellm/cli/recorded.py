@@ -1,0 +1,60 @@
+"""Commands that look at what was decided: decisions, replay."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from uellm.cli.asking import Json
+from uellm.cli.durations import parse_duration
+
+File = Annotated[Path, typer.Argument(help="What `uellm decisions` wrote; - reads standard input.")]
+
+
+def decisions(
+    model: Annotated[str, typer.Argument(help="Served name.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where to, as JSON lines; - is standard output.")
+    ] = Path("-"),
+    since: Annotated[
+        float | None,
+        typer.Option(parser=parse_duration, metavar="DURATION", help="Only the latest: 10s, 5m."),
+    ] = None,
+    redis: Annotated[
+        str,
+        typer.Option(
+            envvar="UELLM_REDIS_URL",
+            help="The mesh's Redis; by default that of the mesh that `uellm up` runs here.",
+        ),
+    ] = "",
+) -> None:
+    """Write down what was decided of a model's requests, of all tenants, to replay it."""
+    from uellm.cli import replaying
+    from uellm.cli.loops import run
+    from uellm.cli.mesh_address import redis_url
+
+    raise typer.Exit(run(replaying.export(redis_url(redis), model, out, since)))
+
+
+def replay(
+    file: File,
+    policy: Annotated[
+        str, typer.Option(help="Decide by this policy instead; by default by the recorded one.")
+    ] = "",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting to decide with instead; may be given several times.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Decide again what was recorded, and show what comes out otherwise.
+
+    By the recorded policies nothing may: exit status 1 and the first difference if it does.
+    """
+    from uellm.cli import replaying
+
+    raise typer.Exit(replaying.replay(file, policy, settings or (), as_json=as_json))
