@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from uellm_worker.cores import granted_cores
+from uellm_worker.cpu import available_memory, numa_nodes
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +50,35 @@ def write(root: Path, files: dict[str, str]) -> Path:
 )
 def test_quotas_count_as_whole_cores(files: dict[str, str], cores: int, tmp_path: Path) -> None:
     assert granted_cores(write(tmp_path, files)) == cores
+
+
+@pytest.mark.parametrize(
+    ("files", "room"),
+    [
+        ({"memory.max": "max"}, None),
+        ({"memory.max": "1000000", "memory.current": "400000"}, 600_000),
+        (
+            {
+                "memory.max": "1000000",
+                "memory.current": "400000",
+                "memory.stat": "anon 1\ninactive_file 100000\n",
+            },
+            700_000,
+        ),
+        ({"memory.max": "1000", "memory.current": "4000"}, 0),
+    ],
+)
+def test_memory_is_what_the_control_group_leaves(
+    files: dict[str, str], room: int | None, tmp_path: Path
+) -> None:
+    group = {f"sys/fs/cgroup/a/{name}": content for name, content in files.items()}
+    found = available_memory(write(tmp_path, {"proc/self/cgroup": "0::/a\n"} | group))
+    assert found > 1 << 20 if room is None else found == room
+
+
+def test_numa_nodes_are_those_of_the_cores_that_are_granted(tmp_path: Path) -> None:
+    root = "sys/devices/system/node"
+    lists = {0: "0-3,16-19", 1: "8-11", 2: "6,4-5"}
+    write(tmp_path, {f"{root}/node{node}/cpulist": text for node, text in lists.items()})
+    assert numa_nodes(tmp_path) == (0, 2)
+    assert numa_nodes(tmp_path / "nothing") == ()

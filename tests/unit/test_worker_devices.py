@@ -1,25 +1,29 @@
 """What a worker finds to compute on."""
 
 import socket
+from pathlib import Path
 
 import pytest
-from uellm_worker import devices as module
 from uellm_worker.accelerators import Accelerator
 from uellm_worker.devices import Devices
 
+from tests.support.nvml import GPU_IS_LOST, FakeGpu, FakeLibrary, install
 from uellm.core.errors import ConfigurationError
 from uellm.v1 import topology_pb2
 
 
 @pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_cuda_handles", lambda *, report: ["first", "second"])
-    monkeypatch.setattr(module, "_cuda_facts", lambda handle: (f"GPU {handle}", 80 << 30, 70 << 30))
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
+    library = FakeLibrary(
+        [FakeGpu(f"GPU {name}", f"GPU-{name}", total=80 << 30, free=70 << 30) for name in "ab"]
+    )
+    install(monkeypatch, library)
+    return library
 
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_cuda_handles", lambda *, report: [])
+    install(monkeypatch, FakeLibrary([]))
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -47,19 +51,16 @@ def test_gpus_are_preferred_and_can_be_chosen() -> None:
     assert [d.id for d in Devices("w", "cuda:1", 0).describe()] == ["w/cuda:1"]
     both = Devices("w", "cuda:0, cpu", 1000).describe()
     assert [d.id for d in both] == ["w/cuda:0", "w/cpu:0"]
-    assert both[0].name == "GPU first"
+    assert both[0].name == "GPU a"
     assert both[0].memory_free_bytes == 70 << 30
 
 
-@pytest.mark.usefixtures("two_gpus")
-def test_a_gpu_that_does_not_answer_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_does_not_answer_is_not_healthy(two_gpus: FakeLibrary) -> None:
     devices = Devices("w", "auto", 0)
-
-    def fail(handle: str) -> tuple[str, int, int]:
-        raise RuntimeError("GPU is lost")
-
-    monkeypatch.setattr(module, "_cuda_facts", fail)
-    assert [d.healthy for d in devices.describe()] == [False, False]
+    two_gpus.gpus[1].errors = {"*": GPU_IS_LOST}
+    first, second = devices.describe()
+    assert (first.healthy, second.healthy) == (True, False)
+    assert "memory: GPU is lost" in second.notes
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -141,3 +142,27 @@ def test_another_accelerator_is_described_as_torch_says(monkeypatch: pytest.Monk
     assert (device.name, device.memory_total_bytes, device.memory_free_bytes) == ("Arc", 1000, 700)
     with pytest.raises(ConfigurationError, match="how much memory xpu:1 has"):
         Devices("w", "xpu:1", 0)
+
+
+async def test_the_cpu_is_measured_once_for_all_workers_of_a_host(tmp_path: Path) -> None:
+    devices = Devices("w", "cpu", 1000)
+    (before,) = devices.describe()
+    assert not before.HasField("measured_at")
+    await devices.measure(1, tmp_path)
+    (after,) = devices.describe()
+    assert after.flops_per_second > 1e8
+    assert after.memory_bytes_per_second > 1e8
+    other = Devices("v", "cpu", 1000)
+    other.sharers = 2
+    await other.measure(1, tmp_path)
+    (shared,) = other.describe()
+    assert shared.measured_at == after.measured_at
+    assert shared.flops_per_second == after.flops_per_second / 2
+    assert shared.cores == after.cores >= 1
+
+
+async def test_a_measurement_that_fails_is_said(tmp_path: Path) -> None:
+    devices = Devices("w", "cpu", 1000)
+    (tmp_path / "file").touch()
+    await devices.measure(1, tmp_path / "file")
+    assert devices.describe()[0].notes[0].startswith("speed: not measured")

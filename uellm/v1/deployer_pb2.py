@@ -27,47 +27,47 @@ from uellm.v1 import common_pb2 as uellm_dot_v1_dot_common__pb2
 from uellm.v1 import topology_pb2 as uellm_dot_v1_dot_topology__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17uellm/v1/deployer.proto\x12\x08uellm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15uellm/v1/common.proto\x1a\x17uellm/v1/topology.proto\"p\n\x15RegisterWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12!\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x10.uellm.v1.Device\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\"O\n\x16RegisterWorkerResponse\x12\x35\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xf0\x01\n\x0bStageStatus\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x13\n\x0bstage_index\x18\x03 \x01(\r\x12#\n\x05state\x18\x04 \x01(\x0e\x32\x14.uellm.v1.StageState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x07 \x01(\r\x12\x12\n\nlast_layer\x18\x08 \x01(\r\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\x12$\n\x07\x64\x65vices\x18\n \x03(\x0b\x32\x13.uellm.v1.DeviceUse\"\x81\x01\n\x10HeartbeatRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12%\n\x06stages\x18\x03 \x03(\x0b\x32\x15.uellm.v1.StageStatus\x12!\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x10.uellm.v1.Device\"$\n\x11HeartbeatResponse\x12\x0f\n\x07unknown\x18\x01 \x01(\x08\"\xbd\x01\n\x0bPlanRequest\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.uellm.v1.ModelRef\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\x0e\n\x06stages\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\r\n\x05slots\x18\x05 \x01(\r\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12$\n\x08\x61\x64\x61pters\x18\x07 \x03(\x0b\x32\x12.uellm.v1.ModelRef\x12\x11\n\tkv_tokens\x18\x08 \x01(\x04\",\n\x0cPlanResponse\x12\x1c\n\x04plan\x18\x01 \x01(\x0b\x32\x0e.uellm.v1.Plan\"9\n\x0c\x41pplyRequest\x12)\n\ndeployment\x18\x01 \x01(\x0b\x32\x15.uellm.v1.PlanRequest\"9\n\rApplyResponse\x12(\n\ndeployment\x18\x01 \x01(\x0b\x32\x14.uellm.v1.Deployment\"\x1f\n\x0fUndeployRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x12\n\x10UndeployResponse\"\x11\n\x0f\x44\x65scribeRequest\"\xa7\x01\n\x0cWorkerStatus\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12!\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x10.uellm.v1.Device\x12%\n\x06stages\x18\x04 \x03(\x0b\x32\x15.uellm.v1.StageStatus\x12,\n\tlast_seen\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"f\n\x10\x44\x65scribeResponse\x12)\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x14.uellm.v1.Deployment\x12\'\n\x07workers\x18\x02 \x03(\x0b\x32\x16.uellm.v1.WorkerStatus\"\x19\n\x17WatchDeploymentsRequest\"E\n\x18WatchDeploymentsResponse\x12)\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x14.uellm.v1.Deployment*\x8d\x01\n\nStageState\x12\x1b\n\x17STAGE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13STAGE_STATE_LOADING\x10\x01\x12\x18\n\x14STAGE_STATE_PREPARED\x10\x02\x12\x17\n\x13STAGE_STATE_SERVING\x10\x03\x12\x16\n\x12STAGE_STATE_FAILED\x10\x04\x32\x80\x04\n\x0f\x44\x65ployerService\x12S\n\x0eRegisterWorker\x12\x1f.uellm.v1.RegisterWorkerRequest\x1a .uellm.v1.RegisterWorkerResponse\x12\x44\n\tHeartbeat\x12\x1a.uellm.v1.HeartbeatRequest\x1a\x1b.uellm.v1.HeartbeatResponse\x12\x35\n\x04Plan\x12\x15.uellm.v1.PlanRequest\x1a\x16.uellm.v1.PlanResponse\x12\x38\n\x05\x41pply\x12\x16.uellm.v1.ApplyRequest\x1a\x17.uellm.v1.ApplyResponse\x12\x41\n\x08Undeploy\x12\x19.uellm.v1.UndeployRequest\x1a\x1a.uellm.v1.UndeployResponse\x12\x41\n\x08\x44\x65scribe\x12\x19.uellm.v1.DescribeRequest\x1a\x1a.uellm.v1.DescribeResponse\x12[\n\x10WatchDeployments\x12!.uellm.v1.WatchDeploymentsRequest\x1a\".uellm.v1.WatchDeploymentsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17uellm/v1/deployer.proto\x12\x08uellm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15uellm/v1/common.proto\x1a\x17uellm/v1/topology.proto\"\x8f\x01\n\x15RegisterWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12!\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x10.uellm.v1.Device\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\x1d\n\x05links\x18\x05 \x03(\x0b\x32\x0e.uellm.v1.Link\"O\n\x16RegisterWorkerResponse\x12\x35\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xf0\x01\n\x0bStageStatus\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x13\n\x0bstage_index\x18\x03 \x01(\r\x12#\n\x05state\x18\x04 \x01(\x0e\x32\x14.uellm.v1.StageState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x07 \x01(\r\x12\x12\n\nlast_layer\x18\x08 \x01(\r\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\x12$\n\x07\x64\x65vices\x18\n \x03(\x0b\x32\x13.uellm.v1.DeviceUse\"\x81\x01\n\x10HeartbeatRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12%\n\x06stages\x18\x03 \x03(\x0b\x32\x15.uellm.v1.StageStatus\x12!\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x10.uellm.v1.Device\"$\n\x11HeartbeatResponse\x12\x0f\n\x07unknown\x18\x01 \x01(\x08\"\xbd\x01\n\x0bPlanRequest\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.uellm.v1.ModelRef\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\x0e\n\x06stages\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\r\n\x05slots\x18\x05 \x01(\r\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12$\n\x08\x61\x64\x61pters\x18\x07 \x03(\x0b\x32\x12.uellm.v1.ModelRef\x12\x11\n\tkv_tokens\x18\x08 \x01(\x04\",\n\x0cPlanResponse\x12\x1c\n\x04plan\x18\x01 \x01(\x0b\x32\x0e.uellm.v1.Plan\"9\n\x0c\x41pplyRequest\x12)\n\ndeployment\x18\x01 \x01(\x0b\x32\x15.uellm.v1.PlanRequest\"9\n\rApplyResponse\x12(\n\ndeployment\x18\x01 \x01(\x0b\x32\x14.uellm.v1.Deployment\"\x1f\n\x0fUndeployRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x12\n\x10UndeployResponse\"\x11\n\x0f\x44\x65scribeRequest\"\xa7\x01\n\x0cWorkerStatus\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12!\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x10.uellm.v1.Device\x12%\n\x06stages\x18\x04 \x03(\x0b\x32\x15.uellm.v1.StageStatus\x12,\n\tlast_seen\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"f\n\x10\x44\x65scribeResponse\x12)\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x14.uellm.v1.Deployment\x12\'\n\x07workers\x18\x02 \x03(\x0b\x32\x16.uellm.v1.WorkerStatus\"\x19\n\x17WatchDeploymentsRequest\"E\n\x18WatchDeploymentsResponse\x12)\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x14.uellm.v1.Deployment*\x8d\x01\n\nStageState\x12\x1b\n\x17STAGE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13STAGE_STATE_LOADING\x10\x01\x12\x18\n\x14STAGE_STATE_PREPARED\x10\x02\x12\x17\n\x13STAGE_STATE_SERVING\x10\x03\x12\x16\n\x12STAGE_STATE_FAILED\x10\x04\x32\x80\x04\n\x0f\x44\x65ployerService\x12S\n\x0eRegisterWorker\x12\x1f.uellm.v1.RegisterWorkerRequest\x1a .uellm.v1.RegisterWorkerResponse\x12\x44\n\tHeartbeat\x12\x1a.uellm.v1.HeartbeatRequest\x1a\x1b.uellm.v1.HeartbeatResponse\x12\x35\n\x04Plan\x12\x15.uellm.v1.PlanRequest\x1a\x16.uellm.v1.PlanResponse\x12\x38\n\x05\x41pply\x12\x16.uellm.v1.ApplyRequest\x1a\x17.uellm.v1.ApplyResponse\x12\x41\n\x08Undeploy\x12\x19.uellm.v1.UndeployRequest\x1a\x1a.uellm.v1.UndeployResponse\x12\x41\n\x08\x44\x65scribe\x12\x19.uellm.v1.DescribeRequest\x1a\x1a.uellm.v1.DescribeResponse\x12[\n\x10WatchDeployments\x12!.uellm.v1.WatchDeploymentsRequest\x1a\".uellm.v1.WatchDeploymentsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'uellm.v1.deployer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STAGESTATE']._serialized_start=1526
-  _globals['_STAGESTATE']._serialized_end=1667
-  _globals['_REGISTERWORKERREQUEST']._serialized_start=117
-  _globals['_REGISTERWORKERREQUEST']._serialized_end=229
-  _globals['_REGISTERWORKERRESPONSE']._serialized_start=231
-  _globals['_REGISTERWORKERRESPONSE']._serialized_end=310
-  _globals['_STAGESTATUS']._serialized_start=313
-  _globals['_STAGESTATUS']._serialized_end=553
-  _globals['_HEARTBEATREQUEST']._serialized_start=556
-  _globals['_HEARTBEATREQUEST']._serialized_end=685
-  _globals['_HEARTBEATRESPONSE']._serialized_start=687
-  _globals['_HEARTBEATRESPONSE']._serialized_end=723
-  _globals['_PLANREQUEST']._serialized_start=726
-  _globals['_PLANREQUEST']._serialized_end=915
-  _globals['_PLANRESPONSE']._serialized_start=917
-  _globals['_PLANRESPONSE']._serialized_end=961
-  _globals['_APPLYREQUEST']._serialized_start=963
-  _globals['_APPLYREQUEST']._serialized_end=1020
-  _globals['_APPLYRESPONSE']._serialized_start=1022
-  _globals['_APPLYRESPONSE']._serialized_end=1079
-  _globals['_UNDEPLOYREQUEST']._serialized_start=1081
-  _globals['_UNDEPLOYREQUEST']._serialized_end=1112
-  _globals['_UNDEPLOYRESPONSE']._serialized_start=1114
-  _globals['_UNDEPLOYRESPONSE']._serialized_end=1132
-  _globals['_DESCRIBEREQUEST']._serialized_start=1134
-  _globals['_DESCRIBEREQUEST']._serialized_end=1151
-  _globals['_WORKERSTATUS']._serialized_start=1154
-  _globals['_WORKERSTATUS']._serialized_end=1321
-  _globals['_DESCRIBERESPONSE']._serialized_start=1323
-  _globals['_DESCRIBERESPONSE']._serialized_end=1425
-  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_start=1427
-  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_end=1452
-  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_start=1454
-  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_end=1523
-  _globals['_DEPLOYERSERVICE']._serialized_start=1670
-  _globals['_DEPLOYERSERVICE']._serialized_end=2182
+  _globals['_STAGESTATE']._serialized_start=1558
+  _globals['_STAGESTATE']._serialized_end=1699
+  _globals['_REGISTERWORKERREQUEST']._serialized_start=118
+  _globals['_REGISTERWORKERREQUEST']._serialized_end=261
+  _globals['_REGISTERWORKERRESPONSE']._serialized_start=263
+  _globals['_REGISTERWORKERRESPONSE']._serialized_end=342
+  _globals['_STAGESTATUS']._serialized_start=345
+  _globals['_STAGESTATUS']._serialized_end=585
+  _globals['_HEARTBEATREQUEST']._serialized_start=588
+  _globals['_HEARTBEATREQUEST']._serialized_end=717
+  _globals['_HEARTBEATRESPONSE']._serialized_start=719
+  _globals['_HEARTBEATRESPONSE']._serialized_end=755
+  _globals['_PLANREQUEST']._serialized_start=758
+  _globals['_PLANREQUEST']._serialized_end=947
+  _globals['_PLANRESPONSE']._serialized_start=949
+  _globals['_PLANRESPONSE']._serialized_end=993
+  _globals['_APPLYREQUEST']._serialized_start=995
+  _globals['_APPLYREQUEST']._serialized_end=1052
+  _globals['_APPLYRESPONSE']._serialized_start=1054
+  _globals['_APPLYRESPONSE']._serialized_end=1111
+  _globals['_UNDEPLOYREQUEST']._serialized_start=1113
+  _globals['_UNDEPLOYREQUEST']._serialized_end=1144
+  _globals['_UNDEPLOYRESPONSE']._serialized_start=1146
+  _globals['_UNDEPLOYRESPONSE']._serialized_end=1164
+  _globals['_DESCRIBEREQUEST']._serialized_start=1166
+  _globals['_DESCRIBEREQUEST']._serialized_end=1183
+  _globals['_WORKERSTATUS']._serialized_start=1186
+  _globals['_WORKERSTATUS']._serialized_end=1353
+  _globals['_DESCRIBERESPONSE']._serialized_start=1355
+  _globals['_DESCRIBERESPONSE']._serialized_end=1457
+  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_start=1459
+  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_end=1484
+  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_start=1486
+  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_end=1555
+  _globals['_DEPLOYERSERVICE']._serialized_start=1702
+  _globals['_DEPLOYERSERVICE']._serialized_end=2214
 # @@protoc_insertion_point(module_scope)

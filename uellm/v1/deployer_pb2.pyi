@@ -62,6 +62,7 @@ class RegisterWorkerRequest(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """Its id, stable over restarts."""
     address: _builtins.str
@@ -72,6 +73,10 @@ class RegisterWorkerRequest(_message.Message):
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.Device]:
         """What it has."""
 
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.Link]:
+        """How its devices are linked with each other, as far as the driver says."""
+
     def __init__(
         self,
         *,
@@ -79,10 +84,11 @@ class RegisterWorkerRequest(_message.Message):
         address: _builtins.str = ...,
         devices: _abc.Iterable[_topology_pb2.Device] | None = ...,
         incarnation: _builtins.int = ...,
+        links: _abc.Iterable[_topology_pb2.Link] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "devices", b"devices", "incarnation", b"incarnation", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "devices", b"devices", "incarnation", b"incarnation", "links", b"links", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,6 +76,68 @@ REPLICA_STATE_FAILED: ReplicaState.ValueType  # 4
 Global___ReplicaState: _TypeAlias = ReplicaState  # noqa: Y015
 
 @_typing.final
+class PcieState(_message.Message):
+    """How a device hangs on its host."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    MAX_GENERATION_FIELD_NUMBER: _builtins.int
+    MAX_WIDTH_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    """Generation that it runs at now: lower while it idles."""
+    width: _builtins.int
+    """Lanes that it runs on now."""
+    max_generation: _builtins.int
+    """The highest generation that device and slot have in common."""
+    max_width: _builtins.int
+    """Lanes that device and slot have in common."""
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        width: _builtins.int = ...,
+        max_generation: _builtins.int = ...,
+        max_width: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "max_generation", b"max_generation", "max_width", b"max_width", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PcieState: _TypeAlias = PcieState  # noqa: Y015
+
+@_typing.final
+class DeviceProcess(_message.Message):
+    """A process that computes on a device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PID_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    pid: _builtins.int
+    """Its id on the host, as the driver says it."""
+    memory_bytes: _builtins.int
+    """Memory that it holds; unset: not said."""
+    def __init__(
+        self,
+        *,
+        pid: _builtins.int = ...,
+        memory_bytes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes", "memory_bytes", b"memory_bytes", "pid", b"pid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
+
+Global___DeviceProcess: _TypeAlias = DeviceProcess  # noqa: Y015
+
+@_typing.final
 class Device(_message.Message):
     """Something that can hold layers."""
 
@@ -95,6 +157,14 @@ class Device(_message.Message):
     SLOWDOWN_FIELD_NUMBER: _builtins.int
     HEALTHY_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    MEASURED_AT_FIELD_NUMBER: _builtins.int
+    CORES_FIELD_NUMBER: _builtins.int
+    UTILISATION_FIELD_NUMBER: _builtins.int
+    PCIE_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    THROTTLED_BY_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique in the mesh: `<worker>/<kind>:<index>`."""
     worker: _builtins.str
@@ -121,9 +191,35 @@ class Device(_message.Message):
     """Whether it may be used."""
     cost: _builtins.float
     """Of using it, in any unit; unset: 1, so that plans count devices."""
+    cores: _builtins.int
+    """Processor cores that may be used; of CPUs."""
+    utilisation: _builtins.float
+    """Share of the last moments in which it computed, 0 to 1; unset: not known."""
+    uuid: _builtins.str
+    """As the driver tells it from all others; empty: not known."""
     @_builtins.property
     def path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Where it hangs, from the widest down: rack, host, NUMA node, switch."""
+
+    @_builtins.property
+    def measured_at(self) -> _timestamp_pb2.Timestamp:
+        """When its speeds were measured; unset: declared, or not known."""
+
+    @_builtins.property
+    def pcie(self) -> Global___PcieState:
+        """How it hangs on its host; unset: not known, or not by PCIe."""
+
+    @_builtins.property
+    def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceProcess]:
+        """What computes on it now, this worker's children included."""
+
+    @_builtins.property
+    def throttled_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why its clocks are lower than they could be, for instance "hw thermal slowdown"."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What could not be learnt of it, and what is unusual, in plain words."""
 
     def __init__(
         self,
@@ -142,14 +238,27 @@ class Device(_message.Message):
         slowdown: _builtins.float = ...,
         healthy: _builtins.bool = ...,
         cost: _builtins.float | None = ...,
+        measured_at: _timestamp_pb2.Timestamp | None = ...,
+        cores: _builtins.int = ...,
+        utilisation: _builtins.float | None = ...,
+        pcie: Global___PcieState | None = ...,
+        processes: _abc.Iterable[Global___DeviceProcess] | None = ...,
+        throttled_by: _abc.Iterable[_builtins.str] | None = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
+        uuid: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "cost", b"cost"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_utilisation", b"_utilisation", "cost", b"cost", "measured_at", b"measured_at", "pcie", b"pcie", "utilisation", b"utilisation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "cost", b"cost", "flops_per_second", b"flops_per_second", "healthy", b"healthy", "host", b"host", "id", b"id", "kind", b"kind", "launch_seconds", b"launch_seconds", "memory_bytes_per_second", b"memory_bytes_per_second", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "name", b"name", "path", b"path", "slowdown", b"slowdown", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_utilisation", b"_utilisation", "cores", b"cores", "cost", b"cost", "flops_per_second", b"flops_per_second", "healthy", b"healthy", "host", b"host", "id", b"id", "kind", b"kind", "launch_seconds", b"launch_seconds", "measured_at", b"measured_at", "memory_bytes_per_second", b"memory_bytes_per_second", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "name", b"name", "notes", b"notes", "path", b"path", "pcie", b"pcie", "processes", b"processes", "slowdown", b"slowdown", "throttled_by", b"throttled_by", "utilisation", b"utilisation", "uuid", b"uuid", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cost: _TypeAlias = _typing.Literal["cost"]  # noqa: Y015
     _WhichOneofArgType__cost: _TypeAlias = _typing.Literal["_cost", b"_cost"]  # noqa: Y015
+    _WhichOneofReturnType__utilisation: _TypeAlias = _typing.Literal["utilisation"]  # noqa: Y015
+    _WhichOneofArgType__utilisation: _TypeAlias = _typing.Literal["_utilisation", b"_utilisation"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cost) -> _WhichOneofReturnType__cost | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__utilisation) -> _WhichOneofReturnType__utilisation | None: ...
 
 Global___Device: _TypeAlias = Device  # noqa: Y015
 

@@ -19,6 +19,7 @@ class Worker:
         address: where its WorkerService is reached.
         incarnation: rises with every start.
         devices: by its latest message.
+        links: between its devices, as their driver says.
         seen_at: its latest message.
         heard_at: its latest heartbeat, which says how its stages are; None: there was none yet.
         stages: by replica.
@@ -32,6 +33,7 @@ class Worker:
     seen_at: float
     heard_at: float | None = None
     stages: Mapping[str, deployer_pb2.StageStatus] = field(default_factory=dict)
+    links: Sequence[topology_pb2.Link] = ()
     unreachable: bool = False
 
     def lost(self, now: float, silence_seconds: float) -> str:
@@ -76,7 +78,12 @@ class Workers:
             known.devices, known.seen_at = tuple(request.devices), now
             return known
         worker = Worker(
-            request.worker, request.address, request.incarnation, tuple(request.devices), now
+            request.worker,
+            request.address,
+            request.incarnation,
+            tuple(request.devices),
+            now,
+            links=tuple(request.links),
         )
         self._workers[request.worker] = worker
         return worker

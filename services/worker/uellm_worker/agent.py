@@ -138,6 +138,7 @@ class Agent:
             address=self._context.address,
             devices=self.devices(),
             incarnation=self.incarnation,
+            links=self._devices.links,
         )
         reply = await stub.RegisterWorker(request, timeout=CALL_SECONDS)
         self._interval = duration_seconds(reply.heartbeat_interval) or HEARTBEAT_SECONDS

@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 
 from uellm.core.errors import ConfigurationError
+from uellm.mesh.state import home
 from uellm.models import files
 from uellm.models.adapters import resolve_adapter
 from uellm.models.tokenizer import Tokenizer
@@ -50,7 +51,9 @@ class WorkerApplication:
             log_level=settings.log_level.upper(),
             instant_step_seconds=settings.instant_step_seconds,
         )
-        devices = Devices(context.identity, settings.devices, settings.memory_bytes)
+        self._devices = Devices(
+            context.identity, settings.devices, settings.memory_bytes, settings.rack
+        )
         self._stages = Stages(
             self._spawner,
             context.spawn,
@@ -62,9 +65,9 @@ class WorkerApplication:
             step_policy=settings.step_policy,
             execution=settings.execution,
             now=context.clock.now,
-            simulate=devices.simulated,
+            simulate=self._devices.simulated,
         )
-        self._agent = Agent(context, devices, self._stages)
+        self._agent = Agent(context, self._devices, self._stages)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add WorkerService."""
@@ -76,6 +79,8 @@ class WorkerApplication:
     async def start(self) -> None:
         """Start the fork server, which loads its libraries meanwhile, and look for a deployer."""
         await self._spawner.start()
+        measuring = self._devices.measure(self._settings.threads, home())
+        self._context.spawn(measuring, "speed of the CPU")
         self._context.spawn(self._offer(), "agent")
 
     async def _offer(self) -> None:

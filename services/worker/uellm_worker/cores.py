@@ -26,21 +26,32 @@ def granted_cores(system: Path = Path("/")) -> int:
     return max(1, min(cores, *(math.ceil(quota) for quota in _quotas(system)), cores))
 
 
-def _quotas(system: Path) -> Iterator[float]:
-    """Quotas of this process's group and of those that it is in, in cores; either version's."""
+def control_groups(controller: str, system: Path = Path("/")) -> Iterator[Path]:
+    """Directories of this process's control group and of those that it is in, either version's.
+
+    Args:
+        controller: such as ``cpu`` or ``memory``.
+        system: where ``proc`` and ``sys`` are.
+    """
     try:
         lines = (system / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         root = system / "sys/fs/cgroup"
-        group = (root if not controllers else root / "cpu") / path.lstrip("/")
+        group = (root if not controllers else root / controller) / path.lstrip("/")
         while group.is_relative_to(root):
-            yield from _quota(group)
+            yield group
             group = group.parent
+
+
+def _quotas(system: Path) -> Iterator[float]:
+    """Quotas of this process's groups, in cores."""
+    for group in control_groups("cpu", system):
+        yield from _quota(group)
 
 
 def _quota(group: Path) -> Iterator[float]:

@@ -1,50 +1,33 @@
 """What a worker can compute on, found without torch.
 
-Its CPU by psutil, NVIDIA devices by NVML, other accelerators only where settings name them, and
-simulated ones as settings describe them.
+Its CPU by psutil and the kernel's files, NVIDIA devices by NVML, other accelerators only where
+settings name them, and simulated ones as settings describe them.
 """
 
-import contextlib
-import os
-import platform
+import asyncio
 import re
 import socket
+import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from uellm.convert import timestamp
 from uellm.core.errors import ConfigurationError
 from uellm.logs import logger
 from uellm.v1 import engine_pb2, topology_pb2
 from uellm_worker.accelerators import find_accelerators
+from uellm_worker.cpu import Cpu
+from uellm_worker.cpu_speed import CpuSpeed, cpu_speed
+from uellm_worker.gpus import Gpus
 from uellm_worker.simulated import parse_simulated
 
 _log = logger("devices")
-MEMORY_SHARE = 0.5
-"""Of the memory available at the start, what the CPU device offers."""
 _CPU = {"cpu", "cpu:0"}
 _INDEXED = re.compile(r"([a-z]+):(\d+)")
 _NONE: Mapping[str, int] = {}
-
-
-@dataclass(frozen=True, slots=True)
-class _Cpu:
-    """The host's processors as one device."""
-
-    name: str
-    total_bytes: int
-    measured: bool
-
-    def share_bytes(self, sharers: int) -> int:
-        """What is offered where so many workers of the host offer their part of it."""
-        return self.total_bytes // sharers if self.measured else self.total_bytes
-
-    def free_bytes(self, used_bytes: int, sharers: int) -> int:
-        free = max(self.share_bytes(sharers) - used_bytes, 0)
-        return min(free, psutil.virtual_memory().available) if self.measured else free
 
 
 class Devices:
@@ -55,6 +38,7 @@ class Devices:
         selection: "auto", or a list of "cpu", "cuda:<index>", another accelerator's
             "<kind>:<index>", and simulated ones (see ``uellm_worker.simulated``).
         memory_bytes: what the CPU offers; 0: a share of what is available now.
+        rack: where the host stands; "": not known.
 
     Attributes:
         sharers: workers of this host, which divide among them what its CPU offers where that was
@@ -64,23 +48,27 @@ class Devices:
         ConfigurationError: if a device that was named is not there.
     """
 
-    def __init__(self, worker: str, selection: str, memory_bytes: int) -> None:
+    def __init__(self, worker: str, selection: str, memory_bytes: int, rack: str = "") -> None:
         self._worker = worker
+        self._rack = rack
         self._host = socket.gethostname()
         self.sharers = 1
         names = [name.strip() for name in selection.split(",") if name.strip()]
         automatic = names == ["auto"]
         wants_cuda = automatic or any(name.startswith("cuda") for name in names)
-        handles = _cuda_handles(report=not automatic) if wants_cuda else []
+        gpus = Gpus.find(report=not automatic) if wants_cuda else Gpus()
         if automatic:
-            names = [f"cuda:{index}" for index in range(len(handles))] or ["cpu"]
+            names = [f"cuda:{index}" for index in gpus.usable] or ["cpu"]
         simulated = [name for name in names if name.startswith("sim")]
         indexed = _indexed([name for name in names if name not in {*_CPU, *simulated}])
         if not names:
             raise _unknown("is empty")
-        self._cpu = _cpu(memory_bytes) if _CPU & set(names) else None
-        cuda = _cuda_indices([index for kind, index in indexed if kind == "cuda"], len(handles))
-        self._cuda = {index: handles[index] for index in cuda}
+        self._cpu = Cpu.find(memory_bytes) if _CPU & set(names) else None
+        self._cpu_speed: CpuSpeed | None = None
+        self._cpu_notes: list[str] = []
+        cuda = _cuda_indices([index for kind, index in indexed if kind == "cuda"], len(gpus))
+        # Beside those that are used, MIG instances that another worker may use are shown.
+        self._gpus = gpus.chosen([*cuda, *(gpus.others if automatic else ())])
         self._simulated = {
             device.name: device for name in simulated for device in parse_simulated(name)
         }
@@ -131,16 +119,53 @@ class Devices:
                 )
         return found
 
-    def _describe_cpu(self, used_bytes: int, healthy: bool) -> Iterator[topology_pb2.Device]:
-        if self._cpu is not None:
-            yield self._device(
-                "cpu:0",
-                topology_pb2.DEVICE_KIND_CPU,
-                self._cpu.name,
-                self._cpu.share_bytes(self.sharers),
-                self._cpu.free_bytes(used_bytes, self.sharers),
-                healthy,
+    @property
+    def links(self) -> list[topology_pb2.Link]:
+        """How the devices are linked, as far as drivers say."""
+        return self._gpus.links(self._worker)
+
+    async def measure(self, threads: int, directory: Path) -> None:
+        """Measure the CPU, if it is among the devices; from then on it is described with it.
+
+        Args:
+            threads: that children may compute with; 0: as many as cores.
+            directory: where results are kept for other workers of the host.
+        """
+        if self._cpu is None:
+            return
+        try:
+            self._cpu_speed = await asyncio.to_thread(
+                cpu_speed, threads or self._cpu.cores, directory / "cpu-speed.json", time.time()
             )
+        except (OSError, ValueError, ImportError, subprocess.SubprocessError) as error:
+            self._cpu_notes = [f"speed: not measured: {error}"]
+            _log.warning("the CPU's speed could not be measured", error=str(error))
+
+    def _describe_cpu(self, used_bytes: int, healthy: bool) -> Iterator[topology_pb2.Device]:
+        cpu = self._cpu
+        if cpu is None:
+            return
+        message = self._device(
+            "cpu:0",
+            topology_pb2.DEVICE_KIND_CPU,
+            cpu.name,
+            cpu.share_bytes(self.sharers),
+            cpu.free_bytes(used_bytes, self.sharers),
+            healthy,
+        )
+        message.cores = cpu.cores
+        message.notes.extend(self._cpu_notes)
+        if len(cpu.numa_nodes) == 1:
+            message.path.append(f"numa{cpu.numa_nodes[0]}")
+        elif cpu.numa_nodes:
+            message.notes.append(f"cores of {len(cpu.numa_nodes)} NUMA nodes")
+        if self._cpu_speed is not None:
+            # Workers of a host that share its cores share what these do together.
+            message.flops_per_second = self._cpu_speed.flops_per_second / self.sharers
+            bandwidth = self._cpu_speed.memory_bytes_per_second / self.sharers
+            message.memory_bytes_per_second = bandwidth
+            message.measured_at.CopyFrom(timestamp(self._cpu_speed.measured_at))
+        yield message
 
     def _describe_others(
         self, held: Mapping[str, int], healthy: bool
@@ -174,20 +199,18 @@ class Devices:
             yield message
 
     def _describe_cuda(self, healthy: bool) -> Iterator[topology_pb2.Device]:
-        for index, handle in self._cuda.items():
-            name, total, free = "", 0, 0
-            try:
-                name, total, free = _cuda_facts(handle)
-            except Exception as error:  # NVML raises a class per code
-                _log.warning("a device does not answer", device=f"cuda:{index}", error=str(error))
-            yield self._device(
+        for index, state in self._gpus.states():
+            gpu = self._gpus[index]
+            message = self._device(
                 f"cuda:{index}",
                 topology_pb2.DEVICE_KIND_CUDA,
-                name,
-                total,
-                free,
-                healthy and total > 0,
+                gpu.name,
+                state.total_bytes,
+                state.free_bytes,
+                healthy and state.total_bytes > 0 and index in self._gpus.usable,
             )
+            self._gpus.describe(index, state, message)
+            yield message
 
     def _device(
         self,
@@ -204,7 +227,7 @@ class Devices:
             host=self._host,
             kind=kind,
             name=name,
-            path=[self._host],
+            path=[self._rack, self._host],
             memory_total_bytes=total_bytes,
             memory_free_bytes=free_bytes,
             slowdown=1.0,
@@ -218,20 +241,6 @@ def resident_bytes(pid: int) -> int:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return 0
-
-
-def _cpu(memory_bytes: int) -> _Cpu:
-    total = memory_bytes or int(psutil.virtual_memory().available * MEMORY_SHARE)
-    cores = psutil.cpu_count() or 1
-    return _Cpu(f"{_cpu_name()}, {cores} cores", total, measured=not memory_bytes)
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _unknown(what: str) -> ConfigurationError:
@@ -262,39 +271,3 @@ def _cuda_indices(indices: Sequence[int], count: int) -> Sequence[int]:
                 field="devices",
             )
     return indices
-
-
-def _cuda_handles(*, report: bool) -> list[Any]:
-    """NVML's handles in the order in which CUDA numbers the devices that it may see.
-
-    CUDA is told (``CUDA_DEVICE_ORDER``) to number them as NVML does, by their place on the bus.
-    """
-    try:
-        import pynvml  # noqa: PLC0415 - optional, and only of use beside NVIDIA's driver
-
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if visible is None:
-            return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-        handles = []
-        for name in filter(None, (part.strip() for part in visible.split(","))):
-            if name.startswith(("GPU-", "MIG-")):
-                handles.append(pynvml.nvmlDeviceGetHandleByUUID(name))
-            elif name.isdigit() and int(name) < count:
-                handles.append(pynvml.nvmlDeviceGetHandleByIndex(int(name)))
-            else:
-                break  # As CUDA does: nothing behind a name that it does not know.
-        return handles
-    except Exception as error:  # NVML raises a class per code; without the library, ImportError
-        level = _log.warning if report else _log.info
-        level("no CUDA devices: NVML does not answer", error=str(error))
-        return []
-
-
-def _cuda_facts(handle: Any) -> tuple[str, int, int]:
-    import pynvml  # noqa: PLC0415 - as above
-
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    name = pynvml.nvmlDeviceGetName(handle)
-    return name.decode() if isinstance(name, bytes) else str(name), memory.total, memory.free

@@ -36,6 +36,11 @@ class WorkerSettings(ServiceSettings):
         description="Memory that the CPU device offers; 0: half of what is available at the start, "
         "divided among the workers of the host.",
     )
+    rack: str = Field(
+        "",
+        description="Where the host stands: hosts of one rack are taken to be nearer to each other "
+        "than to others, until links are measured.",
+    )
     data_host: str = Field(
         "",
         description="Address that activations travel by, bound and announced; empty: the "

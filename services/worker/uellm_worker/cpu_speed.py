@@ -1,0 +1,119 @@
+"""How fast the host's processors are: arithmetic and reading of memory, measured in 0.2 s.
+
+``python -m uellm_worker.cpu_speed`` prints it as JSON. It runs in a process of its own, since the
+threads of numpy's BLAS are chosen when it is loaded, and stay. What was found is kept in a file for
+a day, so that the workers of a host measure one after another, and once.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+MOST_AGE_SECONDS = 86400.0
+_MEASURE_SECONDS = 0.08
+_LIMIT_SECONDS = 30.0
+_SIDE = 512
+_READ_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class CpuSpeed:
+    """What the cores do together.
+
+    Attributes:
+        flops_per_second: of large products in float32.
+        memory_bytes_per_second: of reading.
+        measured_at: seconds since the epoch, by the host's clock.
+    """
+
+    flops_per_second: float
+    memory_bytes_per_second: float
+    measured_at: float
+
+
+def cpu_speed(threads: int, file: Path, now: float) -> CpuSpeed:
+    """As it was measured less than a day ago, or else is measured now; blocks.
+
+    Args:
+        threads: to compute with.
+        file: where results are kept.
+        now: seconds since the epoch, by the host's clock.
+
+    Raises:
+        OSError: if the file cannot be used.
+        subprocess.SubprocessError: if the measurement fails.
+        ValueError: likewise.
+    """
+    import fcntl  # noqa: PLC0415 - not on Windows, where this cannot be kept
+
+    key = f"{platform.node()} {platform.machine()} {threads}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+") as shared:
+        fcntl.flock(shared, fcntl.LOCK_EX)
+        shared.seek(0)
+        kept = _parse(shared.read())
+        known = kept.get(key)
+        if known is not None and 0 <= now - known.measured_at < MOST_AGE_SECONDS:
+            return known
+        found = CpuSpeed(*_measure_apart(threads), now)
+        kept[key] = found
+        shared.truncate(0)
+        shared.write(json.dumps({name: asdict(speed) for name, speed in kept.items()}))
+        return found
+
+
+def _parse(text: str) -> dict[str, CpuSpeed]:
+    """What the file holds; nothing if it is not what this version writes."""
+    try:
+        return {name: CpuSpeed(**facts) for name, facts in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _measure_apart(threads: int) -> tuple[float, float]:
+    """Measure in a process with so many threads."""
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+    answer = subprocess.run(
+        [sys.executable, "-m", "uellm_worker.cpu_speed"],
+        env={**os.environ, **dict.fromkeys(names, str(threads))},
+        capture_output=True,
+        timeout=_LIMIT_SECONDS,
+        check=True,
+        text=True,
+    )
+    flops, reading = json.loads(answer.stdout)
+    return float(flops), float(reading)
+
+
+def measure() -> tuple[float, float]:
+    """FLOP/s and bytes per second that are read, with the threads that BLAS has here."""
+    random = np.random.default_rng(0)
+    left, right = random.random((2, _SIDE, _SIDE), dtype=np.float32)
+    product = np.empty_like(left)
+    first, second = np.ones((2, _READ_BYTES // 8), dtype=np.float32)
+    flops = _rate(lambda: np.matmul(left, right, out=product), 2.0 * _SIDE**3)
+    reading = _rate(lambda: np.dot(first, second), float(_READ_BYTES))
+    return flops, reading
+
+
+def _rate(work: Callable[[], object], amount: float) -> float:
+    """The best of what is done per second: anything less was somebody else's turn."""
+    best = float("inf")
+    work()
+    end = time.perf_counter() + _MEASURE_SECONDS
+    while (start := time.perf_counter()) < end:
+        work()
+        best = min(best, time.perf_counter() - start)
+    return amount / best if best < float("inf") else 0.0
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(measure()))
