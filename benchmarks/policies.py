@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from uellm.core.cost import StepCost
 from uellm.core.request import LEVELS, Priority, QuantileFunction, ResourceProfile, Slo
-from uellm.policy.latency import StepCost
 from uellm.policy.registry import dispatch_policies, dispatch_policy, step_policies, step_policy
 from uellm.policy.views import (
     EngineView,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from uellm.core.cost import StepCost
 from uellm.core.model import LayerProfile, ModelProfile
 from uellm.core.request import Priority, Promise, QuantileFunction, ResourceProfile, Slo
 from uellm.placement.topology import Device, Link, LinkSpeed, Topology
@@ -136,6 +137,32 @@ def promise_from_proto(message: common_pb2.Promise) -> Promise:
         plan_epoch=message.plan_epoch,
         earliest_feasible_finish=seconds(message.earliest_feasible_finish) if earliest else None,
         best_effort=message.best_effort,
+    )
+
+
+def cost_from_proto(message: common_pb2.StepCost) -> StepCost:
+    """What a step takes."""
+    return StepCost(
+        overhead=message.overhead_seconds,
+        weights=message.weights_seconds,
+        per_token=message.token_seconds,
+        per_context=message.context_seconds,
+        per_pair=message.pair_seconds,
+    )
+
+
+def cost_to_proto(
+    cost: StepCost, observations: int = 0, mean_error: float = 0.0
+) -> common_pb2.StepCost:
+    """What a step takes, fitted to so many observations."""
+    return common_pb2.StepCost(
+        overhead_seconds=cost.overhead,
+        weights_seconds=cost.weights,
+        token_seconds=cost.per_token,
+        context_seconds=cost.per_context,
+        pair_seconds=cost.per_pair,
+        observations=observations,
+        mean_error=mean_error,
     )
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from uellm.core.cost import StepCost
 from uellm.core.request import LEVELS, Priority, QuantileFunction, ResourceProfile, Slo
-from uellm.policy.latency import StepCost
 from uellm.policy.views import EngineView, SequenceView
 
 NOW = 1000.0

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.policies import engine, sequence
+from uellm.core.cost import StepCost
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import LEVELS, Priority, QuantileFunction, ResourceProfile, Slo
 from uellm.policy import registry
@@ -18,7 +19,6 @@ from uellm.policy.due import PATIENCE_SECONDS
 from uellm.policy.edf import EdfDispatch
 from uellm.policy.estimate import peak_tokens
 from uellm.policy.fcfs import FcfsDispatch, FcfsStep
-from uellm.policy.latency import StepCost
 from uellm.policy.views import (
     DispatchDecision,
     DispatchPolicy,

@@ -90,9 +90,9 @@ def test_steps_go_to_the_next_stage_and_results_to_the_first(
 ) -> None:
     stages = form(3)
     stages.groups[0].send_step(b"one")
-    assert stages.inboxes[1].take(block=True) == StepAnnounced(GENERATION, b"one")
+    assert stages.inboxes[1].take(None) == StepAnnounced(GENERATION, b"one")
     stages.groups[1].send_step(b"two" * 100_000)
-    assert stages.inboxes[2].take(block=True) == StepAnnounced(GENERATION, b"two" * 100_000)
+    assert stages.inboxes[2].take(None) == StepAnnounced(GENERATION, b"two" * 100_000)
     stages.groups[2].send_result(b"three")
     assert stages.inboxes[0].wait_result() == b"three"
 
@@ -101,8 +101,8 @@ def test_one_stage_that_leaves_is_missed_by_all(form: Callable[[int], Stages]) -
     stages = form(4)
     stages.groups[3].close()
     for inbox in stages.inboxes[:3]:
-        assert isinstance(inbox.take(block=True), PeerLost)
-    assert stages.inboxes[3].take(block=False) is None
+        assert isinstance(inbox.take(None), PeerLost)
+    assert stages.inboxes[3].take(0.0) is None
 
 
 def test_a_silent_peer_is_missed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_a_silent_peer_is_missed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group(
         assignment(0, 2), {1: Link(ours, 1)}, prepared().capacity, ["cpu"] * 2, "", HOST, inbox
     )
-    lost = inbox.take(block=True)
+    lost = inbox.take(None)
     assert isinstance(lost, PeerLost)
     assert "not heard of" in lost.message
     assert 0.25 < time.monotonic() - started < 2
@@ -145,8 +145,8 @@ def test_a_stage_that_joined_long_before_the_others_is_not_taken_as_lost() -> No
             )
         )
     groups[0].send_step(b"hello")
-    assert inboxes[1].take(block=True) == StepAnnounced(GENERATION, b"hello")
-    assert inboxes[0].take(block=False) is None
+    assert inboxes[1].take(None) == StepAnnounced(GENERATION, b"hello")
+    assert inboxes[0].take(0.0) is None
     for group in groups:
         group.close()
 
@@ -165,7 +165,7 @@ def test_idle_stages_stay_together(
         while beats.heard_at == heard:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-    assert all(inbox.take(block=False) is None for inbox in stages.inboxes)
+    assert all(inbox.take(0.0) is None for inbox in stages.inboxes)
 
 
 def test_a_peer_that_speaks_another_protocol_is_turned_away() -> None:
@@ -224,7 +224,7 @@ def test_the_inbox_puts_commands_off_while_a_step_is_under_way() -> None:
     with pytest.raises(LeaveRequestedError):
         inbox.wait_result()
     assert inbox.leaving
-    assert [inbox.take(block=False) for _ in range(3)] == [drop, leave, None]
+    assert [inbox.take(0.0) for _ in range(3)] == [drop, leave, None]
     assert not inbox.leaving
     inbox.put(PeerLost(5, "gone"))
     with pytest.raises(PeerLostError, match="gone"):
@@ -237,14 +237,14 @@ def test_the_inbox_keeps_results_for_whoever_waits_for_them() -> None:
     drop = EngineCommand(drop=DropSequence(request_id="a"))
     for item in (ResultArrived(4, b"old"), ResultArrived(5, b"one"), drop, ResultArrived(5, b"2")):
         inbox.put(item)
-    assert inbox.take(block=False) == drop
-    assert inbox.take(block=False) is None
+    assert inbox.take(0.0) == drop
+    assert inbox.take(0.0) is None
     inbox.put(drop)
     assert [inbox.wait_result(patient=False) for _ in range(2)] == [b"one", b"2"]
     assert inbox.wait_result(patient=False) is None
     assert inbox.wait_result(patient=False) is None, "the command is still to be taken"
     inbox.put(ResultArrived(5, b"three"))
-    assert inbox.take(block=False) == drop
+    assert inbox.take(0.0) == drop
     assert inbox.wait_result(patient=False) == b"three"
 
 

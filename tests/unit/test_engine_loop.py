@@ -332,6 +332,20 @@ def test_the_policy_is_told_when_the_first_token_came() -> None:
     assert set(seen[2:]) == {seen[2]}
 
 
+def test_the_policy_is_told_whose_a_sequence_is() -> None:
+    seen: list[str] = []
+
+    def decide(view: EngineView) -> StepDecision:
+        seen.extend(s.tenant for s in (*view.waiting, *view.running))
+        return StepDecision(admit=tuple(s.request_id for s in view.waiting), chunk_tokens=64)
+
+    loop = make_loop(policy=FunctionPolicy(decide))
+    loop.add(add("a", max_tokens=3, tenant="alice"))
+    run(loop)
+    assert set(seen) == {"alice"}
+    assert len(seen) == 3
+
+
 def test_the_policy_is_told_in_which_blocks_room_is_given() -> None:
     """One that does not fit in whole blocks is not overtaken by those behind it."""
     capacity = Capacity(4, 64, 6 * 16, block_tokens=16)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uellm.policy.latency import DEFAULT_COST, LatencyModel, StepCost, chunk_pairs
+from uellm.core.cost import DEFAULT_COST, StepCost, chunk_pairs
+from uellm.policy.latency import LatencyModel
 
 A100 = StepCost(0.0015, 0.010, 0.000093, 0.082e-6, 3e-9)
 RTX3090 = StepCost(0.002, 0.018, 0.0004, 0.7e-6, 15e-9)
@@ -17,7 +18,8 @@ Step = tuple[int, int, float]
 
 def test_the_knee_is_where_arithmetic_takes_as_long_as_the_weights() -> None:
     assert [cost.knee for cost in (A100, RTX3090, CPU)] == [108, 45, 8]
-    assert StepCost(0.0, 1.0, 0.0).knee == 1
+    assert StepCost(0.0, 0.0, 1.0).knee == 1
+    assert StepCost(0.0, 1.0, 0.0).knee > 10**6
     for cost in (A100, RTX3090, CPU):
         assert cost.seconds(cost.knee - 1) == cost.unloaded < cost.seconds(cost.knee + 1)
 
@@ -89,6 +91,20 @@ def test_the_first_steps_already_help() -> None:
     before = error(model, RTX3090)
     taught(model, RTX3090, 8, seed=3)
     assert error(model, RTX3090) < before / 2
+
+
+def test_a_prior_that_is_far_off_does_not_stand_against_what_is_seen() -> None:
+    """Few kinds of steps, all of them on one side of the knee, and a prior that is not."""
+    truth = StepCost(0.001, 0.008, 0.0005)
+    for prior in (StepCost(0.0, 0.1, 0.01), StepCost(0.0, 0.01, 0.01), StepCost(0.0, 9.0, 1e-9)):
+        model = LatencyModel(prior)
+        for i in range(200):
+            tokens = 1 if i % 4 else 10
+            model.observe(tokens, 0, 0.0, truth.seconds(tokens))
+            if i > 8:
+                assert model.cost.seconds(1) == pytest.approx(0.009, rel=0.5)
+        assert model.cost.seconds(1) == pytest.approx(0.009, rel=0.05)
+        assert model.cost.seconds(10) == pytest.approx(0.009, rel=0.05)
 
 
 def test_a_changed_machine_is_learnt_anew() -> None:

@@ -323,15 +323,19 @@ def test_a_first_guess_of_speed_uses_what_was_measured() -> None:
     slow = device("a/d", 500, "cpu")
     fast = Device("b/d", "b", "b", "cpu", 500, flops_per_second=1e3, memory_bytes_per_second=1e2)
     plan = place([slow, fast], model(), Workload(stages=2, max_tokens=1))
-    prefill, decode = first_guess(plan.replicas[0], model(), {"a/d": slow, "b/d": fast})
+    cost = first_guess(plan.replicas[0], model(), {"a/d": slow, "b/d": fast})
     # Stage 1, measured: 4 layers of 20 FLOPs; 4 layers and a head of 45 bytes to read.
-    assert prefill == approx(80 / 1e3 + 80 / 2e10)
-    assert decode == approx(45 / 1e2 + 40 / 1e10 + HOP_SECONDS)
+    assert cost.per_token == approx(80 / 1e3 + 80 / 2e10)
+    assert cost.weights == approx(45 / 1e2 + 40 / 1e10)
+    assert cost.overhead == HOP_SECONDS
+    assert cost.per_context > 0
+    assert cost.per_pair > 0
 
 
 def test_a_way_within_a_worker_is_taken_to_cost_nothing() -> None:
     devices = {name: device(name, 500, "cpu") for name in ("a/d:0", "a/d:1", "b/d:0")}
     plan = place(list(devices.values()), model(), Workload(stages=3, max_tokens=1))
     assert [stage.device_id for stage in plan.replicas[0].stages] == sorted(devices)
-    _, decode = first_guess(plan.replicas[0], model(), devices)
-    assert decode == approx(85 / 1e10 + HOP_SECONDS)
+    cost = first_guess(plan.replicas[0], model(), devices)
+    assert cost.overhead == HOP_SECONDS
+    assert cost.weights == approx(85 / 1e10)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from uellm.core.cost import StepCost
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import Priority
 from uellm.policy.edf import EdfDispatch
 from uellm.policy.fcfs import FcfsDispatch, FcfsStep
-from uellm.policy.latency import StepCost
 from uellm.policy.views import (
     DispatchDecision,
     DispatchSettings,

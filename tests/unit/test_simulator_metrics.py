@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from tests.unit.test_simulator_engine import simulate as serve
 from uellm.cli.app import app
+from uellm.core.cost import StepCost
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import Promise
-from uellm.policy.latency import StepCost
 from uellm.simulator.calibration import calibration
 from uellm.simulator.engine import Counts
 from uellm.simulator.experiments import (

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from itertools import pairwise
 
+from uellm.core.cost import StepCost
 from uellm.core.model import ModelProfile
 from uellm.placement.topology import Device
 from uellm.placement.views import PlannedReplica
@@ -12,26 +13,30 @@ _FLOPS = {"cpu": 2e10, "cuda": 2e13}
 _BANDWIDTH = {"cpu": 1e10, "cuda": 5e11}
 HOP_SECONDS = 0.0005
 """From one worker to the next: mostly software, whatever the link."""
+_PAIR_FLOPS = 4
+"""Of attention between two tokens, by width of the residual stream: scores and their sums."""
 
 
 def first_guess(
     replica: PlannedReplica, model: ModelProfile, devices: Mapping[str, Device]
-) -> tuple[float, float]:
-    """Seconds per prefilled token and seconds per decode step.
+) -> StepCost:
+    """What a replica's steps take.
 
-    Prefill is taken to be bound by arithmetic; a decode step to read all weights once.
+    A step is taken to read all weights once, or to be bound by arithmetic if that takes longer.
     """
-    prefill = decode = 0.0
+    per_token = weights = per_context = per_pair = 0.0
     for stage in replica.stages:
         device = devices[stage.device_id]
+        speed = device.flops_per_second or _FLOPS.get(device.kind, _FLOPS["cpu"])
+        bandwidth = device.memory_bytes_per_second
+        bandwidth = bandwidth or _BANDWIDTH.get(device.kind, _BANDWIDTH["cpu"])
         layers = model.layers[stage.first_layer : stage.last_layer + 1]
-        flops = sum(layer.flops_per_token for layer in layers)
-        weights = sum(layer.weight_bytes for layer in layers)
-        weights += model.head_bytes if stage.has_head else 0
-        prefill += flops / (device.flops_per_second or _FLOPS.get(device.kind, _FLOPS["cpu"]))
-        decode += weights / (
-            device.memory_bytes_per_second or _BANDWIDTH.get(device.kind, _BANDWIDTH["cpu"])
-        )
+        streamed = sum(layer.weight_bytes for layer in layers)
+        streamed += model.head_bytes if stage.has_head else 0
+        weights += streamed / bandwidth
+        per_token += sum(layer.flops_per_token for layer in layers) / speed
+        per_context += sum(layer.kv_bytes_per_token for layer in layers) / bandwidth
+        per_pair += _PAIR_FLOPS * model.hidden_size * len(layers) / speed
     workers = [devices[stage.device_id].worker for stage in replica.stages]
     hops = sum(before != after for before, after in pairwise(workers))
-    return prefill, decode + HOP_SECONDS * hops
+    return StepCost(HOP_SECONDS * hops, weights, per_token, per_context, per_pair)

@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import ceil
 
+from uellm.core.cost import StepCost
 from uellm.core.settings import Settings, setting
-from uellm.policy.latency import StepCost
 from uellm.policy.occupancy import free_tokens, held_tokens, victims
 from uellm.policy.views import EngineView, SequenceView, StepDecision
 

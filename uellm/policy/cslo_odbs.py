@@ -11,11 +11,11 @@ from math import ceil, inf
 import numpy as np
 import numpy.typing as npt
 
+from uellm.core.cost import DEFAULT_COST
 from uellm.core.settings import setting
 from uellm.policy.continuous import batch_cap
 from uellm.policy.cslo_settings import CsloSettings
 from uellm.policy.fairness import Turn, in_turns
-from uellm.policy.latency import DEFAULT_COST
 from uellm.policy.latest_start import FactsCache, Outlook, Pace, outlook, pace_of
 from uellm.policy.occupancy import held_tokens, victims
 from uellm.policy.pacing import paced_chunk

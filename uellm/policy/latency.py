@@ -1,111 +1,41 @@
-"""What a step of an engine takes, and learning it from the steps that were computed.
-
-A step streams the weights once, however few tokens it computes; beyond a knee the arithmetic of
-the tokens takes longer than that. On top come the KV cache that decodes read and the attention of
-prefill chunks within their own sequence.
-"""
+"""Learning what an engine's steps take from those that were computed."""
 
 import math
 from collections import deque
-from dataclasses import astuple, dataclass
-from itertools import combinations
+from dataclasses import astuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from uellm.core.cost import DEFAULT_COST, StepCost
+
 RECENT = 24
 """Latest observations that are kept of each kind of step."""
-REFIT_STEPS = 16
-"""The model is fitted anew after so many observations; the first ones count at once."""
+REFIT_STEPS = 64
+"""The model is fitted anew after so many observations; of the first ones after each doubling. A fit
+takes as long as a small step, and may not be felt."""
 HALF_LIFE_STEPS = 4096
 """An observation counts half after so many others."""
 LEAST_AGED_WEIGHT = 0.2
 """What an old observation still counts, until newer ones of its kind replace it."""
 PRIOR_WEIGHT = 1.0
-"""How many observations the prior counts as."""
+"""How many of all observations the prior counts as."""
+LEAST_PRIOR_SHARE = 1e-6
+"""What it counts in the end: it still settles what the steps do not tell."""
 _ROUNDS = 4
+_LATER_ROUNDS = 2
+"""A fit begins with the one before it."""
 _ERRORS = 256
 _HUBER = 2.0
 _LEAST_SCALE = 0.01
+_TOLERANCE = 1e-9
+_SWEEPS = 32
 
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """The seconds of a step, by what it computes.
-
-    Attributes:
-        overhead: of any step.
-        weights: to stream the weights.
-        per_token: arithmetic of a token, prefilled or decoded.
-        per_context: to read one cached token, for a sequence that decodes.
-        per_pair: attention of one token of a prefill chunk to one token at or before it.
-    """
-
-    overhead: float
-    weights: float
-    per_token: float
-    per_context: float = 0.0
-    per_pair: float = 0.0
-
-    def seconds(self, tokens: float, context: float = 0.0, pairs: float = 0.0) -> float:
-        """What a step takes.
-
-        Args:
-            tokens: computed in it.
-            context: cached tokens that its decodes attend to, over all of them.
-            pairs: of its prefill chunks; see ``chunk_pairs``.
-        """
-        return (
-            self.overhead
-            + max(self.weights, self.per_token * tokens)
-            + self.per_context * context
-            + self.per_pair * pairs
-        )
-
-    @property
-    def knee(self) -> int:
-        """The least batch whose arithmetic takes as long as the weights do; at least 1."""
-        if self.per_token <= 0:
-            return 1
-        return max(1, math.ceil(self.weights / self.per_token - 1e-9))
-
-    @property
-    def unloaded(self) -> float:
-        """Seconds of a step that computes one token without context."""
-        return self.seconds(1)
-
-    def prefill(self, tokens: int, chunk_tokens: int) -> float:
-        """Seconds to prefill a prompt alone, in chunks of ``chunk_tokens``."""
-        if tokens <= 0:
-            return 0.0
-        whole, rest = divmod(tokens, max(chunk_tokens, 1))
-        steps = whole * self.seconds(chunk_tokens) + (self.seconds(rest) if rest else 0.0)
-        return steps + self.per_pair * chunk_pairs(0, tokens)
-
-    def isolated(self, prompt_tokens: int, output_tokens: int, chunk_tokens: int) -> float:
-        """Seconds from the first to the last token of a request that runs alone."""
-        decodes = max(output_tokens - 1, 0)
-        context = decodes * prompt_tokens + decodes * (decodes + 1) / 2
-        return (
-            self.prefill(prompt_tokens, chunk_tokens)
-            + decodes * self.unloaded
-            + self.per_context * context
-        )
-
-
-DEFAULT_COST = StepCost(0.005, 0.04, 0.001, 1e-6, 1e-7)
-"""Assumed of an engine of which nothing is known."""
-
-
-def chunk_pairs(start: int, count: int) -> float:
-    """Pairs of tokens that attention forms in a chunk of ``count`` tokens behind ``start``."""
-    return count * start + count * (count + 1) / 2
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
+class _Step(NamedTuple):
     """An observation: what was computed, in how many seconds, as which of all."""
 
     tokens: float
@@ -170,30 +100,33 @@ class LatencyModel:
         kind = (int(tokens).bit_length(), pairs > 0)
         recent = self._kinds.setdefault(kind, deque(maxlen=RECENT))
         recent.append(_Step(tokens, context, pairs, seconds, self._seen))
-        if self._seen % REFIT_STEPS == 0 or self._seen in {1, 2, 4, 8}:
-            self._cost = StepCost(*_fit(self._facts(), np.array(astuple(self._cost)), self._prior))
+        doubled = self._seen & (self._seen - 1) == 0
+        if self._seen % REFIT_STEPS == 0 or (doubled and self._seen < REFIT_STEPS):
+            rounds = _ROUNDS if self._seen < REFIT_STEPS else _LATER_ROUNDS
+            start = np.array(astuple(self._cost))
+            share = max(PRIOR_WEIGHT / self._seen, LEAST_PRIOR_SHARE)
+            self._cost = StepCost(*_fit(self._facts(), start, self._prior, share, rounds))
 
     def _facts(self) -> Floats:
         """The observations as rows of tokens, context, pairs, seconds, weight."""
-        rows = [
-            (s.tokens, s.context, s.pairs, s.seconds, self._weight(s))
-            for recent in self._kinds.values()
-            for s in recent
-        ]
-        return np.array(rows)
-
-    def _weight(self, step: _Step) -> float:
-        age = (self._seen - step.number) / HALF_LIFE_STEPS
-        return max(math.exp2(-age), LEAST_AGED_WEIGHT)
+        facts = np.array([step for recent in self._kinds.values() for step in recent], dtype=float)
+        age = (self._seen - facts[:, 4]) / HALF_LIFE_STEPS
+        facts[:, 4] = np.maximum(np.exp2(-age), LEAST_AGED_WEIGHT)
+        return facts
 
 
-def _fit(facts: Floats, start: Floats, prior: Floats) -> list[float]:
-    """Coefficients of a ``StepCost``, in its order."""
+def _fit(facts: Floats, start: Floats, prior: Floats, share: float, rounds: int) -> list[float]:
+    """Coefficients of a ``StepCost``, in its order; the prior counts for so much of the facts."""
     tokens, context, pairs, seconds, age = facts.T
+    overhead, weights, per_token, per_context, per_pair = prior
+    guess = overhead + np.maximum(weights, per_token * tokens)
+    guess += per_context * context + per_pair * pairs
+    # The steps say how long it takes from the first one on; the prior, which parts count.
+    prior = prior * float(np.median(seconds / np.maximum(guess, 1e-12)))
     found = start
     ones = np.ones_like(tokens)
-    for _ in range(_ROUNDS):
-        streaming = found[1] >= found[2] * tokens
+    for _ in range(rounds):
+        streaming = found[1] >= found[2] * tokens * (1 - _TOLERANCE)
         rows = np.stack(
             [ones, np.where(streaming, 1.0, 0.0), np.where(streaming, 0.0, tokens), context, pairs],
             axis=1,
@@ -203,11 +136,16 @@ def _fit(facts: Floats, start: Floats, prior: Floats) -> list[float]:
         # The first fit knows nothing yet: outliers of a wrong model are no outliers.
         scale = _HUBER * max(1.4826 * float(np.median(error)), _LEAST_SCALE)
         weight = age * np.minimum(1.0, scale / np.maximum(error, 1e-12))
-        found = _non_negative(rows, weight, prior)
+        found = _non_negative(rows, weight, prior, share)
+        # What the steps do not tell must not contradict them.
+        if streaming.all():
+            found[2] = min(found[2], found[1] / tokens.max())
+        elif not streaming.any():
+            found[1] = min(found[1], found[2] * tokens.min())
     return [float(value) for value in found]
 
 
-def _non_negative(rows: Floats, weight: Floats, prior: Floats) -> Floats:
+def _non_negative(rows: Floats, weight: Floats, prior: Floats, share: float) -> Floats:
     """Weighted least squares of ``rows @ x = 1``, with x >= 0 and drawn a little to the prior.
 
     What the rows say nothing of keeps its prior.
@@ -217,32 +155,38 @@ def _non_negative(rows: Floats, weight: Floats, prior: Floats) -> Floats:
     own = np.diag(gram).copy()
     silent = own <= 0
     # In units of what a coefficient contributes: a prior that is off by orders hardly counts.
-    ridge = np.where(silent, 1.0, own * PRIOR_WEIGHT / max(float(weight.sum()), 1e-12))
+    ridge = np.where(silent, 1.0, own * share)
     gram += np.diag(ridge)
     right = weighted.sum(axis=0) + ridge * prior
     scale = 1.0 / np.sqrt(np.diag(gram))
     gram = gram * scale[:, None] * scale[None, :]
     right = right * scale
-    return _least_squares_on_supports(gram, right) * scale
+    return _least_non_negative(gram, right) * scale
 
 
-def _least_squares_on_supports(gram: Floats, right: Floats) -> Floats:
-    """The x >= 0 with the least ``x·gram·x / 2 - right·x``: the best of those free of some zeros.
+def _least_non_negative(gram: Floats, right: Floats) -> Floats:
+    """The x >= 0 with the least ``x·gram·x / 2 - right·x`` (Lawson and Hanson, 1974, chapter 23).
 
-    With five coefficients there are few supports, and nearly always the first one will do.
+    Mostly none of the five has to be held at 0, and the first solution will do.
     """
-    size = len(right)
-    best, least = np.zeros(size), 0.0
-    for count in range(size, 0, -1):
-        for support in combinations(range(size), count):
-            index = np.array(support)
-            x = np.linalg.solve(gram[np.ix_(index, index)], right[index])
-            if (x < 0).any():
-                continue
-            value = -0.5 * float(right[index] @ x)
-            if value < least:
-                best, least = np.zeros(size), value
-                best[index] = x
-            if count == size:
-                return best
-    return best
+    x = np.asarray(np.linalg.solve(gram, right), dtype=np.float64)
+    if (x >= 0).all():
+        return x
+    x, free = np.zeros_like(right), np.zeros(len(right), dtype=bool)
+    for _ in range(_SWEEPS):
+        gain = np.where(free, 0.0, right - gram @ x)
+        if gain.max() <= _TOLERANCE:
+            break
+        free[gain.argmax()] = True
+        while True:
+            wanted = np.zeros_like(x)
+            wanted[free] = np.linalg.solve(gram[np.ix_(free, free)], right[free])
+            held = free & (wanted <= 0)
+            if not held.any():
+                x = wanted
+                break
+            share = (x[held] / (x[held] - wanted[held])).min()
+            x = x + share * (wanted - x)
+            free &= x > _TOLERANCE
+            x[~free] = 0.0
+    return x

@@ -7,8 +7,8 @@ from math import inf, nan
 import numpy as np
 import numpy.typing as npt
 
+from uellm.core.cost import StepCost
 from uellm.policy.due import PATIENCE_SECONDS
-from uellm.policy.latency import StepCost
 from uellm.policy.remaining import remaining_tokens
 from uellm.policy.rows import Array, Floats, RowCache
 from uellm.policy.views import EngineView, SequenceView

@@ -7,6 +7,7 @@ from math import inf
 
 import numpy as np
 
+from uellm.core.cost import StepCost
 from uellm.core.settings import Settings, setting
 from uellm.policy.batching import (
     Batch,
@@ -21,7 +22,6 @@ from uellm.policy.batching import (
 )
 from uellm.policy.columns import Columns, Floats
 from uellm.policy.due import slo_seconds
-from uellm.policy.latency import StepCost
 from uellm.policy.occupancy import victims
 from uellm.policy.stress import MorphlingSettings, best_batch
 from uellm.policy.views import EngineView, SequenceView, StepDecision

@@ -6,9 +6,9 @@ Serving") runs stress tests of configurations and keeps the best. Here the tests
 
 from dataclasses import dataclass
 
+from uellm.core.cost import StepCost, chunk_pairs
 from uellm.core.settings import Settings, setting
 from uellm.policy.batching import Room
-from uellm.policy.latency import StepCost, chunk_pairs
 
 
 @dataclass(frozen=True)

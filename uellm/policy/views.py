@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Protocol
 
+from uellm.core.cost import StepCost
 from uellm.core.request import Promise, ResourceProfile, Slo
-from uellm.policy.latency import StepCost
 
 # ---- level one: the scheduler ------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 from math import inf
 
-from uellm.policy.latency import chunk_pairs
+from uellm.core.cost import chunk_pairs
 from uellm.policy.views import EngineView, StepDecision, StepPolicy
 from uellm.simulator.meter import Meter
 from uellm.simulator.platforms import Platform

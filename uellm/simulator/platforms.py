@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from uellm.core.cost import StepCost
 from uellm.core.errors import InvalidArgumentError
-from uellm.policy.latency import StepCost
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ waits again.
 
 from dataclasses import dataclass
 
-from uellm.policy.latency import chunk_pairs
+from uellm.core.cost import chunk_pairs
 from uellm.policy.views import StepPolicy
 from uellm.simulator.engine import Engine
 from uellm.simulator.platforms import Platform

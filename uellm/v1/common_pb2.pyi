@@ -339,6 +339,54 @@ class ResourceProfile(_message.Message):
 Global___ResourceProfile: _TypeAlias = ResourceProfile  # noqa: Y015
 
 @_typing.final
+class StepCost(_message.Message):
+    """The seconds of an engine's step, by what it computes: overhead + max(weights, token · tokens)
+    + context · cached tokens that decodes attend to + pair · pairs of tokens within prompts.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OVERHEAD_SECONDS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_SECONDS_FIELD_NUMBER: _builtins.int
+    TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    CONTEXT_SECONDS_FIELD_NUMBER: _builtins.int
+    PAIR_SECONDS_FIELD_NUMBER: _builtins.int
+    OBSERVATIONS_FIELD_NUMBER: _builtins.int
+    MEAN_ERROR_FIELD_NUMBER: _builtins.int
+    overhead_seconds: _builtins.float
+    """Of any step."""
+    weights_seconds: _builtins.float
+    """To stream the weights."""
+    token_seconds: _builtins.float
+    """Arithmetic of a token, prefilled or decoded."""
+    context_seconds: _builtins.float
+    """To read one cached token."""
+    pair_seconds: _builtins.float
+    """Attention of one token of a prompt to one at or before it."""
+    observations: _builtins.int
+    """Steps that it was fitted to; 0: it is an estimate from the devices' speed."""
+    mean_error: _builtins.float
+    """Mean relative error of the latest of them, each predicted before it was learnt."""
+    def __init__(
+        self,
+        *,
+        overhead_seconds: _builtins.float = ...,
+        weights_seconds: _builtins.float = ...,
+        token_seconds: _builtins.float = ...,
+        context_seconds: _builtins.float = ...,
+        pair_seconds: _builtins.float = ...,
+        observations: _builtins.int = ...,
+        mean_error: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_seconds", b"context_seconds", "mean_error", b"mean_error", "observations", b"observations", "overhead_seconds", b"overhead_seconds", "pair_seconds", b"pair_seconds", "token_seconds", b"token_seconds", "weights_seconds", b"weights_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepCost: _TypeAlias = StepCost  # noqa: Y015
+
+@_typing.final
 class Promise(_message.Message):
     """What the mesh expects to keep, at admission and when it changes materially."""
 

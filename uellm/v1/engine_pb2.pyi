@@ -173,6 +173,7 @@ class CommitShard(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     EXECUTION_FIELD_NUMBER: _builtins.int
     CLOCK_SECONDS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """The generation that was prepared."""
     rendezvous: _builtins.str
@@ -183,6 +184,10 @@ class CommitShard(_message.Message):
     """How steps are composed: "continuous", or "static" for padded batches. Empty: continuous."""
     clock_seconds: _builtins.float
     """The present time by Redis TIME, seconds since the epoch; 0: unknown."""
+    @_builtins.property
+    def cost(self) -> _common_pb2.StepCost:
+        """What the replica's steps are expected to take. Unset: not known."""
+
     def __init__(
         self,
         *,
@@ -191,10 +196,11 @@ class CommitShard(_message.Message):
         policy: _builtins.str = ...,
         execution: _builtins.str = ...,
         clock_seconds: _builtins.float = ...,
+        cost: _common_pb2.StepCost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_seconds", b"clock_seconds", "execution", b"execution", "generation", b"generation", "policy", b"policy", "rendezvous", b"rendezvous"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_seconds", b"clock_seconds", "cost", b"cost", "execution", b"execution", "generation", b"generation", "policy", b"policy", "rendezvous", b"rendezvous"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -216,6 +222,7 @@ class AddSequence(_message.Message):
     ACCEPTED_SECONDS_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     generation: _builtins.int
@@ -228,6 +235,8 @@ class AddSequence(_message.Message):
     """Place in the policy's order."""
     adapter: _builtins.str
     """A LoRA adapter's name."""
+    tenant: _builtins.str
+    """Whose it is."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, and behind it the tokens already logged."""
@@ -257,10 +266,11 @@ class AddSequence(_message.Message):
         accepted_seconds: _builtins.float = ...,
         rank: _builtins.int = ...,
         adapter: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "sampling", b"sampling", "slo", b"slo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_seconds", b"accepted_seconds", "adapter", b"adapter", "generation", b"generation", "profile", b"profile", "prompt_tokens", b"prompt_tokens", "rank", b"rank", "request_id", b"request_id", "sampling", b"sampling", "slo", b"slo", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_seconds", b"accepted_seconds", "adapter", b"adapter", "generation", b"generation", "profile", b"profile", "prompt_tokens", b"prompt_tokens", "rank", b"rank", "request_id", b"request_id", "sampling", b"sampling", "slo", b"slo", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from uellm.v1 import common_pb2 as _common_pb2
 from uellm.v1 import deployer_pb2 as _deployer_pb2
 from uellm.v1 import topology_pb2 as _topology_pb2
 import builtins as _builtins
@@ -91,22 +92,28 @@ class CommitRequest(_message.Message):
     REPLICA_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     RENDEZVOUS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """The replica."""
     generation: _builtins.int
     """The generation that was prepared."""
     rendezvous: _builtins.str
     """Where the peers meet: stage 0's answer."""
+    @_builtins.property
+    def cost(self) -> _common_pb2.StepCost:
+        """What the replica's steps are expected to take. Unset: not known."""
+
     def __init__(
         self,
         *,
         replica: _builtins.str = ...,
         generation: _builtins.int = ...,
         rendezvous: _builtins.str = ...,
+        cost: _common_pb2.StepCost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "rendezvous", b"rendezvous", "replica", b"replica"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "generation", b"generation", "rendezvous", b"rendezvous", "replica", b"replica"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -152,9 +152,9 @@ async def _bring_up(
     replica.message = "joins its stages"
     await deployment.publish()
     tools.check()
-    await tools.former.commit(after, rendezvous)
-    tools.check()
     report = planning.first_report(planned, copy, generation)
+    await tools.former.commit(after, rendezvous, report.cost)
+    tools.check()
     report.reported_at.CopyFrom(timestamp(tools.now()))
     if not await tools.store.route(deployment.name, replica.id, generation, "READY", report):
         raise AbortedError(

@@ -9,7 +9,7 @@ import grpc
 from uellm.core.errors import AbortedError, FailedPreconditionError, UellmError, UnavailableError
 from uellm.logs import logger
 from uellm.rpc import CALL_SECONDS, error_from
-from uellm.v1 import topology_pb2, worker_pb2
+from uellm.v1 import common_pb2, topology_pb2, worker_pb2
 from uellm_deployer.links import Links
 from uellm_deployer.replica import worker_of
 from uellm_deployer.settings import DeployerSettings
@@ -87,18 +87,30 @@ class Former:
             raise StageError(worker.worker, error_from(error)) from None
         raise StageError(worker.worker, FailedPreconditionError("Prepare ended too early"))
 
-    async def commit(self, assignments: Assignments, rendezvous: str) -> None:
+    async def commit(
+        self, assignments: Assignments, rendezvous: str, cost: common_pb2.StepCost
+    ) -> None:
         """Join all stages.
+
+        Args:
+            assignments: of the stages.
+            rendezvous: where they meet.
+            cost: what the replica's steps are expected to take.
 
         Raises:
             StageError: the first that cannot.
         """
-        await _all(self._commit(assignment, rendezvous) for assignment in assignments)
+        await _all(self._commit(assignment, rendezvous, cost) for assignment in assignments)
 
-    async def _commit(self, assignment: topology_pb2.ShardAssignment, rendezvous: str) -> None:
+    async def _commit(
+        self, assignment: topology_pb2.ShardAssignment, rendezvous: str, cost: common_pb2.StepCost
+    ) -> None:
         worker = self._worker(worker_of(assignment))
         request = worker_pb2.CommitRequest(
-            replica=assignment.replica, generation=assignment.generation, rendezvous=rendezvous
+            replica=assignment.replica,
+            generation=assignment.generation,
+            rendezvous=rendezvous,
+            cost=cost,
         )
         try:
             await self._links.stub(worker).Commit(request, timeout=self._settings.join_seconds)

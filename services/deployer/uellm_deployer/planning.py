@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from uellm.convert import cost_to_proto
 from uellm.core.errors import FailedPreconditionError
 from uellm.core.model import ModelProfile
 from uellm.placement.speed import first_guess
@@ -157,15 +158,16 @@ def first_report(
     planned: Planned, replica: PlannedReplica, generation: int
 ) -> queue_pb2.ReplicaReport:
     """What schedulers go by until the replica reports for itself."""
-    prefill, decode = first_guess(replica, planned.profile, planned.devices)
+    cost = first_guess(replica, planned.profile, planned.devices)
     tokens = planned.plan.kv_tokens
     return queue_pb2.ReplicaReport(
         epoch=generation,
         kv_tokens_free=tokens,
         kv_tokens_total=tokens,
         slots=planned.plan.slots,
-        prefill_seconds_per_token=prefill,
-        decode_step_seconds=decode,
+        prefill_seconds_per_token=cost.per_token,
+        decode_step_seconds=cost.overhead + cost.weights,
+        cost=cost_to_proto(cost),
     )
 
 

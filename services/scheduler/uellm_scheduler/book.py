@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from uellm.convert import profile_from_proto, seconds, slo_from_proto
+from uellm.convert import cost_from_proto, profile_from_proto, seconds, slo_from_proto
 from uellm.policy.views import InFlightView, QueuedView, QueueView, ReplicaView
 from uellm.streams.messages import QueuedEntry, Record, ReplicaRoute
 from uellm.v1 import common_pb2, queue_pb2
@@ -196,4 +196,5 @@ def _replica_view(route: ReplicaRoute, in_flight: Iterable[InFlightView]) -> Rep
         prefill_seconds_per_token=report.prefill_seconds_per_token,
         decode_step_seconds=report.decode_step_seconds,
         reported_at=route.reported_at,
+        cost=cost_from_proto(report.cost) if report.HasField("cost") else None,
     )

@@ -262,6 +262,8 @@ def _keep_estimates(report: queue_pb2.ReplicaReport, before: queue_pb2.ReplicaRe
     ):
         if not getattr(report, name):
             setattr(report, name, getattr(before, name))
+    if not report.HasField("cost") and before.HasField("cost"):
+        report.cost.CopyFrom(before.cost)
 
 
 async def _refuse(effects: Effects, refusals: Sequence[Refusal], now: float) -> None:

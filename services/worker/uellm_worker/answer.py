@@ -114,6 +114,7 @@ class Answer:
             accepted_seconds=seconds(entry.accepted_at),
             rank=entry.rank,
             adapter=payload.adapter,
+            tenant=entry.tenant,
         )
 
     def admitted(self) -> None:

@@ -47,7 +47,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> worker_pb2.CommitResponse:
         """Joins the peers."""
         del context
-        await self._stages.commit(request.replica, request.generation, request.rendezvous)
+        await self._stages.commit(
+            request.replica,
+            request.generation,
+            request.rendezvous,
+            request.cost if request.HasField("cost") else None,
+        )
         return worker_pb2.CommitResponse()
 
     async def Release(

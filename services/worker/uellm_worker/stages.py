@@ -228,8 +228,20 @@ class Stages:
 
     # ---- commit --------------------------------------------------------------------------------
 
-    async def commit(self, replica: str, generation: int, rendezvous: str) -> None:
+    async def commit(
+        self,
+        replica: str,
+        generation: int,
+        rendezvous: str,
+        cost: common_pb2.StepCost | None = None,
+    ) -> None:
         """Join the peers and serve.
+
+        Args:
+            replica: which.
+            generation: of it.
+            rendezvous: where the peers meet.
+            cost: what its steps are expected to take, where that is known.
 
         Raises:
             AbortedError: a newer generation is here.
@@ -249,6 +261,7 @@ class Stages:
                 policy=self._step_policy,
                 execution=self._execution,
                 clock_seconds=self._now(),
+                cost=cost,
             )
             with contextlib.suppress(ConnectionError):
                 await stage.child.send(engine_pb2.EngineCommand(commit=commit))

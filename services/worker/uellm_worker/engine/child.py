@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from uellm.convert import cost_from_proto
+from uellm.core.cost import DEFAULT_COST
 from uellm.core.errors import ConfigurationError, ModelFilesError
 from uellm.policy.registry import step_policy
 from uellm.v1.engine_pb2 import (
@@ -63,13 +65,19 @@ class Child:
         """Serve until the process ends."""
         stalled = False
         while True:
-            busy = self._loop is not None and self._loop.busy and not stalled
-            item = self._inbox.take(block=not busy)
+            item = self._inbox.take(self._patience(stalled=stalled))
             if item is not None:
                 stalled = False
                 self._guard(item)
             else:
                 stalled = not self._guard(None)
+
+    def _patience(self, *, stalled: bool) -> float | None:
+        """How long to wait for the next item, in seconds; None: for ever."""
+        loop = self._loop
+        if loop is None or not loop.busy:
+            return None
+        return loop.patience if stalled else 0.0
 
     def _guard(self, item: Item | None) -> bool:
         """Handle an item, or step; turn whatever is raised into an event.
@@ -167,6 +175,7 @@ class Child:
                 adapters=[adapter.name for adapter in assignment.adapters],
                 execution=commit.execution,
                 now=_clock(commit.clock_seconds),
+                cost=cost_from_proto(commit.cost) if commit.HasField("cost") else DEFAULT_COST,
             )
         self._channel.send(EngineEvent(serving=ShardServing(generation=commit.generation)))
 

@@ -56,6 +56,10 @@ class Padding:
     token_ids: tuple[int, ...]
 
 
+Work = tuple[int, int, float]
+"""What steps compute: tokens, context that decodes attend to, pairs of tokens within prompts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Flight:
     """A step under way.
@@ -66,6 +70,9 @@ class Flight:
         shares: of whom, in the plan's order.
         submitted_at: when, in seconds of a monotonic clock.
         alone: no other step was under way then.
+        began_at: from when on its time counts: the end of the step before it, or when there was
+            something to do.
+        ended_before: the work of all steps that had ended by then.
     """
 
     plan: StepPlan
@@ -73,6 +80,8 @@ class Flight:
     shares: tuple[Share, ...]
     submitted_at: float
     alone: bool
+    began_at: float
+    ended_before: Work
 
     @property
     def decodes(self) -> list[Share]:

@@ -63,14 +63,21 @@ class Inbox:
                 self._leaves += 1
         self._queue.put(item)
 
-    def take(self, *, block: bool) -> Item | None:
-        """The next item; None if there is none and ``block`` is not set.
+    def take(self, patience: float | None) -> Item | None:
+        """The next item; None if none comes for so many seconds. Results do not count as one.
 
         Results are kept for ``wait_result``.
+
+        Args:
+            patience: seconds to wait for it; None: for ever.
         """
         while True:
             try:
-                item = self._put_off.popleft() if self._put_off else self._queue.get(block=block)
+                item = (
+                    self._put_off.popleft()
+                    if self._put_off
+                    else self._queue.get(block=patience != 0, timeout=patience or None)
+                )
             except Empty:
                 return None
             if _ends_generation(item):

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from uellm.core.cost import DEFAULT_COST, StepCost
 from uellm.policy.views import EngineView, StepDecision, StepPolicy
 from uellm.v1.common_pb2 import (
     FINISH_REASON_FAILED,
@@ -24,7 +25,7 @@ from uellm_worker.engine.execution import execution_of
 from uellm_worker.engine.flights import Flight, Padding, Share, make_plan
 from uellm_worker.engine.memory import RowLimit
 from uellm_worker.engine.plan import Admission, StepResult
-from uellm_worker.engine.reports import StepMeter
+from uellm_worker.engine.reports import CostMeter, StepMeter
 from uellm_worker.engine.roster import Roster
 from uellm_worker.engine.runner import Runner
 from uellm_worker.engine.sequences import Sequence, SequenceError, sequence_from_command
@@ -32,6 +33,8 @@ from uellm_worker.engine.sequences import Sequence, SequenceError, sequence_from
 MAX_CHUNK_TOKENS = 512
 """Most tokens that the steps under way compute together: keeps them short enough for those that
 decode. A long prompt goes through a pipeline in as many chunks at once as there are stages."""
+LEAST_PATIENCE_SECONDS = 0.001
+"""A policy that waits on purpose is not asked more often than this."""
 _DECISIONS = 3
 """A decision that only takes slots away leaves nothing to compute, and the policy is asked again:
 so often before the loop waits for news."""
@@ -50,6 +53,8 @@ class EngineLoop:
         announce: told whose first step is about to be computed.
         adapters: names of the LoRA adapters that are loaded, by index.
         execution: how steps are composed; see ``uellm_worker.engine.execution``.
+        cost: what steps are expected to take, until enough have been measured.
+        timer: seconds of a monotonic clock, to time steps with.
     """
 
     def __init__(
@@ -63,6 +68,8 @@ class EngineLoop:
         announce: Callable[[StepReport], None] | None = None,
         adapters: Iterable[str] = (),
         execution: str = "continuous",
+        cost: StepCost = DEFAULT_COST,
+        timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._runner = runner
         self._policy = policy
@@ -82,7 +89,10 @@ class EngineLoop:
         self._flights: deque[Flight] = deque()
         self._outputs: list[SequenceOutput] = []
         self._handed_back: list[str] = []
-        self._meter = StepMeter()
+        self._timer = timer
+        self._meter = StepMeter(cost=CostMeter(cost))
+        self._idle_from: float | None = None
+        self._reconsider_at: float | None = None
 
     # ---- commands ------------------------------------------------------------------------------
 
@@ -95,6 +105,16 @@ class EngineLoop:
     def under_way(self) -> bool:
         """A result is to come."""
         return bool(self._flights)
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds until the policy wants to be asked again, though there is nothing to compute.
+
+        None: at the next command.
+        """
+        if self._reconsider_at is None:
+            return None
+        return max(self._reconsider_at - self._now(), LEAST_PATIENCE_SECONDS)
 
     @property
     def flights(self) -> tuple[Flight, ...]:
@@ -132,6 +152,8 @@ class EngineLoop:
         if sequence.full:
             self._outputs.append(sequence.output(finish=FINISH_REASON_LENGTH))
             return
+        if not len(self._roster):
+            self._idle_from = None
         self._roster.add(sequence)
 
     def drop(self, command: DropSequence) -> None:
@@ -174,20 +196,27 @@ class EngineLoop:
 
     def _launch(self) -> bool:
         """Ask the policy and submit a step; False if there is nothing to compute."""
+        began_at = self._timer() if self._idle_from is None else self._idle_from
+        self._idle_from = self._reconsider_at = None
         for _ in range(_DECISIONS):
             if not self._roster.active:
                 return False
             decision = self._policy.step(self._view(), self._now())
             changed = self._apply(decision)
             shares, padding = self._execution.next_step(
-                self._roster, decision.chunk_tokens, self._limit.rows, self._under_way_of
+                self._roster, self._chunk(decision), self._limit.rows, self._under_way_of
             )
             if shares or padding:
-                self._submit(shares, padding)
+                self._submit(shares, padding, began_at)
                 return True
             if not changed:
+                self._reconsider_at = decision.reconsider_at
                 return False
         return False
+
+    def _chunk(self, decision: StepDecision) -> int:
+        """Prompt tokens of one of the steps that are under way together."""
+        return -(-decision.chunk_tokens // self._execution.depth)
 
     def _view(self) -> EngineView:
         kv = self._roster.kv
@@ -197,8 +226,9 @@ class EngineLoop:
             slots=min(self._slots, len(kv.groups) * self._limit.rows),
             kv_tokens_free=kv.free_tokens,
             kv_tokens_total=kv.total_tokens,
-            max_chunk_tokens=self._limit.rows,
+            max_chunk_tokens=self._limit.rows * self._execution.depth,
             block_tokens=self._capacity.block_tokens,
+            cost=self._meter.cost.cost,
         )
 
     def _apply(self, decision: StepDecision) -> bool:
@@ -227,8 +257,8 @@ class EngineLoop:
     def _under_way_of(self, group: int) -> int:
         return sum(flight.group == group for flight in self._flights)
 
-    def _submit(self, shares: list[Share], padding: list[Padding]) -> None:
-        """Begin a step."""
+    def _submit(self, shares: list[Share], padding: list[Padding], began_at: float) -> None:
+        """Begin a step, whose time counts from ``began_at``."""
         plan = make_plan(
             self._meter.submitted,
             shares,
@@ -242,7 +272,8 @@ class EngineLoop:
         self._roster.admitted.clear()
         group = self._roster.kv.group(shares[0].chunk.slot) if shares else 0
         alone = not self._flights
-        flight = Flight(plan, group, tuple(shares), time.perf_counter(), alone)
+        ended = self._meter.cost.ended
+        flight = Flight(plan, group, tuple(shares), self._timer(), alone, began_at, ended)
         self._tell_of_first_steps(shares)
         self._meter.submitted += 1
         for share in shares:
@@ -278,7 +309,8 @@ class EngineLoop:
         flight = self._flights.popleft()
         self._limit.fitted()
         alone = flight.alone and not self._flights
-        self._meter.add(flight, result, time.perf_counter(), alone=alone)
+        self._idle_from = self._timer()
+        self._meter.add(flight, result, self._idle_from, alone=alone)
         tokens = iter(result.token_ids)
         logprobs = iter(result.logprobs)
         for share in flight.shares:

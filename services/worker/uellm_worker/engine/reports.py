@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from uellm.convert import cost_to_proto
+from uellm.core.cost import DEFAULT_COST, StepCost, chunk_pairs
+from uellm.policy.latency import LatencyModel
+from uellm.v1 import common_pb2
 from uellm.v1.queue_pb2 import ReplicaReport, StageSeconds
-from uellm_worker.engine.flights import Flight
+from uellm_worker.engine.flights import Flight, Work
 from uellm_worker.engine.kv_usage import KvUsage
 from uellm_worker.engine.plan import StepResult
 
@@ -15,6 +19,58 @@ _WEIGHT = 0.1
 def _smoothed(old: float, new: float) -> float:
     """Exponential smoothing that starts at the first value."""
     return new if old == 0 else old + _WEIGHT * (new - old)
+
+
+class CostMeter:
+    """What a step takes, learnt from those that ended.
+
+    To whom decides, a step is one token of everybody who runs. Where several steps are under way
+    together, each of other sequences, that is what ends between the beginning and the end of any
+    one of them. It begins where the one before it left off: what is done between two steps counts.
+
+    Args:
+        prior: what is assumed at first.
+    """
+
+    def __init__(self, prior: StepCost = DEFAULT_COST) -> None:
+        self._model = LatencyModel(prior)
+        self._tokens = self._context = 0
+        self._pairs = 0.0
+        self._fitted = prior
+        self._report = cost_to_proto(prior)
+
+    @property
+    def cost(self) -> StepCost:
+        """What a step takes."""
+        return self._model.cost
+
+    @property
+    def ended(self) -> Work:
+        """The work of all steps that have ended."""
+        return (self._tokens, self._context, self._pairs)
+
+    def add(self, flight: Flight, context: int, now: float) -> None:
+        """Learn from a step that ended; its decodes attended to so many tokens."""
+        self._tokens += flight.plan.rows
+        self._context += context
+        for share in flight.shares:
+            if not share.decode:
+                self._pairs += chunk_pairs(share.chunk.start, share.chunk.count)
+        before = flight.ended_before
+        self._model.observe(
+            self._tokens - before[0],
+            self._context - before[1],
+            self._pairs - before[2],
+            now - flight.began_at,
+        )
+
+    def report(self) -> common_pb2.StepCost:
+        """The present fit; made anew only when there is another one."""
+        model = self._model
+        if self._fitted is not model.cost:
+            self._fitted = model.cost
+            self._report = cost_to_proto(model.cost, model.observations, model.mean_error or 0.0)
+        return self._report
 
 
 @dataclass(slots=True)
@@ -35,6 +91,7 @@ class StepMeter:
         decode_step_seconds: smoothed time from one token of a sequence to its next; 0 until known.
         decode_interval_seconds: smoothed interval of steps that only decode; 0 until known.
         compute_seconds: per stage, smoothed.
+        cost: what steps take by what they compute.
         hop_seconds: smoothed time of one hop; all hops of a step are taken as equal, because
             clocks of different hosts cannot tell them apart. Known of steps that were alone under
             way: others wait for each other.
@@ -53,6 +110,7 @@ class StepMeter:
     decode_interval_seconds: float = 0.0
     compute_seconds: list[float] = field(default_factory=list)
     hop_seconds: float = 0.0
+    cost: CostMeter = field(default_factory=CostMeter)
     _last_result_at: float = 0.0
 
     def add(self, flight: Flight, result: StepResult, now: float, *, alone: bool) -> None:
@@ -74,6 +132,7 @@ class StepMeter:
         self.prefill_tokens = flight.plan.rows - padding - len(decodes)
         self.decode_sequences = len(decodes)
         self.context_tokens = sum(share.chunk.start + 1 for share in decodes)
+        self.cost.add(flight, self.context_tokens, now)
         if self.prefill_tokens == 0 and decodes:
             self.decode_step_seconds = _smoothed(self.decode_step_seconds, self.step_seconds)
             interval = _smoothed(self.decode_interval_seconds, self.interval_seconds)
@@ -130,4 +189,5 @@ class StepMeter:
             slots=slots,
             prefill_seconds_per_token=self.prefill_seconds_per_token,
             decode_step_seconds=self.decode_step_seconds,
+            cost=self.cost.report(),
         )

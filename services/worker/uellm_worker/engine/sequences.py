@@ -42,6 +42,7 @@ class Sequence:
         rank: place in the scheduler's order.
         arrived_at: when it came, seconds since the epoch.
         adapter: its LoRA adapter's name; "": none.
+        tenant: whose it is.
         slot: where its KV cache lies, or -1 while it waits.
         computed_tokens: tokens whose KV is in the cache once the steps under way are computed.
         prefill_tokens: tokens to prefill since it was last given a slot.
@@ -63,6 +64,7 @@ class Sequence:
     rank: int
     arrived_at: float
     adapter: str = ""
+    tenant: str = ""
     slot: int = -1
     computed_tokens: int = 0
     prefill_tokens: int = 0
@@ -140,6 +142,7 @@ class Sequence:
             arrived_at=self.arrived_at,
             preemptions=self.preemptions,
             first_token_at=self.first_token_at,
+            tenant=self.tenant,
         )
         if self.slot < 0:
             self._waiting_view = view
@@ -232,4 +235,5 @@ def sequence_from_command(
         rank=command.rank,
         arrived_at=arrived_at,
         adapter=command.adapter,
+        tenant=command.tenant,
     )
