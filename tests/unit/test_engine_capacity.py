@@ -29,10 +29,11 @@ def test_a_capacity_keeps_to_what_was_granted_and_asked(
     assert capacity.kv_tokens % capacity.block_tokens == 0
     if room:
         assert capacity.kv_tokens <= room
+        assert capacity.slots >= min(slots, room // max_tokens)
     if capacity.block_tokens == 1:
         assert capacity.kv_tokens == capacity.cache_slots * capacity.max_tokens
     else:
-        assert capacity.slots == slots
+        assert capacity.slots == min(slots, capacity.kv_tokens // capacity.block_tokens)
         blocks = -(-capacity.max_tokens // capacity.block_tokens)
         assert not room or capacity.kv_tokens + capacity.block_tokens > min(
             room, capacity.cache_slots * blocks * capacity.block_tokens

@@ -48,9 +48,9 @@ def fit(
     """What fits the memory that was granted.
 
     Where memory can be committed by blocks, the grant is the budget of all slots together, each of
-    them has virtual room for the longest context, and there are as many slots again for prefixes.
-    Otherwise every slot takes the memory of the longest context; where not even one fits, the
-    context is shortened.
+    them has virtual room for the longest context, and there are as many slots again for prefixes;
+    no more than there are blocks. Otherwise every slot takes the memory of the longest context;
+    where not even one fits, the context is shortened.
 
     Args:
         slots: most sequences that are to run at once.
@@ -63,9 +63,15 @@ def fit(
         The capacity; ``max_tokens`` is 0 if nothing fits.
     """
     room = kv_bytes // bytes_per_token if kv_bytes else None
-    if block_tokens > 1 and (room is None or room >= slots * block_tokens):
-        whole = slots * _whole(max_tokens + block_tokens - 1, block_tokens)
+    longest = _whole(max_tokens + block_tokens - 1, block_tokens)
+    # Short contexts may be more in number where each takes no more than it can fill.
+    short = max_tokens < block_tokens
+    enough = slots * block_tokens if short else _whole(max_tokens, block_tokens)
+    if block_tokens > 1 and (room is None or room >= enough):
+        whole = slots * longest
         kv_tokens = whole if room is None else min(_whole(room, block_tokens), 2 * whole)
+        # Every sequence takes a block at least.
+        slots = min(slots, kv_tokens // block_tokens)
         return Capacity(slots, min(max_tokens, kv_tokens), kv_tokens, slots, block_tokens)
     if room is None:
         return Capacity(slots, max_tokens, slots * max_tokens)
