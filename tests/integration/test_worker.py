@@ -28,7 +28,11 @@ from tests.support.worker import (
     worker_process,
 )
 from uellm.convert import duration
+from uellm.decisions.records import StepRecord
+from uellm.decisions.replay import replay
+from uellm.decisions.segments import read_segment
 from uellm.embedded import EmbeddedRedis
+from uellm.streams.decisions import DecisionLog
 from uellm.streams.leader_queue import LeaderQueue
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2, worker_pb2
 
@@ -116,6 +120,25 @@ async def test_answers_are_the_oracles(worker: RunningWorker, mesh: Mesh) -> Non
             <= times.first_token_at.ToNanoseconds()
             <= times.finished_at.ToNanoseconds()
         )
+
+
+async def test_decisions_of_the_engine_are_recorded(slow_worker: RunningWorker, mesh: Mesh) -> None:
+    await serving(slow_worker, mesh, slots=1)
+    ids = [await mesh.accept(max_tokens=5) for _ in range(2)]
+    await mesh.dispatch(*ids)
+    for request_id in ids:
+        await mesh.ended(request_id)
+    log = DecisionLog(mesh.redis, MODEL)
+
+    async def second_admitted() -> list[StepRecord]:
+        records = [r async for segment in log.all() for r in read_segment(segment).records]
+        return [r for r in records if isinstance(r, StepRecord) and r.decision.admit == (ids[1],)]
+
+    (record,) = await eventually(second_admitted)
+    assert (record.replica, record.policy.name, record.waiting) == (REPLICA, "fcfs", 1)
+    accepted = (await mesh.ended(ids[1])).accepted_at
+    assert accepted <= record.now <= accepted + 60
+    assert replay([record]).different == 0
 
 
 async def test_slo_verdict_and_completion_event(worker: RunningWorker, mesh: Mesh) -> None:

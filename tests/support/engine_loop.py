@@ -7,6 +7,7 @@ from uellm_worker.engine.instant import InstantRunner
 from uellm_worker.engine.loop import EngineLoop
 from uellm_worker.engine.plan import Copy, StepPlan, StepResult
 from uellm_worker.engine.randomness import instant_token
+from uellm_worker.engine.recorder import StepRecorder
 
 from uellm.policy.fcfs import FcfsStep
 from uellm.policy.views import EngineView, StepDecision
@@ -90,6 +91,7 @@ def make_loop(
     policy: FunctionPolicy | FcfsStep | None = None,
     runner: InstantRunner | None = None,
     eos_ids: frozenset[int] = frozenset(),
+    recorder: StepRecorder | None = None,
 ) -> EngineLoop:
     capacity = Capacity(slots, max_tokens, kv_tokens or slots * max_tokens)
     return EngineLoop(
@@ -99,6 +101,7 @@ def make_loop(
         Vocabulary(VOCAB, eos_ids),
         epoch=7,
         now=Clock(),
+        recorder=recorder,
     )
 
 

@@ -10,6 +10,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from uellm.v1 import common_pb2 as _common_pb2
+from uellm.v1 import decisions_pb2 as _decisions_pb2
 from uellm.v1 import inference_pb2 as _inference_pb2
 from uellm.v1 import queue_pb2 as _queue_pb2
 from uellm.v1 import topology_pb2 as _topology_pb2
@@ -174,6 +175,7 @@ class CommitShard(_message.Message):
     EXECUTION_FIELD_NUMBER: _builtins.int
     CLOCK_SECONDS_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    RECORD_EVERY_STEPS_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """The generation that was prepared."""
     rendezvous: _builtins.str
@@ -184,6 +186,10 @@ class CommitShard(_message.Message):
     """How steps are composed: "continuous", or "static" for padded batches. Empty: continuous."""
     clock_seconds: _builtins.float
     """The present time by Redis TIME, seconds since the epoch; 0: unknown."""
+    record_every_steps: _builtins.int
+    """Every so many steps the policy's decision is recorded, and besides each that lets in who had
+    waited, preempts or hands back; 0: none is.
+    """
     @_builtins.property
     def cost(self) -> _common_pb2.StepCost:
         """What the replica's steps are expected to take. Unset: not known."""
@@ -197,10 +203,11 @@ class CommitShard(_message.Message):
         execution: _builtins.str = ...,
         clock_seconds: _builtins.float = ...,
         cost: _common_pb2.StepCost | None = ...,
+        record_every_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_seconds", b"clock_seconds", "cost", b"cost", "execution", b"execution", "generation", b"generation", "policy", b"policy", "rendezvous", b"rendezvous"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_seconds", b"clock_seconds", "cost", b"cost", "execution", b"execution", "generation", b"generation", "policy", b"policy", "record_every_steps", b"record_every_steps", "rendezvous", b"rendezvous"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -606,6 +613,7 @@ class StepReport(_message.Message):
     HANDED_BACK_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
     ADMITTED_FIELD_NUMBER: _builtins.int
+    DECISIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]:
         """Sequences that got tokens or ended."""
@@ -624,6 +632,10 @@ class StepReport(_message.Message):
         have been theirs.
         """
 
+    @_builtins.property
+    def decisions(self) -> _decisions_pb2.DecisionSegment:
+        """Decisions of the policy, for the stream `decisions`."""
+
     def __init__(
         self,
         *,
@@ -631,10 +643,11 @@ class StepReport(_message.Message):
         handed_back: _abc.Iterable[_builtins.str] | None = ...,
         report: _queue_pb2.ReplicaReport | None = ...,
         admitted: _abc.Iterable[_builtins.str] | None = ...,
+        decisions: _decisions_pb2.DecisionSegment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "handed_back", b"handed_back", "outputs", b"outputs", "report", b"report"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "decisions", b"decisions", "handed_back", b"handed_back", "outputs", b"outputs", "report", b"report"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,6 +13,7 @@ from uellm.models import files
 from uellm.models.adapters import resolve_adapter
 from uellm.models.tokenizer import Tokenizer
 from uellm.service import Context, serve
+from uellm.streams.decisions import DecisionLog, DecisionWriter
 from uellm.streams.leader_queue import LeaderQueue
 from uellm.v1 import common_pb2, topology_pb2, worker_pb2, worker_pb2_grpc
 from uellm_worker.agent import Agent
@@ -64,6 +65,7 @@ class WorkerApplication:
             data_host=settings.data_address,
             step_policy=settings.step_policy,
             execution=settings.execution,
+            record_every_steps=settings.record_every_steps if settings.decisions_kept else 0,
             now=context.clock.now,
             simulate=self._devices.simulated,
         )
@@ -137,6 +139,10 @@ class WorkerApplication:
             child.send,
             lease_seconds=self._settings.lease_seconds,
             append_interval_seconds=self._settings.append_interval_seconds,
+            decisions=DecisionWriter(
+                DecisionLog(self._context.redis, assignment.deployment),
+                self._settings.decisions_kept,
+            ),
         )
 
 

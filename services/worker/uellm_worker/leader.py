@@ -13,6 +13,7 @@ from uellm.core.errors import AbortedError
 from uellm.logs import logger
 from uellm.models.tokenizer import Tokenizer
 from uellm.streams.clock import RedisClock
+from uellm.streams.decisions import DecisionWriter
 from uellm.streams.leader_queue import LeaderQueue
 from uellm.v1 import engine_pb2
 from uellm_worker.answer import Answer
@@ -40,6 +41,7 @@ class Leader:
         send: gives a command to the child.
         lease_seconds: how long a holder may be silent.
         append_interval_seconds: least time between two appends; 0: as fast as they return.
+        decisions: where recorded decisions of the engine go; None: nowhere.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Leader:
         *,
         lease_seconds: float,
         append_interval_seconds: float = 0.0,
+        decisions: DecisionWriter | None = None,
     ) -> None:
         self._queue = queue
         self._replica = leadership.replica
@@ -67,6 +70,8 @@ class Leader:
             lease_seconds=lease_seconds,
             interval_seconds=append_interval_seconds,
         )
+        self._decisions = decisions
+        self._recording: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
         self._delivering: asyncio.Task[None] | None = None
 
@@ -74,6 +79,8 @@ class Leader:
         """Start to work; ``spawn`` runs a coroutine under a name."""
         self._reading = spawn(self._read(), f"intake of {self._replica}")
         self._delivering = spawn(self._delivery.run(), f"delivery of {self._replica}")
+        if self._decisions is not None:
+            self._recording = spawn(self._decisions.run(), f"decisions of {self._replica}")
 
     @property
     def owed_steps(self) -> bool:
@@ -82,6 +89,8 @@ class Leader:
 
     async def report(self, step: engine_pb2.StepReport) -> None:
         """Take in what a step produced."""
+        if self._decisions is not None and step.HasField("decisions"):
+            self._decisions.offer(step.decisions)
         await self._delivery.report(step)
 
     # ---- intake --------------------------------------------------------------------------------
@@ -155,6 +164,9 @@ class Leader:
             await asyncio.wait({self._delivering}, timeout=LAST_WORDS_SECONDS)
             self._delivering.cancel()
             await asyncio.gather(self._delivering, return_exceptions=True)
+        if self._recording is not None:
+            self._recording.cancel()
+            await asyncio.gather(self._recording, return_exceptions=True)
 
     async def _stop_reading(self) -> None:
         if self._reading is not None:

@@ -50,6 +50,13 @@ class WorkerSettings(ServiceSettings):
         False, description="Fetch a hub model that this host's cache lacks when it is placed here."
     )
     step_policy: str = Field("fcfs", description="Policy of the engines led here.")
+    record_every_steps: int = Field(
+        64,
+        ge=0,
+        description="Every so many steps of an engine led here the decision of its policy is "
+        "recorded, and besides each that lets in who had waited, preempts or hands back; 0: none "
+        "is.",
+    )
     execution: Literal["continuous", "static"] = Field(
         "continuous",
         description="How the engines led here compose steps. static: padded batches that last as "

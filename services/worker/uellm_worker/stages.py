@@ -50,6 +50,7 @@ class Stages:
         data_host: address that the data plane binds to.
         step_policy: of the replicas led here.
         execution: of the replicas led here.
+        record_every_steps: of their engines; see ``CommitShard``.
         now: by Redis TIME.
         simulate: says what the simulated devices of a stage are like, given what others hold.
 
@@ -69,6 +70,7 @@ class Stages:
         data_host: str,
         step_policy: str = "fcfs",
         execution: str = "continuous",
+        record_every_steps: int = 0,
         now: Callable[[], float] = time.time,
         simulate: Simulate = lambda assignment, held: (),
     ) -> None:
@@ -81,6 +83,7 @@ class Stages:
         self._data_host = data_host
         self._step_policy = step_policy
         self._execution = execution
+        self._record_every_steps = record_every_steps
         self._now = now
         self._simulate = simulate
         self._held: dict[str, Stage] = {}
@@ -260,6 +263,7 @@ class Stages:
                 rendezvous=rendezvous,
                 policy=self._step_policy,
                 execution=self._execution,
+                record_every_steps=self._record_every_steps,
                 clock_seconds=self._now(),
                 cost=cost,
             )

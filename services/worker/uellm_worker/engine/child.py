@@ -35,6 +35,7 @@ from uellm_worker.engine.group import Group, Rendezvous, advertised_host, join
 from uellm_worker.engine.inbox import Inbox, Item, PeerLost, StepAnnounced
 from uellm_worker.engine.instant import InstantEngine
 from uellm_worker.engine.loop import EngineLoop
+from uellm_worker.engine.recorder import StepRecorder
 from uellm_worker.engine.runner import Engine, Member
 from uellm_worker.engine.wire import ChildChannel
 
@@ -176,6 +177,7 @@ class Child:
                 execution=commit.execution,
                 now=_clock(commit.clock_seconds),
                 cost=cost_from_proto(commit.cost) if commit.HasField("cost") else DEFAULT_COST,
+                recorder=StepRecorder(assignment.replica, commit.record_every_steps),
             )
         self._channel.send(EngineEvent(serving=ShardServing(generation=commit.generation)))
 

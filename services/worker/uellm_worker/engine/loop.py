@@ -25,6 +25,7 @@ from uellm_worker.engine.execution import execution_of
 from uellm_worker.engine.flights import Flight, Padding, Share, make_plan
 from uellm_worker.engine.memory import RowLimit
 from uellm_worker.engine.plan import Admission, StepResult
+from uellm_worker.engine.recorder import StepRecorder
 from uellm_worker.engine.reports import CostMeter, StepMeter
 from uellm_worker.engine.roster import Roster
 from uellm_worker.engine.runner import Runner
@@ -55,6 +56,7 @@ class EngineLoop:
         execution: how steps are composed; see ``uellm_worker.engine.execution``.
         cost: what steps are expected to take, until enough have been measured.
         timer: seconds of a monotonic clock, to time steps with.
+        recorder: keeps some of the decisions; None: none are kept.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class EngineLoop:
         execution: str = "continuous",
         cost: StepCost = DEFAULT_COST,
         timer: Callable[[], float] = time.perf_counter,
+        recorder: StepRecorder | None = None,
     ) -> None:
         self._runner = runner
         self._policy = policy
@@ -79,6 +82,7 @@ class EngineLoop:
         self._now = now
         self._announce = announce
         self._adapters = {name: index for index, name in enumerate(adapters)}
+        self._recorder = recorder or StepRecorder("", every_steps=0)
         self._execution = execution_of(execution, capacity, runner.depth)
         self._roster = Roster(self._execution.account())
         groups = self._roster.kv.groups
@@ -189,7 +193,10 @@ class EngineLoop:
         if not (landed or self._outputs or self._handed_back):
             return None
         report = StepReport(
-            outputs=self._outputs, handed_back=self._handed_back, report=self._report()
+            outputs=self._outputs,
+            handed_back=self._handed_back,
+            report=self._report(),
+            decisions=self._recorder.take(last=not len(self._roster)),
         )
         self._outputs, self._handed_back = [], []
         return report
@@ -201,7 +208,9 @@ class EngineLoop:
         for _ in range(_DECISIONS):
             if not self._roster.active:
                 return False
-            decision = self._policy.step(self._view(), self._now())
+            view, now = self._view(), self._now()
+            decision = self._policy.step(view, now)
+            self._recorder.note(self._policy.name, self._meter.submitted, view, decision, now)
             changed = self._apply(decision)
             shares, padding = self._execution.next_step(
                 self._roster, self._chunk(decision), self._limit.rows, self._under_way_of
