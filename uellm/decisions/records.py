@@ -134,7 +134,7 @@ def dispatch_record(
     waiting = len(queue.waiting)
     if waiting <= most:
         return DispatchRecord(now, policy, queue, tuple(replicas), decision, waiting)
-    order = decision.order[:most]
+    order = tuple(decision.order[:most])
     near = frozenset(order)
     promises = {i: p for i, p in decision.promises.items() if i in near}
     first = QueueView(

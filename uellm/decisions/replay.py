@@ -1,7 +1,7 @@
 """Recorded decisions, decided again: by the policy that decided them, or by another."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -200,7 +200,7 @@ def _described(before: Any, after: Any) -> tuple[str, str]:
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         name = next(n for n in [*before, *after] if before.get(n) != after.get(n))
         return _item(name, before.get(name)), _item(name, after.get(name))
-    if isinstance(before, tuple) and isinstance(after, tuple):
+    if isinstance(before, Sequence) and isinstance(after, Sequence):
         place = next(
             (i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]),
             min(len(before), len(after)),
