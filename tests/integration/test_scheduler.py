@@ -14,7 +14,7 @@ from tests.support.waiting import eventually
 from uellm.core.errors import AbortedError, ConfigurationError
 from uellm.embedded import EmbeddedRedis
 from uellm.streams.connection import connect
-from uellm.streams.messages import Start
+from uellm.streams.messages import Append, Start
 from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.v1 import common_pb2, inference_pb2, queue_pb2
 
@@ -224,6 +224,29 @@ async def test_a_request_that_never_gets_done_is_given_up(mesh: Mesh, redis_url:
         assert record.state == "DEAD"
         assert record.finished is not None
         assert record.finished.failure.reason == "ATTEMPTS_EXHAUSTED"
+        assert "2 starts in a row without one new token" in record.finished.failure.message
+
+
+async def test_a_request_that_gets_on_may_lose_any_number_of_replicas(
+    mesh: Mesh, redis_url: str
+) -> None:
+    await mesh.deploy("r0")
+    async with scheduler(redis_url, most_attempts=2):
+        request_id = await mesh.accept()
+        for tokens in range(12):
+            (entry,) = await mesh.received("r0", 1)
+            assert (entry.attempt, entry.resume_offset) == (tokens + 1, tokens)
+            token = inference_pb2.Tokens(ids=[7], offset=tokens)
+            await mesh.say("r0", Append(request_id, entry.generation, token))
+            await mesh.route("r0", tokens + 2)
+        # Two more that do not get on.
+        for lost in range(2):
+            await mesh.received("r0", 1)
+            assert (await mesh.record(request_id)).state == "LEASED"
+            await mesh.route("r0", lost + 14)
+        record = await mesh.ended(request_id)
+    assert record.state == "DEAD"
+    assert record.attempts == 14
 
 
 async def test_a_refusable_request_expires_where_it_waits(mesh: Mesh, redis_url: str) -> None:

@@ -46,7 +46,7 @@ class AcceptResult:
 
 @dataclass(frozen=True, slots=True)
 class QueuedEntry:
-    """A request as read from ``requests``."""
+    """A request as read from ``requests``; ``fruitless`` starts in a row brought no new token."""
 
     entry: queue_pb2.RequestEntry
     generation: int
@@ -54,6 +54,7 @@ class QueuedEntry:
     accepted_at: float
     attempts: int
     strikes: int
+    fruitless: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +201,7 @@ def parse_queued(fields: Mapping[bytes, bytes]) -> QueuedEntry:
         accepted_at=int(fields[b"accepted_ms"]) / 1000,
         attempts=int(fields[b"attempts"]),
         strikes=int(fields[b"strikes"]),
+        fruitless=int(fields.get(b"fruitless", 0)),
     )
 
 

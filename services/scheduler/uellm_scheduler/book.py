@@ -21,6 +21,7 @@ class Ticket:
         entry: what its gateway queued.
         generation: its record's; what its holder must show.
         view: what a policy may look at.
+        fruitless: starts in a row, up to now, that brought no new token.
         promise: the latest one given.
         promised_at: when that was.
         replica: where it was sent, or "".
@@ -30,6 +31,7 @@ class Ticket:
     entry: queue_pb2.RequestEntry
     generation: int
     view: QueuedView
+    fruitless: int = 0
     promise: common_pb2.Promise | None = None
     promised_at: float = 0.0
     replica: str = ""
@@ -71,7 +73,7 @@ def ticket_of(queued: QueuedEntry) -> Ticket:
         attempt=queued.attempts,
         strikes=queued.strikes,
     )
-    return Ticket(entry, queued.generation, view)
+    return Ticket(entry, queued.generation, view, queued.fruitless)
 
 
 def queued_of(record: Record) -> QueuedEntry:
@@ -113,15 +115,15 @@ class Book:
             ticket.promise, ticket.promised_at = known.promise, known.promised_at
             self.in_flight.pop(request_id, None)
         self.waiting[request_id] = ticket
-        if queued.attempts:
+        if queued.fruitless:
             self._restarts.append(request_id)
         return True
 
     def take_exhausted(self, most_attempts: int) -> list[Ticket]:
-        """Waiting requests, new since the last call, that were started too often."""
+        """Waiting requests, new since the last call, that were started in vain too often."""
         restarts, self._restarts = self._restarts, []
         tickets = (self.waiting.get(request_id) for request_id in restarts)
-        return [t for t in tickets if t is not None and t.view.attempt >= most_attempts]
+        return [t for t in tickets if t is not None and t.fruitless >= most_attempts]
 
     def restore(self, record: Record) -> None:
         """Take a request that an earlier owner sent."""

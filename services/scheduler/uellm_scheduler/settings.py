@@ -37,7 +37,10 @@ class SchedulerSettings(ServiceSettings):
         "it was running, without one new token.",
     )
     most_attempts: int = Field(
-        10, ge=1, description="A request is given up after this many starts, whatever their end."
+        10,
+        ge=1,
+        description="A request is given up after this many starts in a row without one new token, "
+        "whatever their end.",
     )
     recorded_requests: int = Field(
         256,

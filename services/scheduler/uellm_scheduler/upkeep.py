@@ -76,8 +76,8 @@ class Upkeep:
             await self._effects.bury(
                 ticket,
                 "ATTEMPTS_EXHAUSTED",
-                f"given up after {ticket.view.attempt} starts that did not finish; the limit is "
-                f"{self._settings.most_attempts} (UELLM_SCHEDULER_MOST_ATTEMPTS)",
+                f"given up after {ticket.fruitless} starts in a row without one new token; the "
+                f"limit is {self._settings.most_attempts} (UELLM_SCHEDULER_MOST_ATTEMPTS)",
                 now,
             )
 

@@ -136,19 +136,22 @@ local function ended_as(r, generation, state)
     and TERMINAL[state] == true
 end
 
--- Back to the scheduler's queue, fenced against the holder it had. New tokens clear its strikes.
+-- Back to the scheduler's queue, fenced against the holder it had. New tokens clear its strikes, and
+-- how many starts in a row were of no use.
 local function requeue(id, r)
   leave_batch(r)
-  local strikes = tonumber(r.tokens) > tonumber(r.progress) and 0 or r.strikes
+  local progressed = tonumber(r.tokens) > tonumber(r.progress)
+  local strikes = progressed and 0 or r.strikes
   redis.call('ZREM', P .. 'leases', id)
   local key = record_key(id)
   local generation = tonumber(r.generation) + 1
-  local kept = redis.call('HMGET', key, 'entry', 'accepted_ms', 'attempts')
+  local kept = redis.call('HMGET', key, 'entry', 'accepted_ms', 'attempts', 'fruitless')
+  local fruitless = progressed and 0 or tonumber(kept[4] or 0) + 1
   local entry_id = redis.call('XADD', P .. 'requests', '*', 'type', 'request', 'id', id,
     'payload', kept[1], 'generation', generation, 'offset', r.tokens, 'accepted_ms', kept[2],
-    'attempts', kept[3], 'strikes', strikes)
+    'attempts', kept[3], 'strikes', strikes, 'fruitless', fruitless)
   redis.call('HSET', key, 'state', 'QUEUED', 'generation', generation, 'queue_entry', entry_id,
-    'batch_entry', '', 'replica', '', 'epoch', 0, 'strikes', strikes)
+    'batch_entry', '', 'replica', '', 'epoch', 0, 'strikes', strikes, 'fruitless', fruitless)
   redis.call('HINCRBY', P .. 'load', 'queued_tokens', tonumber(r.cost))
 end
 
