@@ -45,7 +45,7 @@ class Profiler(ProfilerServiceServicer):
         await self.late.wait()
         quantiles = common_pb2.QuantileFunction(levels=self.levels, values=[5.0] * len(LEVELS))
         profile = common_pb2.ResourceProfile(predictor="test", output_tokens=quantiles)
-        item = profiler_pb2.ProfiledItem(profile=profile)
+        item = profiler_pb2.ProfiledItem(profile=profile, features=b"seen")
         return profiler_pb2.ProfileResponse(items=[item] * len(request.items))
 
     def DescribeModel(self, request: Any, context: Any) -> Any:
@@ -95,6 +95,11 @@ async def submit(gateway: Gateway) -> common_pb2.ResourceProfile:
     return (await gateway.stub.Submit(SubmitRequest(request=REQUEST), timeout=5)).profile
 
 
+async def features_of_the_next(driver: MeshDriver, gateway: Gateway) -> bytes:
+    response = await gateway.stub.Submit(SubmitRequest(request=REQUEST), timeout=5)
+    return (await driver.leader.record(response.request_ids[0])).payload.features
+
+
 async def test_the_profilers_answer_is_used(
     driver: MeshDriver, redis: Redis, redis_url: str
 ) -> None:
@@ -109,6 +114,8 @@ async def test_the_profilers_answer_is_used(
         assert (asked.model, asked.sampling_regime) == (MODEL, "greedy")
         assert (asked.prompt_tokens, asked.max_tokens) == (len(prompt), 512 - len(prompt))
         assert asked.text == REQUEST.text
+        # What it saw of the prompt waits with the request until the answer's length is known.
+        assert await features_of_the_next(driver, gateway) == b"seen"
         # An answer that breaks its contract is not passed on.
         profiler.levels = [0.5] * len(LEVELS)
         assert (await submit(gateway)).fallback

@@ -143,7 +143,9 @@ async def test_decisions_of_the_engine_are_recorded(slow_worker: RunningWorker, 
 
 async def test_slo_verdict_and_completion_event(worker: RunningWorker, mesh: Mesh) -> None:
     await serving(worker, mesh)
-    kept = await mesh.accept(max_tokens=5, slo=common_pb2.Slo(deadline=duration(60)))
+    kept = await mesh.accept(
+        max_tokens=5, slo=common_pb2.Slo(deadline=duration(60)), features=b"seen"
+    )
     missed = await mesh.accept(max_tokens=5, slo=common_pb2.Slo(ttft=duration(1e-6)))
     await mesh.dispatch(kept, missed)
     for request_id, met in ((kept, True), (missed, False)):
@@ -156,6 +158,7 @@ async def test_slo_verdict_and_completion_event(worker: RunningWorker, mesh: Mes
     assert event.prompt_tokens == 3
     assert event.sampling_regime == "greedy"
     assert event.censored
+    assert event.features == b"seen"
     assert (event.model, event.replica, event.plan_epoch) == ("tiny", REPLICA, 1)
 
 

@@ -284,6 +284,7 @@ class Mesh:
         seed: int = 7,
         prompt: Sequence[int] = (5, 6, 7),
         slo: common_pb2.Slo | None = None,
+        features: bytes = b"",
         **sampling: Any,
     ) -> str:
         """Accept a request as a gateway does; returns its id."""
@@ -297,7 +298,7 @@ class Mesh:
             max_tokens=chosen.max_tokens,
             greedy=True,
         )
-        payload = queue_pb2.RequestPayload(prompt_ids=prompt, sampling=chosen)
+        payload = queue_pb2.RequestPayload(prompt_ids=prompt, sampling=chosen, features=features)
         request = NewRequest(request_id, TENANT, "submit", payload, entry, gateway=GATEWAY)
         result = await self.gateway.accept(request, Limits())
         assert result.status == "ok"

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from uellm.v1 import common_pb2 as uellm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17uellm/v1/profiler.proto\x12\x08uellm.v1\x1a\x15uellm/v1/common.proto\"\x94\x01\n\x0bProfileItem\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x17\n\x0fsampling_regime\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\x13\n\x0btraceparent\x18\x07 \x01(\t\"6\n\x0eProfileRequest\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.uellm.v1.ProfileItem\":\n\x0cProfiledItem\x12*\n\x07profile\x18\x01 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\"8\n\x0fProfileResponse\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.uellm.v1.ProfiledItem\"%\n\x14\x44\x65scribeModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x8e\x01\n\x15\x44\x65scribeModelResponse\x12\x14\n\x0cobservations\x18\x01 \x01(\x04\x12\x31\n\routput_tokens\x18\x02 \x01(\x0b\x32\x1a.uellm.v1.QuantileFunction\x12\x11\n\tpredictor\x18\x03 \x01(\t\x12\x19\n\x11predictor_version\x18\x04 \x01(\t2\xa3\x01\n\x0fProfilerService\x12>\n\x07Profile\x12\x18.uellm.v1.ProfileRequest\x1a\x19.uellm.v1.ProfileResponse\x12P\n\rDescribeModel\x12\x1e.uellm.v1.DescribeModelRequest\x1a\x1f.uellm.v1.DescribeModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17uellm/v1/profiler.proto\x12\x08uellm.v1\x1a\x15uellm/v1/common.proto\"\x94\x01\n\x0bProfileItem\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x17\n\x0fsampling_regime\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\x13\n\x0btraceparent\x18\x07 \x01(\t\"6\n\x0eProfileRequest\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.uellm.v1.ProfileItem\"L\n\x0cProfiledItem\x12*\n\x07profile\x18\x01 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0c\"8\n\x0fProfileResponse\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.uellm.v1.ProfiledItem\"%\n\x14\x44\x65scribeModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x8e\x01\n\x15\x44\x65scribeModelResponse\x12\x14\n\x0cobservations\x18\x01 \x01(\x04\x12\x31\n\routput_tokens\x18\x02 \x01(\x0b\x32\x1a.uellm.v1.QuantileFunction\x12\x11\n\tpredictor\x18\x03 \x01(\t\x12\x19\n\x11predictor_version\x18\x04 \x01(\t2\xa3\x01\n\x0fProfilerService\x12>\n\x07Profile\x12\x18.uellm.v1.ProfileRequest\x1a\x19.uellm.v1.ProfileResponse\x12P\n\rDescribeModel\x12\x1e.uellm.v1.DescribeModelRequest\x1a\x1f.uellm.v1.DescribeModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,13 +37,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROFILEREQUEST']._serialized_start=211
   _globals['_PROFILEREQUEST']._serialized_end=265
   _globals['_PROFILEDITEM']._serialized_start=267
-  _globals['_PROFILEDITEM']._serialized_end=325
-  _globals['_PROFILERESPONSE']._serialized_start=327
-  _globals['_PROFILERESPONSE']._serialized_end=383
-  _globals['_DESCRIBEMODELREQUEST']._serialized_start=385
-  _globals['_DESCRIBEMODELREQUEST']._serialized_end=422
-  _globals['_DESCRIBEMODELRESPONSE']._serialized_start=425
-  _globals['_DESCRIBEMODELRESPONSE']._serialized_end=567
-  _globals['_PROFILERSERVICE']._serialized_start=570
-  _globals['_PROFILERSERVICE']._serialized_end=733
+  _globals['_PROFILEDITEM']._serialized_end=343
+  _globals['_PROFILERESPONSE']._serialized_start=345
+  _globals['_PROFILERESPONSE']._serialized_end=401
+  _globals['_DESCRIBEMODELREQUEST']._serialized_start=403
+  _globals['_DESCRIBEMODELREQUEST']._serialized_end=440
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_start=443
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_end=585
+  _globals['_PROFILERSERVICE']._serialized_start=588
+  _globals['_PROFILERSERVICE']._serialized_end=751
 # @@protoc_insertion_point(module_scope)

@@ -96,6 +96,9 @@ class ProfiledItem(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROFILE_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    features: _builtins.bytes
+    """What the predictor saw of the prompt, for when the answer's length is known; at most 1 KiB."""
     @_builtins.property
     def profile(self) -> _common_pb2.ResourceProfile:
         """What it will need; unset if the profiler does not know the model (yet)."""
@@ -104,10 +107,11 @@ class ProfiledItem(_message.Message):
         self,
         *,
         profile: _common_pb2.ResourceProfile | None = ...,
+        features: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "profile", b"profile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -32,8 +32,11 @@ class RequestPayload(_message.Message):
     PROMPT_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """A LoRA adapter's name."""
+    features: _builtins.bytes
+    """What the profiler's predictor saw of the prompt; never the text."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt by the model's tokenizer."""
@@ -48,10 +51,11 @@ class RequestPayload(_message.Message):
         prompt_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: _common_pb2.Sampling | None = ...,
         adapter: _builtins.str = ...,
+        features: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "prompt_ids", b"prompt_ids", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "features", b"features", "prompt_ids", b"prompt_ids", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -454,6 +458,7 @@ class CompletionEvent(_message.Message):
     PLAN_EPOCH_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     model: _builtins.str
@@ -476,6 +481,8 @@ class CompletionEvent(_message.Message):
     """Whose it was."""
     replica: _builtins.str
     """The replica that ran it; empty if none did."""
+    features: _builtins.bytes
+    """What the profiler's predictor saw of the prompt."""
     def __init__(
         self,
         *,
@@ -490,10 +497,11 @@ class CompletionEvent(_message.Message):
         plan_epoch: _builtins.int = ...,
         tenant: _builtins.str = ...,
         replica: _builtins.str = ...,
+        features: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "censored", b"censored", "finish_reason", b"finish_reason", "model", b"model", "output_tokens", b"output_tokens", "plan_epoch", b"plan_epoch", "prompt_tokens", b"prompt_tokens", "replica", b"replica", "request_id", b"request_id", "sampling_regime", b"sampling_regime", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "censored", b"censored", "features", b"features", "finish_reason", b"finish_reason", "model", b"model", "output_tokens", b"output_tokens", "plan_epoch", b"plan_epoch", "prompt_tokens", b"prompt_tokens", "replica", b"replica", "request_id", b"request_id", "sampling_regime", b"sampling_regime", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

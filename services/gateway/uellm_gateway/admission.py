@@ -56,12 +56,14 @@ class PreparedRequest:
         prompt_ids: the prompt by the model's tokenizer.
         sampling: with every default filled in.
         profile: what it is expected to need.
+        features: what the profiler saw of the prompt, for it to learn from the answer's length.
     """
 
     model: ServedModel
     prompt_ids: list[int]
     sampling: common_pb2.Sampling
     profile: common_pb2.ResourceProfile
+    features: bytes = b""
 
 
 class Admission:
@@ -112,11 +114,11 @@ class Admission:
             seed=secrets.randbits(63),
         )
         with span("gateway.profile") as current:
-            profile = await self._profiling.profile(
+            profiled = await self._profiling.profile(
                 model, request.adapter, sampling, len(ids), prompt_text(request), traceparent()
             )
-            current.set_attribute("uellm.profile.fallback", profile.fallback)
-        return PreparedRequest(model, ids, sampling, profile)
+            current.set_attribute("uellm.profile.fallback", profiled.profile.fallback)
+        return PreparedRequest(model, ids, sampling, profiled.profile, profiled.features)
 
     def new_request(
         self,
@@ -140,7 +142,10 @@ class Admission:
             tenant=caller.tenant,
             scope=caller.scope,
             payload=queue_pb2.RequestPayload(
-                prompt_ids=prepared.prompt_ids, sampling=sampling, adapter=request.adapter
+                prompt_ids=prepared.prompt_ids,
+                sampling=sampling,
+                adapter=request.adapter,
+                features=prepared.features,
             ),
             entry=queue_pb2.RequestEntry(
                 request_id=request_id,

@@ -69,4 +69,5 @@ def _completion(model: str, record: Record) -> queue_pb2.CompletionEvent:
         plan_epoch=record.promise.plan_epoch if record.promise is not None else 0,
         tenant=record.tenant,
         replica=record.replica,
+        features=record.payload.features,
     )

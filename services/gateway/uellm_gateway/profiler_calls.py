@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import grpc
 
-from uellm.v1 import common_pb2, profiler_pb2
+from uellm.v1 import profiler_pb2
 from uellm.v1.profiler_pb2_grpc import ProfilerServiceStub
 from uellm_gateway.peers import Peers
 
@@ -18,7 +18,7 @@ CONCURRENT_CALLS = 2
 """One on its way while the next is put together."""
 
 _Waiting: TypeAlias = tuple[
-    profiler_pb2.ProfileItem, "asyncio.Future[common_pb2.ResourceProfile | None]"
+    profiler_pb2.ProfileItem, "asyncio.Future[profiler_pb2.ProfiledItem | None]"
 ]
 
 
@@ -36,9 +36,9 @@ class ProfilerCalls:
         self._waiting: list[_Waiting] = []
         self._callers: set[asyncio.Task[None]] = set()
 
-    async def profile(self, item: profiler_pb2.ProfileItem) -> common_pb2.ResourceProfile | None:
+    async def profile(self, item: profiler_pb2.ProfileItem) -> profiler_pb2.ProfiledItem | None:
         """A profiler's answer, or None if there was none in time."""
-        future: asyncio.Future[common_pb2.ResourceProfile | None]
+        future: asyncio.Future[profiler_pb2.ProfiledItem | None]
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if len(self._callers) < CONCURRENT_CALLS:
@@ -64,8 +64,8 @@ class ProfilerCalls:
 
     async def _call(
         self, items: list[profiler_pb2.ProfileItem]
-    ) -> list[common_pb2.ResourceProfile | None]:
-        unanswered: list[common_pb2.ResourceProfile | None] = [None] * len(items)
+    ) -> list[profiler_pb2.ProfiledItem | None]:
+        unanswered: list[profiler_pb2.ProfiledItem | None] = [None] * len(items)
         peer = self._peers.next()
         if peer is None:
             return unanswered
@@ -80,4 +80,4 @@ class ProfilerCalls:
         if len(response.items) != len(items):
             peer.rest()
             return unanswered
-        return [item.profile if item.HasField("profile") else None for item in response.items]
+        return [item if item.HasField("profile") else None for item in response.items]

@@ -4,7 +4,11 @@ from collections.abc import Sequence
 
 from uellm import convert
 from uellm.core.request import LEVELS, QuantileFunction
-from uellm.prediction.interface import PredictionRequest, sampling_regime
+from uellm.prediction.interface import (
+    MOST_FEATURE_BYTES,
+    PredictionRequest,
+    sampling_regime,
+)
 from uellm.prediction.prior import Prior
 from uellm.prediction.resources import build_profile
 from uellm.v1 import common_pb2, profiler_pb2
@@ -39,8 +43,8 @@ class Profiling:
         prompt_tokens: int,
         text: str,
         traceparent: str = "",
-    ) -> common_pb2.ResourceProfile:
-        """What a request will need; never fails.
+    ) -> profiler_pb2.ProfiledItem:
+        """What a request will need, and what was seen of its prompt; never fails.
 
         Args:
             model: the model.
@@ -59,10 +63,10 @@ class Profiling:
             text=text[:MOST_TEXT_CHARACTERS],
             traceparent=traceparent,
         )
-        profile = await self._calls.profile(item)
-        if profile is not None and _is_sound(profile):
-            return profile
-        return self._fallback(model, sampling, prompt_tokens)
+        profiled = await self._calls.profile(item)
+        if profiled is not None and _is_sound(profiled):
+            return profiled
+        return profiler_pb2.ProfiledItem(profile=self._fallback(model, sampling, prompt_tokens))
 
     def _fallback(
         self, model: ServedModel, sampling: common_pb2.Sampling, prompt_tokens: int
@@ -79,9 +83,11 @@ class Profiling:
         return convert.profile_to_proto(profile)
 
 
-def _is_sound(profile: common_pb2.ResourceProfile) -> bool:
+def _is_sound(profiled: profiler_pb2.ProfiledItem) -> bool:
     """Whether a profile keeps what its contract says; everyone behind the gateway relies on it."""
-    quantiles = profile.output_tokens
+    if len(profiled.features) > MOST_FEATURE_BYTES:
+        return False
+    quantiles = profiled.profile.output_tokens
     if len(quantiles.levels) < FEWEST_LEVELS or quantiles.levels[-1] < LEVELS[-1]:
         return False
     return _ascends(quantiles.levels, quantiles.values)

@@ -40,6 +40,7 @@ def facts_of(event: queue_pb2.CompletionEvent) -> CompletionFacts | None:
         prompt_tokens=event.prompt_tokens,
         output_tokens=event.output_tokens,
         censored=event.censored or cancelled,
+        features=event.features,
     )
 
 

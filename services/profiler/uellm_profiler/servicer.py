@@ -56,7 +56,9 @@ class ProfilerServicer(profiler_pb2_grpc.ProfilerServiceServicer):
                 predictor.name,
                 predictor.version,
             )
-        return profiler_pb2.ProfiledItem(profile=profile_to_proto(profile))
+        return profiler_pb2.ProfiledItem(
+            profile=profile_to_proto(profile), features=prediction.features
+        )
 
     async def DescribeModel(
         self,

@@ -211,6 +211,7 @@ class Answer:
             plan_epoch=entry.plan_epoch,
             tenant=record.tenant,
             replica=replica,
+            features=record.payload.features,
         )
         state = "FAILED" if failed else "DONE"
         return Finish(self.request_id, self.generation, state, finished, completion)
