@@ -364,6 +364,29 @@ def test_an_urgent_one_takes_the_slot_of_one_that_has_time() -> None:
     assert step_policy("cslo-odbs", {"knee_factor": 0}).step(dear, NOW).preempt == ()
 
 
+def test_the_urgent_go_beyond_the_knee_before_anybody_is_preempted_for_them() -> None:
+    rich = [decoding(f"rich-{i}", 5, tokens=100, deadline_at=NOW + 100) for i in range(45)]
+    urgent = sequence("urgent", ttft_at=NOW + 0.2, tokens=100)
+    calm = sequence("calm", ttft_at=NOW + 50, tokens=100)
+    view = engine(rich, [urgent, calm], slots=64, kv_tokens_total=100_000)
+    decision = step_policy("cslo-odbs").step(view, NOW)
+    assert (decision.admit, decision.preempt) == (("urgent",), ())
+    knee = step_policy("cslo-odbs", {"urgent_knee_factor": 1})
+    assert len(knee.step(view, NOW).preempt) == 1
+    # Nor are there slots beyond those of the engine.
+    assert len(step_policy("cslo-odbs").step(replace(view, slots=45), NOW).preempt) == 1
+
+
+def test_of_those_that_run_few_have_waited_too_long() -> None:
+    elders = [decoding(f"elder-{i}", 5, deadline_at=NOW - 9, accepted=NOW - 700) for i in range(2)]
+    others = [decoding(f"other-{i}", 5, tokens=100, deadline_at=NOW + 60) for i in range(14)]
+    elder = sequence("elder", deadline_at=NOW - 9, accepted=NOW - 650)
+    fresh = sequence("fresh", ttft_at=NOW + 50)
+    for running, first in ((others + elders[:1], "elder"), (others + elders, "fresh")):
+        view = engine(running, [elder, fresh], slots=64, kv_tokens_total=10_000)
+        assert step_policy("cslo-odbs").step(view, NOW).admit[0] == first
+
+
 def test_one_that_is_lost_gives_way_first_and_out_of_room_too() -> None:
     lost = decoding("lost", 50, tokens=100, deadline_at=NOW - 1)
     rich = decoding("rich", 50, tokens=100, deadline_at=NOW + 500)

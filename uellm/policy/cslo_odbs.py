@@ -39,6 +39,12 @@ class CsloOdbsSettings(CsloSettings):
     kv_share: float = setting(
         0.98, "Share of the KV room that the predicted peak may take.", above=0, most=1
     )
+    urgent_knee_factor: float = setting(
+        2.0,
+        "With the urgent, in knees: beyond one all are slower, but nothing is computed twice. "
+        "0: as many as there are slots.",
+        least=0,
+    )
     urgent_steps: float = setting(
         60.0, "A request is urgent when it has to start within so many steps.", least=0
     )
@@ -73,6 +79,7 @@ class _Standing:
         spare: seconds that each can do without, beyond what computing it anew takes.
         room: for the predicted peak.
         places: free ones.
+        beyond: further ones that the urgent may have.
     """
 
     running: Outlook
@@ -81,6 +88,7 @@ class _Standing:
     spare: Floats
     room: PeakRoom
     places: int
+    beyond: int
 
 
 class CsloOdbsStep:
@@ -119,7 +127,7 @@ class CsloOdbsStep:
             settings.caution,
         )
         urgent = ~waiting.lost & (waiting.latest_start - now < settings.urgent_steps * pace.step)
-        if standing.places <= 0 and not (settings.most_preemptions and urgent.any()):
+        if standing.places <= 0 and not urgent.any():
             return StepDecision(chunk_tokens=chunk, reconsider_at=again)
         order = self._order(waiting, engine, standing, cap, pace, now)
         admit, preempt = self._admit(order, urgent, waiting, standing, pace, now)
@@ -135,6 +143,7 @@ class CsloOdbsStep:
         self, engine: EngineView, running: Outlook, cap: int, pace: Pace, now: float
     ) -> _Standing:
         settings = self._settings
+        most = batch_cap(engine.slots, engine.cost, settings.urgent_knee_factor)
         preemptions = np.array([s.preemptions for s in engine.running])
         spare = running.latest_start - now - 5 * running.prefill
         return _Standing(
@@ -146,6 +155,7 @@ class CsloOdbsStep:
                 settings.kv_share * engine.kv_tokens_total, running.held, running.cautious
             ),
             places=cap - len(engine.running),
+            beyond=max(most - cap, 0),
         )
 
     def _overdue(self, those: Outlook, now: float) -> npt.NDArray[np.bool_]:
@@ -185,18 +195,21 @@ class CsloOdbsStep:
         stays = np.ones(len(near), dtype=bool)
         stays[list(late)] = False
         order = np.concatenate([near[stays], beyond, near[~stays], lost])
-        elder = self._elder(waiting, standing, cap, now)
+        elder = self._elder(waiting, standing, now)
         if elder is not None:
             order = np.concatenate([[elder], order[order != elder]])
         return order
 
-    def _elder(self, waiting: Outlook, standing: _Standing, cap: int, now: float) -> int | None:
-        """Who has waited longest, if that is too long and few such are running."""
+    def _elder(self, waiting: Outlook, standing: _Standing, now: float) -> int | None:
+        """Who has waited longest, if that is too long and few such are running.
+
+        Few beside those that do run: where KV room is short, far fewer may than there are slots.
+        """
         if now - waiting.accepted.min() <= self._settings.max_wait_seconds:
             return None
         oldest = int(np.lexsort((*waiting.arrived[::-1], waiting.accepted))[0])
-        running = int(self._overdue(standing.running, now).sum())
-        return oldest if running < max(1, cap // self._settings.elder_every) else None
+        overdue = int(self._overdue(standing.running, now).sum())
+        return oldest if overdue < max(1, standing.count // self._settings.elder_every) else None
 
     def _turns(
         self, near: Places, waiting: Outlook, engine: EngineView, pace: Pace, now: float
@@ -262,7 +275,8 @@ class CsloOdbsStep:
             held, cautious = float(waiting.held[i]), float(waiting.cautious[i])
             elder = i == order[0] and overdue[i]
             gone: list[int] | None = None
-            if standing.places > 0 and standing.room.fits(held, cautious):
+            places = standing.places + (standing.beyond if urgent[i] else 0)
+            if places > 0 and standing.room.fits(held, cautious):
                 gone = []
             elif urgent[i] and not elder:
                 need = float(waiting.prefill[i] + waiting.median[i] * pace.step)
@@ -299,7 +313,8 @@ class CsloOdbsStep:
         # In time, with as much again to spare, and computed anew at less than what it makes wait.
         worth = (standing.spare > 1.5 * need) & (running.prefill <= need / max(standing.count, 1))
         yields = np.flatnonzero(standing.yields & (running.lost | worth))
-        if standing.places + min(len(yields), _MOST_VICTIMS) <= 0:
+        places = standing.places + standing.beyond
+        if places + min(len(yields), _MOST_VICTIMS) <= 0:
             return None
         lost = running.lost[yields]
         by = np.where(lost, running.held[yields], -running.latest_start[yields])
@@ -307,7 +322,7 @@ class CsloOdbsStep:
         for victim in yields[np.lexsort((by, ~lost))][:_MOST_VICTIMS].tolist():
             gone.append(victim)
             standing.room.remove(float(running.held[victim]), float(running.cautious[victim]))
-            if standing.places + len(gone) > 0 and standing.room.fits(held, cautious):
+            if places + len(gone) > 0 and standing.room.fits(held, cautious):
                 standing.yields[gone] = False
                 standing.count -= len(gone)
                 return gone
