@@ -379,7 +379,7 @@ def test_the_urgent_go_beyond_the_knee_before_anybody_is_preempted_for_them() ->
 
 def test_of_those_that_run_few_have_waited_too_long() -> None:
     elders = [decoding(f"elder-{i}", 5, deadline_at=NOW - 9, accepted=NOW - 700) for i in range(2)]
-    others = [decoding(f"other-{i}", 5, tokens=100, deadline_at=NOW + 60) for i in range(14)]
+    others = [decoding(f"other-{i}", 5, tokens=100, deadline_at=NOW + 60) for i in range(15)]
     elder = sequence("elder", deadline_at=NOW - 9, accepted=NOW - 650)
     fresh = sequence("fresh", ttft_at=NOW + 50)
     for running, first in ((others + elders[:1], "elder"), (others + elders, "fresh")):

@@ -12,8 +12,10 @@ class CsloSettings(Settings):
     slo_weight: float = setting(1.0, "w1, of the seconds until a request is due.", least=0)
     length_weight: float = setting(0.0, "w2, of the seconds that its answer takes.", least=0)
     caution: float = setting(
-        0.5,
-        "For the peak, lengths are taken so far from their median to their 90 % quantile.",
+        0.15,
+        "For the peak, lengths are taken so far from their median to their 90 % quantile. Long "
+        "and short ones make up for each other, and room that stays empty costs more than who "
+        "is preempted now and then.",
         least=0,
         most=1,
     )
