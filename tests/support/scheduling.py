@@ -77,8 +77,8 @@ def scheduler(redis_url: str, name: str = "scheduler-a", **settings: Any) -> Any
     )
 
 
-def profiler(redis_url: str, name: str = "profiler-a") -> Any:
-    """A running profiler."""
+def profiler(redis_url: str, name: str = "profiler-a", **settings: Any) -> Any:
+    """A running profiler; it keeps what it learnt at once."""
     return _running(
         start_profiler,
         ProfilerSettings(
@@ -86,7 +86,7 @@ def profiler(redis_url: str, name: str = "profiler-a") -> Any:
             host="127.0.0.1",
             service_id=name,
             drain_seconds=2.0,
-            poll_seconds=0.05,
+            **{"poll_seconds": 0.05, "keep_seconds": 0.05, **settings},
         ),
     )
 

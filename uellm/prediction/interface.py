@@ -35,6 +35,7 @@ class PredictionRequest:
         max_tokens: cap on the answer; 0: none.
         adapter: a LoRA adapter's name, or "".
         text: the prompt as the user wrote it; may be empty. Never logged.
+        features: what this predictor saw of the prompt before, to be used in place of the text.
     """
 
     model: str
@@ -43,6 +44,7 @@ class PredictionRequest:
     max_tokens: int
     adapter: str = ""
     text: str = ""
+    features: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -260,11 +260,20 @@ def operation_arguments(operation: Start | Append | Finish) -> list[Any]:
             ]
 
 
-def stream_entries(streams: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    """The entries of the one stream asked for, whichever protocol version answered."""
-    if not streams:
-        return []
-    if isinstance(streams, dict):
-        (entries,) = streams.values()
-        return list(entries[0]) if entries and isinstance(entries[0], list) else list(entries)
-    return list(streams[0][1])
+Entries = list[tuple[bytes, dict[bytes, bytes]]]
+"""Of a stream: ids and fields."""
+
+
+def entries_by_stream(streams: Any) -> dict[bytes, Entries]:
+    """The entries of each stream that has any, whichever protocol version answered."""
+    if not isinstance(streams, dict):
+        return {key: list(entries) for key, entries in streams or ()}
+    return {
+        key: list(entries[0]) if entries and isinstance(entries[0], list) else list(entries)
+        for key, entries in streams.items()
+    }
+
+
+def stream_entries(streams: Any) -> Entries:
+    """The same of the one stream asked for."""
+    return next(iter(entries_by_stream(streams).values()), [])

@@ -20,6 +20,7 @@ NAMES = (
     "dispatch",
     "finish",
     "hand_back",
+    "learnt",
     "open_frames",
     "own",
     "promise",

@@ -45,6 +45,16 @@ class ProfilerServiceStub(object):
                 request_serializer=uellm_dot_v1_dot_profiler__pb2.DescribeModelRequest.SerializeToString,
                 response_deserializer=uellm_dot_v1_dot_profiler__pb2.DescribeModelResponse.FromString,
                 _registered_method=True)
+        self.ListVersions = channel.unary_unary(
+                '/uellm.v1.ProfilerService/ListVersions',
+                request_serializer=uellm_dot_v1_dot_profiler__pb2.ListVersionsRequest.SerializeToString,
+                response_deserializer=uellm_dot_v1_dot_profiler__pb2.ListVersionsResponse.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/uellm.v1.ProfilerService/Rollback',
+                request_serializer=uellm_dot_v1_dot_profiler__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=uellm_dot_v1_dot_profiler__pb2.RollbackResponse.FromString,
+                _registered_method=True)
 
 
 class ProfilerServiceServicer(object):
@@ -65,6 +75,20 @@ class ProfilerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListVersions(self, request, context):
+        """The versions of what was learnt that are kept, and which of them serves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Lets an earlier version serve again, as a new one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ProfilerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +101,16 @@ def add_ProfilerServiceServicer_to_server(servicer, server):
                     servicer.DescribeModel,
                     request_deserializer=uellm_dot_v1_dot_profiler__pb2.DescribeModelRequest.FromString,
                     response_serializer=uellm_dot_v1_dot_profiler__pb2.DescribeModelResponse.SerializeToString,
+            ),
+            'ListVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVersions,
+                    request_deserializer=uellm_dot_v1_dot_profiler__pb2.ListVersionsRequest.FromString,
+                    response_serializer=uellm_dot_v1_dot_profiler__pb2.ListVersionsResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=uellm_dot_v1_dot_profiler__pb2.RollbackRequest.FromString,
+                    response_serializer=uellm_dot_v1_dot_profiler__pb2.RollbackResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +168,60 @@ class ProfilerService(object):
             '/uellm.v1.ProfilerService/DescribeModel',
             uellm_dot_v1_dot_profiler__pb2.DescribeModelRequest.SerializeToString,
             uellm_dot_v1_dot_profiler__pb2.DescribeModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/uellm.v1.ProfilerService/ListVersions',
+            uellm_dot_v1_dot_profiler__pb2.ListVersionsRequest.SerializeToString,
+            uellm_dot_v1_dot_profiler__pb2.ListVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/uellm.v1.ProfilerService/Rollback',
+            uellm_dot_v1_dot_profiler__pb2.RollbackRequest.SerializeToString,
+            uellm_dot_v1_dot_profiler__pb2.RollbackResponse.FromString,
             options,
             channel_credentials,
             insecure,

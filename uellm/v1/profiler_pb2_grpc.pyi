@@ -37,6 +37,10 @@ class ProfilerServiceStub:
     """Profiles requests; callers put those together that come at the same time."""
     DescribeModel: _grpc.UnaryUnaryMultiCallable[_profiler_pb2.DescribeModelRequest, _profiler_pb2.DescribeModelResponse]
     """What the profiler has learnt about a model."""
+    ListVersions: _grpc.UnaryUnaryMultiCallable[_profiler_pb2.ListVersionsRequest, _profiler_pb2.ListVersionsResponse]
+    """The versions of what was learnt that are kept, and which of them serves."""
+    Rollback: _grpc.UnaryUnaryMultiCallable[_profiler_pb2.RollbackRequest, _profiler_pb2.RollbackResponse]
+    """Lets an earlier version serve again, as a new one."""
 
 @_typing.type_check_only
 class ProfilerServiceAsyncStub(ProfilerServiceStub):
@@ -47,6 +51,10 @@ class ProfilerServiceAsyncStub(ProfilerServiceStub):
     """Profiles requests; callers put those together that come at the same time."""
     DescribeModel: _aio.UnaryUnaryMultiCallable[_profiler_pb2.DescribeModelRequest, _profiler_pb2.DescribeModelResponse]  # type: ignore[assignment]
     """What the profiler has learnt about a model."""
+    ListVersions: _aio.UnaryUnaryMultiCallable[_profiler_pb2.ListVersionsRequest, _profiler_pb2.ListVersionsResponse]  # type: ignore[assignment]
+    """The versions of what was learnt that are kept, and which of them serves."""
+    Rollback: _aio.UnaryUnaryMultiCallable[_profiler_pb2.RollbackRequest, _profiler_pb2.RollbackResponse]  # type: ignore[assignment]
+    """Lets an earlier version serve again, as a new one."""
 
 class ProfilerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Predicts what a request will need."""
@@ -66,5 +74,21 @@ class ProfilerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_profiler_pb2.DescribeModelResponse, _abc.Awaitable[_profiler_pb2.DescribeModelResponse]]:
         """What the profiler has learnt about a model."""
+
+    @_abc_1.abstractmethod
+    def ListVersions(
+        self,
+        request: _profiler_pb2.ListVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_profiler_pb2.ListVersionsResponse, _abc.Awaitable[_profiler_pb2.ListVersionsResponse]]:
+        """The versions of what was learnt that are kept, and which of them serves."""
+
+    @_abc_1.abstractmethod
+    def Rollback(
+        self,
+        request: _profiler_pb2.RollbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_profiler_pb2.RollbackResponse, _abc.Awaitable[_profiler_pb2.RollbackResponse]]:
+        """Lets an earlier version serve again, as a new one."""
 
 def add_ProfilerServiceServicer_to_server(servicer: ProfilerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

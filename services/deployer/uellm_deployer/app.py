@@ -6,14 +6,16 @@ from collections.abc import Callable
 
 import grpc
 
+from uellm.leadership import Leadership
 from uellm.service import Context, serve
 from uellm.streams.connection import UNREACHABLE
 from uellm.v1 import deployer_pb2_grpc
 from uellm_deployer.deployer import Deployer
 from uellm_deployer.forwarding import Forwarding
-from uellm_deployer.leadership import Leadership
 from uellm_deployer.servicer import DeployerServicer
 from uellm_deployer.settings import DeployerSettings
+
+LEASE_PREFIX = "uellm:deployer:"
 
 
 class DeployerApplication:
@@ -23,7 +25,7 @@ class DeployerApplication:
 
     def __init__(self, settings: DeployerSettings, context: Context) -> None:
         self._context = context
-        self._leadership = Leadership(context)
+        self._leadership = Leadership(context, LEASE_PREFIX)
         self._deployer = Deployer(settings, context, self._leadership)
         self._forwarding = Forwarding(self._leadership, self._deployer)
 

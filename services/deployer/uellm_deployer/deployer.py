@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from uellm.core.errors import AbortedError, ModelFilesError, NotFoundError
+from uellm.leadership import Leadership
 from uellm.logs import logger
 from uellm.models import files
 from uellm.models.adapters import ADAPTER
@@ -18,7 +19,6 @@ from uellm_deployer.budgets import devices_for
 from uellm_deployer.catalog import adapters_by_model, checked, parse_model, resolve
 from uellm_deployer.deployment import Deployment
 from uellm_deployer.forming import Former
-from uellm_deployer.leadership import Leadership
 from uellm_deployer.links import Links
 from uellm_deployer.replica import Replica
 from uellm_deployer.settings import DeployerSettings

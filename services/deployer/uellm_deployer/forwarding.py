@@ -8,10 +8,10 @@ from typing import Any
 import grpc
 
 from uellm.core.errors import UnavailableError
+from uellm.leadership import LEASE_SECONDS, Leadership
 from uellm.rpc import CALL_SECONDS, channel, error_from
 from uellm.v1 import deployer_pb2_grpc
 from uellm_deployer.deployer import Deployer
-from uellm_deployer.leadership import LEASE_SECONDS, Leadership
 
 FORWARDED = "uellm-forwarded"
 """Metadata of a call that was passed on once; it is not passed on again."""

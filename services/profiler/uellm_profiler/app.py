@@ -1,15 +1,22 @@
 """The profiler as the runner sees it."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
+from functools import partial
 
 import grpc
 
+from uellm.prediction.registry import predictor
 from uellm.service import Context, serve
+from uellm.streams.connection import UNREACHABLE
 from uellm.v1 import profiler_pb2_grpc
-from uellm_profiler.learning import Learning
+from uellm_profiler.learning import Learner, Reader
+from uellm_profiler.models import Models
 from uellm_profiler.servicer import ProfilerServicer
+from uellm_profiler.serving import Serving
 from uellm_profiler.settings import ProfilerSettings
+from uellm_profiler.store import Store
 
 
 class ProfilerApplication:
@@ -18,22 +25,37 @@ class ProfilerApplication:
     service_names: tuple[str, ...] = ("uellm.v1.ProfilerService",)
 
     def __init__(self, settings: ProfilerSettings, context: Context) -> None:
-        self._learning = Learning(context, settings.poll_seconds)
+        make = partial(predictor, settings.predictor)
+        self._context = context
+        self._store = Store(context.redis)
+        self._models = Models(context, settings.poll_seconds)
+        self._serving = Serving(make())
+        self._reader = Reader(self._store, self._serving, make, settings.poll_seconds)
+        self._learner = Learner(context, settings, self._store, self._models, make)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add the servicer."""
-        servicer = ProfilerServicer(self._learning)
+        servicer = ProfilerServicer(self._models, self._serving, self._store)
         profiler_pb2_grpc.add_ProfilerServiceServicer_to_server(servicer, server)
 
     async def start(self) -> None:
-        """Begin to learn."""
-        await self._learning.start()
+        """Follow the deployments and what is learnt; stand for learner."""
+        context = self._context
+        context.spawn(context.repeat(self._models.poll, "deployments"), "deployments")
+        context.spawn(context.repeat(self._reader.poll, "reader"), "reader")
+        renew = context.repeat(self._learner.leadership.renew, "leadership")
+        self._renewing = context.spawn(renew, "leadership")
+        context.spawn(context.repeat(self._learner.turn, "learner"), "learner")
 
     async def drain(self) -> None:
-        """Calls in progress are awaited by the runner; there is nothing else to finish."""
+        """Let another profiler learn; calls in progress are awaited by the runner."""
+        self._renewing.cancel()
+        with contextlib.suppress(*UNREACHABLE):
+            await self._learner.leadership.release()
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Predict no more."""
+        self._serving.close()
 
 
 async def start(

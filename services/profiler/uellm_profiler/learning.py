@@ -1,24 +1,31 @@
-"""What a profiler knows: the deployments, and what their completions taught.
+"""One profiler learns from what finished, and keeps what it learnt for all; the others read it.
 
-Completions are read by plain XREAD from the start of the trimmed stream, without a group: every
-profiler, whenever it starts, reads the same entries in the same order and so learns the same.
+What serves is a copy, put in its place whole: nothing learns while it predicts.
 """
 
 import asyncio
-from functools import partial
+import time
+from collections.abc import Callable
+from dataclasses import replace
 
 from uellm import logs
-from uellm.convert import model_from_proto
-from uellm.core.errors import NotFoundError
-from uellm.core.model import ModelProfile
-from uellm.prediction.interface import GREEDY, CompletionFacts
-from uellm.prediction.prior import Prior
+from uellm.convert import timestamp
+from uellm.core.errors import AbortedError, InvalidArgumentError
+from uellm.leadership import Leadership
+from uellm.prediction.contest import Contest, Verdict
+from uellm.prediction.interface import GREEDY, CompletionFacts, Predictor, Refit, State
 from uellm.service import Context
-from uellm.streams.connection import BLOCK_MS
-from uellm.streams.scheduler_queue import SchedulerQueue
-from uellm.v1 import common_pb2, queue_pb2
+from uellm.v1 import common_pb2, profiler_pb2, queue_pb2
+from uellm_profiler.models import Models
+from uellm_profiler.serving import Serving
+from uellm_profiler.settings import ProfilerSettings
+from uellm_profiler.store import PREFIX, Learnt, Store, kind_of
 
-READ_COUNT = 500
+READ_COUNT = 256
+BLOCK_MS = 200
+KEEPING_SHARE = 0.1
+"""Share of its time that a learner spends on keeping what it learnt, at most."""
+STANDING_BY_SECONDS = 0.2
 _TEACHES = {
     common_pb2.FINISH_REASON_STOP,
     common_pb2.FINISH_REASON_LENGTH,
@@ -44,65 +51,201 @@ def facts_of(event: queue_pb2.CompletionEvent) -> CompletionFacts | None:
     )
 
 
-class Learning:
-    """Follows the deployments and their completions.
+class Reader:
+    """Puts what was learnt last in its place, as soon as it is kept."""
 
-    Attributes:
-        predictor: what has been learnt.
-    """
-
-    def __init__(self, context: Context, poll_seconds: float) -> None:
-        self.predictor = Prior()
-        self._context = context
+    def __init__(
+        self, store: Store, serving: Serving, make: Callable[[], Predictor], poll_seconds: float
+    ) -> None:
+        self._store = store
+        self._serving = serving
+        self._make = make
         self._poll_seconds = poll_seconds
-        self._models: dict[str, ModelProfile] = {}
-        self._readers: dict[str, asyncio.Task[None]] = {}
-        self._places: dict[str, str] = {}
+        self._revision = 0
 
-    async def start(self) -> None:
-        """Follow what is deployed, from now on."""
-        self._context.spawn(self._context.repeat(self._poll, "deployments"), "deployments")
-
-    async def model(self, name: str) -> ModelProfile:
-        """What a deployed model needs.
-
-        Raises:
-            NotFoundError: if it is not deployed.
-        """
-        if name not in self._models:
-            await self._follow()
-        try:
-            return self._models[name]
-        except KeyError:
-            served = ", ".join(sorted(self._models)) or "none"
-            raise NotFoundError(
-                f"model: {name!r} is not deployed; deployed: {served}",
-                field="model",
-                reason="MODEL_NOT_FOUND",
-            ) from None
-
-    async def _poll(self) -> None:
-        await self._follow()
+    async def poll(self) -> None:
+        """Look, then wait a while."""
+        if await self._store.revision() != self._revision:
+            await self._read()
         await asyncio.sleep(self._poll_seconds)
 
-    async def _follow(self) -> None:
-        deployments = await self._context.registry.deployments()
-        self._models = {name: model_from_proto(d.profile) for name, d in deployments.items()}
-        for name in self._readers.keys() - self._models.keys():
-            self._readers.pop(name).cancel()
-        for name in self._models.keys() - self._readers.keys():
-            read = partial(self._read, SchedulerQueue(self._context.redis, name))
-            self._readers[name] = self._context.spawn(
-                self._context.repeat(read, f"completions of {name}"), f"completions of {name}"
-            )
+    async def _read(self) -> None:
+        try:
+            learnt = await self._store.learnt()
+            if learnt is None:
+                return
+            self._revision = learnt.revision
+            predictor = self._make()
+            # What another kind learnt is of no use here; its learner will be followed by one of
+            # this kind, or this profiler be replaced.
+            if learnt.kind == kind_of(predictor):
+                await asyncio.to_thread(predictor.load, learnt.state)
+                self._serving.put(predictor, learnt.number)
+        except InvalidArgumentError as error:
+            _log.warning("what was learnt cannot be read; going on as before", error=error.message)
 
-    async def _read(self, queue: SchedulerQueue) -> None:
-        after = self._places.get(queue.model, "0")
-        place, events = await queue.read_completions(after, READ_COUNT, BLOCK_MS)
-        for event in events:
-            facts = facts_of(event)
-            if facts is not None:
-                self.predictor.observe(facts)
-        self._places[queue.model] = place
-        if events and len(events) < READ_COUNT and after == "0":
-            _log.info("learnt from what finished before", model=queue.model, count=len(events))
+
+class Learner:
+    """Learns, while it holds the lease.
+
+    Args:
+        context: the service's.
+        settings: the service's.
+        store: where it is kept.
+        models: whose completions to read.
+        make: a predictor that has learnt nothing.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        settings: ProfilerSettings,
+        store: Store,
+        models: Models,
+        make: Callable[[], Predictor],
+    ) -> None:
+        self.leadership = Leadership(context, PREFIX)
+        self._clock = context.clock
+        self._settings = settings
+        self._store = store
+        self._models = models
+        self._make = make
+        self._term = 0
+        self._contest = self._new_contest()
+        self._kept = Learnt(kind_of(self._contest.champion), 0, 0, {}, {})
+        self._places: dict[str, str] = {}
+        self._fitting: asyncio.Task[State] | None = None
+        self._keep_at = 0.0
+        self._changed = False
+
+    async def turn(self) -> None:
+        """Learn from what finished, or stand by."""
+        leadership = self.leadership
+        if not leadership.held:
+            await asyncio.sleep(STANDING_BY_SECONDS)
+            return
+        try:
+            if leadership.term != self._term:
+                await self._take_up()
+                self._term = leadership.term
+            await self._obey()
+            await self._learn()
+            await self._fit()
+            if self._changed and time.monotonic() >= self._keep_at:
+                await self._keep()
+        except AbortedError:
+            # Another took over; what it has not read it reads again.
+            self._term = 0
+
+    def _new_contest(self) -> Contest:
+        return Contest(self._make, outcomes=self._settings.challenge_outcomes)
+
+    async def _take_up(self) -> None:
+        """Go on where the learner before this one was."""
+        self._contest, self._fitting = self._new_contest(), None
+        kind = kind_of(self._contest.champion)
+        try:
+            learnt = await self._store.learnt()
+            if learnt is not None and learnt.kind == kind:
+                await asyncio.to_thread(self._contest.serve, learnt.state)
+                self._kept, self._places = learnt, dict(learnt.places)
+                _log.info("learning on", version=learnt.number)
+                return
+        except InvalidArgumentError as error:
+            _log.warning("what was learnt cannot be read; learning anew", error=error.message)
+            learnt = None
+        # Completions are kept for a while: what another predictor learnt from teaches this one.
+        number, revision = (learnt.number, learnt.revision) if learnt else (0, 0)
+        self._places = {}
+        self._kept = Learnt(kind, number, revision, self._contest.champion.state(), {})
+        await self._begin_version(f"{kind} learns from the beginning")
+
+    async def _obey(self) -> None:
+        """Let an earlier version serve, if someone asked for it."""
+        number = await self._store.wanted()
+        if not number:
+            return
+        try:
+            state = await self._store.state(number)
+            if state is None:
+                raise InvalidArgumentError(f"version {number} is not kept", field="number")
+            await asyncio.to_thread(self._contest.serve, state)
+        except InvalidArgumentError as error:
+            _log.warning("keeping the version", wanted=number, error=error.message)
+            return
+        self._fitting = None
+        await self._begin_version(f"rolled back to version {number}")
+
+    async def _learn(self) -> None:
+        models = self._models.profiles
+        if not models:
+            await asyncio.sleep(STANDING_BY_SECONDS)
+            return
+        found = await self._store.completions(self._places, models, READ_COUNT, BLOCK_MS)
+        if not found:
+            return
+        facts = [one for _, _, event in found if (one := facts_of(event)) is not None]
+        verdict = await asyncio.to_thread(self._contest.observe, facts)
+        self._places.update({model: place for model, place, _ in found})
+        self._changed = True
+        if verdict is not None:
+            await self._judged(verdict)
+
+    async def _judged(self, verdict: Verdict) -> None:
+        losses = f"{verdict.challenger_loss:.4f} against {verdict.champion_loss:.4f}"
+        if not verdict.promoted:
+            _log.info("a new fit was no better", loss=losses, outcomes=verdict.outcomes)
+            return
+        await self._begin_version(
+            f"predicted {verdict.outcomes} answers better than the one before", verdict
+        )
+
+    async def _fit(self) -> None:
+        """Begin a fit that is due; have one that is made judged."""
+        if self._fitting is None:
+            refit = self._contest.due()
+            if refit is not None:
+                self._fitting = asyncio.create_task(_fitted(refit), name="fitting")
+        elif self._fitting.done():
+            fitting, self._fitting = self._fitting, None
+            await asyncio.to_thread(self._contest.challenge, fitting.result())
+
+    async def _begin_version(self, reason: str, verdict: Verdict | None = None) -> None:
+        """Keep what serves from now on as a version of its own."""
+        before = self._kept if self._kept.number else None
+        number = self._kept.number + 1
+        champion = self._contest.champion
+        version = profiler_pb2.PredictorVersion(
+            number=number,
+            predictor=champion.name,
+            predictor_version=champion.version,
+            served_at=timestamp(self._clock.now()),
+            reason=reason,
+            outcomes=verdict.outcomes if verdict else 0,
+            loss=verdict.challenger_loss if verdict else 0.0,
+            loss_before=verdict.champion_loss if verdict else 0.0,
+        )
+        self._kept = replace(self._kept, number=number)
+        await self._keep(version, before)
+        _log.info("another version serves", version=number, reason=reason)
+
+    async def _keep(
+        self, version: profiler_pb2.PredictorVersion | None = None, before: Learnt | None = None
+    ) -> None:
+        began = time.monotonic()
+        champion = self._contest.champion
+        learnt = Learnt(
+            kind_of(champion),
+            self._kept.number,
+            self._kept.revision + 1,
+            champion.state(),
+            dict(self._places),
+        )
+        await self._store.keep(self.leadership.token, learnt, version, before)
+        self._kept, self._changed = learnt, False
+        taken = time.monotonic() - began
+        self._keep_at = began + max(self._settings.keep_seconds, taken / KEEPING_SHARE)
+
+
+async def _fitted(refit: Refit) -> State:
+    return await asyncio.to_thread(refit)

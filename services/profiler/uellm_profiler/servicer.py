@@ -1,5 +1,6 @@
 """ProfilerService: between its messages and what has been learnt."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,11 +8,14 @@ import grpc
 
 from uellm.convert import profile_to_proto, quantiles_to_proto
 from uellm.core.errors import InvalidArgumentError, NotFoundError
-from uellm.prediction.interface import GREEDY, PredictionRequest
+from uellm.core.model import ModelProfile
+from uellm.prediction.interface import GREEDY, Prediction, PredictionRequest
 from uellm.prediction.resources import build_profile
 from uellm.telemetry import span
 from uellm.v1 import profiler_pb2, profiler_pb2_grpc
-from uellm_profiler.learning import Learning
+from uellm_profiler.models import Models
+from uellm_profiler.serving import Serving
+from uellm_profiler.store import Store
 
 MOST_ITEMS = 256
 
@@ -19,8 +23,10 @@ MOST_ITEMS = 256
 class ProfilerServicer(profiler_pb2_grpc.ProfilerServiceServicer):
     """See protos/uellm/v1/profiler.proto."""
 
-    def __init__(self, learning: Learning) -> None:
-        self._learning = learning
+    def __init__(self, models: Models, serving: Serving, store: Store) -> None:
+        self._models = models
+        self._serving = serving
+        self._store = store
 
     async def Profile(
         self,
@@ -30,32 +36,36 @@ class ProfilerServicer(profiler_pb2_grpc.ProfilerServiceServicer):
         """Predict what requests will need."""
         del context
         check_items(request.items)
-        return profiler_pb2.ProfileResponse(items=[await self._profile(i) for i in request.items])
+        models = [await self._model(item.model) for item in request.items]
+        known = [item for item, model in zip(request.items, models, strict=True) if model]
+        with contextlib.ExitStack() as spans:
+            for item in known:
+                spans.enter_context(span("profiler.profile", parent=item.traceparent))
+            found = iter(await self._serving.predict([_asked(item) for item in known]))
+        return profiler_pb2.ProfileResponse(
+            items=[
+                self._profiled(item, model, next(found)) if model else profiler_pb2.ProfiledItem()
+                for item, model in zip(request.items, models, strict=True)
+            ]
+        )
 
-    async def _profile(self, item: profiler_pb2.ProfileItem) -> profiler_pb2.ProfiledItem:
+    async def _model(self, name: str) -> ModelProfile | None:
         try:
-            model = await self._learning.model(item.model)
+            return await self._models.get(name)
         except NotFoundError:
-            return profiler_pb2.ProfiledItem()
-        predictor = self._learning.predictor
-        with span("profiler.profile", parent=item.traceparent):
-            request = PredictionRequest(
-                model=item.model,
-                adapter=item.adapter,
-                regime=item.sampling_regime or GREEDY,
-                prompt_tokens=item.prompt_tokens,
-                max_tokens=item.max_tokens,
-                text=item.text,
-            )
-            [prediction] = predictor.predict_batch([request])
-            profile = build_profile(
-                model,
-                item.prompt_tokens,
-                prediction.lengths,
-                item.max_tokens,
-                predictor.name,
-                predictor.version,
-            )
+            return None
+
+    def _profiled(
+        self, item: profiler_pb2.ProfileItem, model: ModelProfile, prediction: Prediction
+    ) -> profiler_pb2.ProfiledItem:
+        profile = build_profile(
+            model,
+            item.prompt_tokens,
+            prediction.lengths,
+            item.max_tokens,
+            self._serving.predictor.name,
+            self._serving.version,
+        )
         return profiler_pb2.ProfiledItem(
             profile=profile_to_proto(profile), features=prediction.features
         )
@@ -67,14 +77,52 @@ class ProfilerServicer(profiler_pb2_grpc.ProfilerServiceServicer):
     ) -> profiler_pb2.DescribeModelResponse:
         """Say what has been learnt about a model."""
         del context
-        await self._learning.model(request.model)
-        predictor = self._learning.predictor
+        await self._models.get(request.model)
+        predictor = self._serving.predictor
         return profiler_pb2.DescribeModelResponse(
             observations=predictor.observations(request.model),
             output_tokens=quantiles_to_proto(predictor.describe(request.model)),
             predictor=predictor.name,
-            predictor_version=predictor.version,
+            predictor_version=self._serving.version,
         )
+
+    async def ListVersions(
+        self,
+        request: profiler_pb2.ListVersionsRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> profiler_pb2.ListVersionsResponse:
+        """Say which versions are kept."""
+        del request, context
+        return profiler_pb2.ListVersionsResponse(versions=await self._store.versions())
+
+    async def Rollback(
+        self,
+        request: profiler_pb2.RollbackRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> profiler_pb2.RollbackResponse:
+        """Have the learner let an earlier version serve."""
+        del context
+        versions = await self._store.versions()
+        earlier = [version.number for version in versions[:-1]]
+        if request.number not in earlier:
+            kept = ", ".join(map(str, earlier)) or "none"
+            raise InvalidArgumentError(
+                f"number: {request.number} is no earlier version that is kept; these are: {kept}",
+                field="number",
+            )
+        await self._store.want(request.number)
+        return profiler_pb2.RollbackResponse()
+
+
+def _asked(item: profiler_pb2.ProfileItem) -> PredictionRequest:
+    return PredictionRequest(
+        model=item.model,
+        adapter=item.adapter,
+        regime=item.sampling_regime or GREEDY,
+        prompt_tokens=item.prompt_tokens,
+        max_tokens=item.max_tokens,
+        text=item.text,
+    )
 
 
 def check_items(items: Sequence[profiler_pb2.ProfileItem]) -> None:

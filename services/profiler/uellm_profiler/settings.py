@@ -13,5 +13,23 @@ class ProfilerSettings(ServiceSettings):
     role: ClassVar[str] = "profiler"
 
     poll_seconds: float = Field(
-        1.0, gt=0, description="How often a profiler looks for new and withdrawn deployments."
+        1.0,
+        gt=0,
+        description="How often a profiler looks for new and withdrawn deployments, and for what "
+        "was learnt.",
+    )
+    predictor: str = Field(
+        "prior",
+        description="What predicts: prior (running quantiles), or one that an installed package "
+        "offers.",
+    )
+    keep_seconds: float = Field(
+        2.0,
+        gt=0,
+        description="How often the learner keeps what it learnt for the others, at most.",
+    )
+    challenge_outcomes: int = Field(
+        200,
+        ge=1,
+        description="What was fitted anew serves once it has predicted so many answers better.",
     )

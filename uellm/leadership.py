@@ -1,4 +1,4 @@
-"""Which deployer acts: one at a time, by a lease with a fencing token."""
+"""Which service of a role acts: one at a time, by a lease with a fencing token."""
 
 import asyncio
 import time
@@ -8,24 +8,27 @@ from uellm.service import Context
 from uellm.streams.scripts import Scripts
 
 _log = logger("leadership")
-PREFIX = "uellm:deployer:"
 LEASE_SECONDS = 3.0
 RENEW_SECONDS = 0.75
 
 
 class Leadership:
-    """The lease of the deployer that acts.
+    """The lease of the one that acts.
+
+    Args:
+        context: the service's.
+        prefix: of the keys in Redis that the lease is for.
 
     Attributes:
         token: of the lease; 0 while another holds it.
-        term: rises every time that this deployer begins to act, or does so again after its lease
+        term: rises every time that this service begins to act, or does so again after its lease
             ran out. Within a term nobody else can have acted, even if Redis lost its data.
         leader: address of the holder, or "".
         changed: set when any of it changes; the listener clears it.
     """
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
+    def __init__(self, context: Context, prefix: str) -> None:
+        self._prefix = prefix
         self._scripts = Scripts(context.redis)
         self._me = f"{context.identity}@{context.address}"
         self._held_until = float("-inf")
@@ -36,7 +39,7 @@ class Leadership:
 
     @property
     def held(self) -> bool:
-        """Whether this deployer may act now.
+        """Whether this service may act now.
 
         Judged by this process's own clock from before the lease was asked for, so that it ends
         here before it ends in Redis.
@@ -46,7 +49,8 @@ class Leadership:
     async def renew(self) -> None:
         """Take or renew the lease, then wait a while."""
         before = time.monotonic()
-        token, holder = await self._scripts("own", PREFIX, self._me, round(LEASE_SECONDS * 1000))
+        lease_ms = round(LEASE_SECONDS * 1000)
+        token, holder = await self._scripts("own", self._prefix, self._me, lease_ms)
         token, leader = int(token), holder.decode().rpartition("@")[2]
         resumed = bool(token) and not self.held
         self.term += resumed
@@ -62,4 +66,4 @@ class Leadership:
     async def release(self) -> None:
         """Let go of the lease, for another to take at once."""
         self.token, self._held_until = 0, float("-inf")
-        await self._scripts("own", PREFIX, self._me, 0)
+        await self._scripts("own", self._prefix, self._me, 0)

@@ -1,0 +1,198 @@
+"""One profiler learns for all: by a lease, in versions, over restarts."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.metadata import EntryPoint, EntryPoints
+from typing import Any
+
+import grpc
+import pytest
+from uellm_profiler.serving import MOST_WAITING, Serving
+
+from tests.contract.test_profiler import learnt, profile_request, stub_of, teach
+from tests.support.predictors import DUE, UNFITTED, Guess
+from tests.support.scheduling import MODEL, Mesh, profiler
+from tests.support.waiting import eventually
+from uellm.core.errors import InvalidArgumentError, ResourceExhaustedError
+from uellm.core.request import LEVELS
+from uellm.prediction import registry
+from uellm.prediction.interface import GREEDY, PredictionRequest
+from uellm.prediction.prior import Prior
+from uellm.rpc import error_from
+from uellm.v1 import profiler_pb2
+
+CHALLENGE = 10
+
+
+@pytest.fixture
+async def mesh(redis: Any) -> Mesh:
+    mesh = Mesh(redis)
+    await mesh.deploy("r0", slots=100)
+    return mesh
+
+
+@pytest.fixture
+def guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The predictor of the tests, as a package would offer it."""
+    points = EntryPoints([EntryPoint("guess", "tests.support.predictors:Guess", registry.GROUP)])
+    monkeypatch.setattr(registry, "entry_points", points.select)
+
+
+@asynccontextmanager
+async def guessing(redis_url: str, name: str = "a") -> AsyncIterator[Any]:
+    options = {"predictor": "guess", "challenge_outcomes": CHALLENGE}
+    async with profiler(redis_url, name, **options) as service, stub_of(service) as stub:
+        yield stub
+
+
+async def median(stub: Any, **fields: Any) -> float:
+    answer = await stub.Profile(profile_request(max_tokens=100_000, **fields), timeout=5)
+    return float(answer.items[0].profile.output_tokens.values[LEVELS.index(0.5)])
+
+
+async def versions(stub: Any) -> list[profiler_pb2.PredictorVersion]:
+    response = await stub.ListVersions(profiler_pb2.ListVersionsRequest(), timeout=5)
+    return list(response.versions)
+
+
+async def fitted(mesh: Mesh, stub: Any, length: int) -> None:
+    """Teach until a version that expects ``length`` serves."""
+    number = (await versions(stub))[-1].number
+
+    async def served() -> bool:
+        await teach(mesh, 5, output_tokens=length)
+        return (await versions(stub))[-1].number > number
+
+    await eventually(served, 20)
+    await eventually(lambda: _expects(stub, length))
+
+
+async def _expects(stub: Any, length: int) -> bool:
+    return await median(stub) == length
+
+
+async def test_when_the_learner_dies_another_learns_on_from_what_was_kept(
+    mesh: Mesh, redis_url: str
+) -> None:
+    async with profiler(redis_url, "a") as first, stub_of(first) as one:
+        await teach(mesh, 30, output_tokens=40)
+        before = await learnt(one, 30)
+        await first.kill()
+    # What was learnt from is gone, as after a long time.
+    await mesh.redis.delete(mesh.gateway.keys.completions)
+    async with profiler(redis_url, "b") as second, stub_of(second) as other:
+        assert await learnt(other, 30) == before
+        await teach(mesh, 30, output_tokens=80)
+        # The lease of the dead has to run out first.
+        await learnt(other, 60)
+        [version] = await versions(other)
+    assert version.reason == "prior/2 learns from the beginning"
+
+
+async def test_a_better_fit_becomes_a_version_and_can_be_rolled_back(
+    mesh: Mesh, redis_url: str, guess: None
+) -> None:
+    async with guessing(redis_url) as stub:
+        await eventually(lambda: versions(stub))
+        assert await median(stub) == UNFITTED
+        await fitted(mesh, stub, 50)
+        first, second = await versions(stub)
+        assert (first.number, second.number) == (1, 2)
+        assert second.outcomes >= CHALLENGE
+        assert second.loss < second.loss_before
+        answer = await stub.Profile(profile_request(), timeout=5)
+        assert answer.items[0].profile.predictor_version == "1.2"
+        await stub.Rollback(profiler_pb2.RollbackRequest(number=1), timeout=5)
+        await eventually(lambda: _expects(stub, int(UNFITTED)))
+        latest = (await versions(stub))[-1]
+        assert (latest.number, latest.reason) == (3, "rolled back to version 1")
+
+
+async def test_versions_outlive_profilers(mesh: Mesh, redis_url: str, guess: None) -> None:
+    async with guessing(redis_url) as stub:
+        await eventually(lambda: versions(stub))
+        await fitted(mesh, stub, 50)
+        kept = await versions(stub)
+    async with guessing(redis_url, "b") as stub:
+        await eventually(lambda: _expects(stub, 50))
+        assert await versions(stub) == kept
+
+
+async def test_only_so_many_versions_are_kept(mesh: Mesh, redis_url: str, guess: None) -> None:
+    async with guessing(redis_url) as stub:
+        await eventually(lambda: versions(stub))
+        await fitted(mesh, stub, 50)
+        for latest in range(3, 12):
+            earlier = profiler_pb2.RollbackRequest(number=latest - 2)
+            await stub.Rollback(earlier, timeout=5)
+            await eventually(partial(_serves, stub, latest))
+        kept = await versions(stub)
+    assert [version.number for version in kept] == list(range(4, 12))
+    assert await mesh.redis.hlen("uellm:{:profilers}:states") == 7
+
+
+async def _serves(stub: Any, number: int) -> bool:
+    return (await versions(stub))[-1].number == number
+
+
+@pytest.mark.parametrize("number", [0, 1, 99])
+async def test_no_version_but_an_earlier_one_is_rolled_back_to(
+    mesh: Mesh, redis_url: str, number: int
+) -> None:
+    async with profiler(redis_url) as service, stub_of(service) as stub:
+        await eventually(lambda: versions(stub))
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await stub.Rollback(profiler_pb2.RollbackRequest(number=number), timeout=5)
+        found = error_from(raised.value)
+        assert isinstance(found, InvalidArgumentError)
+        assert "these are: none" in found.message
+
+
+async def test_another_predictor_learns_from_what_is_still_there(
+    mesh: Mesh, redis_url: str, guess: None
+) -> None:
+    async with profiler(redis_url) as service, stub_of(service) as stub:
+        await teach(mesh, DUE, output_tokens=50)
+        await learnt(stub, DUE)
+    async with guessing(redis_url) as stub:
+        await learnt(stub, DUE)
+        assert [version.predictor for version in await versions(stub)] == ["prior", "guess"]
+
+
+async def test_what_was_seen_of_a_prompt_comes_back_and_is_remembered(
+    mesh: Mesh, redis_url: str, guess: None
+) -> None:
+    async with guessing(redis_url) as stub:
+        answer = await stub.Profile(profile_request(text="four"), timeout=5)
+        again = await stub.Profile(profile_request(text="four"), timeout=5)
+    assert answer.items[0].features == again.items[0].features == b"4 characters"
+
+
+async def test_a_prompt_that_comes_again_is_not_read_again() -> None:
+    predictor = Guess()
+    serving = Serving(predictor)
+    request = PredictionRequest(MODEL, GREEDY, 3, 100, text="four")
+    try:
+        first = await serving.predict([request])
+        second = await serving.predict([request])
+    finally:
+        serving.close()
+    assert first == second
+    assert [(asked.text, asked.features) for asked in predictor.seen] == [
+        ("four", b""),
+        ("", b"4 characters"),
+    ]
+
+
+async def test_calls_beyond_the_limit_are_refused_and_the_others_answered() -> None:
+    serving = Serving(Prior())
+    requests = [PredictionRequest(MODEL, GREEDY, 3, 100)] * (MOST_WAITING // 4)
+    try:
+        with pytest.raises(ResourceExhaustedError, match="start more profilers"):
+            await serving.predict([*requests * 4, requests[0]])
+        answers = await asyncio.gather(*(serving.predict(requests) for _ in range(4)))
+    finally:
+        serving.close()
+    assert [len(answer) for answer in answers] == [len(requests)] * 4

@@ -1,0 +1,88 @@
+"""A predictor whose fits are as good or bad as a test likes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from uellm.core.errors import InvalidArgumentError
+from uellm.core.request import LEVELS, QuantileFunction
+from uellm.prediction.interface import (
+    CompletionFacts,
+    Prediction,
+    PredictionRequest,
+    Refit,
+    State,
+)
+
+DUE = 20
+"""A fit is due after so many observations."""
+UNFITTED = 1000.0
+
+
+class Guess:
+    """Expects every answer to be about as long as its last fit says; never learns otherwise.
+
+    Args:
+        settings: none are known.
+        fit: what a fit makes of the lengths that were observed; by default their median.
+    """
+
+    name = "guess"
+    version = "1"
+    needs_text: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any] | None = None,
+        fit: Callable[[Sequence[float]], float] = lambda lengths: float(np.median(lengths)),
+    ) -> None:
+        del settings
+        self._fit = fit
+        self._value = UNFITTED
+        self._lengths: list[float] = []
+        self._fitted_at = 0
+        self.seen: list[PredictionRequest] = []
+
+    def predict_batch(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
+        self.seen.extend(requests)
+        answers = []
+        for request in requests:
+            most = request.max_tokens or 1e9
+            lengths = [min(max(self._value * (0.5 + level), 1.0), most) for level in LEVELS]
+            features = request.features or f"{len(request.text)} characters".encode()
+            answers.append(Prediction(QuantileFunction(LEVELS, lengths), features))
+        return answers
+
+    def observe(self, facts: CompletionFacts) -> None:
+        self._lengths.append(facts.output_tokens)
+
+    def observations(self, model: str) -> int:
+        del model
+        return len(self._lengths)
+
+    def describe(self, model: str) -> QuantileFunction:
+        del model
+        return QuantileFunction((0.5,), (self._value,))
+
+    def refit(self) -> Refit | None:
+        if len(self._lengths) < self._fitted_at + DUE:
+            return None
+        lengths, at = list(self._lengths), len(self._lengths)
+        return lambda: {"value": np.array(self._fit(lengths)), "at": np.array(at)}
+
+    def adopt(self, fitted: State) -> None:
+        self._value, self._fitted_at = float(fitted["value"]), int(fitted["at"])
+
+    def state(self) -> State:
+        return {
+            "value": np.array(self._value),
+            "lengths": np.array(self._lengths),
+            "at": np.array(self._fitted_at),
+        }
+
+    def load(self, state: State) -> None:
+        if "value" not in state:
+            raise InvalidArgumentError("state: not one of guess", field="state")
+        self._value, self._fitted_at = float(state["value"]), int(state["at"])
+        self._lengths = [float(length) for length in state["lengths"]]
