@@ -38,7 +38,7 @@ _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run": (serving.demo, serving.up, serving.serve),
     "Ask": (asking.generate, asking.chat, asking.cancel),
     "Look": (looking.models, looking.health, verify.verify, looking.version),
-    "Explain": (recorded.decisions, recorded.replay),
+    "Explain": (recorded.why, recorded.decisions, recorded.replay),
 }
 for _panel, _commands in _PANELS.items():
     for _command in _commands:

@@ -1,14 +1,27 @@
-"""Commands that look at what was decided: decisions, replay."""
+"""Commands that look at what was decided: why, decisions, replay."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from uellm.cli.asking import Json
+from uellm.cli.asking import Json, Server
 from uellm.cli.durations import parse_duration
 
 File = Annotated[Path, typer.Argument(help="What `uellm decisions` wrote; - reads standard input.")]
+
+
+def why(
+    request_id: Annotated[str, typer.Argument(metavar="ID", help="The id of the request.")],
+    server: Server = "",
+    as_json: Json = False,
+) -> None:
+    """Explain why a request was late, slow or refused, and what would have helped."""
+    from uellm.cli import explaining
+    from uellm.cli.loops import run
+    from uellm.cli.mesh_address import gateways
+
+    raise typer.Exit(run(explaining.why(gateways(server), request_id, as_json=as_json)))
 
 
 def decisions(

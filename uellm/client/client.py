@@ -132,6 +132,13 @@ class Client:
         )
         return response
 
+    async def explain(self, request_id: str) -> inference_pb2.ExplainResponse:
+        """Why a request was answered when it was, or was not."""
+        response: inference_pb2.ExplainResponse = await self._call(
+            "Explain", inference_pb2.ExplainRequest(request_id=request_id)
+        )
+        return response
+
     async def models(self) -> list[inference_pb2.Model]:
         """The models being served."""
         response = await self._call("ListModels", inference_pb2.ListModelsRequest())

@@ -19,6 +19,8 @@ from uellm.v1.decisions_pb2 import DecisionSegment
 WAITING_SEGMENTS = 4
 """So many wait to be written while Redis is slow; what comes then is dropped."""
 READ_AT_ONCE = 64
+SPAN_SEGMENTS = 128
+"""Of a span of time, so many segments at its beginning, at its end, and between are read."""
 
 
 class DecisionLog:
@@ -52,6 +54,25 @@ class DecisionLog:
         end = "+" if until_ms is None else str(until_ms)
         entries = await self._redis.xrange(self._key, min=str(since_ms), max=end, count=count)
         return [(_milliseconds(entry), _unpacked(fields[b"payload"])) for entry, fields in entries]
+
+    async def between(self, since_ms: int, until_ms: int) -> tuple[list[DecisionSegment], bool]:
+        """Segments of a span of time, oldest first, and whether these are all of them.
+
+        Of a long span there are the first, the last, and some of those between.
+        """
+        first = await self.read(since_ms, until_ms, SPAN_SEGMENTS)
+        if len(first) < SPAN_SEGMENTS:
+            return [segment for _, segment in first], True
+        pipeline = self._redis.pipeline(transaction=False)
+        began, share = first[-1][0] + 1, (until_ms - first[-1][0]) / SPAN_SEGMENTS
+        for i in range(SPAN_SEGMENTS):
+            place = str(began + int(i * share))
+            pipeline.xrange(self._key, min=place, max=str(until_ms), count=1)
+        pipeline.xrevrange(self._key, max=str(until_ms), min=str(began), count=SPAN_SEGMENTS)
+        found = {entry: fields for reply in await pipeline.execute() for entry, fields in reply}
+        entries = sorted(found, key=lambda entry: tuple(map(int, entry.split(b"-"))))
+        later = [_unpacked(found[entry][b"payload"]) for entry in entries]
+        return [*(segment for _, segment in first), *later], False
 
     async def all(self, since_ms: int = 0) -> AsyncIterator[DecisionSegment]:
         """All segments that are kept, or those written since, oldest first."""

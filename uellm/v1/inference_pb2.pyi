@@ -752,6 +752,262 @@ class CancelResponse(_message.Message):
 Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
 
 @_typing.final
+class ExplainRequest(_message.Message):
+    """Which request to explain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """From Accepted or SubmitResponse."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainedPhase(_message.Message):
+    """A part of the time between a request's acceptance and its end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BEGAN_AT_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    EXPECTED_SECONDS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """queue, engine, prefill or decode."""
+    seconds: _builtins.float
+    """How long it took, or has taken so far."""
+    expected_seconds: _builtins.float
+    """How long the first promise took it to take; unset: not known."""
+    @_builtins.property
+    def began_at(self) -> _timestamp_pb2.Timestamp:
+        """When it began."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        began_at: _timestamp_pb2.Timestamp | None = ...,
+        seconds: _builtins.float = ...,
+        expected_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_seconds", b"_expected_seconds", "began_at", b"began_at", "expected_seconds", b"expected_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_seconds", b"_expected_seconds", "began_at", b"began_at", "expected_seconds", b"expected_seconds", "name", b"name", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_seconds: _TypeAlias = _typing.Literal["expected_seconds"]  # noqa: Y015
+    _WhichOneofArgType__expected_seconds: _TypeAlias = _typing.Literal["_expected_seconds", b"_expected_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_seconds) -> _WhichOneofReturnType__expected_seconds | None: ...
+
+Global___ExplainedPhase: _TypeAlias = ExplainedPhase  # noqa: Y015
+
+@_typing.final
+class ExplainedEvent(_message.Message):
+    """Something that happened to a request, or was decided of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """For machines: accepted, promised, revised, position, dispatched, admitted, first_token,
+    preempted, handed_back, finished.
+    """
+    text: _builtins.str
+    """For people."""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        kind: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "kind", b"kind", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainedEvent: _TypeAlias = ExplainedEvent  # noqa: Y015
+
+@_typing.final
+class ExplainedCause(_message.Message):
+    """Something that made a request wait, or take longer than promised."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """For machines: a constant in lower_snake_case."""
+    text: _builtins.str
+    """For people."""
+    seconds: _builtins.float
+    """How much time it is to blame for, as far as that can be told; negative: it was saved."""
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Requests that went ahead for this reason; those of other tenants are not named."""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        text: _builtins.str = ...,
+        seconds: _builtins.float | None = ...,
+        requests: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "seconds", b"seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "kind", b"kind", "requests", b"requests", "seconds", b"seconds", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seconds: _TypeAlias = _typing.Literal["seconds"]  # noqa: Y015
+    _WhichOneofArgType__seconds: _TypeAlias = _typing.Literal["_seconds", b"_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds) -> _WhichOneofReturnType__seconds | None: ...
+
+Global___ExplainedCause: _TypeAlias = ExplainedCause  # noqa: Y015
+
+@_typing.final
+class Counterfactual(_message.Message):
+    """What a recorded decision comes to when it is made again without some of what it saw."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WITHOUT_FIELD_NUMBER: _builtins.int
+    SECONDS_EARLIER_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    DECIDED_AT_FIELD_NUMBER: _builtins.int
+    seconds_earlier: _builtins.float
+    """How much earlier: of the finish that the policy estimates, or of a slot in the engine."""
+    text: _builtins.str
+    """The same for people."""
+    @_builtins.property
+    def without(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The requests that are taken away; those of other tenants are not named."""
+
+    @_builtins.property
+    def decided_at(self) -> _timestamp_pb2.Timestamp:
+        """When the decision was made."""
+
+    def __init__(
+        self,
+        *,
+        without: _abc.Iterable[_builtins.str] | None = ...,
+        seconds_earlier: _builtins.float = ...,
+        text: _builtins.str = ...,
+        decided_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decided_at", b"decided_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decided_at", b"decided_at", "seconds_earlier", b"seconds_earlier", "text", b"text", "without", b"without"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Counterfactual: _TypeAlias = Counterfactual  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """Why a request was answered when it was."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    ACCEPTED_AT_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
+    PROMISE_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    CAUSES_FIELD_NUMBER: _builtins.int
+    COUNTERFACTUALS_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Whose."""
+    model: _builtins.str
+    """The model."""
+    state: _common_pb2.RequestState.ValueType
+    """Where it stands."""
+    summary: _builtins.str
+    """The answer to the question, in a sentence or two."""
+    output_tokens: _builtins.int
+    """Tokens of the answer so far."""
+    @_builtins.property
+    def accepted_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was accepted."""
+
+    @_builtins.property
+    def profile(self) -> _common_pb2.ResourceProfile:
+        """What it was expected to need."""
+
+    @_builtins.property
+    def promise(self) -> _common_pb2.Promise:
+        """The first promise that is on record."""
+
+    @_builtins.property
+    def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainedPhase]:
+        """Where the time went."""
+
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainedEvent]:
+        """What happened, oldest first."""
+
+    @_builtins.property
+    def causes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainedCause]:
+        """What it waited for and what took longer than promised, the largest first."""
+
+    @_builtins.property
+    def counterfactuals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Counterfactual]:
+        """What would have helped, the largest first."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is missing in this explanation."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        model: _builtins.str = ...,
+        state: _common_pb2.RequestState.ValueType = ...,
+        summary: _builtins.str = ...,
+        accepted_at: _timestamp_pb2.Timestamp | None = ...,
+        profile: _common_pb2.ResourceProfile | None = ...,
+        promise: _common_pb2.Promise | None = ...,
+        output_tokens: _builtins.int = ...,
+        phases: _abc.Iterable[Global___ExplainedPhase] | None = ...,
+        events: _abc.Iterable[Global___ExplainedEvent] | None = ...,
+        causes: _abc.Iterable[Global___ExplainedCause] | None = ...,
+        counterfactuals: _abc.Iterable[Global___Counterfactual] | None = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "profile", b"profile", "promise", b"promise"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "causes", b"causes", "counterfactuals", b"counterfactuals", "events", b"events", "model", b"model", "notes", b"notes", "output_tokens", b"output_tokens", "phases", b"phases", "profile", b"profile", "promise", b"promise", "request_id", b"request_id", "state", b"state", "summary", b"summary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
 class EstimateRequest(_message.Message):
     """A question about a request."""
 

@@ -68,6 +68,11 @@ class InferenceServiceStub(object):
                 request_serializer=uellm_dot_v1_dot_inference__pb2.EstimateRequest.SerializeToString,
                 response_deserializer=uellm_dot_v1_dot_inference__pb2.EstimateResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/uellm.v1.InferenceService/Explain',
+                request_serializer=uellm_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=uellm_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/uellm.v1.InferenceService/ListModels',
                 request_serializer=uellm_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
@@ -124,6 +129,13 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a request was answered when it was, or was not: from what was decided of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """The models being served.
         """
@@ -163,6 +175,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Estimate,
                     request_deserializer=uellm_dot_v1_dot_inference__pb2.EstimateRequest.FromString,
                     response_serializer=uellm_dot_v1_dot_inference__pb2.EstimateResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=uellm_dot_v1_dot_inference__pb2.ExplainRequest.FromString,
+                    response_serializer=uellm_dot_v1_dot_inference__pb2.ExplainResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -336,6 +353,33 @@ class InferenceService(object):
             '/uellm.v1.InferenceService/Estimate',
             uellm_dot_v1_dot_inference__pb2.EstimateRequest.SerializeToString,
             uellm_dot_v1_dot_inference__pb2.EstimateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/uellm.v1.InferenceService/Explain',
+            uellm_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+            uellm_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,8 @@ class InferenceServiceStub:
     """Ends a request. Cancelling a finished one changes nothing."""
     Estimate: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EstimateRequest, _inference_pb2.EstimateResponse]
     """What would be promised now, without submitting."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ExplainRequest, _inference_pb2.ExplainResponse]
+    """Why a request was answered when it was, or was not: from what was decided of it."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     """The models being served."""
 
@@ -73,6 +75,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Ends a request. Cancelling a finished one changes nothing."""
     Estimate: _aio.UnaryUnaryMultiCallable[_inference_pb2.EstimateRequest, _inference_pb2.EstimateResponse]  # type: ignore[assignment]
     """What would be promised now, without submitting."""
+    Explain: _aio.UnaryUnaryMultiCallable[_inference_pb2.ExplainRequest, _inference_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Why a request was answered when it was, or was not: from what was decided of it."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models being served."""
 
@@ -130,6 +134,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.EstimateResponse, _abc.Awaitable[_inference_pb2.EstimateResponse]]:
         """What would be promised now, without submitting."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _inference_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ExplainResponse, _abc.Awaitable[_inference_pb2.ExplainResponse]]:
+        """Why a request was answered when it was, or was not: from what was decided of it."""
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -10,6 +10,7 @@ from opentelemetry import trace
 from uellm import convert
 from uellm.core.errors import InvalidArgumentError, ResourceExhaustedError
 from uellm.service import Context
+from uellm.streams.decisions import DecisionLog
 from uellm.streams.messages import AcceptResult, not_found
 from uellm.telemetry import span
 from uellm.v1 import common_pb2, inference_pb2, inference_pb2_grpc
@@ -20,6 +21,7 @@ from uellm_gateway.auth import Caller, current_caller
 from uellm_gateway.calls import Call, Calls
 from uellm_gateway.cancelling import cancel_request, state_to_proto
 from uellm_gateway.estimates import Estimates
+from uellm_gateway.explaining import explain_request
 from uellm_gateway.frames import ModelFrames
 from uellm_gateway.listing import list_models
 from uellm_gateway.models import ModelView
@@ -58,6 +60,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._calls = calls
         self._estimates = estimates
         self._buffered_entries = buffered_entries
+        # It reads much and computes long: the streams come first.
+        self._explaining = asyncio.Semaphore(1)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: ServicerContext
@@ -227,6 +231,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             now=self._context.clock.now(),
         )
         return inference_pb2.CancelResponse(state=state)
+
+    async def Explain(
+        self, request: inference_pb2.ExplainRequest, context: ServicerContext
+    ) -> inference_pb2.ExplainResponse:
+        """Say why a request was answered when it was, or was not."""
+        del context
+        queue = self._answers.queue_of(request.request_id)
+        record = await queue.record(request.request_id)
+        if record.tenant != current_caller().tenant:
+            raise not_found(request.request_id)
+        log = DecisionLog(self._context.redis, queue.model)
+        async with self._explaining:
+            return await explain_request(queue.model, record, log, self._context.clock.now())
 
     async def Estimate(
         self, request: inference_pb2.EstimateRequest, context: ServicerContext

@@ -1,0 +1,81 @@
+"""Of all that was recorded, what concerns one request."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from uellm.decisions.records import DispatchRecord, Record, StepRecord
+from uellm.policy.views import QueuedView, SequenceView
+
+
+@dataclass(slots=True)
+class Story:
+    """One request in the records, oldest first.
+
+    Attributes:
+        request_id: whose.
+        waited: decisions of the scheduler that left it waiting, as far as its place is recorded.
+        sent: those that sent it to a replica.
+        refused: the one that ended it, or None.
+        steps: decisions of engines that saw it, or decided on it.
+        promised: the first decision that promised it something, or None.
+        tenants: whose each request in the records is.
+        queued: the latest view of each request that waited in the scheduler.
+    """
+
+    request_id: str
+    waited: list[DispatchRecord] = field(default_factory=list)
+    sent: list[DispatchRecord] = field(default_factory=list)
+    refused: DispatchRecord | None = None
+    steps: list[StepRecord] = field(default_factory=list)
+    promised: DispatchRecord | None = None
+    tenants: dict[str, str] = field(default_factory=dict)
+    queued: dict[str, QueuedView] = field(default_factory=dict)
+
+    @property
+    def decided(self) -> list[DispatchRecord]:
+        """All decisions of the scheduler that had it in the queue."""
+        ends = [self.refused] if self.refused is not None else []
+        return sorted([*self.waited, *self.sent, *ends], key=lambda record: record.now)
+
+    def take(self, record: Record) -> None:
+        """Note a record, if the request is in it."""
+        if isinstance(record, StepRecord):
+            if _concerns(record, self.request_id):
+                self.steps.append(record)
+            return
+        for view in record.queue.waiting:
+            self.queued[view.request_id] = view
+            self.tenants[view.request_id] = view.tenant
+        for replica in record.replicas:
+            self.tenants.update((view.request_id, view.tenant) for view in replica.in_flight)
+        decision, me = record.decision, self.request_id
+        if any(me in batch.request_ids for batch in decision.dispatches):
+            self.sent.append(record)
+        elif any(refusal.request_id == me for refusal in decision.refusals):
+            self.refused = record
+        elif me in decision.order:
+            self.waited.append(record)
+        if self.promised is None and me in decision.promises:
+            self.promised = record
+
+
+def story_of(request_id: str, records: Iterable[Record]) -> Story:
+    """The story of a request."""
+    story = Story(request_id)
+    for record in sorted(records, key=lambda record: record.now):
+        story.take(record)
+    return story
+
+
+def sequence_in(sequences: Iterable[SequenceView], request_id: str) -> SequenceView | None:
+    """A request's sequence."""
+    return next((s for s in sequences if s.request_id == request_id), None)
+
+
+def _concerns(record: StepRecord, request_id: str) -> bool:
+    decision, engine = record.decision, record.engine
+    return (
+        request_id in (*decision.admit, *decision.preempt, *decision.hand_back)
+        or sequence_in(engine.running, request_id) is not None
+        or sequence_in(engine.waiting, request_id) is not None
+    )
