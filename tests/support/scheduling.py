@@ -153,6 +153,8 @@ class Mesh:
         refusable: bool = False,
         output: float = 20.0,
         traceparent: str = "",
+        tenant: str = TENANT,
+        sampling: common_pb2.Sampling | None = None,
     ) -> str:
         """Accept a request whose answer is expected to be ``output`` tokens long."""
         request_id = new_request_id(self.model)
@@ -162,12 +164,12 @@ class Mesh:
         result = await self.gateway.accept(
             NewRequest(
                 request_id=request_id,
-                tenant=TENANT,
+                tenant=tenant,
                 scope="submit",
-                payload=queue_pb2.RequestPayload(prompt_ids=[1, 2, 3]),
+                payload=queue_pb2.RequestPayload(prompt_ids=[1, 2, 3], sampling=sampling),
                 entry=queue_pb2.RequestEntry(
                     request_id=request_id,
-                    tenant=TENANT,
+                    tenant=tenant,
                     slo=common_pb2.Slo(deadline=_duration(deadline)) if deadline else None,
                     on_infeasible=(
                         common_pb2.ON_INFEASIBLE_REFUSE

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from uellm.core.request import Promise
 from uellm.decisions.records import DispatchRecord, Record, StepRecord
 from uellm.policy.views import QueuedView, SequenceView
 
@@ -55,7 +56,7 @@ class Story:
             self.refused = record
         elif me in decision.order:
             self.waited.append(record)
-        if self.promised is None and me in decision.promises:
+        if self.promised is None and promise_in(record, me) is not None:
             self.promised = record
 
 
@@ -65,6 +66,13 @@ def story_of(request_id: str, records: Iterable[Record]) -> Story:
     for record in sorted(records, key=lambda record: record.now):
         story.take(record)
     return story
+
+
+def promise_in(record: DispatchRecord, request_id: str) -> Promise | None:
+    """What a decision promised a request, or named to it when it refused it."""
+    promise = record.decision.promises.get(request_id)
+    refusals = (each for each in record.decision.refusals if each.request_id == request_id)
+    return promise or next((refusal.promise for refusal in refusals), None)
 
 
 def sequence_in(sequences: Iterable[SequenceView], request_id: str) -> SequenceView | None:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from uellm.core.request import Promise
 from uellm.decisions.explanation import Event, Facts, Names, Phase, duration
-from uellm.decisions.story import Story, sequence_in
+from uellm.decisions.story import Story, promise_in, sequence_in
 from uellm.policy.estimate import fastest_of
 
 Item = TypeVar("Item")
@@ -60,7 +60,7 @@ def _expected_prefill(facts: Facts, story: Story) -> float | None:
 def first_promise(facts: Facts, story: Story) -> Promise | None:
     """The first promise that is on record, else the latest that is stored."""
     if story.promised is not None:
-        return story.promised.decision.promises[facts.request_id]
+        return promise_in(story.promised, facts.request_id)
     return facts.promise
 
 
