@@ -12,7 +12,6 @@ from statistics import NormalDist
 from typing import ClassVar, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import LEVELS, QuantileFunction
@@ -24,6 +23,7 @@ from uellm.prediction.interface import (
     Refit,
     State,
 )
+from uellm.prediction.survival import Flags, Floats, survival_of
 
 CELL_WINDOW = 256
 """Latest observations that a cell keeps."""
@@ -41,8 +41,6 @@ MOST_CELLS = 2048
 MOST_MODELS = 256
 _LONGEST_BAND = 14
 
-Floats = npt.NDArray[np.float64]
-Flags = npt.NDArray[np.bool_]
 Cell = tuple[str, str, str, int]
 """Model, adapter, sampling regime, prompt-length band."""
 Key = TypeVar("Key", Cell, str)
@@ -94,18 +92,8 @@ class Window:
 
 
 def weighted_quantiles(lengths: Floats, censored: Flags, weights: Floats) -> Floats:
-    """Kaplan-Meier quantiles at ``LEVELS`` of weighted, right-censored lengths.
-
-    A censored length counts as "at least": it is at risk up to itself and its mass moves to the
-    longer ones. What is left beyond the longest length is put there.
-    """
-    # At equal lengths the ended come first: a censored one is at risk there still.
-    order = np.lexsort((censored, lengths))
-    lengths, weights = lengths[order], weights[order]
-    at_risk = np.cumsum(weights[::-1])[::-1]
-    ended = np.where(censored[order], 0.0, weights)
-    survival = np.cumprod(1.0 - ended / at_risk)
-    survival[-1] = 0.0
+    """Kaplan-Meier quantiles at ``LEVELS`` of weighted, right-censored lengths."""
+    lengths, survival = survival_of(lengths, censored, weights)
     places = np.searchsorted(1.0 - survival, np.array(LEVELS) - 1e-9)
     quantiles: Floats = lengths[np.minimum(places, len(lengths) - 1)]
     return quantiles

@@ -1,0 +1,141 @@
+"""The text model: from what is seen of a prompt to how long its answer is, in relation to others.
+
+In units of a served one's own spread of log lengths, from its own mean. Linear scores of the hashed
+words, one shared by all that are served and one of its own for those with the most completions, are
+inputs of boosted trees beside the cues; a second, smaller forest says how far off they are. What
+was answered to the very same prompt before, by whatever model, is averaged with that.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from uellm.prediction.interface import State
+from uellm_profiler.text import linear
+from uellm_profiler.text.linear import Weights
+from uellm_profiler.text.record import Seen
+from uellm_profiler.text.rows import Key
+from uellm_profiler.text.trees import Trees
+
+MOST_OWN = 8
+"""Served ones with a linear score of their own."""
+_MOST_PROMPTS = 100_000
+
+Floats = npt.NDArray[np.float64]
+
+
+def columns_of(cues: npt.NDArray[Any], scores: Floats, own: Floats, ranks: Sequence[int]) -> Floats:
+    """What the trees look at, shape [rows, features].
+
+    Args:
+        cues: shape [rows, cues].
+        scores: the shared linear scores, shape [rows, 2].
+        own: the score of the served one's own, or the first shared one where it has none.
+        ranks: which of those with an own score it is, -1: none.
+    """
+    which = np.equal.outer(np.asarray(ranks), np.arange(MOST_OWN))
+    return np.column_stack((cues, scores, own, which)).astype(np.float64)
+
+
+def bucket_of(count: int) -> int:
+    """By how many answers a prompt is known: 0, 1, 2-3, 4-7, more."""
+    return min(count.bit_length(), BUCKETS - 1)
+
+
+BUCKETS = 5
+
+
+@dataclass(slots=True)
+class TextModel:
+    """See the module.
+
+    Attributes:
+        shared: linear weights, shape [2, buckets + 1].
+        own: those of single served ones.
+        own_keys: which.
+        centre: trees of the relative length.
+        spread: trees of the logarithm of its error.
+        shrinkage: how many answers to a prompt what the text says counts as.
+        factors: of the spread, by what is known of the prompt; see ``bucket_of``.
+        prompts: sum of relative lengths and their number, by fingerprint of the prompt.
+    """
+
+    shared: Weights
+    own: Weights
+    own_keys: Sequence[Key]
+    centre: Trees
+    spread: Trees
+    shrinkage: float
+    factors: Floats
+    prompts: dict[int, tuple[float, int]] = field(default_factory=dict)
+
+    def by_text(self, seen: Sequence[Seen], keys: Sequence[Key]) -> tuple[Floats, Floats]:
+        """Relative lengths and spreads, as far as the text alone says."""
+        ids = [each.ids for each in seen]
+        scores = linear.score(ids, self.shared)
+        ranks = [self.own_keys.index(key) if key in self.own_keys else -1 for key in keys]
+        own = scores[:, 0].copy()
+        for rank in {*ranks} - {-1}:
+            rows = [i for i, each in enumerate(ranks) if each == rank]
+            own[rows] = linear.score([ids[i] for i in rows], self.own[rank : rank + 1])[:, 0]
+        columns = columns_of(np.stack([each.cues for each in seen]), scores, own, ranks)
+        return self.centre.predict(columns), np.exp(self.spread.predict(columns))
+
+    def with_known(
+        self, seen: Sequence[Seen], relative: Floats, spreads: Floats
+    ) -> tuple[Floats, Floats]:
+        """The same, with what was answered to the same prompts before."""
+        known = [self.prompts.get(each.fingerprint, (0.0, 0)) for each in seen]
+        totals, counts = np.array(known, dtype=np.float64).reshape(len(seen), 2).T
+        factors = self.factors[[bucket_of(count) for _, count in known]]
+        return (self.shrinkage * relative + totals) / (self.shrinkage + counts), spreads * factors
+
+    def remember(self, fingerprint: int, relative: float) -> None:
+        """Take how long an answer to a prompt was."""
+        total, count = self.prompts.pop(fingerprint, (0.0, 0))
+        self.prompts[fingerprint] = (total + relative, count + 1)
+        if len(self.prompts) > _MOST_PROMPTS:
+            del self.prompts[next(iter(self.prompts))]
+
+    def state(self) -> State:
+        """Arrays that ``of_state`` takes."""
+        known = list(self.prompts.values())
+        return {
+            "model_shared": self.shared,
+            "model_own": self.own,
+            "model_own_keys": np.array(self.own_keys, dtype=np.str_).reshape(len(self.own_keys), 3),
+            **self.centre.state("model_centre"),
+            **self.spread.state("model_spread"),
+            "model_shrinkage": np.array(self.shrinkage),
+            "model_factors": self.factors,
+            "model_prompts": np.array(list(self.prompts), dtype=np.uint64),
+            "model_prompt_lengths": np.array([total for total, _ in known], dtype=np.float64),
+            "model_prompt_counts": np.array([count for _, count in known], dtype=np.int64),
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, npt.NDArray[Any]]) -> Self:
+        """The model of a state.
+
+        Raises:
+            KeyError, ValueError: if it is none.
+        """
+        state = dict(state)
+        known = zip(
+            state["model_prompt_lengths"].tolist(),
+            state["model_prompt_counts"].tolist(),
+            strict=True,
+        )
+        return cls(
+            shared=state["model_shared"],
+            own=state["model_own"],
+            own_keys=[(str(m), str(a), str(r)) for m, a, r in state["model_own_keys"]],
+            centre=Trees.of_state("model_centre", state),
+            spread=Trees.of_state("model_spread", state),
+            shrinkage=float(state["model_shrinkage"]),
+            factors=state["model_factors"],
+            prompts=dict(zip(state["model_prompts"].tolist(), known, strict=True)),
+        )
