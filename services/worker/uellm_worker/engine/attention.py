@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from uellm_worker.engine.grouping import group_lengths
+from uellm_worker.engine.native import Kernels
 from uellm_worker.engine.plan import Chunk
 from uellm_worker.engine.slot_memory import SlotMemory
 from uellm_worker.engine.varlen import Kernel, Spans, attend_spans
@@ -49,6 +50,7 @@ class PackedStep:
         device: of the cache.
         call_tokens: see ``group_lengths``; None to attend to all neighbours in one call.
         flash: attends where it can; None: torch's plain attention does.
+        kernels: attend decodes where ``flash`` does not; None: torch does.
 
     Attributes:
         slots: ``[T]``, each row's slot.
@@ -56,6 +58,8 @@ class PackedStep:
         samples: rows that a token is chosen from.
         spans: for ``flash``.
         decodes: how many rows are decodes; they come first.
+        longest: tokens of the longest sequence that decodes, the present one included.
+        runs: of decodes; none where ``kernels`` attend.
         prefills: the other chunks, and the row that each begins at.
     """
 
@@ -65,8 +69,10 @@ class PackedStep:
         device: torch.device,
         call_tokens: int | None = None,
         flash: Kernel | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         self.flash = flash
+        self.kernels = kernels
         self.spans = None if flash is None else Spans(chunks, device)
         slots: list[int] = []
         positions: list[int] = []
@@ -88,9 +94,10 @@ class PackedStep:
         self.positions = torch.tensor(positions, device=device)
         self.decodes = self.prefills[0][0] if self.prefills else len(slots)
         self.samples = torch.tensor(samples, dtype=torch.long, device=device)
+        self.longest = max((chunk.start + 1 for run in runs for chunk in run), default=0)
         self.runs: list[DecodeRun] = []
         row = 0
-        for run in _grouped(runs, call_tokens):
+        for run in _grouped(runs, call_tokens) if kernels is None else ():
             starts = [chunk.start for chunk in run]
             longest = max(starts) + 1
             self.runs.append(
@@ -274,6 +281,19 @@ def attend(
     # On CPUs two plain products are faster than the kernel for long queries.
     by_products = query.device.type == "cpu" and query.dtype == torch.float32
     output = query.new_empty(tokens, heads, head_dim)
+    if step.kernels is not None and step.decodes:
+        step.kernels.attend(
+            query[: step.decodes],
+            keys,
+            values,
+            step.slots,
+            step.positions,
+            step.longest,
+            output,
+            factor,
+            window,
+            softcap,
+        )
     for index, run in enumerate(step.runs):
         rows = slice(run.row, run.row + run.count)
         if by_products:

@@ -166,13 +166,16 @@ class FusedLayer:
         tokens, turned, head_dim = rows.shape[0], self._turned_heads, self._head_dim
         heads = self._qkv(rows).view(tokens, -1, head_dim)
         self._qk_norm(heads[:, :turned])
-        if self._rotated:
-            turn = turns[self.rope]
-            pairs = torch.view_as_complex(heads.view(tokens, -1, head_dim // 2, 2))
-            pairs[:, :turned, : turn.shape[-1]].mul_(turn)
+        turn = turns[self.rope] if self._rotated else None
         keys, values = cache.keys[self._index], cache.values[self._index]
-        keys[step.slots, :, step.positions] = heads[:, self._heads : turned]
-        values[step.slots, :, step.positions] = heads[:, turned:]
+        if step.kernels is not None:
+            step.kernels.place(heads, turn, keys, values, step.slots, step.positions)
+        else:
+            if turn is not None:
+                pairs = torch.view_as_complex(heads.view(tokens, -1, head_dim // 2, 2))
+                pairs[:, :turned, : turn.shape[-1]].mul_(turn)
+            keys[step.slots, :, step.positions] = heads[:, self._heads : turned]
+            values[step.slots, :, step.positions] = heads[:, turned:]
         attended = attend(
             step,
             heads[:, : self._heads],

@@ -12,6 +12,7 @@ from uellm_worker.engine.attention import LayerCache, PackedStep, SlotCache
 from uellm_worker.engine.capacity import Capacity, fit, fit_hybrid, fit_pages
 from uellm_worker.engine.device import Device, Stopwatch, on_host
 from uellm_worker.engine.graphs import CudaRecorder, DecodeGraphs
+from uellm_worker.engine.native import kernels
 from uellm_worker.engine.plan import StepPlan
 from uellm_worker.engine.shard import Shard, longest_context
 from uellm_worker.engine.slot_memory import page_tokens
@@ -64,6 +65,7 @@ class Part:
             block_tokens=capacity.block_tokens,
         )
         self._graphs = self._recordings(capacity)
+        self._kernels = kernels(place, dtype)
         numbers = max(shard.kv_heads * shard.head_dim, 1)
         self._call_tokens = _CALL_NUMBERS // numbers if on_host(device.place) else None
         for index, module in enumerate(attentions):
@@ -113,7 +115,9 @@ class Part:
                 given = torch.tensor(plan.token_ids, device=device)
             output = self._graphs.output(plan.chunks, given) if self._graphs else None
             if output is None:
-                step = PackedStep(plan.chunks, device, self._call_tokens, self._flash)
+                step = PackedStep(
+                    plan.chunks, device, self._call_tokens, self._flash, self._kernels
+                )
                 output = self._compute_step(step, given)
         self._end(plan)
         return output
