@@ -16,6 +16,7 @@ import gc
 import importlib
 import logging
 import os
+import pkgutil
 import selectors
 import signal
 import socket
@@ -36,8 +37,10 @@ _PRELOAD = {
         "uellm_worker.engine.child",
         "uellm_worker.engine.shard_engine",
         "transformers.models.llama.modeling_llama",
+        "uellm_worker.engine.native:load",
     ),
 }
+"""Modules to import, and functions to call: what children would else do, each for itself."""
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger(__name__)
@@ -163,8 +166,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
     control = socket.socket(fileno=options.control_fd)
-    for module in _PRELOAD[options.engine]:
-        importlib.import_module(module)
+    for name in _PRELOAD[options.engine]:
+        found = pkgutil.resolve_name(name)
+        if callable(found):
+            found()
     # The libraries' hundreds of thousands of objects are never garbage: unfrozen, each child's
     # collections would walk them, for 0.2 s at a time, and unshare their pages.
     gc.collect()

@@ -15,6 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from uellm_worker.engine import panels
+from uellm_worker.engine.panels import PanelWeight
+
 _ROWS = 64
 """Rows compared at a time: where weights do not fit, the first ones say so."""
 _LARGEST_EXPONENT = 15
@@ -56,7 +59,7 @@ class HalfRows:
 
     rows: torch.Tensor
     factor: float
-    head: HalfWeight | None
+    head: HalfWeight | PanelWeight | None
 
 
 class HalfEmbedding(nn.Module):
@@ -78,12 +81,14 @@ class HalfEmbedding(nn.Module):
         return found if self._scale is None else found.mul_(self._scale)
 
 
-def half_weight(weight: torch.Tensor) -> HalfWeight | None:
+def half_weight(weight: torch.Tensor) -> HalfWeight | PanelWeight | None:
     """A matrix ``[out, in]`` in float32, held in half precision; None if that would change it."""
     scaled = _scaled(weight)
     if scaled is None:
         return None
     scale, matrix = scaled
+    if panels.usable():
+        return panels.in_panels(matrix, torch.float16, 1 / scale)
     packed = torch.ops.quantized.linear_prepack_fp16(matrix, None)
     return HalfWeight(packed, 1 / scale, int(weight.shape[0]), 2 * weight.numel())
 
@@ -111,7 +116,7 @@ def widens(embedding: Any) -> bool:
 
 def _scaled(weight: torch.Tensor) -> tuple[float, torch.Tensor] | None:
     """A power of two, and the weight times it, all of whose numbers are float16 numbers."""
-    if not _supported() or not weight.numel():
+    if not (panels.usable() or _supported()) or not weight.numel():
         return None
     largest = float(weight.abs().max())
     if not math.isfinite(largest):

@@ -4,21 +4,24 @@ Importing this module compiles them, or loads what an earlier import left in Num
 is called with a block of numbers, ``native.py`` lays them out, by every thread of an OpenMP team.
 """
 
-from llvmlite import ir
+from functools import partial
+
 from numba import cfunc, njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from uellm_worker.engine.vectors import FLOAT, I64, LANES, LINE_BYTES, ZEROS, Code
+
+_QUERIES, _TOKENS, _PARTS = 2, 4, 4
+"""Queries and keys that are multiplied at a time, and vectors of values that are summed."""
 _BLOCK = 32
 """Tokens whose keys stay in the first-level cache while the queries that share them take turns."""
-_LINE = 64
 _CALL = 16
 """Tokens that could be read while one more head is begun."""
 _FAST = {"contract", "reassoc", "nsz"}
 """What may be done to sums; infinities keep their meaning."""
 
-_thread = types.ExternalFunction("omp_get_thread_num", types.int32())
-_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
 
 
 def _pointer_to(kind):
@@ -39,7 +42,7 @@ integers = _pointer_to(types.int64)
 
 
 @intrinsic
-def _real(typing_context, bits):
+def real(typing_context, bits):
     """The float64 in a block's place, as float32."""
 
     def codegen(context, builder, signature, arguments):
@@ -50,18 +53,22 @@ def _real(typing_context, bits):
 
 
 @intrinsic
-def _prefetch(typing_context, address):
-    """Have the line at an address read meanwhile; one that is not there is not."""
+def _read_ahead(typing, address, count):
+    """Have so many bytes, a multiple of a line's, come into the cache if they are there."""
 
     def codegen(context, builder, signature, arguments):
-        place, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [place, flag, flag, flag])
-        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        at = builder.inttoptr(arguments[0], place)
-        builder.call(call, [at, flag(0), flag(3), flag(1)])
+        address, count = arguments
+        code = Code(builder)
+        lines = builder.sdiv(count, I64(LINE_BYTES))
+
+        def line(index, _):
+            code.read_ahead(code.moved(address, I64(LINE_BYTES), index), 0, LINE_BYTES)
+            return []
+
+        code.repeat(lines, [], line)
         return context.get_dummy_value()
 
-    return types.void(types.int64), codegen
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -110,35 +117,112 @@ def _capped(score, cap):
     return cap * (tanh if x >= types.float32(0.0) else -tanh)
 
 
-@njit(fastmath=_FAST, error_model="numpy")
-def _scores(query, keys, scores, tokens, size, scaling):
-    """Products of a query with ``tokens`` keys that lie behind each other, scaled."""
-    for token in range(tokens):
-        key = token * size
-        total = types.float32(0.0)
-        for i in range(size):
-            total += query[i] * keys[key + i]
-        scores[token] = total * scaling
+def _write_scores(code, arguments, queries, tokens):
+    """Products of some queries with some keys; see ``_score``."""
+    query, keys, scores, score_stride, parts, scaling = arguments
+    builder = code.builder
+    bytes_ = builder.mul(parts, I64(4 * LANES))
+
+    def part(index, sums):
+        offset = builder.mul(index, I64(4 * LANES))
+        found = [code.load(code.moved(builder.add(keys, offset), bytes_, t)) for t in range(tokens)]
+        results = []
+        for number in range(queries):
+            given = code.load(code.moved(builder.add(query, offset), bytes_, number))
+            before = sums[tokens * number : tokens * (number + 1)]
+            results += [code.fma(given, k, b) for k, b in zip(found, before, strict=True)]
+        return results
+
+    sums = code.repeat(parts, [ZEROS] * (queries * tokens), part)
+    for number, vector in enumerate(sums):
+        target = code.moved(scores, score_stride, number // tokens)
+        total = builder.fmul(code.total(vector), scaling)
+        code.store(total, target, 4 * (number % tokens))
 
 
-@njit(fastmath=_FAST, error_model="numpy")
-def _weigh(weights, values, output, tokens, size):
-    """Add ``tokens`` values that lie behind each other, times their weights, to a row."""
-    whole = tokens - tokens % 4
-    for token in range(0, whole, 4):
-        at = token * size
-        a, b, c, d = weights[token], weights[token + 1], weights[token + 2], weights[token + 3]
-        for i in range(size):
-            output[i] += (
-                a * values[at + i]
-                + b * values[at + size + i]
-                + c * values[at + 2 * size + i]
-                + d * values[at + 3 * size + i]
+@intrinsic
+def _score(typing, case, query, keys, scores, score_stride, parts, scaling):
+    """Products of one or two queries with one or ``_TOKENS`` keys, times a factor.
+
+    Args:
+        typing: Numba's.
+        case: how many queries, and ``_QUERIES`` more where it is one key.
+        query: address of the queries, which lie behind each other.
+        keys: address of the keys, likewise.
+        scores: address of what comes of it.
+        score_stride: bytes from one query's scores to the next one's.
+        parts: vectors of a query.
+        scaling: the factor.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        case, *others = arguments
+        code = Code(builder)
+        cases = {
+            queries + _QUERIES * (tokens == 1): partial(
+                _write_scores, code, others, queries, tokens
             )
-    for token in range(whole, tokens):
-        a = weights[token]
-        for i in range(size):
-            output[i] += a * values[token * size + i]
+            for queries in range(1, _QUERIES + 1)
+            for tokens in (1, _TOKENS)
+        }
+        code.choose(case, cases)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6, types.float32), codegen
+
+
+def _write_weigh(code, arguments, queries, parts):
+    """Sums of values by weights; see ``_weigh``."""
+    weights, weight_stride, values, stride, output, count = arguments
+
+    def token(index, sums):
+        value = code.moved(values, stride, index)
+        found = [code.load(value, 4 * LANES * part) for part in range(parts)]
+        results = []
+        for number in range(queries):
+            weight = code.moved(code.moved(weights, weight_stride, number), I64(4), index)
+            given = code.everywhere(code.load(weight, 0, FLOAT))
+            before = sums[parts * number : parts * (number + 1)]
+            results += [code.fma(given, v, b) for v, b in zip(found, before, strict=True)]
+        return results
+
+    places = [
+        (code.moved(output, stride, number), 4 * LANES * part)
+        for number in range(queries)
+        for part in range(parts)
+    ]
+    sums = [code.load(*place) for place in places]
+    for vector, place in zip(code.repeat(count, sums, token), places, strict=True):
+        code.store(vector, *place)
+
+
+@intrinsic
+def _weigh(typing, case, weights, weight_stride, values, stride, output, count):
+    """Add values, times the weights that one or two queries give them, to rows of the output.
+
+    Args:
+        typing: Numba's.
+        case: how many vectors of each value, and ``_PARTS`` more where queries are two.
+        weights: address of the first query's.
+        weight_stride: bytes from one query's weights to the next one's.
+        values: their address.
+        stride: bytes from one value, or row of the output, to the next.
+        output: its address.
+        count: how many values.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        case, *others = arguments
+        code = Code(builder)
+        cases = {
+            parts + _PARTS * (queries - 1): partial(_write_weigh, code, others, queries, parts)
+            for queries in range(1, _QUERIES + 1)
+            for parts in range(1, _PARTS + 1)
+        }
+        code.choose(case, cases)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), codegen
 
 
 @njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
@@ -167,45 +251,52 @@ def _clear(target, count):
 
 
 @njit(error_model="numpy")
-def _read_ahead(address, count):
-    for line in range(0, count, _LINE):
-        _prefetch(address + line)
+def _score_block(query, keys, scores, score_stride, group, size, tokens, scaling):
+    """Scores of ``tokens`` keys, which stay in the first-level cache meanwhile."""
+    parts, row = size // LANES, 4 * size
+    for member in range(0, group, _QUERIES):
+        queries = min(_QUERIES, group - member)
+        given, target = query + member * row, scores + member * score_stride
+        whole = tokens - tokens % _TOKENS
+        for token in range(0, whole, _TOKENS):
+            _score(
+                queries, given, keys + token * row, target + 4 * token, score_stride, parts, scaling
+            )
+        for token in range(whole, tokens):
+            case = queries + _QUERIES
+            _score(
+                case, given, keys + token * row, target + 4 * token, score_stride, parts, scaling
+            )
+
+
+@njit(error_model="numpy")
+def _weigh_block(weights, weight_stride, values, output, group, size, tokens):
+    """Add ``tokens`` values, times their weights, to the rows of the output."""
+    parts, row = size // LANES, 4 * size
+    for member in range(0, group, _QUERIES):
+        queries = min(_QUERIES, group - member)
+        given, target = weights + member * weight_stride, output + member * row
+        for part in range(0, parts, _PARTS):
+            at = 4 * LANES * part
+            case = min(_PARTS, parts - part) + _PARTS * (queries - 1)
+            _weigh(case, given, weight_stride, values + at, row, target + at, tokens)
 
 
 @njit(error_model="numpy")
 def _attend_head(query, keys, values, output, scores, group, size, tokens, scaling, cap):
     """One token of a sequence, ``group`` queries that share a key head: ``[group, size]``."""
-    ahead = 4 * _BLOCK * size
+    stride, ahead = 4 * tokens, 4 * _BLOCK * size
     for start in range(0, tokens, _BLOCK):
-        count = min(_BLOCK, tokens - start)
-        following = keys + 4 * start * size + ahead
-        if start + _BLOCK >= tokens:
-            following = values
-        _read_ahead(following, ahead)
-        for member in range(group):
-            _scores(
-                floats(query + 4 * member * size),
-                floats(keys + 4 * start * size),
-                floats(scores + 4 * (member * tokens + start)),
-                count,
-                size,
-                scaling,
-            )
+        count, block = min(_BLOCK, tokens - start), keys + 4 * start * size
+        _read_ahead(block + ahead if start + _BLOCK < tokens else values, ahead)
+        _score_block(query, block, scores + 4 * start, stride, group, size, count, scaling)
     _clear(floats(output), group * size)
     for member in range(group):
-        _softmax(floats(scores + 4 * member * tokens), tokens, cap)
+        _softmax(floats(scores + member * stride), tokens, cap)
     for start in range(0, tokens, _BLOCK):
-        count = min(_BLOCK, tokens - start)
-        if start + _BLOCK < tokens:
-            _read_ahead(values + 4 * start * size + ahead, ahead)
-        for member in range(group):
-            _weigh(
-                floats(scores + 4 * (member * tokens + start)),
-                floats(values + 4 * start * size),
-                floats(output + 4 * member * size),
-                count,
-                size,
-            )
+        count, block = min(_BLOCK, tokens - start), values + 4 * start * size
+        _read_ahead(block + ahead, ahead)
+        _weigh_block(scores + 4 * start, stride, block, output, group, size, count)
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
@@ -216,8 +307,8 @@ def attend(block):
     slots, positions = integers(block[5]), integers(block[6])
     keys, values, slot_stride, head_stride = block[7], block[8], block[9], block[10]
     rows, kv_heads, group, size, window = block[11], block[12], block[13], block[14], block[15]
-    scaling, cap = _real(block[16]), _real(block[17])
-    thread, threads = types.int64(_thread()), types.int64(_threads())
+    scaling, cap = real(block[16]), real(block[17])
+    thread, threads = types.int64(thread_number()), types.int64(thread_count())
     work = types.int64(0)
     for row in range(rows):
         work += (positions[row] + _CALL) * kv_heads
@@ -257,7 +348,7 @@ def place(block):
     slots, positions = integers(block[3]), integers(block[4])
     keys, values, slot_stride, head_stride = block[5], block[6], block[7], block[8]
     rows, count, kv_heads, size = block[9], block[10], block[11], block[12]
-    thread, threads = types.int64(_thread()), types.int64(_threads())
+    thread, threads = types.int64(thread_number()), types.int64(thread_count())
     turned = count - kv_heads
     for row in range(rows * thread // threads, rows * (thread + 1) // threads):
         first = heads + 4 * row * count * size

@@ -6,6 +6,7 @@ spinning while the other works. Where any of this is missing, torch computes the
 """
 
 import ctypes
+import importlib
 import logging
 import os
 import struct
@@ -21,11 +22,19 @@ from uellm_worker.engine.device import on_host
 
 try:
     import numba
+    from llvmlite import binding as llvm
 except ImportError:
     numba = None
 
 _SERIAL_NUMBERS = 16_384
 """So few numbers are done with before other threads have woken up."""
+
+_PRODUCTS_A_NUMBER = 32
+"""Multiplications in the time that other kernels take for a number."""
+HEAD_NUMBERS = 16
+"""Heads that kernels attend have a multiple of so many numbers."""
+PANEL_ROWS = 32
+"""Rows of a weight in a panel."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,12 +69,58 @@ class Kernels:
 
     Args:
         module: ``kernels.py``.
+        panels: ``panel_kernels.py``; None where its kernels gain nothing.
         team: see ``Kernel``.
     """
 
-    def __init__(self, module: Any, team: Callable[..., None]) -> None:
+    def __init__(self, module: Any, panels: Any, team: Callable[..., None]) -> None:
         self._attend = Kernel(module.attend.address, "16q2d", team)
         self._place = Kernel(module.place.address, "13q", team)
+        self._multiply = None if panels is None else Kernel(panels.multiply.address, "10qd", team)
+
+    @property
+    def multiplies(self) -> bool:
+        """``multiply`` is there."""
+        return self._multiply is not None
+
+    def multiply(
+        self,
+        rows: torch.Tensor,
+        panels: torch.Tensor,
+        factor: float,
+        bias: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Multiply rows with a weight in panels.
+
+        Args:
+            rows: ``[n, in]``.
+            panels: ``[panels, in, PANEL_ROWS]`` in float32 or float16.
+            factor: of the product.
+            bias: ``[panels * PANEL_ROWS]``, added.
+            output: gets ``[n, out]``; ``out`` ends in the last panel.
+        """
+        if self._multiply is None:
+            raise RuntimeError("no kernel multiplies on this machine")
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        count, width = output.shape
+        # What the last panel gives, if not all of it is wanted.
+        edge = torch.empty(count, PANEL_ROWS) if width % PANEL_ROWS else output
+        self._multiply(
+            count * panels.numel() // _PRODUCTS_A_NUMBER,
+            rows.data_ptr(),
+            4 * rows.stride(0),
+            panels.data_ptr(),
+            panels.dtype == torch.float16,
+            bias.data_ptr(),
+            output.data_ptr(),
+            edge.data_ptr(),
+            count,
+            width,
+            rows.shape[1],
+            factor,
+        )
 
     def attend(
         self,
@@ -83,7 +138,7 @@ class Kernels:
         """Attend one token of each of some sequences, whose keys and values are in the cache.
 
         Args:
-            query: ``[n, heads, head_dim]``.
+            query: ``[n, heads, head_dim]``; the latter a multiple of ``HEAD_NUMBERS``.
             keys: ``[slots, kv_heads, max_tokens, head_dim]``.
             values: as ``keys``.
             slots: ``[n]``, of the rows.
@@ -178,13 +233,16 @@ def load() -> Kernels | None:
     try:
         team = ctypes.CDLL(None).GOMP_parallel
         _keep_compiled()
-        from uellm_worker.engine import kernels as module  # noqa: PLC0415 - importing compiles.
+        module = importlib.import_module("uellm_worker.engine.kernels")  # Which compiles.
+        panels: Any = None
+        if llvm.get_host_cpu_features().get("avx512f"):  # Others have too few registers.
+            panels = importlib.import_module("uellm_worker.engine.panel_kernels")
     except Exception as error:  # Numba fails in ways of its own; all mean the same here.
         _log.warning("no compiled kernels, decode steps on CPUs will be slower: %s", error)
         return None
     team.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint)
     team.restype = None
-    return Kernels(module, team)
+    return Kernels(module, panels, team)
 
 
 def _keep_compiled() -> None:

@@ -11,13 +11,15 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
+from uellm_worker.engine import panels
 from uellm_worker.engine.device import on_host
 from uellm_worker.engine.half import HalfRows, HalfWeight, half_rows, half_weight
+from uellm_worker.engine.panels import PanelWeight
 from uellm_worker.engine.weights import Held
 
-Packed: TypeAlias = torch.Tensor | HalfWeight
+Packed: TypeAlias = torch.Tensor | HalfWeight | PanelWeight
 """A weight for ``PackedLinear``; oneDNN's is an opaque tensor."""
-Laid: TypeAlias = torch.Tensor | HalfWeight | HalfRows
+Laid: TypeAlias = Packed | HalfRows
 """A weight as it is held."""
 
 _ROWS = 16
@@ -38,7 +40,9 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Packed, bias: torch.Tensor | None) -> None:
         super().__init__()
         # Neither parameter nor buffer: an opaque tensor cannot be moved or converted.
-        if isinstance(weight, HalfWeight):
+        if isinstance(weight, PanelWeight):
+            bias = weight.addend(bias)
+        if isinstance(weight, HalfWeight | PanelWeight):
             self.out_features, self._product = weight.out_features, weight.product
         else:
             self.out_features = int(weight.shape[0])
@@ -53,7 +57,11 @@ class PackedLinear(nn.Module):
 def pack(weight: torch.Tensor) -> Packed:
     """``[out, in]`` in float32, laid out for products."""
     half = half_weight(weight)
-    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if half is None else half
+    if half is not None:
+        return half
+    if panels.usable():
+        return panels.in_panels(weight, torch.float32)
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
 
 
 def lay_out(held: Held, weight: torch.Tensor) -> Laid:
@@ -66,7 +74,7 @@ def lay_out(held: Held, weight: torch.Tensor) -> Laid:
 
 def held_bytes(weight: Laid) -> int:
     """What a weight takes."""
-    if isinstance(weight, HalfWeight):
+    if isinstance(weight, HalfWeight | PanelWeight):
         return weight.nbytes
     if isinstance(weight, HalfRows):
         return weight.rows.nbytes + (weight.head.nbytes if weight.head is not None else 0)
@@ -93,4 +101,4 @@ def _supported() -> bool:
 
 def packable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights of this kind are to be packed."""
-    return on_host(device) and dtype == torch.float32 and _supported()
+    return on_host(device) and dtype == torch.float32 and (panels.usable() or _supported())

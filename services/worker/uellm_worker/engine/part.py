@@ -12,7 +12,7 @@ from uellm_worker.engine.attention import LayerCache, PackedStep, SlotCache
 from uellm_worker.engine.capacity import Capacity, fit, fit_hybrid, fit_pages
 from uellm_worker.engine.device import Device, Stopwatch, on_host
 from uellm_worker.engine.graphs import CudaRecorder, DecodeGraphs
-from uellm_worker.engine.native import kernels
+from uellm_worker.engine.native import HEAD_NUMBERS, kernels
 from uellm_worker.engine.plan import StepPlan
 from uellm_worker.engine.shard import Shard, longest_context
 from uellm_worker.engine.slot_memory import page_tokens
@@ -65,7 +65,8 @@ class Part:
             block_tokens=capacity.block_tokens,
         )
         self._graphs = self._recordings(capacity)
-        self._kernels = kernels(place, dtype)
+        found = kernels(place, dtype)
+        self._kernels = found if shard.head_dim % HEAD_NUMBERS == 0 else None
         numbers = max(shard.kv_heads * shard.head_dim, 1)
         self._call_tokens = _CALL_NUMBERS // numbers if on_host(device.place) else None
         for index, module in enumerate(attentions):

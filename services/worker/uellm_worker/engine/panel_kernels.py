@@ -1,0 +1,132 @@
+"""Products of rows with a weight in panels, compiled by Numba; the weight in float32 or float16.
+
+A panel has some rows of the weight, turned: ``[in, PANEL_ROWS]``. What a few rows times its lines
+give is summed in registers (Goto and van de Geijn, "Anatomy of high-performance matrix
+multiplication", ACM TOMS 34(3), 2008, whose inner kernel this is). See ``kernels.py`` for the rest.
+"""
+
+from functools import partial
+
+from numba import cfunc, njit, types
+from numba.extending import intrinsic
+
+from uellm_worker.engine.kernels import floats, real, thread_count, thread_number
+from uellm_worker.engine.native import PANEL_ROWS
+from uellm_worker.engine.vectors import FLOAT, HALVES, I64, LANES, VECTOR, ZEROS, Code
+
+_PARTS = PANEL_ROWS // LANES
+"""Vectors of a panel's line."""
+_TILE = 8
+"""Most rows at a time: with two registers each, half of the 32 that there are."""
+_DEPTH = 256
+"""Lines of a panel that stay in the first-level cache while rows take turns."""
+_AHEAD_BYTES = 2048
+
+
+def _write_tile(code, arguments, rows, half):
+    """Multiply some rows with some lines of a panel; see ``_tile``."""
+    given, lines, added, output, stride, added_stride, output_stride, count, factor = arguments
+    kind, size = (HALVES, 2 * LANES) if half else (VECTOR, 4 * LANES)
+    starts = [code.moved(given, stride, row) for row in range(rows)]
+
+    def one_line(index, sums):
+        line = code.moved(lines, I64(_PARTS * size), index)
+        code.read_ahead(line, _AHEAD_BYTES, _PARTS * size)
+        weights = [code.load(line, size * part, kind) for part in range(_PARTS)]
+        results = []
+        for row, start in enumerate(starts):
+            number = code.everywhere(code.load(code.moved(start, I64(4), index), 0, FLOAT))
+            before = sums[_PARTS * row : _PARTS * (row + 1)]
+            results += [code.fma(number, w, b) for w, b in zip(weights, before, strict=True)]
+        return results
+
+    sums = code.repeat(count, [ZEROS] * (_PARTS * rows), one_line)
+    scale = code.everywhere(factor)
+    for number, total in enumerate(sums):
+        row, offset = number // _PARTS, 4 * LANES * (number % _PARTS)
+        addend = code.load(code.moved(added, added_stride, row), offset)
+        code.store(code.fma(total, scale, addend), code.moved(output, output_stride, row), offset)
+
+
+@intrinsic
+def _tile(
+    typing, case, rows, lines, added, output, stride, added_stride, out_stride, count, factor
+):
+    """Multiply some rows with some lines of a panel.
+
+    Args:
+        typing: Numba's.
+        case: how many rows, and ``_TILE`` more where the lines are in float16.
+        rows: their address.
+        lines: their address.
+        added: the address of what is added to the sums.
+        output: the address of what comes of it.
+        stride: bytes from one row to the next.
+        added_stride: the same of ``added``.
+        out_stride: the same of ``output``.
+        count: how many lines.
+        factor: of the sums.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        case, *others = arguments
+        code = Code(builder)
+        cases = {
+            rows + _TILE * half: partial(_write_tile, code, others, rows, half)
+            for half in (False, True)
+            for rows in range(1, _TILE + 1)
+        }
+        code.choose(case, cases)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9, types.float32), codegen
+
+
+@njit(error_model="numpy")
+def _panel(rows, stride, count, depth, panel, half, bias, output, output_stride, factor):
+    """Rows times one panel."""
+    size = 2 if half else 4
+    blocks = (count + _TILE - 1) // _TILE
+    for begin in range(0, depth, _DEPTH):
+        for block in range(blocks):
+            first = count * block // blocks
+            target = output + first * output_stride
+            # What has been summed before is added, or else the bias.
+            added, added_stride = target, output_stride
+            if begin == 0:
+                added, added_stride = bias, types.int64(0)
+            _tile(
+                count * (block + 1) // blocks - first + half * _TILE,
+                rows + first * stride + 4 * begin,
+                panel + begin * PANEL_ROWS * size,
+                added,
+                target,
+                stride,
+                added_stride,
+                output_stride,
+                min(_DEPTH, depth - begin),
+                factor,
+            )
+
+
+@cfunc(types.void(types.CPointer(types.int64)), cache=True)
+def multiply(block):
+    """Rows times a weight; every thread takes its share of panels."""
+    rows, stride, panels, half, bias = block[0], block[1], block[2], block[3], block[4]
+    output, edge, count, width, depth = block[5], block[6], block[7], block[8], block[9]
+    factor = real(block[10])
+    thread, threads = types.int64(thread_number()), types.int64(thread_count())
+    total = (width + PANEL_ROWS - 1) // PANEL_ROWS
+    size = 2 if half else 4
+    for number in range(total * thread // threads, total * (thread + 1) // threads):
+        panel = panels + number * depth * PANEL_ROWS * size
+        column = number * PANEL_ROWS
+        added, target, target_stride = bias + 4 * column, output + 4 * column, 4 * width
+        if column + PANEL_ROWS > width:
+            target, target_stride = edge, types.int64(4 * PANEL_ROWS)
+        _panel(rows, stride, count, depth, panel, half, added, target, target_stride, factor)
+        if column + PANEL_ROWS > width:
+            source, found = floats(output), floats(edge)
+            for row in range(count):
+                for other in range(width - column):
+                    source[row * width + column + other] = found[row * PANEL_ROWS + other]
