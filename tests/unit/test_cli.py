@@ -30,7 +30,7 @@ from uellm.v1 import common_pb2, inference_pb2
 
 COMMANDS = [
     *("demo", "up", "serve", "generate", "chat", "cancel"),
-    *("models", "health", "verify", "version", "simulate"),
+    *("models", "health", "verify", "version", "simulate", "profiler"),
     *("why", "decisions", "replay"),
 ]
 NOON = 1_700_000_000.0

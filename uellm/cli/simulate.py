@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from uellm.cli.asking import Json
+from uellm.cli.drawing import check_plot
 
 if TYPE_CHECKING:
     from uellm.simulator.experiments import Cell, Result, Setup
@@ -89,7 +90,7 @@ def simulate(
 
     names, loads = _names(policies), _numbers("load", load, above=0.0)
     if plot is not None:
-        _check_plot(plot)
+        check_plot(plot)
     mesh = _mesh(replicas, execution, refuse)
     dispatch = DispatchSettings(lookahead, kv_headroom)
     setup = _setup(
@@ -289,19 +290,6 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 # ---- drawing -----------------------------------------------------------------------------------
-
-
-def _check_plot(path: Path) -> None:
-    from importlib.util import find_spec
-
-    from uellm.core.errors import ConfigurationError, InvalidArgumentError
-
-    if find_spec("matplotlib") is None:
-        raise ConfigurationError("drawing needs matplotlib: pip install 'uellm[simulate]'")
-    if path.suffix not in {".png", ".svg", ".pdf"} or not path.parent.is_dir():
-        raise InvalidArgumentError(
-            f"plot: {path}: a .png, .svg or .pdf file in a directory that exists", field="plot"
-        )
 
 
 def _draw(path: Path, setup: "Setup", results: "list[Result]") -> None:
