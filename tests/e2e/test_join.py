@@ -19,7 +19,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 @pytest.fixture
 async def up(tmp_path: Path) -> AsyncIterator[Up]:
     mesh = Up(tmp_path / "home")
-    mesh.environment["UELLM_WORKER_ENGINE"] = "shard"
     yield mesh
     if mesh.process is not None and mesh.process.returncode is None:
         mesh.process.kill()
@@ -34,7 +33,16 @@ async def stages(up: Up) -> list[str]:
     return list(replica["stages"]) if replica["state"] == "READY" else []
 
 
-async def test_a_machine_that_joins_takes_layers_and_gives_them_back(up: Up) -> None:
+async def counted(up: Up, engine: str, last: int) -> bool:
+    """Whether the model answers, and rightly where one computes."""
+    status, out, _ = await up.run("generate", f"Count from 1 to {last}.", "--max-tokens", "64")
+    right = ", ".join(map(str, range(1, last + 1)))
+    return status == 0 and bool(out.strip()) and (engine == "instant" or out.strip() == right)
+
+
+@pytest.mark.parametrize("engine", ["instant", pytest.param("shard", marks=pytest.mark.slow)])
+async def test_a_machine_that_joins_takes_layers_and_gives_them_back(up: Up, engine: str) -> None:
+    up.environment["UELLM_WORKER_ENGINE"] = engine
     state = await up.start("--listen", "127.0.0.1", "--stages", "2")
     password = state.redis_url.partition("@")[0].rpartition(":")[2]
     port = int(state.redis_url.rpartition(":")[2].partition("/")[0])
@@ -58,8 +66,7 @@ async def test_a_machine_that_joins_takes_layers_and_gives_them_back(up: Up) -> 
             return len(await stages(up)) == 2
 
         await eventually(spread, 60)
-        status, out, err = await up.run("generate", "Count from 1 to 20.", "--max-tokens", "64")
-        assert (status, out.strip()) == (0, ", ".join(map(str, range(1, 21)))), err
+        assert await counted(up, engine, 20)
         join.send_signal(signal.SIGINT)
         assert await join.wait() == 130
 
@@ -67,8 +74,7 @@ async def test_a_machine_that_joins_takes_layers_and_gives_them_back(up: Up) -> 
             return len(await stages(up)) == 1
 
         await eventually(whole, 60)
-        status, out, err = await up.run("generate", "Count from 1 to 5.", "--max-tokens", "64")
-        assert (status, out.strip()) == (0, "1, 2, 3, 4, 5"), err
+        assert await counted(up, engine, 5)
     finally:
         if join.returncode is None:
             join.kill()
@@ -84,5 +90,5 @@ async def test_a_stranger_is_told_what_is_wrong(up: Up) -> None:
         ("nonsense", "copy the whole line"),
     ):
         status, _, err = await up.run("join", "127.0.0.1", "--token", token)
-        assert (status, err.count("\n")) == (2, 1), err
-        assert says in err
+        assert status == 2, err
+        assert says in err.splitlines()[-1]

@@ -72,7 +72,7 @@ class Token:
             port, secret = 0, ""
         if not port or len(secret) != len(new_secret()):
             raise ConfigurationError(
-                "--token is not one of a mesh; copy the whole line that `uellm up --listen` printed",
+                "--token is no mesh's; copy the whole line that `uellm up --listen` printed",
                 field="token",
             )
         return cls(port, secret)
@@ -240,9 +240,8 @@ def address_towards(host: str, port: int) -> str:
         ConfigurationError: if no way leads there.
     """
     try:
-        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[
-            0
-        ]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        family, kind, protocol, _, target = found[0]
         with socket.socket(family, kind, protocol) as probe:
             # Of datagrams, connecting sends none: it only looks up the route.
             probe.connect(target)
