@@ -495,6 +495,110 @@ class DescribeResponse(_message.Message):
 Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
 
 @_typing.final
+class GetTopologyRequest(_message.Message):
+    """Which topology."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    probe: _builtins.bool
+    """Measure what is idle anew, and answer when that is done."""
+    model: _builtins.str
+    """The served model that layers are measured of; empty: the one that is deployed, or a shape that
+    stands for any.
+    """
+    def __init__(
+        self,
+        *,
+        probe: _builtins.bool = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "probe", b"probe"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTopologyRequest: _TypeAlias = GetTopologyRequest  # noqa: Y015
+
+@_typing.final
+class MeasuredBlock(_message.Message):
+    """What one layer takes on a kind of device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    """The device's host."""
+    device: _builtins.str
+    """The device's name."""
+    model: _builtins.str
+    """The served model; empty: a shape that stands for any."""
+    dtype: _builtins.str
+    """Compute dtype."""
+    @_builtins.property
+    def cost(self) -> _topology_pb2.BlockCost:
+        """The cost."""
+
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        device: _builtins.str = ...,
+        model: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        cost: _topology_pb2.BlockCost | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "device", b"device", "dtype", b"dtype", "host", b"host", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredBlock: _TypeAlias = MeasuredBlock  # noqa: Y015
+
+@_typing.final
+class GetTopologyResponse(_message.Message):
+    """What there is to place on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOPOLOGY_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def topology(self) -> _topology_pb2.Topology:
+        """Devices and links, measured, declared or from a file."""
+
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredBlock]:
+        """What layers take."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What could not be measured, and why."""
+
+    def __init__(
+        self,
+        *,
+        topology: _topology_pb2.Topology | None = ...,
+        blocks: _abc.Iterable[Global___MeasuredBlock] | None = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["topology", b"topology"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "notes", b"notes", "topology", b"topology"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTopologyResponse: _TypeAlias = GetTopologyResponse  # noqa: Y015
+
+@_typing.final
 class WatchDeploymentsRequest(_message.Message):
     """No filter yet."""
 

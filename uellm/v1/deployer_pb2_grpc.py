@@ -65,6 +65,11 @@ class DeployerServiceStub(object):
                 request_serializer=uellm_dot_v1_dot_deployer__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=uellm_dot_v1_dot_deployer__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.GetTopology = channel.unary_unary(
+                '/uellm.v1.DeployerService/GetTopology',
+                request_serializer=uellm_dot_v1_dot_deployer__pb2.GetTopologyRequest.SerializeToString,
+                response_deserializer=uellm_dot_v1_dot_deployer__pb2.GetTopologyResponse.FromString,
+                _registered_method=True)
         self.WatchDeployments = channel.unary_stream(
                 '/uellm.v1.DeployerService/WatchDeployments',
                 request_serializer=uellm_dot_v1_dot_deployer__pb2.WatchDeploymentsRequest.SerializeToString,
@@ -118,6 +123,13 @@ class DeployerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTopology(self, request, context):
+        """What there is to place on: devices, the ways between them, and how well both are known.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchDeployments(self, request, context):
         """As Describe, again after every change.
         """
@@ -157,6 +169,11 @@ def add_DeployerServiceServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=uellm_dot_v1_dot_deployer__pb2.DescribeRequest.FromString,
                     response_serializer=uellm_dot_v1_dot_deployer__pb2.DescribeResponse.SerializeToString,
+            ),
+            'GetTopology': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTopology,
+                    request_deserializer=uellm_dot_v1_dot_deployer__pb2.GetTopologyRequest.FromString,
+                    response_serializer=uellm_dot_v1_dot_deployer__pb2.GetTopologyResponse.SerializeToString,
             ),
             'WatchDeployments': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchDeployments,
@@ -327,6 +344,33 @@ class DeployerService(object):
             '/uellm.v1.DeployerService/Describe',
             uellm_dot_v1_dot_deployer__pb2.DescribeRequest.SerializeToString,
             uellm_dot_v1_dot_deployer__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTopology(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/uellm.v1.DeployerService/GetTopology',
+            uellm_dot_v1_dot_deployer__pb2.GetTopologyRequest.SerializeToString,
+            uellm_dot_v1_dot_deployer__pb2.GetTopologyResponse.FromString,
             options,
             channel_credentials,
             insecure,

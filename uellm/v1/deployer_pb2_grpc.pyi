@@ -45,6 +45,8 @@ class DeployerServiceStub:
     """Takes a model out of service."""
     Describe: _grpc.UnaryUnaryMultiCallable[_deployer_pb2.DescribeRequest, _deployer_pb2.DescribeResponse]
     """What is where now."""
+    GetTopology: _grpc.UnaryUnaryMultiCallable[_deployer_pb2.GetTopologyRequest, _deployer_pb2.GetTopologyResponse]
+    """What there is to place on: devices, the ways between them, and how well both are known."""
     WatchDeployments: _grpc.UnaryStreamMultiCallable[_deployer_pb2.WatchDeploymentsRequest, _deployer_pb2.WatchDeploymentsResponse]
     """As Describe, again after every change."""
 
@@ -65,6 +67,8 @@ class DeployerServiceAsyncStub(DeployerServiceStub):
     """Takes a model out of service."""
     Describe: _aio.UnaryUnaryMultiCallable[_deployer_pb2.DescribeRequest, _deployer_pb2.DescribeResponse]  # type: ignore[assignment]
     """What is where now."""
+    GetTopology: _aio.UnaryUnaryMultiCallable[_deployer_pb2.GetTopologyRequest, _deployer_pb2.GetTopologyResponse]  # type: ignore[assignment]
+    """What there is to place on: devices, the ways between them, and how well both are known."""
     WatchDeployments: _aio.UnaryStreamMultiCallable[_deployer_pb2.WatchDeploymentsRequest, _deployer_pb2.WatchDeploymentsResponse]  # type: ignore[assignment]
     """As Describe, again after every change."""
 
@@ -118,6 +122,14 @@ class DeployerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_deployer_pb2.DescribeResponse, _abc.Awaitable[_deployer_pb2.DescribeResponse]]:
         """What is where now."""
+
+    @_abc_1.abstractmethod
+    def GetTopology(
+        self,
+        request: _deployer_pb2.GetTopologyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_deployer_pb2.GetTopologyResponse, _abc.Awaitable[_deployer_pb2.GetTopologyResponse]]:
+        """What there is to place on: devices, the ways between them, and how well both are known."""
 
     @_abc_1.abstractmethod
     def WatchDeployments(

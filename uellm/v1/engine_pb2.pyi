@@ -37,6 +37,9 @@ class EngineCommand(_message.Message):
     DROP_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
     PING_FIELD_NUMBER: _builtins.int
+    PROBE_BLOCK_FIELD_NUMBER: _builtins.int
+    PROBE_COPIES_FIELD_NUMBER: _builtins.int
+    PROBE_LINK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prepare(self) -> Global___PrepareShard:
         """Load a stage; answered by Progress and Prepared."""
@@ -61,6 +64,18 @@ class EngineCommand(_message.Message):
     def ping(self) -> Global___Ping:
         """Say that the process runs; answered by Alive at once, whatever it computes."""
 
+    @_builtins.property
+    def probe_block(self) -> Global___ProbeBlock:
+        """Measure layers; answered by BlockProbed."""
+
+    @_builtins.property
+    def probe_copies(self) -> Global___ProbeCopies:
+        """Measure copies between devices; answered by CopiesProbed."""
+
+    @_builtins.property
+    def probe_link(self) -> Global___ProbeLink:
+        """Measure the way to another child; answered by LinkListening from the sender, then LinkProbed."""
+
     def __init__(
         self,
         *,
@@ -70,12 +85,15 @@ class EngineCommand(_message.Message):
         drop: Global___DropSequence | None = ...,
         leave: Global___LeaveGroup | None = ...,
         ping: Global___Ping | None = ...,
+        probe_block: Global___ProbeBlock | None = ...,
+        probe_copies: Global___ProbeCopies | None = ...,
+        probe_link: Global___ProbeLink | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "command", b"command", "commit", b"commit", "drop", b"drop", "leave", b"leave", "ping", b"ping", "prepare", b"prepare"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "command", b"command", "commit", b"commit", "drop", b"drop", "leave", b"leave", "ping", b"ping", "prepare", b"prepare", "probe_block", b"probe_block", "probe_copies", b"probe_copies", "probe_link", b"probe_link"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "command", b"command", "commit", b"commit", "drop", b"drop", "leave", b"leave", "ping", b"ping", "prepare", b"prepare"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "command", b"command", "commit", b"commit", "drop", b"drop", "leave", b"leave", "ping", b"ping", "prepare", b"prepare", "probe_block", b"probe_block", "probe_copies", b"probe_copies", "probe_link", b"probe_link"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["prepare", "commit", "add", "drop", "leave", "ping"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["prepare", "commit", "add", "drop", "leave", "ping", "probe_block", "probe_copies", "probe_link"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -162,6 +180,114 @@ class SimulatedDevice(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SimulatedDevice: _TypeAlias = SimulatedDevice  # noqa: Y015
+
+@_typing.final
+class ProbeBlock(_message.Message):
+    """Layers to measure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_FIELD_NUMBER: _builtins.int
+    BUDGET_SECONDS_FIELD_NUMBER: _builtins.int
+    ROOM_BYTES_FIELD_NUMBER: _builtins.int
+    budget_seconds: _builtins.float
+    """How long to measure at most, loading aside."""
+    room_bytes: _builtins.int
+    """Memory that the weights may take."""
+    @_builtins.property
+    def shard(self) -> Global___PrepareShard:
+        """The model, the device, the dtype and the threads; layers are chosen by the child. Without files,
+        a Llama's with a hidden size of 1024.
+        """
+
+    def __init__(
+        self,
+        *,
+        shard: Global___PrepareShard | None = ...,
+        budget_seconds: _builtins.float = ...,
+        room_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shard", b"shard"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_seconds", b"budget_seconds", "room_bytes", b"room_bytes", "shard", b"shard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeBlock: _TypeAlias = ProbeBlock  # noqa: Y015
+
+@_typing.final
+class ProbeCopies(_message.Message):
+    """Copies to measure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_IDS_FIELD_NUMBER: _builtins.int
+    BUDGET_SECONDS_FIELD_NUMBER: _builtins.int
+    budget_seconds: _builtins.float
+    """How long to measure at most, all pairs together."""
+    @_builtins.property
+    def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Between which devices."""
+
+    def __init__(
+        self,
+        *,
+        device_ids: _abc.Iterable[_builtins.str] | None = ...,
+        budget_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_seconds", b"budget_seconds", "device_ids", b"device_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeCopies: _TypeAlias = ProbeCopies  # noqa: Y015
+
+@_typing.final
+class ProbeLink(_message.Message):
+    """A way to measure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    BIND_HOST_FIELD_NUMBER: _builtins.int
+    RENDEZVOUS_FIELD_NUMBER: _builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    BUDGET_SECONDS_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    """The device that activations come from or go to."""
+    bind_host: _builtins.str
+    """Address that the data plane binds to."""
+    rendezvous: _builtins.str
+    """Where the sender waits; empty: this is the sender."""
+    hidden_size: _builtins.int
+    """Width of the activations."""
+    dtype: _builtins.str
+    """Their dtype."""
+    budget_seconds: _builtins.float
+    """How long to measure at most."""
+    host: _builtins.str
+    """Address that the peer reaches this one by."""
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        bind_host: _builtins.str = ...,
+        rendezvous: _builtins.str = ...,
+        hidden_size: _builtins.int = ...,
+        dtype: _builtins.str = ...,
+        budget_seconds: _builtins.float = ...,
+        host: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bind_host", b"bind_host", "budget_seconds", b"budget_seconds", "device_id", b"device_id", "dtype", b"dtype", "hidden_size", b"hidden_size", "host", b"host", "rendezvous", b"rendezvous"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeLink: _TypeAlias = ProbeLink  # noqa: Y015
 
 @_typing.final
 class CommitShard(_message.Message):
@@ -356,6 +482,10 @@ class EngineEvent(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     LEFT_FIELD_NUMBER: _builtins.int
     ALIVE_FIELD_NUMBER: _builtins.int
+    BLOCK_PROBED_FIELD_NUMBER: _builtins.int
+    COPIES_PROBED_FIELD_NUMBER: _builtins.int
+    LINK_LISTENING_FIELD_NUMBER: _builtins.int
+    LINK_PROBED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___LoadProgress:
         """Weights are being read."""
@@ -384,6 +514,22 @@ class EngineEvent(_message.Message):
     def alive(self) -> Global___Alive:
         """The process runs."""
 
+    @_builtins.property
+    def block_probed(self) -> Global___BlockProbed:
+        """Layers were measured."""
+
+    @_builtins.property
+    def copies_probed(self) -> Global___CopiesProbed:
+        """Copies were measured."""
+
+    @_builtins.property
+    def link_listening(self) -> Global___LinkListening:
+        """The sender of a probe waits for the receiver."""
+
+    @_builtins.property
+    def link_probed(self) -> Global___LinkProbed:
+        """The way was measured."""
+
     def __init__(
         self,
         *,
@@ -394,12 +540,16 @@ class EngineEvent(_message.Message):
         failed: Global___ShardFailed | None = ...,
         left: Global___ShardLeft | None = ...,
         alive: Global___Alive | None = ...,
+        block_probed: Global___BlockProbed | None = ...,
+        copies_probed: Global___CopiesProbed | None = ...,
+        link_listening: Global___LinkListening | None = ...,
+        link_probed: Global___LinkProbed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "event", b"event", "failed", b"failed", "left", b"left", "prepared", b"prepared", "progress", b"progress", "serving", b"serving", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "block_probed", b"block_probed", "copies_probed", b"copies_probed", "event", b"event", "failed", b"failed", "left", b"left", "link_listening", b"link_listening", "link_probed", b"link_probed", "prepared", b"prepared", "progress", b"progress", "serving", b"serving", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "event", b"event", "failed", b"failed", "left", b"left", "prepared", b"prepared", "progress", b"progress", "serving", b"serving", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "block_probed", b"block_probed", "copies_probed", b"copies_probed", "event", b"event", "failed", b"failed", "left", b"left", "link_listening", b"link_listening", "link_probed", b"link_probed", "prepared", b"prepared", "progress", b"progress", "serving", b"serving", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "prepared", "serving", "step", "failed", "left", "alive"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "prepared", "serving", "step", "failed", "left", "alive", "block_probed", "copies_probed", "link_listening", "link_probed"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -522,6 +672,112 @@ class Alive(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Alive: _TypeAlias = Alive  # noqa: Y015
+
+@_typing.final
+class BlockProbed(_message.Message):
+    """Layers were measured."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POINTS_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    FLOPS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    weight_bytes: _builtins.int
+    """The layer's weights."""
+    flops_per_token: _builtins.float
+    """Work of the layer for one token, attention aside."""
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.BlockPoint]:
+        """By composition of the step."""
+
+    def __init__(
+        self,
+        *,
+        points: _abc.Iterable[_topology_pb2.BlockPoint] | None = ...,
+        weight_bytes: _builtins.int = ...,
+        flops_per_token: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops_per_token", b"flops_per_token", "points", b"points", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockProbed: _TypeAlias = BlockProbed  # noqa: Y015
+
+@_typing.final
+class CopiesProbed(_message.Message):
+    """Copies were measured."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COPIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.DeviceCopies]:
+        """Each direction by itself."""
+
+    def __init__(
+        self,
+        *,
+        copies: _abc.Iterable[_topology_pb2.DeviceCopies] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopiesProbed: _TypeAlias = CopiesProbed  # noqa: Y015
+
+@_typing.final
+class LinkListening(_message.Message):
+    """The sender of a probe waits for the receiver."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RENDEZVOUS_FIELD_NUMBER: _builtins.int
+    rendezvous: _builtins.str
+    """host:port."""
+    def __init__(
+        self,
+        *,
+        rendezvous: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rendezvous", b"rendezvous"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkListening: _TypeAlias = LinkListening  # noqa: Y015
+
+@_typing.final
+class LinkProbed(_message.Message):
+    """The way was measured."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    WIRE_SECONDS_FIELD_NUMBER: _builtins.int
+    wire_seconds: _builtins.float
+    """One byte over a bare connection, one way."""
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.LinkSample]:
+        """Activations, one way; none from the receiver."""
+
+    def __init__(
+        self,
+        *,
+        samples: _abc.Iterable[_topology_pb2.LinkSample] | None = ...,
+        wire_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["samples", b"samples", "wire_seconds", b"wire_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkProbed: _TypeAlias = LinkProbed  # noqa: Y015
 
 @_typing.final
 class ShardFailed(_message.Message):

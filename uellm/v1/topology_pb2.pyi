@@ -275,6 +275,7 @@ class Link(_message.Message):
     BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     MEASURED_AT_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    WIRE_SECONDS_FIELD_NUMBER: _builtins.int
     src: _builtins.str
     """From."""
     dst: _builtins.str
@@ -287,6 +288,8 @@ class Link(_message.Message):
     """Sustained bandwidth."""
     source: _builtins.str
     """Who says so: probe, live, nvml, file."""
+    wire_seconds: _builtins.float
+    """Of the latency, what the network takes; the rest is software. 0: not measured."""
     @_builtins.property
     def measured_at(self) -> _timestamp_pb2.Timestamp:
         """When it was measured; unset: declared."""
@@ -301,10 +304,11 @@ class Link(_message.Message):
         bytes_per_second: _builtins.float = ...,
         measured_at: _timestamp_pb2.Timestamp | None = ...,
         source: _builtins.str = ...,
+        wire_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["measured_at", b"measured_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "dst", b"dst", "kind", b"kind", "latency_seconds", b"latency_seconds", "measured_at", b"measured_at", "source", b"source", "src", b"src"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "dst", b"dst", "kind", b"kind", "latency_seconds", b"latency_seconds", "measured_at", b"measured_at", "source", b"source", "src", b"src", "wire_seconds", b"wire_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -379,6 +383,164 @@ class Topology(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Topology: _TypeAlias = Topology  # noqa: Y015
+
+@_typing.final
+class BlockPoint(_message.Message):
+    """What one layer of a model took on a device, for a step of one composition."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
+    LAYER_SECONDS_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    """Tokens that the step computed."""
+    context_tokens: _builtins.int
+    """Tokens in the cache that its decodes attended to, over all of them."""
+    pairs: _builtins.float
+    """Pairs of tokens that its prefill attended over."""
+    layer_seconds: _builtins.float
+    """Of a layer."""
+    step_seconds: _builtins.float
+    """Of the step, whatever the number of layers."""
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+        context_tokens: _builtins.int = ...,
+        pairs: _builtins.float = ...,
+        layer_seconds: _builtins.float = ...,
+        step_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "layer_seconds", b"layer_seconds", "pairs", b"pairs", "step_seconds", b"step_seconds", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockPoint: _TypeAlias = BlockPoint  # noqa: Y015
+
+@_typing.final
+class BlockCost(_message.Message):
+    """What one layer of a model takes on a device, fitted to points."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    MEASURED_AT_FIELD_NUMBER: _builtins.int
+    LIVE_RATIO_FIELD_NUMBER: _builtins.int
+    LIVE_AT_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    FLOPS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    step_seconds: _builtins.float
+    """Seconds of a step beside its layers."""
+    error: _builtins.float
+    """Median of the fit's relative errors at the points."""
+    live_ratio: _builtins.float
+    """What steps take since then, in units of what this says; smoothed. 0: none were seen."""
+    weight_bytes: _builtins.int
+    """The layer's weights."""
+    flops_per_token: _builtins.float
+    """Work of the layer for one token, attention aside."""
+    @_builtins.property
+    def layer(self) -> _common_pb2.StepCost:
+        """Of a step, by what it computes."""
+
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockPoint]:
+        """What it was fitted to."""
+
+    @_builtins.property
+    def measured_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was measured."""
+
+    @_builtins.property
+    def live_at(self) -> _timestamp_pb2.Timestamp:
+        """When steps were last compared with it."""
+
+    def __init__(
+        self,
+        *,
+        layer: _common_pb2.StepCost | None = ...,
+        step_seconds: _builtins.float = ...,
+        error: _builtins.float = ...,
+        points: _abc.Iterable[Global___BlockPoint] | None = ...,
+        measured_at: _timestamp_pb2.Timestamp | None = ...,
+        live_ratio: _builtins.float = ...,
+        live_at: _timestamp_pb2.Timestamp | None = ...,
+        weight_bytes: _builtins.int = ...,
+        flops_per_token: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "live_at", b"live_at", "measured_at", b"measured_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "flops_per_token", b"flops_per_token", "layer", b"layer", "live_at", b"live_at", "live_ratio", b"live_ratio", "measured_at", b"measured_at", "points", b"points", "step_seconds", b"step_seconds", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockCost: _TypeAlias = BlockCost  # noqa: Y015
+
+@_typing.final
+class LinkSample(_message.Message):
+    """A message that was timed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    """Its size."""
+    seconds: _builtins.float
+    """One way."""
+    def __init__(
+        self,
+        *,
+        bytes: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkSample: _TypeAlias = LinkSample  # noqa: Y015
+
+@_typing.final
+class DeviceCopies(_message.Message):
+    """Copies from one device to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SRC_FIELD_NUMBER: _builtins.int
+    DST_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    src: _builtins.str
+    """From."""
+    dst: _builtins.str
+    """To."""
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkSample]:
+        """By size."""
+
+    def __init__(
+        self,
+        *,
+        src: _builtins.str = ...,
+        dst: _builtins.str = ...,
+        samples: _abc.Iterable[Global___LinkSample] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dst", b"dst", "samples", b"samples", "src", b"src"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceCopies: _TypeAlias = DeviceCopies  # noqa: Y015
 
 @_typing.final
 class LayerProfile(_message.Message):

@@ -5,6 +5,7 @@ A worker agent: what the deployer pushes to it."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from uellm.v1 import common_pb2 as _common_pb2
@@ -226,6 +227,208 @@ class ProbeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProbeResponse: _TypeAlias = ProbeResponse  # noqa: Y015
+
+@_typing.final
+class ProbeBlockRequest(_message.Message):
+    """Layers to measure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    """On which device."""
+    dtype: _builtins.str
+    """Compute dtype."""
+    @_builtins.property
+    def model(self) -> _common_pb2.ModelRef:
+        """Of which model; unset: of a Llama with a hidden size of 1024."""
+
+    @_builtins.property
+    def budget(self) -> _duration_pb2.Duration:
+        """How long to measure at most, loading aside; unset: a second."""
+
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        model: _common_pb2.ModelRef | None = ...,
+        dtype: _builtins.str = ...,
+        budget: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "device_id", b"device_id", "dtype", b"dtype", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeBlockRequest: _TypeAlias = ProbeBlockRequest  # noqa: Y015
+
+@_typing.final
+class ProbeBlockResponse(_message.Message):
+    """What they took."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POINTS_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    FLOPS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    weight_bytes: _builtins.int
+    """The layer's weights."""
+    flops_per_token: _builtins.float
+    """Work of the layer for one token, attention aside."""
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.BlockPoint]:
+        """By composition of the step."""
+
+    def __init__(
+        self,
+        *,
+        points: _abc.Iterable[_topology_pb2.BlockPoint] | None = ...,
+        weight_bytes: _builtins.int = ...,
+        flops_per_token: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops_per_token", b"flops_per_token", "points", b"points", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeBlockResponse: _TypeAlias = ProbeBlockResponse  # noqa: Y015
+
+@_typing.final
+class ProbeLinkRequest(_message.Message):
+    """A part in measuring a way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SRC_FIELD_NUMBER: _builtins.int
+    DST_FIELD_NUMBER: _builtins.int
+    RENDEZVOUS_FIELD_NUMBER: _builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    src: _builtins.str
+    """The device that sends, on the worker that is called first."""
+    dst: _builtins.str
+    """The device that receives, on the other."""
+    rendezvous: _builtins.str
+    """Where the sender waits: its first answer. Empty: this worker is the sender."""
+    hidden_size: _builtins.int
+    """Width of the activations."""
+    dtype: _builtins.str
+    """Their dtype."""
+    host: _builtins.str
+    """The address that the other reaches this worker's data plane by, if that is not its own."""
+    @_builtins.property
+    def budget(self) -> _duration_pb2.Duration:
+        """How long to measure at most; unset: half a second."""
+
+    def __init__(
+        self,
+        *,
+        src: _builtins.str = ...,
+        dst: _builtins.str = ...,
+        rendezvous: _builtins.str = ...,
+        hidden_size: _builtins.int = ...,
+        dtype: _builtins.str = ...,
+        budget: _duration_pb2.Duration | None = ...,
+        host: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "dst", b"dst", "dtype", b"dtype", "hidden_size", b"hidden_size", "host", b"host", "rendezvous", b"rendezvous", "src", b"src"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeLinkRequest: _TypeAlias = ProbeLinkRequest  # noqa: Y015
+
+@_typing.final
+class ProbeLinkResponse(_message.Message):
+    """What came of it. The sender answers with its rendezvous, then with what it measured; the receiver
+    once, when it is over.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RENDEZVOUS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    WIRE_SECONDS_FIELD_NUMBER: _builtins.int
+    rendezvous: _builtins.str
+    """Where the sender waits for the receiver."""
+    wire_seconds: _builtins.float
+    """One byte over a bare connection, one way: half of there and back. What is lacking to the
+    shortest of the samples is software.
+    """
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.LinkSample]:
+        """Activations, one way: the time there and back less half of the shortest answer's."""
+
+    def __init__(
+        self,
+        *,
+        rendezvous: _builtins.str = ...,
+        samples: _abc.Iterable[_topology_pb2.LinkSample] | None = ...,
+        wire_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rendezvous", b"rendezvous", "samples", b"samples", "wire_seconds", b"wire_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeLinkResponse: _TypeAlias = ProbeLinkResponse  # noqa: Y015
+
+@_typing.final
+class ProbeCopiesRequest(_message.Message):
+    """Copies to measure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def budget(self) -> _duration_pb2.Duration:
+        """How long to measure at most, all pairs together; unset: a second."""
+
+    def __init__(
+        self,
+        *,
+        budget: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeCopiesRequest: _TypeAlias = ProbeCopiesRequest  # noqa: Y015
+
+@_typing.final
+class ProbeCopiesResponse(_message.Message):
+    """What copies took; nothing for devices that share the host's memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COPIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.DeviceCopies]:
+        """Each direction by itself."""
+
+    def __init__(
+        self,
+        *,
+        copies: _abc.Iterable[_topology_pb2.DeviceCopies] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeCopiesResponse: _TypeAlias = ProbeCopiesResponse  # noqa: Y015
 
 @_typing.final
 class GetStatusRequest(_message.Message):

@@ -58,6 +58,21 @@ class WorkerServiceStub(object):
                 request_serializer=uellm_dot_v1_dot_worker__pb2.ProbeRequest.SerializeToString,
                 response_deserializer=uellm_dot_v1_dot_worker__pb2.ProbeResponse.FromString,
                 _registered_method=True)
+        self.ProbeBlock = channel.unary_unary(
+                '/uellm.v1.WorkerService/ProbeBlock',
+                request_serializer=uellm_dot_v1_dot_worker__pb2.ProbeBlockRequest.SerializeToString,
+                response_deserializer=uellm_dot_v1_dot_worker__pb2.ProbeBlockResponse.FromString,
+                _registered_method=True)
+        self.ProbeLink = channel.unary_stream(
+                '/uellm.v1.WorkerService/ProbeLink',
+                request_serializer=uellm_dot_v1_dot_worker__pb2.ProbeLinkRequest.SerializeToString,
+                response_deserializer=uellm_dot_v1_dot_worker__pb2.ProbeLinkResponse.FromString,
+                _registered_method=True)
+        self.ProbeCopies = channel.unary_unary(
+                '/uellm.v1.WorkerService/ProbeCopies',
+                request_serializer=uellm_dot_v1_dot_worker__pb2.ProbeCopiesRequest.SerializeToString,
+                response_deserializer=uellm_dot_v1_dot_worker__pb2.ProbeCopiesResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/uellm.v1.WorkerService/GetStatus',
                 request_serializer=uellm_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
@@ -94,7 +109,29 @@ class WorkerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Probe(self, request, context):
-        """Measures the way to another worker.
+        """Measures the way to this worker over gRPC.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProbeBlock(self, request, context):
+        """Measures layers of a model on a device of this worker. One probe runs at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProbeLink(self, request, context):
+        """Takes part in measuring the way from one worker to another, over the transport that carries
+        activations. The sender is called first, the receiver with what the sender answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProbeCopies(self, request, context):
+        """Measures copies between the devices of this worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,6 +166,21 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Probe,
                     request_deserializer=uellm_dot_v1_dot_worker__pb2.ProbeRequest.FromString,
                     response_serializer=uellm_dot_v1_dot_worker__pb2.ProbeResponse.SerializeToString,
+            ),
+            'ProbeBlock': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbeBlock,
+                    request_deserializer=uellm_dot_v1_dot_worker__pb2.ProbeBlockRequest.FromString,
+                    response_serializer=uellm_dot_v1_dot_worker__pb2.ProbeBlockResponse.SerializeToString,
+            ),
+            'ProbeLink': grpc.unary_stream_rpc_method_handler(
+                    servicer.ProbeLink,
+                    request_deserializer=uellm_dot_v1_dot_worker__pb2.ProbeLinkRequest.FromString,
+                    response_serializer=uellm_dot_v1_dot_worker__pb2.ProbeLinkResponse.SerializeToString,
+            ),
+            'ProbeCopies': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbeCopies,
+                    request_deserializer=uellm_dot_v1_dot_worker__pb2.ProbeCopiesRequest.FromString,
+                    response_serializer=uellm_dot_v1_dot_worker__pb2.ProbeCopiesResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -248,6 +300,87 @@ class WorkerService(object):
             '/uellm.v1.WorkerService/Probe',
             uellm_dot_v1_dot_worker__pb2.ProbeRequest.SerializeToString,
             uellm_dot_v1_dot_worker__pb2.ProbeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbeBlock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/uellm.v1.WorkerService/ProbeBlock',
+            uellm_dot_v1_dot_worker__pb2.ProbeBlockRequest.SerializeToString,
+            uellm_dot_v1_dot_worker__pb2.ProbeBlockResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbeLink(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/uellm.v1.WorkerService/ProbeLink',
+            uellm_dot_v1_dot_worker__pb2.ProbeLinkRequest.SerializeToString,
+            uellm_dot_v1_dot_worker__pb2.ProbeLinkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbeCopies(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/uellm.v1.WorkerService/ProbeCopies',
+            uellm_dot_v1_dot_worker__pb2.ProbeCopiesRequest.SerializeToString,
+            uellm_dot_v1_dot_worker__pb2.ProbeCopiesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,7 +44,15 @@ class WorkerServiceStub:
     Release: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ReleaseRequest, _worker_pb2.ReleaseResponse]
     """Lets a replica's stage go, after finishing or handing back its work."""
     Probe: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ProbeRequest, _worker_pb2.ProbeResponse]
-    """Measures the way to another worker."""
+    """Measures the way to this worker over gRPC."""
+    ProbeBlock: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ProbeBlockRequest, _worker_pb2.ProbeBlockResponse]
+    """Measures layers of a model on a device of this worker. One probe runs at a time."""
+    ProbeLink: _grpc.UnaryStreamMultiCallable[_worker_pb2.ProbeLinkRequest, _worker_pb2.ProbeLinkResponse]
+    """Takes part in measuring the way from one worker to another, over the transport that carries
+    activations. The sender is called first, the receiver with what the sender answers.
+    """
+    ProbeCopies: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ProbeCopiesRequest, _worker_pb2.ProbeCopiesResponse]
+    """Measures copies between the devices of this worker."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.GetStatusResponse]
     """What the worker holds."""
 
@@ -64,7 +72,15 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     Release: _aio.UnaryUnaryMultiCallable[_worker_pb2.ReleaseRequest, _worker_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Lets a replica's stage go, after finishing or handing back its work."""
     Probe: _aio.UnaryUnaryMultiCallable[_worker_pb2.ProbeRequest, _worker_pb2.ProbeResponse]  # type: ignore[assignment]
-    """Measures the way to another worker."""
+    """Measures the way to this worker over gRPC."""
+    ProbeBlock: _aio.UnaryUnaryMultiCallable[_worker_pb2.ProbeBlockRequest, _worker_pb2.ProbeBlockResponse]  # type: ignore[assignment]
+    """Measures layers of a model on a device of this worker. One probe runs at a time."""
+    ProbeLink: _aio.UnaryStreamMultiCallable[_worker_pb2.ProbeLinkRequest, _worker_pb2.ProbeLinkResponse]  # type: ignore[assignment]
+    """Takes part in measuring the way from one worker to another, over the transport that carries
+    activations. The sender is called first, the receiver with what the sender answers.
+    """
+    ProbeCopies: _aio.UnaryUnaryMultiCallable[_worker_pb2.ProbeCopiesRequest, _worker_pb2.ProbeCopiesResponse]  # type: ignore[assignment]
+    """Measures copies between the devices of this worker."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What the worker holds."""
 
@@ -105,7 +121,33 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.ProbeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.ProbeResponse, _abc.Awaitable[_worker_pb2.ProbeResponse]]:
-        """Measures the way to another worker."""
+        """Measures the way to this worker over gRPC."""
+
+    @_abc_1.abstractmethod
+    def ProbeBlock(
+        self,
+        request: _worker_pb2.ProbeBlockRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ProbeBlockResponse, _abc.Awaitable[_worker_pb2.ProbeBlockResponse]]:
+        """Measures layers of a model on a device of this worker. One probe runs at a time."""
+
+    @_abc_1.abstractmethod
+    def ProbeLink(
+        self,
+        request: _worker_pb2.ProbeLinkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.ProbeLinkResponse], _abc.AsyncIterator[_worker_pb2.ProbeLinkResponse]]:
+        """Takes part in measuring the way from one worker to another, over the transport that carries
+        activations. The sender is called first, the receiver with what the sender answers.
+        """
+
+    @_abc_1.abstractmethod
+    def ProbeCopies(
+        self,
+        request: _worker_pb2.ProbeCopiesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ProbeCopiesResponse, _abc.Awaitable[_worker_pb2.ProbeCopiesResponse]]:
+        """Measures copies between the devices of this worker."""
 
     @_abc_1.abstractmethod
     def GetStatus(

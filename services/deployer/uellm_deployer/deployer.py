@@ -18,9 +18,11 @@ from uellm_deployer import planning, reconcile
 from uellm_deployer.budgets import devices_for
 from uellm_deployer.catalog import adapters_by_model, checked, parse_model, resolve
 from uellm_deployer.deployment import Deployment
+from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former
 from uellm_deployer.links import Links
-from uellm_deployer.replica import Replica
+from uellm_deployer.measurements import Measurements
+from uellm_deployer.replica import Phase, Replica
 from uellm_deployer.settings import DeployerSettings
 from uellm_deployer.store import Store
 from uellm_deployer.tools import Tools
@@ -30,7 +32,10 @@ _log = logger("deployer")
 TURN_SECONDS = 0.25
 RELEASE_AGAIN_SECONDS = 5.0
 REASSERT_SECONDS = 2.0
+LEARN_SECONDS = 2.0
 SURVEY_POLL_SECONDS = 0.05
+MEASURE_SHARE = 0.9
+"""Of a call's remaining time, what measuring may take."""
 
 
 class Deployer:
@@ -52,6 +57,13 @@ class Deployer:
         self._store = Store(context)
         self._links = Links(context, self._wake)
         self._placer = EvenPlacer()
+        self._discovery = Discovery(
+            settings,
+            Measurements(context.redis),
+            self.workers,
+            self._links,
+            context.clock.now,
+        )
         self._planning = asyncio.Lock()
         self._term = 0
         self._deployments: dict[str, Deployment] = {}
@@ -59,6 +71,7 @@ class Deployer:
         self._news = asyncio.Event()
         self._released: dict[reconcile.Orphan, float] = {}
         self._reassert_at = 0.0
+        self._learn_at = 0.0
         self._acting_since = 0.0
         self._tools = self._make_tools()
 
@@ -69,6 +82,7 @@ class Deployer:
             workers=self.workers,
             former=Former(self._links, self.workers, self._settings),
             placer=self._placer,
+            discovery=self._discovery,
             planning=self._planning,
             replicas=lambda: [r for d in self._deployments.values() for r in d.replicas],
             spawn=self._context.spawn,
@@ -107,6 +121,7 @@ class Deployer:
             if deployment.ended and self._deployments.get(name) is deployment:
                 del self._deployments[name]
         await self._reassert(now)
+        await self._learn(now)
         self._release_orphans(now)
         self.workers.forget(now)
         await self._links.keep(list(self.workers.all))
@@ -118,6 +133,7 @@ class Deployer:
         for model in models:
             name = model.name or Path(model.source).name
             await self._want_from_settings(model, adapters[name])
+        await self._discovery.load()
         desired = await self._store.desired()
         published = await self._store.published()
         now = time.monotonic()
@@ -159,6 +175,19 @@ class Deployer:
         for name, deployment in list(self._deployments.items()):
             await deployment.reassert(published.get(name))
         self._reassert_at = now + REASSERT_SECONDS
+
+    async def _learn(self, now: float) -> None:
+        """Hold measurements against what the steps of running replicas take."""
+        if now < self._learn_at:
+            return
+        self._learn_at = now + LEARN_SECONDS
+        for name, deployment in self._deployments.items():
+            ready = {r.id: r for r in deployment.replicas if r.phase is Phase.READY}
+            if deployment.profile is None or not ready:
+                continue
+            reports = await self._store.reports(name, list(ready))
+            for replica, report in reports.items():
+                await self._discovery.learn(ready[replica], deployment.profile, report)
 
     def step_down(self) -> None:
         """Another deployer acts: forget everything, touch nothing."""
@@ -259,9 +288,40 @@ class Deployer:
         live = self.workers.live(now, self._settings.worker_silence_seconds)
         devices = devices_for(None, self._tools.replicas(), live)
         planned = await asyncio.to_thread(
-            planning.plan, self._placer, model, request, devices, request.replicas
+            planning.plan,
+            self._placer,
+            model,
+            request,
+            devices,
+            request.replicas,
+            None,
+            self._discovery.knowledge,
         )
         return planning.plan_to_proto(request.model.name, planned)
+
+    async def topology(
+        self, request: deployer_pb2.GetTopologyRequest, seconds: float
+    ) -> deployer_pb2.GetTopologyResponse:
+        """What there is to place on.
+
+        Args:
+            request: which model layers are measured of, and whether anything is to be.
+            seconds: how long measuring may take.
+
+        Raises:
+            InvalidArgumentError: if the topology file says what cannot be.
+            NotFoundError: if the model is not deployed.
+        """
+        deployment = self._deployments.get(request.model)
+        if request.model and deployment is None:
+            raise self._not_deployed(request.model, "model")
+        if deployment is None and len(self._deployments) == 1:
+            (deployment,) = self._deployments.values()
+        model = deployment.model if deployment is not None else None
+        subject = self._discovery.subject(model, deployment.published.dtype if deployment else "")
+        if request.probe:
+            await self._discovery.on_demand(subject, seconds * MEASURE_SHARE)
+        return self._discovery.topology(subject)
 
     async def apply(self, request: deployer_pb2.PlanRequest) -> topology_pb2.Deployment:
         """Have a model served from now on.
@@ -301,15 +361,18 @@ class Deployer:
         """
         deployment = self._deployments.get(name)
         if deployment is None:
-            raise NotFoundError(
-                f"name: {name!r} is not deployed; deployed: "
-                f"{', '.join(sorted(self._deployments)) or 'none'}",
-                field="name",
-                reason="MODEL_NOT_FOUND",
-            )
+            raise self._not_deployed(name, "name")
         await self._store.unwant(name)
         deployment.ending = True
         self._wake()
+
+    def _not_deployed(self, name: str, field: str) -> NotFoundError:
+        return NotFoundError(
+            f"{field}: {name!r} is not deployed; deployed: "
+            f"{', '.join(sorted(self._deployments)) or 'none'}",
+            field=field,
+            reason="MODEL_NOT_FOUND",
+        )
 
     @property
     def deployments(self) -> list[topology_pb2.Deployment]:

@@ -100,6 +100,8 @@ async def _plan(
     model = deployment.model
     if model is None:
         raise AssertionError("unreachable: replicas are formed once their model is resolved")
+    subject = tools.discovery.subject(model, deployment.request.dtype)
+    await tools.discovery.before_placing(subject)
     async with tools.planning:
         now = time.monotonic()
         live = tools.workers.live(now, tools.settings.worker_silence_seconds)
@@ -113,7 +115,14 @@ async def _plan(
         planned: Planned | None = None
         for group in groups if avoided else groups[1:]:
             planned = await asyncio.to_thread(
-                planning.plan, tools.placer, model, deployment.request, group, 1, previous
+                planning.plan,
+                tools.placer,
+                model,
+                deployment.request,
+                group,
+                1,
+                previous,
+                tools.discovery.knowledge,
             )
             if planned.plan.replicas and len(planned.plan.replicas[0].stages) >= stages:
                 break

@@ -7,12 +7,16 @@ from itertools import groupby
 from uellm.convert import cost_to_proto
 from uellm.core.errors import FailedPreconditionError
 from uellm.core.model import ModelProfile
+from uellm.placement.discovery import Knowledge
 from uellm.placement.speed import first_guess
-from uellm.placement.topology import Device, Topology
+from uellm.placement.topology import Device
 from uellm.placement.views import Placer, Plan, PlannedReplica, PlanRequest, Workload
 from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.workers import Worker
+
+NOTHING = Knowledge()
+"""Where nothing was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ def plan(
     devices: Sequence[Device],
     replicas: int,
     previous: Plan | None = None,
+    knowledge: Knowledge = NOTHING,
 ) -> Planned:
     """Place a model.
 
@@ -55,19 +60,18 @@ def plan(
     groups = [devices] if len(accelerators) in (0, len(devices)) else [accelerators, devices]
     made = []
     for group in groups:
-        cpu = any(device.kind in ("cpu", "simulated") for device in group)
-        dtype = request.dtype or ("float32" if cpu or not group else "bfloat16")
+        dtype = request.dtype or dtype_for(group)
         profile = model.profile(dtype)
-        made.append(
-            Planned(
-                placer.place(
-                    PlanRequest(Topology(tuple(group)), profile, workload, previous=previous)
-                ),
-                dtype,
-                profile,
-                {device.id: device for device in group},
-            )
+        topology = knowledge.topology(group, model.ref.digest, dtype)
+        wanted = PlanRequest(
+            topology,
+            profile,
+            workload,
+            previous=previous,
+            layer_times=knowledge.layer_times(group, model.ref.digest, dtype, workload),
         )
+        devices_by_id = {device.id: device for device in topology.devices}
+        made.append(Planned(placer.place(wanted), dtype, profile, devices_by_id))
     whole = [
         one
         for one in made
@@ -76,6 +80,12 @@ def plan(
     ]
     feasible = [one for one in made if not one.plan.infeasible_reason]
     return (whole or feasible or made[-1:])[0]
+
+
+def dtype_for(devices: Sequence[Device]) -> str:
+    """The compute dtype where none is asked for."""
+    cpu = any(device.kind in ("cpu", "simulated") for device in devices)
+    return "float32" if cpu or not devices else "bfloat16"
 
 
 def as_previous(replica: PlannedReplica | None) -> Plan | None:

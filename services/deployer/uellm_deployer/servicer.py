@@ -15,6 +15,7 @@ from uellm_deployer.workers import Worker
 
 HEARTBEAT_SECONDS = 1.0
 SURVEY_SECONDS = 2.0
+PROBE_SECONDS = 60.0
 
 Call = grpc.aio.ServicerContext[Any, Any]
 
@@ -92,6 +93,16 @@ class DeployerServicer(deployer_pb2_grpc.DeployerServiceServicer):
                 deployments=self._deployer.deployments,
                 workers=[_status(worker) for worker in self._deployer.workers.all],
             )
+        return answer  # type: ignore[no-any-return]
+
+    async def GetTopology(
+        self, request: deployer_pb2.GetTopologyRequest, context: Call
+    ) -> deployer_pb2.GetTopologyResponse:
+        """Say what there is to place on."""
+        answer = await self._forwarding.unary("GetTopology", request, context)
+        if answer is None:
+            left = context.time_remaining()
+            answer = await self._deployer.topology(request, PROBE_SECONDS if left is None else left)
         return answer  # type: ignore[no-any-return]
 
     async def WatchDeployments(

@@ -57,6 +57,20 @@ class DeployerSettings(ServiceSettings):
     worker_silence_seconds: float = Field(
         3.0, gt=0, description="A worker that was not heard of for so long counts as lost."
     )
+    topology_file: str = Field(
+        "",
+        description="YAML or JSON that completes what is discovered of devices and links, and "
+        "counts instead of it; see docs/topology.md.",
+    )
+    probe_seconds: float = Field(
+        5.0,
+        ge=0,
+        description="Longest time that placing a model waits for measurements of workers that are "
+        "new and idle, where devices or hosts differ; 0: they are made only on request.",
+    )
+    probe_age_seconds: float = Field(
+        86400.0, gt=0, description="Measurements that are older are made anew before a placement."
+    )
     load_seconds: float = Field(1800.0, gt=0, description="Longest time that loading may take.")
     join_seconds: float = Field(
         60.0, gt=0, description="Longest time that joining the stages of a replica may take."

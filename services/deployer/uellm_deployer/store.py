@@ -76,6 +76,13 @@ class Store:
         routes = await self._queue(model).routes(replicas)
         return {name: (route.epoch, route.state) for name, route in routes.items()}
 
+    async def reports(
+        self, model: str, replicas: list[str]
+    ) -> Mapping[str, queue_pb2.ReplicaReport]:
+        """What replicas last said of themselves."""
+        routes = await self._queue(model).routes(replicas)
+        return {name: route.report for name, route in routes.items()}
+
     async def num_running(self, model: str) -> int:
         """Requests that replicas hold."""
         return int(await self._redis.zcard(Keys(model).leases))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from uellm.placement.views import Placer
+from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former
 from uellm_deployer.replica import Replica
 from uellm_deployer.settings import DeployerSettings
@@ -23,6 +24,7 @@ class Tools:
         workers: who is there.
         former: calls to them.
         placer: decides where layers go.
+        discovery: how fast devices and the ways between them are.
         planning: held while a plan is made and noted, so that no two plan the same memory.
         replicas: all replicas of all deployments.
         spawn: runs work beside the server.
@@ -37,6 +39,7 @@ class Tools:
     workers: Workers
     former: Former
     placer: Placer
+    discovery: Discovery
     planning: asyncio.Lock
     replicas: Callable[[], list[Replica]]
     spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]

@@ -21,6 +21,7 @@ from uellm_worker.children import ChildSpawner
 from uellm_worker.devices import Devices
 from uellm_worker.intake import Leadership
 from uellm_worker.leader import Leader
+from uellm_worker.probing import Probes
 from uellm_worker.servicer import WorkerServicer
 from uellm_worker.settings import WorkerSettings
 from uellm_worker.stage_child import StageChild
@@ -70,11 +71,23 @@ class WorkerApplication:
             simulate=self._devices.simulated,
         )
         self._agent = Agent(context, self._devices, self._stages)
+        self._probes = Probes(
+            self._spawner,
+            self._devices,
+            self._resolve,
+            threads=settings.threads,
+            data_host=settings.data_address,
+            busy=self._stages.busy,
+        )
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add WorkerService."""
         servicer = WorkerServicer(
-            self._context.identity, self._agent, self._stages, self._settings.drain_seconds
+            self._context.identity,
+            self._agent,
+            self._stages,
+            self._probes,
+            self._settings.drain_seconds,
         )
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
 

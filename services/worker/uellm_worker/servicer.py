@@ -8,6 +8,7 @@ import grpc
 from uellm.core.errors import InvalidArgumentError
 from uellm.v1 import topology_pb2, worker_pb2, worker_pb2_grpc
 from uellm_worker.agent import Agent
+from uellm_worker.probing import Probes
 from uellm_worker.stages import Stages
 
 MOST_PROBE_BYTES = 32 << 20
@@ -24,13 +25,17 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         worker: its id.
         agent: knows devices and states.
         stages: does the work.
+        probes: measures.
         drain_seconds: longest time that running work is given when a stage is let go.
     """
 
-    def __init__(self, worker: str, agent: Agent, stages: Stages, drain_seconds: float) -> None:
+    def __init__(
+        self, worker: str, agent: Agent, stages: Stages, probes: Probes, drain_seconds: float
+    ) -> None:
         self._worker = worker
         self._agent = agent
         self._stages = stages
+        self._probes = probes
         self._drain_seconds = drain_seconds
 
     async def Prepare(
@@ -77,6 +82,28 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 field="payload",
             )
         return worker_pb2.ProbeResponse(payload=request.payload)
+
+    async def ProbeBlock(
+        self, request: worker_pb2.ProbeBlockRequest, context: Call
+    ) -> worker_pb2.ProbeBlockResponse:
+        """Measures layers."""
+        del context
+        return await self._probes.block(request)
+
+    async def ProbeLink(
+        self, request: worker_pb2.ProbeLinkRequest, context: Call
+    ) -> AsyncIterator[worker_pb2.ProbeLinkResponse]:
+        """Takes part in measuring a way."""
+        del context
+        async for response in self._probes.link(request):
+            yield response
+
+    async def ProbeCopies(
+        self, request: worker_pb2.ProbeCopiesRequest, context: Call
+    ) -> worker_pb2.ProbeCopiesResponse:
+        """Measures copies between devices."""
+        del context
+        return await self._probes.copies(request)
 
     async def GetStatus(
         self, request: worker_pb2.GetStatusRequest, context: Call

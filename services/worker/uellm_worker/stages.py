@@ -95,6 +95,15 @@ class Stages:
         """All stages, by replica."""
         return [self._held[replica] for replica in sorted(self._held)]
 
+    def busy(self) -> str:
+        """Why nothing can be measured beside the stages, or ""."""
+        for stage in self.held:
+            if stage.state == LOADING:
+                return f"{stage.replica} is being loaded"
+            if stage.owed_steps:
+                return f"{stage.replica} is answering"
+        return ""
+
     def held_bytes(self, but: str = "") -> Mapping[str, int]:
         """What the stages hold by device id, those of one replica left out."""
         held: Counter[str] = Counter()

@@ -20,6 +20,7 @@ from uellm.v1.engine_pb2 import (
     CommitShard,
     EngineCommand,
     EngineEvent,
+    LinkListening,
     LoadProgress,
     PrepareShard,
     ShardFailed,
@@ -34,6 +35,7 @@ from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError, out_o
 from uellm_worker.engine.group import Group, Rendezvous, advertised_host, join
 from uellm_worker.engine.inbox import Inbox, Item, PeerLost, StepAnnounced
 from uellm_worker.engine.instant import InstantEngine
+from uellm_worker.engine.link_probe import probe_link
 from uellm_worker.engine.loop import EngineLoop
 from uellm_worker.engine.recorder import StepRecorder
 from uellm_worker.engine.runner import Engine, Member
@@ -127,6 +129,15 @@ class Child:
                 self._loop.drop(command.drop)
             case "add" | "drop":
                 _log.info("a sequence's command crossed the end of its generation")
+            case "probe_block":
+                found = self._engine.probe_block(command.probe_block)
+                self._channel.send(EngineEvent(block_probed=found))
+            case "probe_copies":
+                copies = self._engine.probe_copies(command.probe_copies)
+                self._channel.send(EngineEvent(copies_probed=copies))
+            case "probe_link":
+                way = probe_link(command.probe_link, self._engine, self._inbox, self._listening)
+                self._channel.send(EngineEvent(link_probed=way))
             case "leave":
                 self._leave()
                 self._channel.send(EngineEvent(left=ShardLeft()))
@@ -193,6 +204,9 @@ class Child:
             advertised_host(command),
             self._inbox,
         )
+
+    def _listening(self, rendezvous: str) -> None:
+        self._channel.send(EngineEvent(link_listening=LinkListening(rendezvous=rendezvous)))
 
     def _progress(self, loaded_bytes: int, total_bytes: int) -> None:
         progress = LoadProgress(loaded_bytes=loaded_bytes, total_bytes=total_bytes)

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from uellm.convert import device_shards
 from uellm.core.errors import ModelFilesError
-from uellm.v1.engine_pb2 import PrepareShard
+from uellm.v1.engine_pb2 import (
+    BlockProbed,
+    CopiesProbed,
+    PrepareShard,
+    ProbeBlock,
+    ProbeCopies,
+    ProbeLink,
+)
 from uellm_worker.engine.capacity import Capacity, Prepared, Vocabulary
 from uellm_worker.engine.group import Group
 from uellm_worker.engine.inbox import Inbox
@@ -109,6 +116,49 @@ class InstantEngine:
         """See ``uellm_worker.engine.runner.Engine``."""
         del group, inbox
         return InstantRunner(self._vocab_size, self._stages, self._step_seconds)
+
+    def probe_block(self, command: ProbeBlock) -> BlockProbed:
+        """Nothing: it computes no layers."""
+        del command
+        return BlockProbed()
+
+    def probe_copies(self, command: ProbeCopies) -> CopiesProbed:
+        """Nothing: it has no devices."""
+        del command
+        return CopiesProbed()
+
+    def place(self, device_id: str) -> str:
+        """The CPU, whatever the device."""
+        del device_id
+        return "cpu"
+
+    def carrier(self, group: Group, inbox: Inbox, command: ProbeLink) -> "InlineCarrier":
+        """The control links, over which small activations travel."""
+        del inbox
+        return InlineCarrier(group, command.hidden_size * 4)
+
+
+class InlineCarrier:
+    """Activations of zeros behind their announcements, whatever their size; no torch.
+
+    Args:
+        group: of two.
+        width: bytes of a row.
+    """
+
+    def __init__(self, group: Group, width: int) -> None:
+        self._group = group
+        self._width = width
+
+    def send(self, header: bytes, rows: int) -> None:
+        """See ``uellm_worker.engine.link_probe.Carrier``."""
+        self._group.send_step(header + bytes(rows * self._width))
+
+    def receive(self, rows: int, inline: bytes) -> None:
+        """See ``uellm_worker.engine.link_probe.Carrier``."""
+
+    def close(self) -> None:
+        """Nothing to give up."""
 
 
 def _vocab_size(model_dir: str) -> int:

@@ -3,10 +3,18 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from uellm.v1.engine_pb2 import PrepareShard
+from uellm.v1.engine_pb2 import (
+    BlockProbed,
+    CopiesProbed,
+    PrepareShard,
+    ProbeBlock,
+    ProbeCopies,
+    ProbeLink,
+)
 from uellm_worker.engine.capacity import Prepared
 from uellm_worker.engine.group import Group
 from uellm_worker.engine.inbox import Inbox
+from uellm_worker.engine.link_probe import Carrier
 from uellm_worker.engine.plan import StepPlan, StepResult
 
 Progress = Callable[[int, int], None]
@@ -87,4 +95,24 @@ class Engine(Protocol):
         Raises:
             PeerLostError: the others did not come.
         """
+        ...
+
+    def probe_block(self, command: ProbeBlock) -> BlockProbed:
+        """Measure layers of a model; nothing is loaded afterwards.
+
+        Raises:
+            ModelFilesError: as of ``prepare``.
+        """
+        ...
+
+    def probe_copies(self, command: ProbeCopies) -> CopiesProbed:
+        """Measure copies between devices."""
+        ...
+
+    def place(self, device_id: str) -> str:
+        """A device's name in the world, as ``Prepared.device`` has it."""
+        ...
+
+    def carrier(self, group: Group, inbox: Inbox, command: ProbeLink) -> Carrier:
+        """The data plane of a group of two, to be measured."""
         ...

@@ -10,9 +10,18 @@ from torch.distributed import TCPStore
 
 from uellm.convert import device_shards
 from uellm.core.errors import ModelFilesError
-from uellm.v1.engine_pb2 import PrepareShard
+from uellm.v1.engine_pb2 import (
+    BlockProbed,
+    CopiesProbed,
+    PrepareShard,
+    ProbeBlock,
+    ProbeCopies,
+    ProbeLink,
+)
 from uellm.v1.topology_pb2 import ShardAssignment
+from uellm_worker.engine.block_probe import probe_block
 from uellm_worker.engine.capacity import Capacity, Prepared, Vocabulary
+from uellm_worker.engine.copy_probe import probe_copies
 from uellm_worker.engine.device import Device, move, on_host
 from uellm_worker.engine.group import Group, advertised_host
 from uellm_worker.engine.heap import trim_heap
@@ -23,7 +32,11 @@ from uellm_worker.engine.plan import Admission, StepPlan, StepResult
 from uellm_worker.engine.runner import Progress
 from uellm_worker.engine.sampling import Choice, choose
 from uellm_worker.engine.shard import DTYPES, Shard, load_shard
-from uellm_worker.engine.transport import ProcessGroupTransport, open_store
+from uellm_worker.engine.transport import (
+    ProcessGroupTransport,
+    TransportCarrier,
+    open_store,
+)
 from uellm_worker.engine.weights import ShardSpec
 
 
@@ -164,6 +177,33 @@ class ShardEngine:
             dtype=first.spec.dtype,
         )
         return ShardMember(self._stage, transport, group.assignment.stage_count)
+
+    def probe_block(self, command: ProbeBlock) -> BlockProbed:
+        """See ``uellm_worker.engine.block_probe``."""
+        return probe_block(command)
+
+    def probe_copies(self, command: ProbeCopies) -> CopiesProbed:
+        """See ``uellm_worker.engine.copy_probe``."""
+        return probe_copies(command)
+
+    def place(self, device_id: str) -> str:
+        """See ``uellm_worker.engine.runner.Engine``."""
+        return Device.named(device_id).unique_name
+
+    def carrier(self, group: Group, inbox: Inbox, command: ProbeLink) -> TransportCarrier:
+        """See ``uellm_worker.engine.runner.Engine``."""
+        store, self._store = self._store, None
+        place, dtype = Device.named(command.device_id).place, DTYPES[command.dtype or "float32"]
+        transport = ProcessGroupTransport(
+            group,
+            inbox,
+            command.bind_host,
+            store,
+            device=place,
+            hidden_size=command.hidden_size,
+            dtype=dtype,
+        )
+        return TransportCarrier(transport, place, command.hidden_size, dtype)
 
 
 def shard_specs(command: PrepareShard) -> list[tuple[Device, ShardSpec]]:

@@ -251,3 +251,35 @@ class ProcessGroupTransport:
             work.wait(timedelta(seconds=seconds))
         except RuntimeError as error:
             raise PeerLostError(f"an activation did not arrive: {error}") from error
+
+
+class TransportCarrier:
+    """A transport as a probe uses it; see ``uellm_worker.engine.link_probe.Carrier``.
+
+    Args:
+        transport: of a group of two.
+        device: where activations come from and go to.
+        hidden_size: of an activation.
+        dtype: of an activation.
+    """
+
+    def __init__(
+        self, transport: Transport, device: torch.device, hidden_size: int, dtype: torch.dtype
+    ) -> None:
+        self._transport = transport
+        self._make = lambda rows: torch.zeros(rows, hidden_size, dtype=dtype, device=device)
+        self._activation = self._make(1)
+
+    def send(self, header: bytes, rows: int) -> None:
+        """Send zeros, made once for each size."""
+        if len(self._activation) != rows:
+            self._activation = self._make(rows)
+        self._transport.send_step(header, self._activation)
+
+    def receive(self, rows: int, inline: bytes) -> None:
+        """Receive to the device."""
+        self._transport.receive_activation(rows, inline)
+
+    def close(self) -> None:
+        """Give up the transport."""
+        self._transport.close()

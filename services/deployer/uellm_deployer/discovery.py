@@ -1,0 +1,353 @@
+"""Finding out how fast devices and the ways between them are: when it is measured, and what for.
+
+Nothing is measured while it would be felt: workers without stages are, at once or when a model is
+to be placed; others only when somebody asks, and if they happen to be idle. What steps of running
+replicas take keeps the measurements of layers up to date.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uellm.convert import device_from_proto, link_from_proto, link_to_proto, timestamp
+from uellm.core.errors import UellmError
+from uellm.core.model import ModelProfile
+from uellm.logs import logger
+from uellm.placement.discovery import (
+    ANY_MODEL,
+    BlockKey,
+    Knowledge,
+    LinkKey,
+    Site,
+    pairs_to_measure,
+    rounds,
+)
+from uellm.placement.topology import LinkSpeed
+from uellm.topology_file import complete, read_topology
+from uellm.v1 import common_pb2, deployer_pb2, queue_pb2, topology_pb2
+from uellm_deployer.catalog import ResolvedModel
+from uellm_deployer.links import Links
+from uellm_deployer.measurements import Measurements
+from uellm_deployer.planning import dtype_for
+from uellm_deployer.probing import HIDDEN_SIZE, Activation, Prober
+from uellm_deployer.replica import Replica
+from uellm_deployer.settings import DeployerSettings
+from uellm_deployer.workers import Worker, Workers
+
+_log = logger("discovery")
+RETRY_SECONDS = 60.0
+"""A measurement that failed is not tried again before, unless somebody asks."""
+_NEVER = -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model that layers are measured of.
+
+    Attributes:
+        ref: with digest; None: a shape that stands for any.
+        dtype: compute dtype.
+        hidden_size: width of what travels between stages.
+    """
+
+    ref: common_pb2.ModelRef | None = None
+    dtype: str = "float32"
+    hidden_size: int = HIDDEN_SIZE
+
+    @property
+    def digest(self) -> str:
+        """Of its files."""
+        return self.ref.digest if self.ref is not None else ANY_MODEL
+
+    @property
+    def activation(self) -> Activation:
+        """What travels between its stages."""
+        return Activation(self.hidden_size, self.dtype)
+
+
+class Discovery:
+    """What the deployer that acts knows of speeds.
+
+    Args:
+        settings: the deployer's.
+        measurements: what is kept of them.
+        workers: who is there.
+        links: how to call them.
+        now: the present by Redis TIME.
+    """
+
+    def __init__(
+        self,
+        settings: DeployerSettings,
+        measurements: Measurements,
+        workers: Workers,
+        links: Links,
+        now: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._measurements = measurements
+        self._workers = workers
+        self._prober = Prober(links)
+        self._now = now
+        self._measuring = asyncio.Lock()
+        self._retry_at: dict[Hashable, float] = {}
+        self._notes: dict[Hashable, str] = {}
+        self._steps: dict[str, tuple[int, int]] = {}
+        self._version = 0
+        self._last = b""
+        path = settings.topology_file
+        self._file = read_topology(Path(path)) if path else topology_pb2.Topology()
+
+    async def load(self) -> None:
+        """Read what was measured before."""
+        await self._measurements.load()
+
+    def subject(self, model: ResolvedModel | None, dtype: str) -> Subject:
+        """What layers are to be measured of.
+
+        Args:
+            model: to be placed; None: any.
+            dtype: to compute in; "": as the devices that are there would.
+
+        Raises:
+            ModelFilesError: if the model's files do not say what it needs.
+        """
+        there = [device_from_proto(device) for w in self._live() for device in w.usable]
+        dtype = dtype or dtype_for(there)
+        if model is None:
+            return Subject(dtype=dtype)
+        return Subject(model.ref, dtype, model.profile(dtype).hidden_size)
+
+    # ---- what is known -------------------------------------------------------------------------
+
+    def said(self, worker: Worker) -> list[topology_pb2.Device]:
+        """A worker's devices, with what the topology file says of them."""
+        return complete(worker.devices, self._file)
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """A snapshot for planners."""
+        declared = [link_from_proto(link) for w in self._workers.all for link in w.links]
+        overrides = [link_from_proto(link) for link in self._file.links]
+        defaults = {
+            link.level: LinkSpeed(link.latency_seconds, link.bytes_per_second)
+            for link in self._file.default_links
+        }
+        return self._measurements.knowledge(declared, overrides, defaults)
+
+    def topology(self, subject: Subject) -> deployer_pb2.GetTopologyResponse:
+        """All that there is to place on, unhealthy devices included.
+
+        Raises:
+            InvalidArgumentError: if the topology file says what cannot be.
+        """
+        messages = [device for worker in self._live() for device in self.said(worker)]
+        topology = self.knowledge.topology(
+            [device_from_proto(message) for message in messages], subject.digest, subject.dtype
+        )
+        answer = topology_pb2.Topology(default_links=self._file.default_links)
+        for message, device in zip(messages, topology.devices, strict=True):
+            message.flops_per_second = device.flops_per_second
+            message.memory_bytes_per_second = device.memory_bytes_per_second
+            message.launch_seconds = device.launch_seconds
+            message.slowdown = device.slowdown
+            block = self.knowledge.block(device, subject.digest, subject.dtype)
+            if block is not None:
+                message.measured_at.CopyFrom(timestamp(block.measured_at))
+            answer.devices.append(message)
+        wires = self._measurements.wire_seconds
+        for link in topology.links:
+            message_link = link_to_proto(link)
+            ends = (link.src.rpartition("/")[0], link.dst.rpartition("/")[0])
+            message_link.wire_seconds = wires.get(ends, 0.0)
+            answer.links.append(message_link)
+        answer.version = self._version_of(answer)
+        return deployer_pb2.GetTopologyResponse(
+            topology=answer,
+            blocks=self._measurements.blocks,
+            notes=[self._notes[key] for key in sorted(self._notes, key=str)],
+        )
+
+    def _version_of(self, topology: topology_pb2.Topology) -> int:
+        """Rises whenever what plans go by is another; free memory always is."""
+        bare = topology_pb2.Topology()
+        bare.CopyFrom(topology)
+        for device in bare.devices:
+            for name in ("memory_free_bytes", "utilisation", "processes"):
+                device.ClearField(name)
+        content = bare.SerializeToString(deterministic=True)
+        if content != self._last:
+            self._last, self._version = content, self._version + 1
+        return self._version
+
+    # ---- measuring -----------------------------------------------------------------------------
+
+    async def before_placing(self, subject: Subject) -> None:
+        """Measure what a plan would have to guess, as long as a first placement may wait.
+
+        Among devices of one kind on one host there is nothing to choose, and nothing is measured.
+        """
+        idle = [worker for worker in self._live() if not worker.stages]
+        kinds = {(device.host, device.name) for w in self._live() for device in w.usable}
+        if self._settings.probe_seconds and len(kinds) > 1:
+            await self._measure(idle, subject, self._settings.probe_seconds)
+
+    async def on_demand(self, subject: Subject, seconds: float) -> None:
+        """Measure all that is idle anew, within so many seconds."""
+        self._retry_at.clear()
+        self._notes.clear()
+        await self._measure(self._live(), subject, seconds, most_age=_NEVER)
+
+    async def _measure(
+        self,
+        workers: Sequence[Worker],
+        subject: Subject,
+        seconds: float,
+        most_age: float | None = None,
+    ) -> None:
+        age = self._settings.probe_age_seconds if most_age is None else most_age
+        async with self._measuring:
+            try:
+                async with asyncio.timeout(seconds):
+                    by_host: dict[str, list[Worker]] = {}
+                    for worker in workers:
+                        for device in worker.usable[:1]:
+                            by_host.setdefault(device.host, []).append(worker)
+                    # What runs on one host at the same time would measure itself.
+                    await asyncio.gather(
+                        *(self._measure_host(found, subject, age) for found in by_host.values())
+                    )
+                    await self._measure_ways(workers, subject, age)
+            except TimeoutError:
+                text = f"measuring took longer than {seconds:g} s; what was left out is unknown"
+                self._notes["time"] = text
+                _log.info(text)
+
+    async def _measure_host(self, workers: Sequence[Worker], subject: Subject, age: float) -> None:
+        for worker in workers:
+            for device in worker.usable:
+                if device.kind == topology_pb2.DEVICE_KIND_SIMULATED:
+                    continue  # It is as fast as it says.
+                key = BlockKey(device.host, device.name, subject.digest, subject.dtype)
+                known = self._measurements.block(key)
+                if known is None or self._now() - known.measured_at > age:
+                    await self._try(key, self._block, worker, device, subject)
+            at = self._measurements.copies_measured_at(worker.worker)
+            several = sum(d.kind != topology_pb2.DEVICE_KIND_CPU for d in worker.usable) > 1
+            if several and (at is None or self._now() - at > age):
+                await self._try(("copies", worker.worker), self._copies, worker)
+
+    async def _measure_ways(self, workers: Sequence[Worker], subject: Subject, age: float) -> None:
+        by_name = {worker.worker: worker for worker in workers}
+        sites = [
+            Site(worker.worker, device.host, device.id)
+            for worker in workers
+            for device in worker.usable[:1]
+        ]
+        pairs = pairs_to_measure(sites, self._measurements.ways_measured_at, self._now(), age)
+        for together in rounds(pairs):
+            await asyncio.gather(
+                *(self._measure_pair(one, other, by_name, subject) for one, other in together)
+            )
+
+    async def _measure_pair(
+        self, one: Site, other: Site, by_name: Mapping[str, Worker], subject: Subject
+    ) -> None:
+        for src, dst in ((one, other), (other, one)):
+            key = LinkKey.between(src, dst)
+            await self._try(key, self._way, key, src, dst, by_name, subject)
+
+    async def _try(
+        self, key: Hashable, measure: Callable[..., Awaitable[None]], *args: object
+    ) -> None:
+        """Measure, unless it failed a short time ago; note what is said against it."""
+        if time.monotonic() < self._retry_at.get(key, 0.0):
+            return
+        try:
+            await measure(*args)
+            self._notes.pop(key, None)
+        except UellmError as error:
+            self._retry_at[key] = time.monotonic() + RETRY_SECONDS
+            self._notes[key] = f"{_name(key)}: {error.message}"
+            _log.info("not measured", what=_name(key), reason=error.message)
+
+    async def _block(self, worker: Worker, device: topology_pb2.Device, subject: Subject) -> None:
+        now = self._now()
+        found = await self._prober.block(worker, device.id, subject.ref, subject.dtype, now)
+        if found is not None:
+            cost, points = found
+            key = BlockKey(device.host, device.name, subject.digest, subject.dtype)
+            name = subject.ref.name if subject.ref is not None else ""
+            await self._measurements.add_block(key, name, cost, points)
+
+    async def _copies(self, worker: Worker) -> None:
+        await self._measurements.add_copies(await self._prober.copies(worker, self._now()))
+
+    async def _way(
+        self,
+        key: LinkKey,
+        src: Site,
+        dst: Site,
+        by_name: Mapping[str, Worker],
+        subject: Subject,
+    ) -> None:
+        way = await self._prober.link(
+            by_name[src.worker],
+            by_name[dst.worker],
+            (src.device_id, dst.device_id),
+            subject.activation,
+            self._now(),
+        )
+        await self._measurements.add_way(key, way)
+
+    # ---- learning from what runs ---------------------------------------------------------------
+
+    async def learn(
+        self, replica: Replica, model: ModelProfile, report: queue_pb2.ReplicaReport
+    ) -> None:
+        """Compare a replica's latest steps with what its layers were measured to take.
+
+        Steps that only decode count: of others the report does not say what was computed when.
+        """
+        planned, seen = replica.planned, (report.epoch, report.step)
+        if planned is None or report.epoch != replica.epoch or not replica.assignments:
+            return
+        if self._steps.get(replica.id) == seen or len(report.stages) != len(planned.stages):
+            return
+        self._steps[replica.id] = seen
+        if report.prefill_tokens or not report.decode_sequences:
+            return
+        assignment = replica.assignments[0]
+        devices = {device.id: device for w in self._workers.all for device in w.devices}
+        for stage, took in zip(planned.stages, report.stages, strict=True):
+            device = devices.get(stage.device_id)
+            if device is None or not took.compute_seconds:
+                continue
+            weights = [layer.weight_bytes for layer in model.layers]
+            inside = sum(weights[stage.first_layer : stage.last_layer + 1])
+            inside += model.head_bytes if stage.has_head else 0
+            key = BlockKey(device.host, device.name, assignment.model.digest, assignment.dtype)
+            await self._measurements.see(
+                key,
+                inside * len(weights) / max(sum(weights), 1),
+                report.decode_sequences,
+                report.context_tokens,
+                took.compute_seconds,
+                self._now(),
+            )
+
+    def _live(self) -> list[Worker]:
+        return self._workers.live(time.monotonic(), self._settings.worker_silence_seconds)
+
+
+def _name(key: Any) -> str:
+    match key:
+        case BlockKey():
+            return f"layers on {key.device} of {key.host}"
+        case LinkKey():
+            return f"{key.src[1]} -> {key.dst[1]}"
+        case _:
+            return " of ".join(map(str, key))

@@ -1,0 +1,187 @@
+"""What was measured, kept in Redis: a restart, or the deployer that acts next, knows it too."""
+
+from collections.abc import Mapping, Sequence
+
+from uellm.convert import cost_from_proto, seconds
+from uellm.placement.discovery import ANY_MODEL, BlockKey, Knowledge, LinkKey
+from uellm.placement.measuring import BlockCost
+from uellm.placement.topology import Link, LinkSpeed
+from uellm.streams.connection import RedisClient
+from uellm.v1 import deployer_pb2, topology_pb2
+from uellm_deployer.probing import MeasuredLink, block_to_proto, measured_to_proto
+
+BLOCKS = "uellm:measured:blocks"
+"""Hash: MeasuredBlock by host, device, digest of the model and dtype."""
+LINKS = "uellm:measured:links"
+"""Hash: Link by its ends: ``host/worker`` of both, or two device ids."""
+_SEPARATOR = "\t"
+_WORTH_KEEPING = 0.05
+"""A smoothed ratio is written again when it has moved so much."""
+
+
+class Measurements:
+    """The deployers' knowledge of speeds; every call may be repeated."""
+
+    def __init__(self, redis: RedisClient) -> None:
+        self._redis = redis
+        self._blocks: dict[BlockKey, deployer_pb2.MeasuredBlock] = {}
+        self._costs: dict[BlockKey, BlockCost] = {}
+        self._ways: dict[LinkKey, MeasuredLink] = {}
+        self._copies: dict[tuple[str, str], MeasuredLink] = {}
+
+    async def load(self) -> None:
+        """Read what is kept; what cannot be read is measured anew."""
+        self._blocks, self._costs, self._ways, self._copies = {}, {}, {}, {}
+        for field, value in (await self._redis.hgetall(BLOCKS)).items():
+            parts = field.decode().split(_SEPARATOR)
+            if len(parts) == 4:
+                message = deployer_pb2.MeasuredBlock.FromString(value)
+                self._note_block(BlockKey(*parts), message, _cost(message.cost))
+        for field, value in (await self._redis.hgetall(LINKS)).items():
+            parts = field.decode().split(_SEPARATOR)
+            link = _measured(topology_pb2.Link.FromString(value))
+            if len(parts) == 4:
+                self._ways[LinkKey((parts[0], parts[1]), (parts[2], parts[3]))] = link
+            elif len(parts) == 2:
+                self._copies[parts[0], parts[1]] = link
+
+    @property
+    def blocks(self) -> Sequence[deployer_pb2.MeasuredBlock]:
+        """What layers take, as it is shown."""
+        return [self._blocks[key] for key in sorted(self._blocks, key=str)]
+
+    @property
+    def ways_measured_at(self) -> Mapping[LinkKey, float]:
+        """When ways between workers were measured."""
+        return {key: way.link.measured_at or 0.0 for key, way in self._ways.items()}
+
+    @property
+    def wire_seconds(self) -> Mapping[tuple[str, str], float]:
+        """Of ways between workers, what the network takes, by the workers."""
+        return {(key.src[1], key.dst[1]): way.wire_seconds for key, way in self._ways.items()}
+
+    def block(self, key: BlockKey) -> BlockCost | None:
+        """What a layer takes, if exactly that was measured."""
+        return self._costs.get(key)
+
+    def copies_measured_at(self, worker: str) -> float | None:
+        """When copies between a worker's devices were measured; None: they were not."""
+        ages = [
+            copies.link.measured_at or 0.0
+            for (src, _), copies in self._copies.items()
+            if src.rpartition("/")[0] == worker
+        ]
+        return min(ages) if ages else None
+
+    def knowledge(
+        self,
+        declared: Sequence[Link],
+        overrides: Sequence[Link],
+        defaults: Mapping[str, LinkSpeed],
+    ) -> Knowledge:
+        """A snapshot for planners.
+
+        Args:
+            declared: links as drivers say them.
+            overrides: links from a file.
+            defaults: from a file, by level.
+        """
+        return Knowledge(
+            blocks=dict(self._costs),
+            ways={key: way.link for key, way in self._ways.items()},
+            links=(*declared, *(copies.link for copies in self._copies.values())),
+            overrides=overrides,
+            default_link_by_level=defaults,
+        )
+
+    async def add_block(
+        self,
+        key: BlockKey,
+        model: str,
+        cost: BlockCost,
+        points: Sequence[topology_pb2.BlockPoint],
+    ) -> None:
+        """Keep what a layer takes.
+
+        Args:
+            key: of what on what.
+            model: its served name, for people.
+            cost: the fit.
+            points: what it was fitted to.
+        """
+        message = deployer_pb2.MeasuredBlock(
+            host=key.host,
+            device=key.device,
+            model=model if key.model != ANY_MODEL else "",
+            dtype=key.dtype,
+            cost=block_to_proto(cost, points),
+        )
+        self._note_block(key, message, cost)
+        await self._redis.hset(BLOCKS, _field(*_parts(key)), message.SerializeToString())
+
+    async def add_way(self, key: LinkKey, way: MeasuredLink) -> None:
+        """Keep a way between workers."""
+        self._ways[key] = way
+        value = measured_to_proto(way).SerializeToString()
+        await self._redis.hset(LINKS, _field(*key.src, *key.dst), value)
+
+    async def add_copies(self, copies: Sequence[MeasuredLink]) -> None:
+        """Keep copies between devices of a worker."""
+        for each in copies:
+            ends = (each.link.src, each.link.dst)
+            self._copies[ends] = each
+            value = measured_to_proto(each).SerializeToString()
+            await self._redis.hset(LINKS, _field(*ends), value)
+
+    async def see(
+        self, key: BlockKey, layers: float, tokens: float, context: float, took: float, now: float
+    ) -> None:
+        """Learn from a step that ran, if its layers were measured; see ``BlockCost.seen``."""
+        known = self._costs.get(key)
+        if known is None:
+            return
+        seen = known.seen(layers, tokens, context, took)
+        self._costs[key] = seen
+        message = self._blocks[key]
+        if abs(seen.live_ratio / (message.cost.live_ratio or 1.0) - 1) > _WORTH_KEEPING:
+            message.cost.live_ratio = seen.live_ratio
+            message.cost.live_at.FromNanoseconds(round(now * 1e9))
+            await self._redis.hset(BLOCKS, _field(*_parts(key)), message.SerializeToString())
+
+    def _note_block(
+        self, key: BlockKey, message: deployer_pb2.MeasuredBlock, cost: BlockCost
+    ) -> None:
+        self._blocks[key], self._costs[key] = message, cost
+
+
+def _cost(message: topology_pb2.BlockCost) -> BlockCost:
+    return BlockCost(
+        layer=cost_from_proto(message.layer),
+        step_seconds=message.step_seconds,
+        error=message.error,
+        weight_bytes=message.weight_bytes,
+        flops_per_token=message.flops_per_token,
+        measured_at=seconds(message.measured_at),
+        live_ratio=message.live_ratio or 1.0,
+    )
+
+
+def _measured(message: topology_pb2.Link) -> MeasuredLink:
+    link = Link(
+        message.src,
+        message.dst,
+        message.latency_seconds,
+        message.bytes_per_second,
+        message.source,
+        seconds(message.measured_at),
+        message.kind,
+    )
+    return MeasuredLink(link, message.wire_seconds)
+
+
+def _parts(key: BlockKey) -> tuple[str, str, str, str]:
+    return key.host, key.device, key.model, key.dtype
+
+
+def _field(*parts: str) -> str:
+    return _SEPARATOR.join(parts)

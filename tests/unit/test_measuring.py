@@ -1,0 +1,105 @@
+"""Fits of layers and links: known costs are found again through noise."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uellm.core.cost import StepCost, chunk_pairs
+from uellm.placement.measuring import BlockSample, fit_block, fit_link
+from uellm.placement.topology import Device
+from uellm.placement.views import Workload
+
+CPU = StepCost(150e-6, 1.2e-3, 110e-6, 6e-8, 2e-8)
+GPU = StepCost(20e-6, 140e-6, 0.5e-6, 1e-10, 1e-11)
+
+
+def samples(cost: StepCost, noise: float, seed: int) -> list[BlockSample]:
+    """Those that a probe takes, with noise that is never below nothing."""
+    rng = np.random.default_rng(seed)
+    steps = [(tokens, 0.0, chunk_pairs(0, tokens)) for tokens in (16, 64, 256, 1024)]
+    steps += [(n, n * c, 0.0) for n, c in ((1, 64), (1, 1024), (4, 256), (16, 512), (32, 128))]
+    return [
+        BlockSample(*step, cost.seconds(*step) * float(rng.lognormal(0, noise)), 1e-4)
+        for step in steps
+    ]
+
+
+@pytest.mark.parametrize("cost", [CPU, GPU], ids=["cpu", "gpu"])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_a_layer_is_predicted_within_its_noise(cost: StepCost, seed: int) -> None:
+    found = fit_block(samples(cost, 0.03, seed), 45e6, 22e6, 100.0)
+    for step in ((1, 512, 0), (8, 8 * 300, 0), (24, 24 * 200, 0), (512, 0, chunk_pairs(0, 512))):
+        assert found.layer.seconds(*step) == pytest.approx(cost.seconds(*step), rel=0.15)
+    assert found.error < 0.1
+
+
+def test_without_noise_a_layer_is_found_exactly() -> None:
+    found = fit_block(samples(CPU, 0.0, 0), 45e6, 22e6, 100.0)
+    assert found.error < 5e-3
+    assert found.seconds(10, 4, 400) == pytest.approx(1e-4 + 10 * CPU.seconds(4, 400), rel=1e-2)
+    device = found.describe(Device("w/cpu:0", "w", "h", "cpu", 1))
+    assert device.flops_per_second == pytest.approx(22e6 / 110e-6, rel=0.05)
+    assert device.memory_bytes_per_second == pytest.approx(45e6 / 1.2e-3, rel=0.2)
+    assert device.launch_seconds > 0
+
+
+def test_one_sample_is_better_than_none() -> None:
+    (sample,) = samples(CPU, 0.0, 0)[:1]
+    found = fit_block([sample], 45e6, 22e6, 0.0)
+    assert found.layer.seconds(16, 0, 136) == pytest.approx(sample.layer_seconds, rel=0.1)
+
+
+def test_tables_follow_the_cost() -> None:
+    found = fit_block(samples(CPU, 0.0, 0), 45e6, 22e6, 0.0)
+    times = found.times(Workload(prompt_tokens=100, output_tokens=50))
+    decode = dict(times.decode)
+    assert decode[8.0] == pytest.approx(CPU.seconds(8, 8 * 125), rel=0.02)
+    prefill = dict(times.prefill)
+    pairs = 2 * chunk_pairs(0, 100) + chunk_pairs(0, 56)
+    assert prefill[256.0] == pytest.approx(CPU.seconds(256, pairs=pairs), rel=0.02)
+    for points in (times.prefill, times.decode):
+        assert list(points) == sorted(points)
+
+
+def test_live_steps_move_the_ratio_and_outliers_do_not() -> None:
+    cost = fit_block(samples(CPU, 0.0, 0), 45e6, 22e6, 0.0)
+    took = cost.seconds(4, 8, 800)
+    for _ in range(40):
+        cost = cost.seen(4, 8, 800, 2 * took)
+    assert cost.live_ratio == pytest.approx(2.0, rel=0.01)
+    assert cost.describe(Device("d", "w", "h", "cpu", 1)).slowdown == cost.live_ratio
+    assert cost.seen(4, 8, 800, 1000 * took) == cost
+    assert cost.seen(4, 8, 800, 0.0) == cost
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    latency=st.floats(1e-6, 0.1),
+    bandwidth=st.floats(1e6, 1e11),
+    seed=st.integers(0, 1000),
+)
+def test_a_link_is_found_through_noise(latency: float, bandwidth: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = (4 << 10, 64 << 10, 1 << 20, 64 << 20)
+    measured = [(s, (latency + s / bandwidth) * float(rng.lognormal(0, 0.03))) for s in sizes]
+    found = fit_link(measured)
+    for size in sizes:
+        true = latency + size / bandwidth
+        assert found.latency_seconds + size / found.bytes_per_second == pytest.approx(true, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        [(4096.0, 1e-4)],
+        [(4096.0, 1e-4), (4096.0, 2e-4)],
+        [(4096.0, 5e-4), (65536.0, 1e-4)],
+        [(1.0, 1e-9), (1e6, 1.0), (2e6, 4.0)],
+    ],
+)
+def test_a_link_is_never_negative(measured: list[tuple[float, float]]) -> None:
+    found = fit_link(measured)
+    assert found.latency_seconds >= 0
+    assert found.bytes_per_second > 0
