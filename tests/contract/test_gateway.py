@@ -124,6 +124,33 @@ async def test_a_stream_is_accepted_promised_answered_finished(
     assert got.finished.usage.output_tokens == len(collected.ids)
 
 
+async def test_a_request_that_does_not_say_needs_what_its_class_does(
+    gateway: Gateway, driver: MeshDriver, redis: Redis
+) -> None:
+    """As soon as the gateway has looked, within a second."""
+    chosen = common_pb2.ModelPolicy(
+        policy="cslo-odbs",
+        class_defaults={"interactive": common_pb2.Slo(ttft=duration(2), tpot=duration(0.5))},
+    )
+    key = GatewayQueue(redis, MODEL).keys.policy
+    await redis.set(key, chosen.SerializeToString())
+    urgent = common_pb2.Slo(priority=common_pb2.PRIORITY_INTERACTIVE)
+
+    async def asked(slo: common_pb2.Slo) -> common_pb2.Slo:
+        await gateway.stub.Submit(SubmitRequest(request=request(slo=slo)))
+        return (await driver.next_request()).entry.slo
+
+    async def filled() -> bool:
+        return (await asked(urgent)).HasField("ttft")
+
+    await eventually(filled)
+    slo = await asked(urgent)
+    assert (slo.ttft, slo.tpot, slo.priority) == (duration(2), duration(0.5), urgent.priority)
+    own = common_pb2.Slo(priority=urgent.priority, deadline=duration(30))
+    assert await asked(own) == own
+    assert await asked(common_pb2.Slo()) == common_pb2.Slo()
+
+
 async def test_tokens_that_come_fast_share_messages(driver: MeshDriver, redis_url: str) -> None:
     async with running_gateway(redis_url, stream_interval_seconds=0.3) as gateway:
         stream = asyncio.create_task(collect(gateway.stub.Generate(request())))

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.scheduling import MODEL, Mesh, Running, scheduler
 from tests.support.waiting import eventually
+from uellm.convert import duration
 from uellm.core.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from uellm.rpc import channel, error_from
 from uellm.v1 import common_pb2, scheduler_pb2, scheduler_pb2_grpc
@@ -119,6 +120,85 @@ async def test_the_policy_changes_while_running_and_outlives_its_scheduler(
         assert set(answer.available) >= {"edf", "fcfs"}
 
 
+async def test_settings_come_with_a_policy_and_go_with_it(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0")
+    which = scheduler_pb2.GetPolicyRequest(model=MODEL)
+    async with scheduler(redis_url) as service, stub_of(service) as stub:
+        before = await call(stub.GetPolicy, which)
+        assert not before.HasField("chosen")
+        change = scheduler_pb2.SetPolicyRequest(
+            model=MODEL,
+            policy="cslo-odbs",
+            settings={"max_wait_seconds": "60", "step.keep_up": "3"},
+            execution="continuous",
+            class_defaults={"interactive": common_pb2.Slo(ttft=duration(2))},
+        )
+        await call(stub.SetPolicy, change)
+        found = await call(stub.GetPolicy, which)
+        values = {(row.level, row.name): row.value for row in found.settings}
+        assert values["dispatch", "max_wait_seconds"] == values["step", "max_wait_seconds"] == "60"
+        assert values["step", "keep_up"] == "3"
+        assert found.chosen.class_defaults["interactive"].ttft == duration(2)
+        assert found.chosen.execution == "continuous"
+        assert all(row.description for row in found.settings)
+        # A refused change leaves all as it was.
+        with pytest.raises(InvalidArgumentError, match="must be above 0") as error:
+            change.settings["max_wait_seconds"] = "0"
+            await call(stub.SetPolicy, change)
+        assert error.value.field == "max_wait_seconds"
+        assert await call(stub.GetPolicy, which) == found
+        # What is not named again has its default.
+        change = scheduler_pb2.SetPolicyRequest(model=MODEL, policy="cslo-odbs")
+        assert (await call(stub.SetPolicy, change)).previous == "cslo-odbs"
+        found = await call(stub.GetPolicy, which)
+        assert all(row.value == row.default_value for row in found.settings)
+        assert not found.chosen.class_defaults
+        # And none at all: as the services are set.
+        await call(stub.SetPolicy, scheduler_pb2.SetPolicyRequest(model=MODEL))
+        assert await call(stub.GetPolicy, which) == before
+        assert await mesh.redis.get(mesh.gateway.keys.policy) is None
+
+
+async def test_a_policy_changes_the_order_of_what_waits_already(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0", slots=1)
+    async with (
+        scheduler(redis_url, lookahead_requests=0, policy="fcfs") as service,
+        stub_of(service) as stub,
+    ):
+        running = await mesh.accept()
+        (entry,) = await mesh.received("r0", 1)
+        assert entry.request_id == running
+        patient, urgent = await mesh.accept(deadline=900), await mesh.accept(deadline=60)
+        await mesh.promised(urgent)
+        change = scheduler_pb2.SetPolicyRequest(model=MODEL, policy="edf")
+        await call(stub.SetPolicy, change)
+        await mesh.finish("r0", entry)
+        (entry,) = await mesh.received("r0", 1)
+        assert entry.request_id == urgent
+        await mesh.finish("r0", entry)
+        (entry,) = await mesh.received("r0", 1)
+        assert entry.request_id == patient
+
+
+async def test_a_policy_that_was_kept_as_a_name_alone_is_still_known(
+    mesh: Mesh, redis_url: str
+) -> None:
+    """And one that no package here offers leaves the default in force."""
+    await mesh.redis.set(mesh.gateway.keys.policy, "sjf")
+    await mesh.deploy("r0")
+    which = scheduler_pb2.GetPolicyRequest(model=MODEL)
+    async with scheduler(redis_url, policy="priority") as service, stub_of(service) as stub:
+
+        async def is_in_force(name: str) -> bool:
+            return (await call(stub.GetPolicy, which)).policy == name
+
+        await eventually(lambda: is_in_force("sjf"))
+        await mesh.redis.set(mesh.gateway.keys.policy, "somebodys-own")
+        await eventually(lambda: is_in_force("priority"))
+        await mesh.redis.delete(mesh.gateway.keys.policy)
+        assert await is_in_force("priority")
+
+
 async def test_any_scheduler_answers_for_the_owner(mesh: Mesh, redis_url: str) -> None:
     await mesh.deploy("r0")
     async with (
@@ -149,6 +229,19 @@ async def test_bad_calls_name_what_is_wrong(mesh: Mesh, redis_url: str) -> None:
             change = scheduler_pb2.SetPolicyRequest(model=MODEL, policy="magic")
             await call(stub.SetPolicy, change)
         assert error.value.field == "policy"
+        for fields, field, message in (
+            ({"settings": {"speed": "9"}}, "speed", "no such setting of fcfs; available: knee"),
+            ({"settings": {"watermark": "2"}}, "watermark", "2 must be at most 0.9"),
+            ({"execution": "magic"}, "execution", "one of continuous, static"),
+            ({"class_defaults": {"vip": common_pb2.Slo()}}, "class.vip", "one of batch, normal"),
+            ({"policy": "", "execution": "static"}, "policy", "name the policy"),
+        ):
+            change = scheduler_pb2.SetPolicyRequest(
+                **{"model": MODEL, "policy": "fcfs"} | fields  # type: ignore[arg-type]
+            )
+            with pytest.raises(InvalidArgumentError, match=message) as error:
+                await call(stub.SetPolicy, change)
+            assert error.value.field == field
         empty = scheduler_pb2.SchedulerServiceEstimateRequest(model=MODEL)
         with pytest.raises(InvalidArgumentError, match=r"profile\.output_tokens: empty"):
             await call(stub.Estimate, empty)

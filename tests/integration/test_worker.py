@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import grpc
 import psutil
 import pytest
 from uellm_worker import delivery, stage_child
+from uellm_worker import policy as policy_watch
 from uellm_worker.intake import Intake, Leadership
 from uellm_worker.journal import Journal
 
@@ -27,7 +29,7 @@ from tests.support.worker import (
     worker_at,
     worker_process,
 )
-from uellm.convert import duration
+from uellm.convert import cost_from_proto, duration, seconds
 from uellm.decisions.records import StepRecord
 from uellm.decisions.replay import replay
 from uellm.decisions.segments import read_segment
@@ -716,3 +718,86 @@ async def test_children_do_not_outlive_their_worker(mesh: Mesh, deployer: Deploy
         child = psutil.Process(stage.pid)
         worker.process.kill()
         await eventually(lambda: not child.is_running() or child.status() == "zombie")
+
+
+# ---- the policy --------------------------------------------------------------------------------
+
+
+async def in_force(mesh: Mesh) -> tuple[str, str]:
+    """What decides in the replica's engine, as it reports."""
+    report = (await mesh.scheduler.routes([REPLICA]))[REPLICA].report
+    return report.policy, report.execution
+
+
+async def decides(mesh: Mesh, policy: str, execution: str = "continuous") -> bool:
+    return await in_force(mesh) == (policy, execution)
+
+
+async def test_the_policy_changes_in_engines_that_run(
+    slow_worker: RunningWorker, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody loses a token, though what ran begins again where the caches are divided otherwise."""
+    monkeypatch.setattr(policy_watch, "LOOK_SECONDS", 0.05)
+    await serving(slow_worker, mesh)
+    ids = [await mesh.accept(seed=i, max_tokens=200) for i in range(3)]
+    await mesh.dispatch(*ids)
+    for policy, execution in (
+        ("cslo-odbs", ""),
+        ("slo-odbs", "static"),
+        ("past-future", "continuous"),
+    ):
+        chosen = common_pb2.ModelPolicy(policy=policy, execution=execution)
+        await mesh.scheduler.set_policy(chosen)
+        await eventually(partial(decides, mesh, policy, execution or "continuous"))
+    assert not any([(await mesh.record(request_id)).ended for request_id in ids])
+    for i, request_id in enumerate(ids):
+        await mesh.ended(request_id)
+        assert await mesh.logged(request_id) == mesh.oracle(i, 200)
+    await mesh.scheduler.set_policy(None)
+    await eventually(lambda: decides(mesh, "fcfs"))
+
+
+async def test_a_new_leader_begins_with_the_policy_that_was_chosen(
+    slow_worker: RunningWorker, mesh: Mesh
+) -> None:
+    chosen = common_pb2.ModelPolicy(policy="fifo", settings={"most_requests": "1"})
+    await mesh.scheduler.set_policy(chosen)
+    await serving(slow_worker, mesh)
+    first, second = [await mesh.accept(seed=i, max_tokens=30) for i in range(2)]
+    await mesh.dispatch(first, second)
+    await mesh.tokens(first, 1)
+    assert await in_force(mesh) == ("fifo", "continuous")
+    assert (await mesh.record(second)).tokens == 0
+    await mesh.ended(second)
+
+
+async def test_a_policy_that_an_engine_cannot_have_leaves_it_as_it_was(
+    slow_worker: RunningWorker, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_watch, "LOOK_SECONDS", 0.05)
+    await serving(slow_worker, mesh)
+    await mesh.scheduler.set_policy(common_pb2.ModelPolicy(policy="sjf"))
+    await eventually(lambda: decides(mesh, "sjf"))
+    for wrong in (
+        common_pb2.ModelPolicy(policy="sjf", settings={"speed": "9"}),
+        common_pb2.ModelPolicy(policy="somebodys-own"),
+    ):
+        await mesh.scheduler.set_policy(wrong)
+        request_id = await mesh.accept(seed=3, max_tokens=40)
+        await mesh.dispatch(request_id)
+        await mesh.ended(request_id)
+        assert await mesh.logged(request_id) == mesh.oracle(3, 40)
+        assert (await in_force(mesh))[0] == "sjf"
+
+
+async def test_a_report_says_what_steps_take(slow_worker: RunningWorker, mesh: Mesh) -> None:
+    await serving(slow_worker, mesh)
+    request_id = await mesh.accept(max_tokens=100)
+    await mesh.dispatch(request_id)
+    record = await mesh.ended(request_id)
+    cost = (await mesh.scheduler.routes([REPLICA]))[REPLICA].report.cost
+    assert record.finished is not None
+    timings = record.finished.timings
+    took = seconds(timings.finished_at) - seconds(timings.first_token_at)
+    assert cost_from_proto(cost).seconds(1, 50) == pytest.approx(took / 99, rel=0.25)
+    assert cost.observations == 64

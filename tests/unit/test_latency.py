@@ -24,6 +24,15 @@ def test_the_knee_is_where_arithmetic_takes_as_long_as_the_weights() -> None:
         assert cost.seconds(cost.knee - 1) == cost.unloaded < cost.seconds(cost.knee + 1)
 
 
+def test_where_overhead_is_more_than_the_weights_larger_batches_pay() -> None:
+    assert [cost.worthwhile for cost in (A100, RTX3090, CPU)] == [108, 45, 8]
+    small = StepCost(0.002, 0.0005, 0.0001)
+    assert (small.knee, small.worthwhile) == (5, 20)
+    # Twice as long for everybody, at most; and half as much again a second, at least.
+    assert small.seconds(20) < 2 * small.unloaded
+    assert 20 / small.seconds(20) > 1.5 * small.knee / small.seconds(small.knee)
+
+
 @given(st.integers(0, 400), st.integers(1, 300), st.integers(1, 200))
 def test_pairs_add_up_over_chunks(start: int, count: int, split: int) -> None:
     split = min(split, count)

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from uellm.cli import asking, exits, looking, profiler, recorded, serving, simulate, verify
+from uellm.cli import asking, exits, looking, policy, profiler, recorded, serving, simulate, verify
 from uellm.core.errors import UellmError
 
 
@@ -45,3 +45,4 @@ for _panel, _commands in _PANELS.items():
         app.command(rich_help_panel=_panel)(_command)
 app.add_typer(simulate.app, name="simulate", rich_help_panel="Look")
 app.add_typer(profiler.app, name="profiler", rich_help_panel="Look")
+app.add_typer(policy.app, name="policy", rich_help_panel="Run")

@@ -54,6 +54,14 @@ class StepCost:
         return _least_batch(self.weights, self.per_token)
 
     @property
+    def worthwhile(self) -> int:
+        """The largest batch that pays: beyond it, steps take longer for everybody in it.
+
+        The knee; or, where the overhead takes longer than the weights, that of the overhead.
+        """
+        return _least_batch(max(self.weights, self.overhead), self.per_token)
+
+    @property
     def unloaded(self) -> float:
         """Seconds of a step that computes one token without context."""
         return self.seconds(1)

@@ -37,10 +37,10 @@ class OrderedSettings(Settings):
 
 
 def batch_cap(slots: int, cost: StepCost | None, knee_factor: float) -> int:
-    """Most sequences at once: a number of knees, as far as there are slots."""
+    """Most sequences at once: so many times what pays, as far as there are slots."""
     if cost is None or not knee_factor:
         return slots
-    return min(slots, max(1, ceil(cost.knee * knee_factor)))
+    return min(slots, max(1, ceil(cost.worthwhile * knee_factor)))
 
 
 class OrderedStep(ABC):

@@ -105,6 +105,11 @@ def step_policies() -> list[str]:
     return sorted({*_STEP, *entry_points(group=STEP_GROUP).names})
 
 
+def is_built_in(name: str) -> bool:
+    """Whether a policy is one of uellm's own, at both levels."""
+    return name in _DISPATCH and name in _STEP
+
+
 def dispatch_policy(
     name: str,
     settings: DispatchSettings | None = None,

@@ -78,7 +78,7 @@ class Keys:
 
     @property
     def policy(self) -> str:
-        """String: the dispatch policy that was chosen while running."""
+        """String: the ModelPolicy that was chosen while running."""
         return f"{self.prefix}policy"
 
     @property

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from uellm.core.errors import NotFoundError
 from uellm.v1 import common_pb2, inference_pb2, queue_pb2
 
@@ -215,6 +217,17 @@ def parse_batch(entry_id: bytes, fields: Mapping[bytes, bytes]) -> BatchMessage:
         entry=None if cancelled else queue_pb2.BatchEntry.FromString(fields[b"payload"]),
         cancelled_generation=int(fields[b"generation"]) if cancelled else 0,
     )
+
+
+def parse_policy(raw: bytes | None) -> common_pb2.ModelPolicy | None:
+    """What was chosen for a model; None: nothing was."""
+    if not raw:
+        return None
+    try:
+        return common_pb2.ModelPolicy.FromString(raw)
+    except DecodeError:
+        # A name alone, as it was kept before policies had settings.
+        return common_pb2.ModelPolicy(policy=raw.decode(errors="replace"))
 
 
 def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:

@@ -16,10 +16,10 @@ from typing import Any
 from uellm.core.errors import AbortedError
 from uellm.streams.connection import RedisClient
 from uellm.streams.keys import Keys
-from uellm.streams.messages import Record, ReplicaRoute, not_found, parse_record
+from uellm.streams.messages import Record, ReplicaRoute, not_found, parse_policy, parse_record
 from uellm.streams.reading import ensure_group
 from uellm.streams.scripts import Scripts
-from uellm.v1 import queue_pb2
+from uellm.v1 import common_pb2, queue_pb2
 
 
 class ModelQueue:
@@ -38,6 +38,10 @@ class ModelQueue:
         if reply[0] == b"stale":
             raise AbortedError(f"another holder took over {self.model}")
         return reply
+
+    async def policy(self) -> common_pb2.ModelPolicy | None:
+        """What was chosen for the model while running; None: nothing was."""
+        return parse_policy(await self._redis.get(self.keys.policy))
 
     async def record(self, request_id: str) -> Record:
         """A request's record.

@@ -6,13 +6,14 @@ is a transaction, because a full Redis refuses those, even to read.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from uellm.streams.connection import RedisClient
-from uellm.streams.keys import DEPLOYMENTS, SERVICES
+from uellm.streams.keys import DEPLOYMENTS, SERVICES, Keys
+from uellm.streams.messages import parse_policy
 from uellm.streams.scripts import Scripts
-from uellm.v1 import topology_pb2
+from uellm.v1 import common_pb2, topology_pb2
 
 LEASE_SECONDS = 5.0
 RENEW_SECONDS = 1.0
@@ -92,6 +93,15 @@ class Registry:
             name.decode(): topology_pb2.Deployment.FromString(value)
             for name, value in sorted(raw.items())
         }
+
+    async def policies(self, names: Iterable[str]) -> Mapping[str, common_pb2.ModelPolicy | None]:
+        """What was chosen for models while running, by name; None: nothing was."""
+        names = list(names)
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.get(Keys(name).policy)
+            found = await pipeline.execute() if names else []
+        return {name: parse_policy(raw) for name, raw in zip(names, found, strict=True)}
 
 
 def _key(role: str) -> str:

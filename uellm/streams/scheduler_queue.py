@@ -46,18 +46,17 @@ class SchedulerQueue(ModelQueue):
         """How often the model changed hands."""
         return int(await self._redis.hget(self.keys.owner, "term") or 0)
 
-    async def policy(self) -> str:
-        """The name of the policy that was chosen while running, or ""."""
-        return str((await self._redis.get(self.keys.policy) or b"").decode())
-
-    async def set_policy(self, name: str) -> None:
-        """Keep the name of the policy, for this owner and those after it.
+    async def set_policy(self, policy: common_pb2.ModelPolicy | None) -> None:
+        """Keep what is chosen, for this owner and those after it; None: nothing is.
 
         Raises:
             ResourceExhaustedError: if Redis is full.
         """
+        if policy is None:
+            await self._redis.delete(self.keys.policy)
+            return
         try:
-            await self._redis.set(self.keys.policy, name)
+            await self._redis.set(self.keys.policy, policy.SerializeToString(deterministic=True))
         except OutOfMemoryError:
             raise ResourceExhaustedError(
                 "Redis is at its memory limit; waiting requests free some as they end",

@@ -26,39 +26,49 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15uellm/v1/common.proto\x12\x08uellm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x99\x02\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x18\n\x0btemperature\x18\x04 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x15\n\x08logprobs\x18\t \x01(\rH\x05\x88\x01\x01\x12\t\n\x01n\x18\n \x01(\rB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xaa\x01\n\x03Slo\x12+\n\x08\x64\x65\x61\x64line\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04ttft\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04tpot\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x08priority\x18\x04 \x01(\x0e\x32\x12.uellm.v1.Priority\"2\n\x10QuantileFunction\x12\x0e\n\x06levels\x18\x01 \x03(\x01\x12\x0e\n\x06values\x18\x02 \x03(\x01\"\xd8\x01\n\x0fResourceProfile\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x31\n\routput_tokens\x18\x02 \x01(\x0b\x32\x1a.uellm.v1.QuantileFunction\x12\x1a\n\x12mean_output_tokens\x18\x03 \x01(\x01\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x04\x12\r\n\x05\x66lops\x18\x05 \x01(\x01\x12\x11\n\tpredictor\x18\x06 \x01(\t\x12\x19\n\x11predictor_version\x18\x07 \x01(\t\x12\x10\n\x08\x66\x61llback\x18\x08 \x01(\x08\"\xad\x01\n\x08StepCost\x12\x18\n\x10overhead_seconds\x18\x01 \x01(\x01\x12\x17\n\x0fweights_seconds\x18\x02 \x01(\x01\x12\x15\n\rtoken_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ontext_seconds\x18\x04 \x01(\x01\x12\x14\n\x0cpair_seconds\x18\x05 \x01(\x01\x12\x14\n\x0cobservations\x18\x06 \x01(\x04\x12\x12\n\nmean_error\x18\x07 \x01(\x01\"\xce\x03\n\x07Promise\x12\x10\n\x08revision\x18\x01 \x01(\r\x12-\n\tstart_p50\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tstart_p90\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nfinish_p50\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nfinish_p90\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x06p_meet\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0equeue_position\x18\x07 \x01(\r\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x0e\n\x06reason\x18\t \x01(\t\x12<\n\x18\x65\x61rliest_feasible_finish\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nplan_epoch\x18\x0b \x01(\x04\x12\x19\n\x11output_tokens_p50\x18\x0c \x01(\r\x12\x19\n\x11output_tokens_p90\x18\r \x01(\r\x12\x13\n\x0b\x62\x65st_effort\x18\x0e \x01(\x08\x42\t\n\x07_p_meet\"5\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\"\xd2\x01\n\x07Timings\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rdispatched_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x66irst_token_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8d\x01\n\nSloVerdict\x12\x0b\n\x03met\x18\x01 \x01(\x08\x12\x19\n\x0c\x64\x65\x61\x64line_met\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\x08ttft_met\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x15\n\x08tpot_met\x18\x04 \x01(\x08H\x02\x88\x01\x01\x42\x0f\n\r_deadline_metB\x0b\n\t_ttft_metB\x0b\n\t_tpot_met\"J\n\x08ModelRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t*g\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRIORITY_BATCH\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x03*f\n\x0cOnInfeasible\x12\x1d\n\x19ON_INFEASIBLE_UNSPECIFIED\x10\x00\x12\x18\n\x14ON_INFEASIBLE_REFUSE\x10\x01\x12\x1d\n\x19ON_INFEASIBLE_BEST_EFFORT\x10\x02*\xfe\x01\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_STATE_QUEUED\x10\x01\x12\x18\n\x14REQUEST_STATE_LEASED\x10\x02\x12\x19\n\x15REQUEST_STATE_RUNNING\x10\x03\x12\x16\n\x12REQUEST_STATE_DONE\x10\x04\x12\x18\n\x14REQUEST_STATE_FAILED\x10\x05\x12\x1b\n\x17REQUEST_STATE_CANCELLED\x10\x06\x12\x19\n\x15REQUEST_STATE_EXPIRED\x10\x07\x12\x16\n\x12REQUEST_STATE_DEAD\x10\x08*\xe4\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x19\n\x15\x46INISH_REASON_EXPIRED\x10\x04\x12\x19\n\x15\x46INISH_REASON_REFUSED\x10\x05\x12\x18\n\x14\x46INISH_REASON_FAILED\x10\x06\x12\x16\n\x12\x46INISH_REASON_DEAD\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15uellm/v1/common.proto\x12\x08uellm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x99\x02\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x18\n\x0btemperature\x18\x04 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x15\n\x08logprobs\x18\t \x01(\rH\x05\x88\x01\x01\x12\t\n\x01n\x18\n \x01(\rB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xaa\x01\n\x03Slo\x12+\n\x08\x64\x65\x61\x64line\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04ttft\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04tpot\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x08priority\x18\x04 \x01(\x0e\x32\x12.uellm.v1.Priority\"\x9f\x02\n\x0bModelPolicy\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x35\n\x08settings\x18\x02 \x03(\x0b\x32#.uellm.v1.ModelPolicy.SettingsEntry\x12\x11\n\texecution\x18\x03 \x01(\t\x12@\n\x0e\x63lass_defaults\x18\x04 \x03(\x0b\x32(.uellm.v1.ModelPolicy.ClassDefaultsEntry\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x43\n\x12\x43lassDefaultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1c\n\x05value\x18\x02 \x01(\x0b\x32\r.uellm.v1.Slo:\x02\x38\x01\"2\n\x10QuantileFunction\x12\x0e\n\x06levels\x18\x01 \x03(\x01\x12\x0e\n\x06values\x18\x02 \x03(\x01\"\xd8\x01\n\x0fResourceProfile\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x31\n\routput_tokens\x18\x02 \x01(\x0b\x32\x1a.uellm.v1.QuantileFunction\x12\x1a\n\x12mean_output_tokens\x18\x03 \x01(\x01\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x04\x12\r\n\x05\x66lops\x18\x05 \x01(\x01\x12\x11\n\tpredictor\x18\x06 \x01(\t\x12\x19\n\x11predictor_version\x18\x07 \x01(\t\x12\x10\n\x08\x66\x61llback\x18\x08 \x01(\x08\"\xad\x01\n\x08StepCost\x12\x18\n\x10overhead_seconds\x18\x01 \x01(\x01\x12\x17\n\x0fweights_seconds\x18\x02 \x01(\x01\x12\x15\n\rtoken_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ontext_seconds\x18\x04 \x01(\x01\x12\x14\n\x0cpair_seconds\x18\x05 \x01(\x01\x12\x14\n\x0cobservations\x18\x06 \x01(\x04\x12\x12\n\nmean_error\x18\x07 \x01(\x01\"\xce\x03\n\x07Promise\x12\x10\n\x08revision\x18\x01 \x01(\r\x12-\n\tstart_p50\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tstart_p90\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nfinish_p50\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nfinish_p90\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x06p_meet\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0equeue_position\x18\x07 \x01(\r\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x0e\n\x06reason\x18\t \x01(\t\x12<\n\x18\x65\x61rliest_feasible_finish\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nplan_epoch\x18\x0b \x01(\x04\x12\x19\n\x11output_tokens_p50\x18\x0c \x01(\r\x12\x19\n\x11output_tokens_p90\x18\r \x01(\r\x12\x13\n\x0b\x62\x65st_effort\x18\x0e \x01(\x08\x42\t\n\x07_p_meet\"5\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\"\xd2\x01\n\x07Timings\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rdispatched_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x66irst_token_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8d\x01\n\nSloVerdict\x12\x0b\n\x03met\x18\x01 \x01(\x08\x12\x19\n\x0c\x64\x65\x61\x64line_met\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\x08ttft_met\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x15\n\x08tpot_met\x18\x04 \x01(\x08H\x02\x88\x01\x01\x42\x0f\n\r_deadline_metB\x0b\n\t_ttft_metB\x0b\n\t_tpot_met\"J\n\x08ModelRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t*g\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRIORITY_BATCH\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x03*f\n\x0cOnInfeasible\x12\x1d\n\x19ON_INFEASIBLE_UNSPECIFIED\x10\x00\x12\x18\n\x14ON_INFEASIBLE_REFUSE\x10\x01\x12\x1d\n\x19ON_INFEASIBLE_BEST_EFFORT\x10\x02*\xfe\x01\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_STATE_QUEUED\x10\x01\x12\x18\n\x14REQUEST_STATE_LEASED\x10\x02\x12\x19\n\x15REQUEST_STATE_RUNNING\x10\x03\x12\x16\n\x12REQUEST_STATE_DONE\x10\x04\x12\x18\n\x14REQUEST_STATE_FAILED\x10\x05\x12\x1b\n\x17REQUEST_STATE_CANCELLED\x10\x06\x12\x19\n\x15REQUEST_STATE_EXPIRED\x10\x07\x12\x16\n\x12REQUEST_STATE_DEAD\x10\x08*\xe4\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x19\n\x15\x46INISH_REASON_EXPIRED\x10\x04\x12\x19\n\x15\x46INISH_REASON_REFUSED\x10\x05\x12\x18\n\x14\x46INISH_REASON_FAILED\x10\x06\x12\x16\n\x12\x46INISH_REASON_DEAD\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'uellm.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRIORITY']._serialized_start=1957
-  _globals['_PRIORITY']._serialized_end=2060
-  _globals['_ONINFEASIBLE']._serialized_start=2062
-  _globals['_ONINFEASIBLE']._serialized_end=2164
-  _globals['_REQUESTSTATE']._serialized_start=2167
-  _globals['_REQUESTSTATE']._serialized_end=2421
-  _globals['_FINISHREASON']._serialized_start=2424
-  _globals['_FINISHREASON']._serialized_end=2652
+  _globals['_MODELPOLICY_SETTINGSENTRY']._loaded_options = None
+  _globals['_MODELPOLICY_SETTINGSENTRY']._serialized_options = b'8\001'
+  _globals['_MODELPOLICY_CLASSDEFAULTSENTRY']._loaded_options = None
+  _globals['_MODELPOLICY_CLASSDEFAULTSENTRY']._serialized_options = b'8\001'
+  _globals['_PRIORITY']._serialized_start=2247
+  _globals['_PRIORITY']._serialized_end=2350
+  _globals['_ONINFEASIBLE']._serialized_start=2352
+  _globals['_ONINFEASIBLE']._serialized_end=2454
+  _globals['_REQUESTSTATE']._serialized_start=2457
+  _globals['_REQUESTSTATE']._serialized_end=2711
+  _globals['_FINISHREASON']._serialized_start=2714
+  _globals['_FINISHREASON']._serialized_end=2942
   _globals['_SAMPLING']._serialized_start=101
   _globals['_SAMPLING']._serialized_end=382
   _globals['_SLO']._serialized_start=385
   _globals['_SLO']._serialized_end=555
-  _globals['_QUANTILEFUNCTION']._serialized_start=557
-  _globals['_QUANTILEFUNCTION']._serialized_end=607
-  _globals['_RESOURCEPROFILE']._serialized_start=610
-  _globals['_RESOURCEPROFILE']._serialized_end=826
-  _globals['_STEPCOST']._serialized_start=829
-  _globals['_STEPCOST']._serialized_end=1002
-  _globals['_PROMISE']._serialized_start=1005
-  _globals['_PROMISE']._serialized_end=1467
-  _globals['_USAGE']._serialized_start=1469
-  _globals['_USAGE']._serialized_end=1522
-  _globals['_TIMINGS']._serialized_start=1525
-  _globals['_TIMINGS']._serialized_end=1735
-  _globals['_SLOVERDICT']._serialized_start=1738
-  _globals['_SLOVERDICT']._serialized_end=1879
-  _globals['_MODELREF']._serialized_start=1881
-  _globals['_MODELREF']._serialized_end=1955
+  _globals['_MODELPOLICY']._serialized_start=558
+  _globals['_MODELPOLICY']._serialized_end=845
+  _globals['_MODELPOLICY_SETTINGSENTRY']._serialized_start=729
+  _globals['_MODELPOLICY_SETTINGSENTRY']._serialized_end=776
+  _globals['_MODELPOLICY_CLASSDEFAULTSENTRY']._serialized_start=778
+  _globals['_MODELPOLICY_CLASSDEFAULTSENTRY']._serialized_end=845
+  _globals['_QUANTILEFUNCTION']._serialized_start=847
+  _globals['_QUANTILEFUNCTION']._serialized_end=897
+  _globals['_RESOURCEPROFILE']._serialized_start=900
+  _globals['_RESOURCEPROFILE']._serialized_end=1116
+  _globals['_STEPCOST']._serialized_start=1119
+  _globals['_STEPCOST']._serialized_end=1292
+  _globals['_PROMISE']._serialized_start=1295
+  _globals['_PROMISE']._serialized_end=1757
+  _globals['_USAGE']._serialized_start=1759
+  _globals['_USAGE']._serialized_end=1812
+  _globals['_TIMINGS']._serialized_start=1815
+  _globals['_TIMINGS']._serialized_end=2025
+  _globals['_SLOVERDICT']._serialized_start=2028
+  _globals['_SLOVERDICT']._serialized_end=2169
+  _globals['_MODELREF']._serialized_start=2171
+  _globals['_MODELREF']._serialized_end=2245
 # @@protoc_insertion_point(module_scope)

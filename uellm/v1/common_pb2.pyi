@@ -257,6 +257,93 @@ class Slo(_message.Message):
 Global___Slo: _TypeAlias = Slo  # noqa: Y015
 
 @_typing.final
+class ModelPolicy(_message.Message):
+    """Which policy serves a model, at both levels, and what requests ask for that do not say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SettingsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ClassDefaultsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Slo: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Slo | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    EXECUTION_FIELD_NUMBER: _builtins.int
+    CLASS_DEFAULTS_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    """Its name at both levels, for instance "cslo-odbs"; a level that has none of that name keeps its
+    service's default.
+    """
+    execution: _builtins.str
+    """How engines compose steps: "continuous", or "static" for padded batches. Empty: as the workers
+    are set.
+    """
+    @_builtins.property
+    def settings(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Its settings by name, where they are not its defaults. "dispatch.NAME" and "step.NAME" are for
+        one level alone.
+        """
+
+    @_builtins.property
+    def class_defaults(self) -> _containers.MessageMap[_builtins.str, Global___Slo]:
+        """By urgency class ("batch", "normal", "interactive"): what requests of it need that say nothing
+        of deadline, ttft and tpot at all.
+        """
+
+    def __init__(
+        self,
+        *,
+        policy: _builtins.str = ...,
+        settings: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        execution: _builtins.str = ...,
+        class_defaults: _abc.Mapping[_builtins.str, Global___Slo] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_defaults", b"class_defaults", "execution", b"execution", "policy", b"policy", "settings", b"settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelPolicy: _TypeAlias = ModelPolicy  # noqa: Y015
+
+@_typing.final
 class QuantileFunction(_message.Message):
     """A distribution given by points of its inverse: values[i] is the quantile at levels[i]."""
 

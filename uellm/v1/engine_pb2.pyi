@@ -40,6 +40,7 @@ class EngineCommand(_message.Message):
     PROBE_BLOCK_FIELD_NUMBER: _builtins.int
     PROBE_COPIES_FIELD_NUMBER: _builtins.int
     PROBE_LINK_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prepare(self) -> Global___PrepareShard:
         """Load a stage; answered by Progress and Prepared."""
@@ -76,6 +77,10 @@ class EngineCommand(_message.Message):
     def probe_link(self) -> Global___ProbeLink:
         """Measure the way to another child; answered by LinkListening from the sender, then LinkProbed."""
 
+    @_builtins.property
+    def policy(self) -> Global___EnginePolicy:
+        """Leader only: how to decide from the next step on."""
+
     def __init__(
         self,
         *,
@@ -88,12 +93,13 @@ class EngineCommand(_message.Message):
         probe_block: Global___ProbeBlock | None = ...,
         probe_copies: Global___ProbeCopies | None = ...,
         probe_link: Global___ProbeLink | None = ...,
+        policy: Global___EnginePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "command", b"command", "commit", b"commit", "drop", b"drop", "leave", b"leave", "ping", b"ping", "prepare", b"prepare", "probe_block", b"probe_block", "probe_copies", b"probe_copies", "probe_link", b"probe_link"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "command", b"command", "commit", b"commit", "drop", b"drop", "leave", b"leave", "ping", b"ping", "policy", b"policy", "prepare", b"prepare", "probe_block", b"probe_block", "probe_copies", b"probe_copies", "probe_link", b"probe_link"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "command", b"command", "commit", b"commit", "drop", b"drop", "leave", b"leave", "ping", b"ping", "prepare", b"prepare", "probe_block", b"probe_block", "probe_copies", b"probe_copies", "probe_link", b"probe_link"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "command", b"command", "commit", b"commit", "drop", b"drop", "leave", b"leave", "ping", b"ping", "policy", b"policy", "prepare", b"prepare", "probe_block", b"probe_block", "probe_copies", b"probe_copies", "probe_link", b"probe_link"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["prepare", "commit", "add", "drop", "leave", "ping", "probe_block", "probe_copies", "probe_link"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["prepare", "commit", "add", "drop", "leave", "ping", "probe_block", "probe_copies", "probe_link", "policy"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -434,6 +440,58 @@ class DropSequence(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DropSequence: _TypeAlias = DropSequence  # noqa: Y015
+
+@_typing.final
+class EnginePolicy(_message.Message):
+    """How to decide."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SettingsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    EXECUTION_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    """The step policy."""
+    execution: _builtins.str
+    """How steps are composed; see CommitShard. Sequences that run begin again when it changes."""
+    @_builtins.property
+    def settings(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Its settings by name, where they are not its defaults."""
+
+    def __init__(
+        self,
+        *,
+        policy: _builtins.str = ...,
+        settings: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        execution: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["execution", b"execution", "policy", b"policy", "settings", b"settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnginePolicy: _TypeAlias = EnginePolicy  # noqa: Y015
 
 @_typing.final
 class LeaveGroup(_message.Message):

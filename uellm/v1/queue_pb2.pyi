@@ -357,6 +357,8 @@ class ReplicaReport(_message.Message):
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
     PADDING_TOKENS_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    EXECUTION_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The placement it runs under."""
     step: _builtins.int
@@ -395,6 +397,10 @@ class ReplicaReport(_message.Message):
     """Prompt tokens found in the cache instead of being computed, since it started."""
     padding_tokens: _builtins.int
     """Tokens that were computed for the shape of static batches, since it started."""
+    policy: _builtins.str
+    """The policy that decides in its engine."""
+    execution: _builtins.str
+    """How its engine composes steps."""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageSeconds]:
         """One per stage."""
@@ -432,10 +438,12 @@ class ReplicaReport(_message.Message):
         prefix_hit_tokens: _builtins.int = ...,
         padding_tokens: _builtins.int = ...,
         cost: _common_pb2.StepCost | None = ...,
+        policy: _builtins.str = ...,
+        execution: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "reported_at", b"reported_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "cost", b"cost", "decode_sequences", b"decode_sequences", "decode_step_seconds", b"decode_step_seconds", "epoch", b"epoch", "kv_tokens_cached", b"kv_tokens_cached", "kv_tokens_committed", b"kv_tokens_committed", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_reserved", b"kv_tokens_reserved", "kv_tokens_total", b"kv_tokens_total", "kv_tokens_used", b"kv_tokens_used", "padding_tokens", b"padding_tokens", "prefill_seconds_per_token", b"prefill_seconds_per_token", "prefill_tokens", b"prefill_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "reported_at", b"reported_at", "running", b"running", "slots", b"slots", "stages", b"stages", "step", b"step", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "cost", b"cost", "decode_sequences", b"decode_sequences", "decode_step_seconds", b"decode_step_seconds", "epoch", b"epoch", "execution", b"execution", "kv_tokens_cached", b"kv_tokens_cached", "kv_tokens_committed", b"kv_tokens_committed", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_reserved", b"kv_tokens_reserved", "kv_tokens_total", b"kv_tokens_total", "kv_tokens_used", b"kv_tokens_used", "padding_tokens", b"padding_tokens", "policy", b"policy", "prefill_seconds_per_token", b"prefill_seconds_per_token", "prefill_tokens", b"prefill_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "reported_at", b"reported_at", "running", b"running", "slots", b"slots", "stages", b"stages", "step", b"step", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,9 +40,9 @@ class SchedulerServiceStub:
     GetQueue: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.GetQueueRequest, _scheduler_pb2.GetQueueResponse]
     """A model's queue as it stands."""
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.GetPolicyRequest, _scheduler_pb2.GetPolicyResponse]
-    """The policy in force."""
+    """The policy in force, and its settings."""
     SetPolicy: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.SetPolicyRequest, _scheduler_pb2.SetPolicyResponse]
-    """Changes the policy, from the next decision on."""
+    """Changes the policy: in the scheduler from the next decision on, in the engines within seconds."""
 
 @_typing.type_check_only
 class SchedulerServiceAsyncStub(SchedulerServiceStub):
@@ -56,9 +56,9 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     GetQueue: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.GetQueueRequest, _scheduler_pb2.GetQueueResponse]  # type: ignore[assignment]
     """A model's queue as it stands."""
     GetPolicy: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.GetPolicyRequest, _scheduler_pb2.GetPolicyResponse]  # type: ignore[assignment]
-    """The policy in force."""
+    """The policy in force, and its settings."""
     SetPolicy: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.SetPolicyRequest, _scheduler_pb2.SetPolicyResponse]  # type: ignore[assignment]
-    """Changes the policy, from the next decision on."""
+    """Changes the policy: in the scheduler from the next decision on, in the engines within seconds."""
 
 class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Orders each model's requests, promises, and sends them to replicas."""
@@ -87,7 +87,7 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_pb2.GetPolicyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.GetPolicyResponse, _abc.Awaitable[_scheduler_pb2.GetPolicyResponse]]:
-        """The policy in force."""
+        """The policy in force, and its settings."""
 
     @_abc_1.abstractmethod
     def SetPolicy(
@@ -95,6 +95,6 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_pb2.SetPolicyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.SetPolicyResponse, _abc.Awaitable[_scheduler_pb2.SetPolicyResponse]]:
-        """Changes the policy, from the next decision on."""
+        """Changes the policy: in the scheduler from the next decision on, in the engines within seconds."""
 
 def add_SchedulerServiceServicer_to_server(servicer: SchedulerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -6,6 +6,7 @@ import random
 import secrets
 from dataclasses import dataclass
 
+from uellm.class_defaults import with_defaults
 from uellm.core.errors import (
     AlreadyExistsError,
     NotFoundError,
@@ -56,6 +57,7 @@ class PreparedRequest:
         prompt_ids: the prompt by the model's tokenizer.
         sampling: with every default filled in.
         profile: what it is expected to need.
+        slo: when it is needed; by the defaults of its class, if it does not say.
         features: what the profiler saw of the prompt, for it to learn from the answer's length.
     """
 
@@ -63,6 +65,7 @@ class PreparedRequest:
     prompt_ids: list[int]
     sampling: common_pb2.Sampling
     profile: common_pb2.ResourceProfile
+    slo: common_pb2.Slo
     features: bytes = b""
 
 
@@ -118,7 +121,8 @@ class Admission:
                 model, request.adapter, sampling, len(ids), prompt_text(request), traceparent()
             )
             current.set_attribute("uellm.profile.fallback", profiled.profile.fallback)
-        return PreparedRequest(model, ids, sampling, profiled.profile, profiled.features)
+        slo = with_defaults(request.slo, model.class_defaults)
+        return PreparedRequest(model, ids, sampling, profiled.profile, slo, profiled.features)
 
     def new_request(
         self,
@@ -151,7 +155,7 @@ class Admission:
                 request_id=request_id,
                 tenant=caller.tenant,
                 scope=caller.scope,
-                slo=request.slo,
+                slo=prepared.slo,
                 on_infeasible=request.on_infeasible or common_pb2.ON_INFEASIBLE_BEST_EFFORT,
                 profile=prepared.profile,
                 max_tokens=sampling.max_tokens,

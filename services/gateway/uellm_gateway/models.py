@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from uellm import convert
@@ -41,6 +41,12 @@ class ServedModel:
 
     deployment: topology_pb2.Deployment
     profile: ModelProfile
+    policy: common_pb2.ModelPolicy | None = None
+
+    @property
+    def class_defaults(self) -> Mapping[str, common_pb2.Slo]:
+        """What requests need that say nothing of it, by class."""
+        return self.policy.class_defaults if self.policy is not None else {}
 
     @property
     def name(self) -> str:
@@ -103,13 +109,14 @@ class ModelView:
         """Read the registry and start loading what is new."""
         begun = time.monotonic()
         deployments = await self._registry.deployments()
+        policies = await self._registry.policies(deployments)
         self._refreshed_at = begun
         before, self._models = self._models, {}
         for name, deployment in deployments.items():
             known = before.get(name)
             if known is None or known.deployment != deployment:
                 known = ServedModel(deployment, convert.model_from_proto(deployment.profile))
-            self._models[name] = known
+            self._models[name] = replace(known, policy=policies[name])
             self._load(deployment.model)
         used = {_key(model.deployment.model) for model in self._models.values()}
         for key in self._texts.keys() - used:

@@ -251,7 +251,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Say what would be promised now."""
         prepared = await self._admission.prepare(request.request)
         promise = await self._estimates.promise(
-            prepared.model.name, request.request.slo, prepared.profile, context.time_remaining()
+            prepared.model.name, prepared.slo, prepared.profile, context.time_remaining()
         )
         return inference_pb2.EstimateResponse(profile=prepared.profile, promise=promise)
 

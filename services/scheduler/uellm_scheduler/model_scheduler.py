@@ -8,11 +8,11 @@ from itertools import count
 from redis.exceptions import RedisError
 
 from uellm import logs
+from uellm.class_defaults import check_class_defaults
 from uellm.convert import profile_from_proto, slo_from_proto
-from uellm.core.errors import AbortedError, InvalidArgumentError, UnavailableError
+from uellm.core.errors import AbortedError, UnavailableError
 from uellm.core.request import Promise
-from uellm.policy.registry import dispatch_policy
-from uellm.policy.views import DispatchPolicy, QueuedView, QueueView, Refusal
+from uellm.policy.views import QueuedView, QueueView, Refusal
 from uellm.service import RETRY_SECONDS, Context
 from uellm.streams.decisions import DecisionLog
 from uellm.streams.messages import ReplicaRoute
@@ -21,6 +21,7 @@ from uellm.v1 import common_pb2, queue_pb2
 from uellm_scheduler.book import REVISE_SECONDS, Book
 from uellm_scheduler.effects import Effects
 from uellm_scheduler.inbox import Inbox
+from uellm_scheduler.policy import PolicyInForce, choice_of
 from uellm_scheduler.recorder import Recorder
 from uellm_scheduler.recovery import recover
 from uellm_scheduler.settings import SchedulerSettings
@@ -52,6 +53,7 @@ class ModelScheduler:
         replicas: ids of the model's replicas, by its deployment; kept current by the ownership.
         book: who waits and who was sent where.
         order: ids of the waiting requests as last ordered.
+        in_force: the policy.
         routes: the replicas as last read.
         withdrawn: the model is not deployed any more; kept current by the ownership.
     """
@@ -69,7 +71,7 @@ class ModelScheduler:
         self._context = context
         self._settings = settings
         self._queue = queue
-        self._policy = dispatch_policy(settings.policy, settings.dispatch_settings)
+        self.in_force = PolicyInForce(settings)
         self._recorder = Recorder(DecisionLog(context.redis, queue.model), settings)
         self._inbox: Inbox | None = None
         self._away = False
@@ -79,11 +81,6 @@ class ModelScheduler:
         self._reconsider_at: float | None = None
         self._full_round_at = 0.0
         self._revise_at = 0.0
-
-    @property
-    def policy(self) -> DispatchPolicy:
-        """The policy in force."""
-        return self._policy
 
     async def run(self) -> None:
         """Schedule until another scheduler owns the model; Redis may come and go."""
@@ -129,7 +126,7 @@ class ModelScheduler:
                 await inbox.wait(self._pause(upkeep))
                 inbox.empty_into(book)
                 if upkeep.reaping.seconds_left == 0:
-                    await self._choose_policy()
+                    self.in_force.follow(await self._queue.policy())
                 await upkeep.tend(self._context.clock.now())
                 if await self._read_routes(inbox):
                     upkeep.reaping.hasten()
@@ -161,14 +158,6 @@ class ModelScheduler:
                 now,
             )
 
-    async def _choose_policy(self) -> None:
-        name = await self._queue.policy() or self._settings.policy
-        if name != self._policy.name:
-            try:
-                self._policy = dispatch_policy(name, self._settings.dispatch_settings)
-            except InvalidArgumentError as error:
-                _log.warning("keeping the policy", policy=self._policy.name, error=error.message)
-
     async def _read_routes(self, inbox: Inbox) -> bool:
         """Look at the replicas if it is time; True if one was re-formed under another epoch."""
         if not (inbox.routed or self._polling.seconds_left == 0):
@@ -194,8 +183,8 @@ class ModelScheduler:
         room = sum(max(0, view.slots - len(view.in_flight)) for view in replicas)
         horizon = None if full else max(HORIZON, 2 * room)
         queue = book.queue_view(now, revise=revise, horizon=horizon)
-        decision = self._policy.dispatch(queue, replicas, now)
-        self._recorder.note(self._policy.name, queue, replicas, now, decision, book.view)
+        decision = self.in_force.policy.dispatch(queue, replicas, now)
+        self._recorder.note(self.in_force.choice, queue, replicas, now, decision, book.view)
         seconds = time.monotonic() - began
         if full:
             self._full_round_at = began + seconds / FULL_ROUND_SHARE
@@ -222,7 +211,7 @@ class ModelScheduler:
         view = QueuedView("estimate", slo_from_proto(slo, now), profile_from_proto(profile))
         waiting = [ticket.view for ticket in self.book.waiting.values()]
         queue = QueueView([*waiting, view], unpromised=frozenset({view.request_id}))
-        decision = self._policy.dispatch(queue, self.book.replica_views(self.routes), now)
+        decision = self.in_force.policy.dispatch(queue, self.book.replica_views(self.routes), now)
         try:
             return decision.promises[view.request_id]
         except KeyError:
@@ -232,18 +221,25 @@ class ModelScheduler:
                 retry_after_seconds=1.0,
             ) from None
 
-    async def set_policy(self, name: str) -> str:
-        """Change the policy from the next decision on; returns the name of the one before.
+    async def set_policy(self, record: common_pb2.ModelPolicy | None) -> str:
+        """Change the policy from the next decision on; None: back to the services' defaults.
+
+        Returns:
+            The name of the one before.
 
         Raises:
-            InvalidArgumentError: if there is none of that name.
+            InvalidArgumentError: if there is none of that name, or a setting is not what it should
+                be.
         """
-        policy = dispatch_policy(name, self._settings.dispatch_settings)
-        await self._queue.set_policy(name)
-        previous, self._policy = self._policy, policy
+        if record is not None:
+            choice_of(record).check()
+            check_class_defaults(record)
+        await self._queue.set_policy(record)
+        previous = self.in_force.policy.name
+        self.in_force.follow(record)
         if self._inbox is not None:
             self._inbox.wake()
-        return previous.name
+        return previous
 
 
 def _first_leaf(error: BaseException) -> BaseException:

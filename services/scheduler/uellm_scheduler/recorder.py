@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from uellm.decisions.records import DispatchPolicyUsed, DispatchRecord, dispatch_record
 from uellm.decisions.segments import SegmentWriter
+from uellm.policy.choice import DISPATCH, PolicyChoice
 from uellm.policy.views import DispatchDecision, QueuedView, QueueView, ReplicaView
 from uellm.streams.decisions import DecisionLog, DecisionWriter
 from uellm_scheduler.settings import SchedulerSettings
@@ -34,11 +35,12 @@ class Recorder:
         self._writer = DecisionWriter(log, settings.decisions_kept)
         self._waiting: deque[DispatchRecord] = deque()
         self._work = asyncio.Event()
+        self._choice: PolicyChoice | None = None
         self._policy = DispatchPolicyUsed("")
 
     def note(
         self,
-        policy: str,
+        policy: PolicyChoice,
         queue: QueueView,
         replicas: Sequence[ReplicaView],
         now: float,
@@ -48,7 +50,7 @@ class Recorder:
         """Have a decision recorded. Takes no time to speak of; the views must not change.
 
         Args:
-            policy: name of what decided.
+            policy: what decided.
             queue: what waited.
             replicas: where it could go.
             now: when.
@@ -60,8 +62,11 @@ class Recorder:
         if len(self._waiting) >= WAITING_RECORDS:
             self._writer.dropped += 1
             return
-        if policy != self._policy.name:
-            self._policy = DispatchPolicyUsed(policy, self._settings.dispatch_settings)
+        if policy is not self._choice:
+            self._choice = policy
+            self._policy = DispatchPolicyUsed(
+                policy.name, self._settings.dispatch_settings, policy.at(DISPATCH)
+            )
         most = self._settings.recorded_requests
         self._waiting.append(
             dispatch_record(self._policy, queue, replicas, now, decision, most=most, find=find)

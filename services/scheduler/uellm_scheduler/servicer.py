@@ -6,9 +6,9 @@ import grpc
 
 from uellm.convert import promise_to_proto, timestamp
 from uellm.core.errors import InvalidArgumentError
-from uellm.policy.registry import dispatch_policies
+from uellm.policy.choice import LEVELS, policies, settings_of
 from uellm.service import Context
-from uellm.v1 import scheduler_pb2, scheduler_pb2_grpc
+from uellm.v1 import common_pb2, scheduler_pb2, scheduler_pb2_grpc
 from uellm_scheduler.forwarding import Forwarding
 from uellm_scheduler.model_scheduler import ModelScheduler
 from uellm_scheduler.ownership import Ownership
@@ -87,25 +87,55 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     async def GetPolicy(
         self, request: scheduler_pb2.GetPolicyRequest, context: Call
     ) -> scheduler_pb2.GetPolicyResponse:
-        """Name the policy in force."""
+        """Describe the policy in force."""
         owner = self._owned(request.model)
         if owner is None:
             answer: scheduler_pb2.GetPolicyResponse = await self._forwarding.to_owner(
                 "GetPolicy", request, context
             )
             return answer
+        in_force = owner.in_force
         return scheduler_pb2.GetPolicyResponse(
-            policy=owner.policy.name, available=dispatch_policies()
+            policy=in_force.policy.name,
+            available=policies(),
+            chosen=in_force.record,
+            settings=[
+                scheduler_pb2.PolicySetting(
+                    name=name, level=level, value=value, default_value=default, description=what
+                )
+                for level in LEVELS
+                for name, (value, default, what) in settings_of(in_force.choice, level).items()
+            ],
+            replicas=[
+                scheduler_pb2.ReplicaPolicy(
+                    replica=name, policy=route.report.policy, execution=route.report.execution
+                )
+                for name, route in sorted(owner.routes.items())
+                if route.state == "READY"
+            ],
         )
 
     async def SetPolicy(
         self, request: scheduler_pb2.SetPolicyRequest, context: Call
     ) -> scheduler_pb2.SetPolicyResponse:
-        """Change the policy from the next decision on."""
+        """Change the policy."""
         owner = self._owned(request.model)
         if owner is None:
             answer: scheduler_pb2.SetPolicyResponse = await self._forwarding.to_owner(
                 "SetPolicy", request, context
             )
             return answer
-        return scheduler_pb2.SetPolicyResponse(previous=await owner.set_policy(request.policy))
+        record = None
+        if request.policy:
+            record = common_pb2.ModelPolicy(
+                policy=request.policy,
+                settings=request.settings,
+                execution=request.execution,
+                class_defaults=request.class_defaults,
+            )
+        elif request.settings or request.execution or request.class_defaults:
+            raise InvalidArgumentError(
+                "policy: empty, and there is more; name the policy that the rest is for",
+                field="policy",
+            )
+        return scheduler_pb2.SetPolicyResponse(previous=await owner.set_policy(record))

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import grpc
 
-from uellm.core.errors import ConfigurationError
+from uellm.core.errors import ConfigurationError, InvalidArgumentError
 from uellm.mesh.state import home
 from uellm.models import files
 from uellm.models.adapters import resolve_adapter
 from uellm.models.tokenizer import Tokenizer
+from uellm.policy.registry import step_policy
 from uellm.service import Context, serve
 from uellm.streams.decisions import DecisionLog, DecisionWriter
 from uellm.streams.leader_queue import LeaderQueue
-from uellm.v1 import common_pb2, topology_pb2, worker_pb2, worker_pb2_grpc
+from uellm.v1 import common_pb2, engine_pb2, topology_pb2, worker_pb2, worker_pb2_grpc
 from uellm_worker.agent import Agent
 from uellm_worker.children import ChildSpawner
 from uellm_worker.devices import Devices
@@ -150,6 +151,9 @@ class WorkerApplication:
             tokenizer,
             Leadership(assignment.replica, assignment.generation, assignment.stage_count, stages),
             child.send,
+            policy=engine_pb2.EnginePolicy(
+                policy=self._settings.step_policy, execution=self._settings.execution
+            ),
             lease_seconds=self._settings.lease_seconds,
             append_interval_seconds=self._settings.append_interval_seconds,
             decisions=DecisionWriter(
@@ -165,7 +169,17 @@ async def start(
     stop: asyncio.Event | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Run a worker until a signal, ``stop`` or a failure of its own."""
+    """Run a worker until a signal, ``stop`` or a failure of its own.
+
+    Raises:
+        ConfigurationError: if it cannot start as it was told to.
+    """
+    try:
+        step_policy(settings.step_policy)
+    except InvalidArgumentError as error:
+        raise ConfigurationError(
+            f"UELLM_WORKER_STEP_POLICY: {error.message}", field="step_policy"
+        ) from None
     await serve(
         settings, lambda context: WorkerApplication(settings, context), stop=stop, ready=ready
     )

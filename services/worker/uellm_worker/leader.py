@@ -1,8 +1,9 @@
 """The leader of a replica: reads its batches, feeds the engine, logs what comes of it.
 
-Only stage 0's worker leads, for one replica under one epoch. Two tasks and one callback: the
+Only stage 0's worker leads, for one replica under one epoch. Three tasks and one callback: the
 intake reads batches and gives sequences to the child; ``report`` takes what the child says of a
-step, without waiting for Redis; the delivery says what has gathered in one append after another.
+step, without waiting for Redis; the delivery says what has gathered in one append after another;
+the watch follows which policy is chosen for the model.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from uellm_worker.answer import Answer
 from uellm_worker.delivery import Delivery, wait
 from uellm_worker.intake import Arrivals, Intake, Leadership
 from uellm_worker.journal import passing
+from uellm_worker.policy import PolicyWatch
 
 _log = logger("leader")
 RETRY_SECONDS = 0.5
@@ -39,6 +41,7 @@ class Leader:
         tokenizer: the model's.
         leadership: which replica, which epoch.
         send: gives a command to the child.
+        policy: what the engine decides by unless something was chosen for the model.
         lease_seconds: how long a holder may be silent.
         append_interval_seconds: least time between two appends; 0: as fast as they return.
         decisions: where recorded decisions of the engine go; None: nowhere.
@@ -52,6 +55,7 @@ class Leader:
         leadership: Leadership,
         send: Send,
         *,
+        policy: engine_pb2.EnginePolicy,
         lease_seconds: float,
         append_interval_seconds: float = 0.0,
         decisions: DecisionWriter | None = None,
@@ -72,13 +76,16 @@ class Leader:
         )
         self._decisions = decisions
         self._recording: asyncio.Task[None] | None = None
+        self._policy = PolicyWatch(queue, policy, self._tell)
         self._reading: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._delivering: asyncio.Task[None] | None = None
 
     def start(self, spawn: Spawn) -> None:
         """Start to work; ``spawn`` runs a coroutine under a name."""
         self._reading = spawn(self._read(), f"intake of {self._replica}")
         self._delivering = spawn(self._delivery.run(), f"delivery of {self._replica}")
+        self._watching = spawn(self._policy.run(), f"policy of {self._replica}")
         if self._decisions is not None:
             self._recording = spawn(self._decisions.run(), f"decisions of {self._replica}")
 
@@ -97,6 +104,7 @@ class Leader:
 
     async def _read(self) -> None:
         away = False
+        await self._policy.look()
         while True:
             try:
                 arrivals = await self._intake.read(self._delivery.held)
@@ -169,10 +177,11 @@ class Leader:
             await asyncio.gather(self._recording, return_exceptions=True)
 
     async def _stop_reading(self) -> None:
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
-            self._reading = None
+        tasks = [task for task in (self._reading, self._watching) if task is not None]
+        self._reading = self._watching = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _give_back(self, answers: list[Answer]) -> None:
         self._delivery.give_back(answers)

@@ -13,13 +13,14 @@ from collections.abc import Callable
 
 from uellm.convert import cost_from_proto
 from uellm.core.cost import DEFAULT_COST
-from uellm.core.errors import ConfigurationError, ModelFilesError
+from uellm.core.errors import ConfigurationError, InvalidArgumentError, ModelFilesError
 from uellm.policy.registry import step_policy
 from uellm.v1.engine_pb2 import (
     Alive,
     CommitShard,
     EngineCommand,
     EngineEvent,
+    EnginePolicy,
     LinkListening,
     LoadProgress,
     PrepareShard,
@@ -127,7 +128,9 @@ class Child:
                 self._loop.add(command.add)
             case "drop" if self._loop is not None:
                 self._loop.drop(command.drop)
-            case "add" | "drop":
+            case "policy" if self._loop is not None:
+                self._decide_by(self._loop, command.policy)
+            case "add" | "drop" | "policy":
                 _log.info("a sequence's command crossed the end of its generation")
             case "probe_block":
                 found = self._engine.probe_block(command.probe_block)
@@ -191,6 +194,14 @@ class Child:
                 recorder=StepRecorder(assignment.replica, commit.record_every_steps),
             )
         self._channel.send(EngineEvent(serving=ShardServing(generation=commit.generation)))
+
+    def _decide_by(self, loop: EngineLoop, command: EnginePolicy) -> None:
+        """Change the policy; one that cannot be had leaves the present one in force."""
+        try:
+            loop.decide_by(step_policy(command.policy, command.settings), command.execution)
+        except (InvalidArgumentError, ValueError) as error:
+            _log.warning("the step policy stays as it is: %s", error)
+        self._report(StepReport(report=loop.report()))
 
     def _form_group(self, command: PrepareShard, prepared: Prepared, rendezvous: str) -> Group:
         if self._rendezvous is not None:

@@ -22,6 +22,7 @@ class Continuous:
     """
 
     def __init__(self, capacity: Capacity, depth: int) -> None:
+        self.name = "continuous"
         self.depth = depth
         self.admits = True
         self._capacity = capacity

@@ -18,6 +18,11 @@ class Execution(Protocol):
     """A way to execute. It makes room for what it has computed, and preempts for that."""
 
     @property
+    def name(self) -> str:
+        """One of ``EXECUTIONS``."""
+        ...
+
+    @property
     def depth(self) -> int:
         """Steps worth having under way at once."""
         ...

@@ -296,16 +296,25 @@ class KvManager:
             if scope is None or self._index.scope(number) == scope:
                 self.discard(number)
 
-    def reset(self) -> None:
+    @property
+    def num_slots(self) -> int:
+        """All slots, spare ones included."""
+        return len(self._slots)
+
+    def reset(self, least: int = 0) -> None:
         """Begin anew with every slot empty, since plans were not carried out as they were made.
 
         All stages wipe all slots with the next plan, whatever they hold.
+
+        Args:
+            least: so many slots at least: what others had, to whom these belonged before.
         """
         for number, slot in enumerate(self._slots):
             if slot.busy:
                 self.leave(number, keep=False)
             self.discard(number)
-        self._moves = [Release(number, 0) for number in range(len(self._slots))]
+        wiped = max(len(self._slots), least)
+        self._moves = [Release(number, 0) for number in range(wiped)]
 
     # ---- prefixes ------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError
 from uellm_worker.engine.execution import execution_of
 from uellm_worker.engine.flights import Flight, Padding, Share, make_plan
 from uellm_worker.engine.memory import RowLimit
+from uellm_worker.engine.outbox import Outbox
 from uellm_worker.engine.plan import Admission, StepResult
 from uellm_worker.engine.recorder import StepRecorder
 from uellm_worker.engine.reports import CostMeter, StepMeter
@@ -84,15 +85,11 @@ class EngineLoop:
         self._adapters = {name: index for index, name in enumerate(adapters)}
         self._recorder = recorder or StepRecorder("", every_steps=0)
         self._execution = execution_of(execution, capacity, runner.depth)
+        self._next_execution: str | None = None
         self._roster = Roster(self._execution.account())
-        groups = self._roster.kv.groups
-        self._slots = sum(map(len, groups))
-        most = max(map(len, groups))
-        depth = self._execution.depth
-        self._limit = RowLimit(max(MAX_CHUNK_TOKENS // depth, 2 * most))
+        self._limit = self._new_limit()
         self._flights: deque[Flight] = deque()
-        self._outputs: list[SequenceOutput] = []
-        self._handed_back: list[str] = []
+        self._outbox = Outbox()
         self._timer = timer
         self._meter = StepMeter(cost=CostMeter(cost))
         self._idle_from: float | None = None
@@ -103,7 +100,7 @@ class EngineLoop:
     @property
     def busy(self) -> bool:
         """A step may have something to do."""
-        return bool(len(self._roster) or self._outputs or self._flights)
+        return bool(len(self._roster) or self._outbox or self._flights)
 
     @property
     def under_way(self) -> bool:
@@ -144,7 +141,7 @@ class EngineLoop:
                 command, self._capacity, self._vocabulary, self._now(), self._adapters
             )
         except SequenceError as error:
-            self._outputs.append(
+            self._outbox.add(
                 SequenceOutput(
                     request_id=command.request_id,
                     generation=command.generation,
@@ -154,7 +151,7 @@ class EngineLoop:
             )
             return
         if sequence.full:
-            self._outputs.append(sequence.output(finish=FINISH_REASON_LENGTH))
+            self._outbox.add(sequence.output(finish=FINISH_REASON_LENGTH))
             return
         if not len(self._roster):
             self._idle_from = None
@@ -165,7 +162,38 @@ class EngineLoop:
         sequence = self._roster.find(command.request_id)
         if sequence is not None and sequence.generation == command.generation:
             self._roster.remove(sequence)
-        self._outputs = [output for output in self._outputs if not _same(output, command)]
+        self._outbox.drop(command)
+
+    def decide_by(self, policy: StepPolicy, execution: str) -> None:
+        """Be decided for by another policy, or execute in another way, from the next step on.
+
+        Raises:
+            ValueError: if there is no execution of that name; nothing changes then.
+        """
+        name = execution_of(execution, self._capacity, self._runner.depth).name
+        self._policy = policy
+        self._next_execution = None if name == self._execution.name else name
+        self._execute_next()
+
+    def _execute_next(self) -> None:
+        """Execute in another way, if that is wanted and no step is under way.
+
+        The caches are divided otherwise then: all begin again.
+        """
+        if self._next_execution is None or self._flights:
+            return
+        self._execution = execution_of(self._next_execution, self._capacity, self._runner.depth)
+        self._next_execution = None
+        self._roster = self._roster.moved_to(self._execution.account())
+        self._limit = self._new_limit()
+
+    def _new_limit(self) -> RowLimit:
+        most = max(map(len, self._roster.kv.groups))
+        return RowLimit(max(MAX_CHUNK_TOKENS // self._execution.depth, 2 * most))
+
+    @property
+    def _slots(self) -> int:
+        return sum(map(len, self._roster.kv.groups))
 
     # ---- steps ---------------------------------------------------------------------------------
 
@@ -180,26 +208,26 @@ class EngineLoop:
             PeerLostError: a stage is gone.
             LeaveRequestedError: the agent asked to leave meanwhile.
         """
-        while len(self._flights) < self._execution.depth and self._launch():
+        self._execute_next()
+        while self._room and self._launch():
             pass
         landed = False
         if self._flights:
-            full = len(self._flights) == self._execution.depth
+            full = not self._room
             with self._blaming(self._flights[0]):
                 result = self._runner.collect(patient=full)
             if result is not None:
                 self._land(result)
                 landed = True
-        if not (landed or self._outputs or self._handed_back):
+        if not (landed or self._outbox):
             return None
-        report = StepReport(
-            outputs=self._outputs,
-            handed_back=self._handed_back,
-            report=self._report(),
-            decisions=self._recorder.take(last=not len(self._roster)),
-        )
-        self._outputs, self._handed_back = [], []
-        return report
+        decisions = self._recorder.take(last=not len(self._roster))
+        return self._outbox.report(self.report(), decisions)
+
+    @property
+    def _room(self) -> bool:
+        """One more step may be under way. None may while all are awaited."""
+        return self._next_execution is None and len(self._flights) < self._execution.depth
 
     def _launch(self) -> bool:
         """Ask the policy and submit a step; False if there is nothing to compute."""
@@ -211,14 +239,20 @@ class EngineLoop:
             view, now = self._view(), self._now()
             decision = self._policy.step(view, now)
             self._recorder.note(self._policy.name, self._meter.submitted, view, decision, now)
-            changed = self._apply(decision)
+            handed_back = self._roster.carry_out(
+                decision,
+                admits=self._execution.admits,
+                most=self._limit.rows,
+                burden=self._under_way_of,
+            )
+            self._outbox.hand_back(handed_back or ())
             shares, padding = self._execution.next_step(
                 self._roster, self._chunk(decision), self._limit.rows, self._under_way_of
             )
             if shares or padding:
                 self._submit(shares, padding, began_at)
                 return True
-            if not changed:
+            if handed_back is None:
                 self._reconsider_at = decision.reconsider_at
                 return False
         return False
@@ -239,29 +273,6 @@ class EngineLoop:
             block_tokens=self._capacity.block_tokens,
             cost=self._meter.cost.cost,
         )
-
-    def _apply(self, decision: StepDecision) -> bool:
-        """Carry out a decision; True if it changed who runs. What does not fit is left out.
-
-        The policy is asked before every step, so its ``reconsider_when`` is always kept.
-        """
-        roster = self._roster
-        before = len(roster.waiting), len(roster.admitted)
-        for request_id in decision.preempt:
-            sequence = roster.find(request_id)
-            if sequence is not None and sequence.slot >= 0:
-                roster.preempt(sequence)
-        for request_id in decision.hand_back:
-            sequence = roster.find(request_id)
-            if sequence is not None and sequence.slot < 0:
-                roster.remove(sequence)
-                self._handed_back.append(request_id)
-        for request_id in decision.admit if self._execution.admits else ():
-            sequence = roster.find(request_id)
-            if sequence is not None and sequence.slot < 0:
-                reserve = decision.reserve.get(request_id, sequence.reserve_tokens)
-                roster.admit(sequence, reserve, self._limit.rows, self._under_way_of)
-        return (len(roster.waiting), len(roster.admitted)) != before
 
     def _under_way_of(self, group: int) -> int:
         return sum(flight.group == group for flight in self._flights)
@@ -367,24 +378,22 @@ class EngineLoop:
             output.finish = FINISH_REASON_LENGTH
             self._finish(sequence, output)
         else:
-            self._outputs.append(output)
+            self._outbox.add(output)
 
     # ---- bookkeeping ---------------------------------------------------------------------------
 
     def _finish(self, sequence: Sequence, output: SequenceOutput) -> None:
-        self._outputs.append(output)
+        self._outbox.add(output)
         self._roster.remove(sequence)
 
-    def _report(self) -> ReplicaReport:
+    def report(self) -> ReplicaReport:
+        """How the replica is doing."""
         return self._meter.report(
             epoch=self._epoch,
             kv=self._roster.kv.usage,
             running=len(self._roster),
             waiting=len(self._roster.waiting),
             slots=self._slots,
+            policy=self._policy.name,
+            execution=self._execution.name,
         )
-
-
-def _same(output: SequenceOutput, command: DropSequence) -> bool:
-    """Both are of one holder of one request."""
-    return (output.request_id, output.generation) == (command.request_id, command.generation)

@@ -163,6 +163,8 @@ class StepMeter:
         running: int,
         waiting: int,
         slots: int,
+        policy: str = "",
+        execution: str = "",
     ) -> ReplicaReport:
         """The report that goes with a step."""
         return ReplicaReport(
@@ -190,4 +192,6 @@ class StepMeter:
             prefill_seconds_per_token=self.prefill_seconds_per_token,
             decode_step_seconds=self.decode_step_seconds,
             cost=self.cost.report(),
+            policy=policy,
+            execution=execution,
         )

@@ -3,6 +3,7 @@
 from bisect import insort
 from collections.abc import Callable
 
+from uellm.policy.views import StepDecision
 from uellm_worker.engine.kv import KvManager
 from uellm_worker.engine.sequences import Sequence
 
@@ -103,6 +104,47 @@ class Roster:
                 return True
             self.preempt(self.running[-1])
         return False
+
+    def carry_out(
+        self, decision: StepDecision, *, admits: bool, most: int, burden: Callable[[int], int]
+    ) -> list[str] | None:
+        """Carry out a decision. What does not fit, or is not there, is left out.
+
+        Args:
+            decision: of a step policy.
+            admits: slots may be given at all.
+            most: see ``admit``.
+            burden: see ``admit``.
+
+        Returns:
+            Whom it handed back; None if nothing changed.
+        """
+        before = len(self.waiting), len(self.admitted)
+        handed_back = []
+        for request_id in decision.preempt:
+            sequence = self.find(request_id)
+            if sequence is not None and sequence.slot >= 0:
+                self.preempt(sequence)
+        for request_id in decision.hand_back:
+            sequence = self.find(request_id)
+            if sequence is not None and sequence.slot < 0:
+                self.remove(sequence)
+                handed_back.append(request_id)
+        for request_id in decision.admit if admits else ():
+            sequence = self.find(request_id)
+            if sequence is not None and sequence.slot < 0:
+                reserve = decision.reserve.get(request_id, sequence.reserve_tokens)
+                self.admit(sequence, reserve, most, burden)
+        return None if (len(self.waiting), len(self.admitted)) == before else handed_back
+
+    def moved_to(self, kv: KvManager) -> "Roster":
+        """All sequences in another account of the same slots, waiting."""
+        self.start_again()
+        kv.reset(self.kv.num_slots)
+        moved = Roster(kv)
+        for sequence in self._by_id.values():
+            moved.add(sequence)
+        return moved
 
     def taint(self, slot: int) -> None:
         """What a sequence left in its slot is not finite, and would spoil whoever has it now."""

@@ -101,6 +101,7 @@ class Static:
     """
 
     def __init__(self, capacity: Capacity) -> None:
+        self.name = "static"
         self.depth = 1
         self._capacity = capacity
         self._scratch = capacity.slots if capacity.spare_slots else max(capacity.slots - 1, 1)
