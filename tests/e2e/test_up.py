@@ -70,6 +70,11 @@ async def up(tmp_path: Path) -> AsyncIterator[Up]:
     await mesh.gone()
 
 
+async def in_force(up: Up, words: str) -> bool:
+    _, out, _ = await up.run("policy", "show", "demo")
+    return words in out
+
+
 async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", layers=8, hidden=192)
     state = await up.start("--workers", "2", "--adapter", f"twist={adapter}")
@@ -96,6 +101,24 @@ async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
     assert status == 0, out
     assert {service["status"] for service in health["services"]} == {"SERVING"}
     assert health["deployments"][0]["replicas"][0]["state"] == "READY"
+
+    status, out, err = await up.run(
+        *("policy", "set", "demo", "slo-odbs", "threshold=5000", "class.batch.deadline=1h"),
+        *("--execution", "static"),
+    )
+    assert status == 0, err
+    await eventually(lambda: in_force(up, "slo-odbs static"), 20)
+    _, out, _ = await up.run("policy", "show", "demo")
+    assert "slo-odbs, chosen for this model" in out
+    assert "batch requests that do not say: deadline 60.0 min" in out
+    status, out, err = await up.run("generate", "Hi", "--max-tokens", "8")
+    assert (status, bool(out.strip())) == (0, True), err
+    status, _, err = await up.run("policy", "set", "demo", "slo-odbs", "treshold=1")
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "treshold: no such setting of slo-odbs; available: length_overhead" in err
+    status, out, _ = await up.run("policy", "reset", "demo")
+    assert status == 0
+    await eventually(lambda: in_force(up, "continuous"), 20)
 
     os.kill(state.pids["gateway-1"], signal.SIGKILL)
     status, out, err = await up.run("generate", "Hello again", "--max-tokens", "8")

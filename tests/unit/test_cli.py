@@ -1,5 +1,6 @@
 """The command line: what it understands, what it says, how it exits."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -106,6 +107,12 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         (["cancel", "demo:x"], exits.UNREACHABLE, "uellm up"),
         (["health"], exits.UNREACHABLE, "UELLM_REDIS_URL"),
         (["health", "--redis", "nonsense"], exits.USAGE, "redis://"),
+        (["policy", "list", "magic"], exits.USAGE, "available: cslo-odbs, edf"),
+        (["policy", "show", "demo"], exits.UNREACHABLE, "UELLM_REDIS_URL"),
+        (["policy", "set", "demo", "edf", "speed"], exits.USAGE, "'speed': KEY=VALUE"),
+        (["policy", "set", "demo", "edf", "class.x.y=1s"], exits.USAGE, "deadline, ttft, tpot"),
+        (["policy", "set", "demo", "edf", "class.batch.ttft=x"], exits.USAGE, "no duration"),
+        (["policy", "reset", "demo"], exits.UNREACHABLE, "uellm up"),
         (["up", "--model", "/nonexistent"], exits.USAGE, "/nonexistent"),
         (["up", "--model", " "], exits.USAGE, "--model"),
         (["serve", "cook"], exits.USAGE, "cook"),
@@ -207,3 +214,15 @@ def test_a_refusal_in_words() -> None:
         failure=inference_pb2.Failure(reason="INFEASIBLE", message="not before 12:00"),
     )
     assert describe_end(end, None) == "refused: not before 12:00"
+
+
+def test_policies_are_listed_with_their_settings() -> None:
+    result = CliRunner().invoke(app, ["policy", "list", "--json"])
+    assert json.loads(result.output)["slo-odbs"] == {"levels": ["dispatch", "step"]}
+    result = CliRunner().invoke(app, ["policy", "list", "cslo-odbs", "--json"])
+    found = {(row["level"], row["setting"]): row for row in json.loads(result.output)}
+    assert found["step", "most_preemptions"]["default"] == "3"
+    assert found["dispatch", "max_wait_seconds"]["description"]
+    for arguments in (["policy", "list"], ["policy", "list", "s3"]):
+        shown = CliRunner().invoke(app, arguments)
+        assert (shown.exit_code, "…" in shown.output) == (0, False)
