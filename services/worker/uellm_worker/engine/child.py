@@ -124,14 +124,8 @@ class Child:
                 self._prepare(command.prepare)
             case "commit":
                 self._commit(command.commit)
-            case "add" if self._loop is not None:
-                self._loop.add(command.add)
-            case "drop" if self._loop is not None:
-                self._loop.drop(command.drop)
-            case "policy" if self._loop is not None:
-                self._decide_by(self._loop, command.policy)
             case "add" | "drop" | "policy":
-                _log.info("a sequence's command crossed the end of its generation")
+                self._lead(command)
             case "probe_block":
                 found = self._engine.probe_block(command.probe_block)
                 self._channel.send(EngineEvent(block_probed=found))
@@ -146,6 +140,18 @@ class Child:
                 self._channel.send(EngineEvent(left=ShardLeft()))
             case other:
                 _log.warning("an unknown command: %s", other)
+
+    def _lead(self, command: EngineCommand) -> None:
+        """Obey a leader."""
+        match command.WhichOneof("command"):
+            case _ if self._loop is None:
+                _log.info("a leader's command crossed the end of its generation")
+            case "add":
+                self._loop.add(command.add)
+            case "drop":
+                self._loop.drop(command.drop)
+            case "policy":
+                self._decide_by(self._loop, command.policy)
 
     def _prepare(self, command: PrepareShard) -> None:
         self._leave()
