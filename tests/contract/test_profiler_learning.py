@@ -1,26 +1,32 @@
 """One profiler learns for all: by a lease, in versions, over restarts."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import grpc
 import pytest
 from uellm_profiler.serving import MOST_WAITING, Serving
+from uellm_profiler.store import PREFIX
 
 from tests.contract.test_profiler import learnt, profile_request, stub_of, teach
 from tests.support.predictors import DUE, UNFITTED, Guess
 from tests.support.scheduling import MODEL, Mesh, profiler
 from tests.support.waiting import eventually
-from uellm.core.errors import InvalidArgumentError, ResourceExhaustedError
+from uellm.core.errors import ConfigurationError, InvalidArgumentError, ResourceExhaustedError
 from uellm.core.request import LEVELS
+from uellm.learning.store import save_predictor
 from uellm.prediction import registry
-from uellm.prediction.interface import GREEDY, PredictionRequest
+from uellm.prediction.interface import GREEDY, CompletionFacts, PredictionRequest
 from uellm.prediction.prior import Prior
 from uellm.rpc import error_from
+from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.v1 import profiler_pb2
 
 CHALLENGE = 10
@@ -73,12 +79,22 @@ async def _expects(stub: Any, length: int) -> bool:
     return await median(stub) == length
 
 
+async def _kept(mesh: Mesh) -> bool:
+    """Whether all that there is has been learnt for good."""
+    places = json.loads(await mesh.redis.hget(f"{PREFIX}past", "places") or "{}")
+    return (
+        bool(places)
+        and places[MODEL] == await SchedulerQueue(mesh.redis, MODEL).completions_place()
+    )
+
+
 async def test_when_the_learner_dies_another_learns_on_from_what_was_kept(
     mesh: Mesh, redis_url: str
 ) -> None:
     async with profiler(redis_url, "a") as first, stub_of(first) as one:
         await teach(mesh, 30, output_tokens=40)
         before = await learnt(one, 30)
+        await eventually(partial(_kept, mesh))
         await first.kill()
     # What was learnt from is gone, as after a long time.
     await mesh.redis.delete(mesh.gateway.keys.completions)
@@ -130,7 +146,7 @@ async def test_only_so_many_versions_are_kept(mesh: Mesh, redis_url: str, guess:
             await eventually(partial(_serves, stub, latest))
         kept = await versions(stub)
     assert [version.number for version in kept] == list(range(4, 12))
-    assert await mesh.redis.hlen("uellm:{:profilers}:states") == 7
+    assert await mesh.redis.hlen("uellm:{:profilers}:states") == 8
 
 
 async def _serves(stub: Any, number: int) -> bool:
@@ -196,3 +212,54 @@ async def test_calls_beyond_the_limit_are_refused_and_the_others_answered() -> N
     finally:
         serving.close()
     assert [len(answer) for answer in answers] == [len(requests)] * 4
+
+
+async def test_a_learner_that_is_stopped_keeps_all_that_it_learnt(
+    mesh: Mesh, redis_url: str
+) -> None:
+    async with profiler(redis_url, "a", keep_seconds=0.2) as service, stub_of(service) as stub:
+        await teach(mesh, 30, output_tokens=40)
+        await learnt(stub, 30)
+        await service.drain()
+    assert await _kept(mesh)
+
+
+async def test_a_profiler_begins_with_what_was_trained(
+    mesh: Mesh, redis_url: str, tmp_path: Path
+) -> None:
+    trained = Prior()
+    for _ in range(50):
+        trained.observe(CompletionFacts(MODEL, GREEDY, 3, 70))
+    save_predictor(tmp_path, trained)
+    async with profiler(redis_url, pretrained=str(tmp_path)) as service, stub_of(service) as stub:
+        assert await median(stub) == 70
+        await learnt(stub, 50)
+        await teach(mesh, 5, output_tokens=70)
+        await learnt(stub, 55)
+    with pytest.raises(ConfigurationError, match="holds 'prior', and predictor is 'text'"):
+        async with profiler(redis_url, predictor="text", pretrained=str(tmp_path)):
+            pass
+
+
+async def test_the_default_learns_from_words(mesh: Mesh, redis_url: str) -> None:
+    """From nothing: short questions, long stories, told apart by their words alone."""
+    options = {"predictor": "text", "challenge_outcomes": 40}
+    async with profiler(redis_url, **options) as service, stub_of(service) as stub:
+        shapes = {"What is {} plus {}?": 4, "Tell a long story about {} and {}.": 300}
+        rng = Random(1)  # noqa: S311
+
+        async def ask(shape: str) -> profiler_pb2.ProfiledItem:
+            text = shape.format(rng.randint(1, 99), rng.randint(1, 99))
+            request = profile_request(text=text, prompt_tokens=9, max_tokens=4000)
+            return (await stub.Profile(request, timeout=5)).items[0]
+
+        async def told_apart() -> bool:
+            for shape, length in shapes.items():
+                item = await ask(shape)
+                spread = round(length * rng.uniform(0.8, 1.25))
+                fields = {"features": item.features, "prompt_tokens": 9}
+                await teach(mesh, 1, output_tokens=spread, **fields)
+            short, long = [(await ask(s)).profile.output_tokens.values for s in shapes]
+            return bool(short[LEVELS.index(0.5)] < 8 and long[LEVELS.index(0.5)] > 200)
+
+        await eventually(told_apart, 60)

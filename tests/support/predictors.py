@@ -81,6 +81,9 @@ class Guess:
             "at": np.array(self._fitted_at),
         }
 
+    def serving_state(self) -> State:
+        return self.state()
+
     def load(self, state: State) -> None:
         if "value" not in state:
             raise InvalidArgumentError("state: not one of guess", field="state")

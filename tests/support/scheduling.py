@@ -86,7 +86,7 @@ def profiler(redis_url: str, name: str = "profiler-a", **settings: Any) -> Any:
             host="127.0.0.1",
             service_id=name,
             drain_seconds=2.0,
-            **{"poll_seconds": 0.05, "keep_seconds": 0.05, **settings},
+            **{"poll_seconds": 0.05, "keep_seconds": 0.05, "predictor": "prior", **settings},
         ),
     )
 

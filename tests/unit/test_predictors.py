@@ -12,7 +12,6 @@ from tests.unit.test_prediction import FACTS, request
 from uellm.core.errors import InvalidArgumentError
 from uellm.prediction import registry
 from uellm.prediction.interface import CompletionFacts, Predictor
-from uellm.prediction.joining import PendingFeatures
 from uellm.prediction.prior import Prior
 
 
@@ -84,12 +83,3 @@ def test_what_is_not_known_is_answered_with_what_is(monkeypatch: pytest.MonkeyPa
         registry.predictor("lacking")
     with pytest.raises(InvalidArgumentError, match="wind: no such setting; available: cell_window"):
         registry.predictor("prior", {"wind": 3})
-
-
-def test_features_are_joined_once_and_the_oldest_forgotten() -> None:
-    pending = PendingFeatures(most=2)
-    pending.put("empty", b"")
-    for name in ("a", "b", "a", "c"):
-        pending.put(name, name.encode())
-    assert len(pending) == 2
-    assert [pending.take(name) for name in ("b", "a", "c", "a")] == [b"", b"a", b"c", b""]

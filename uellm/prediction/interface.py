@@ -150,8 +150,15 @@ class Predictor(Protocol):
         """All that was learnt: loaded by another of the same name and version, it answers alike."""
         ...
 
+    def serving_state(self) -> State:
+        """As much of it as predictions need: who loads it answers alike, and has no past to fit to.
+
+        It goes to every profiler every few seconds; a few hundred kilobytes are well.
+        """
+        ...
+
     def load(self, state: State) -> None:
-        """Take the place of one that made this state.
+        """Take the place of one that made this state, or this serving state.
 
         Raises:
             InvalidArgumentError: if it is not one of this predictor; nothing has changed then.

@@ -173,6 +173,10 @@ class Prior:
             **_packed("model", list(self._models.values())),
         }
 
+    def serving_state(self) -> State:
+        """See ``uellm.prediction.interface.Predictor``: all of it."""
+        return self.state()
+
     def load(self, state: State) -> None:
         """See ``uellm.prediction.interface.Predictor``."""
         try:

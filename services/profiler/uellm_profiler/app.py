@@ -4,9 +4,13 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import grpc
 
+from uellm.core.errors import ConfigurationError, InvalidArgumentError
+from uellm.learning.store import Manifest, load_predictor
+from uellm.prediction.interface import Predictor
 from uellm.prediction.registry import predictor
 from uellm.service import Context, serve
 from uellm.streams.connection import UNREACHABLE
@@ -25,13 +29,13 @@ class ProfilerApplication:
     service_names: tuple[str, ...] = ("uellm.v1.ProfilerService",)
 
     def __init__(self, settings: ProfilerSettings, context: Context) -> None:
-        make = partial(predictor, settings.predictor)
+        begin, make = beginnings(settings)
         self._context = context
         self._store = Store(context.redis)
         self._models = Models(context, settings.poll_seconds)
-        self._serving = Serving(make())
+        self._serving = Serving(begin)
         self._reader = Reader(self._store, self._serving, make, settings.poll_seconds)
-        self._learner = Learner(context, settings, self._store, self._models, make)
+        self._learner = Learner(context, settings, self._store, self._models, begin.state(), make)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add the servicer."""
@@ -45,10 +49,15 @@ class ProfilerApplication:
         context.spawn(context.repeat(self._reader.poll, "reader"), "reader")
         renew = context.repeat(self._learner.leadership.renew, "leadership")
         self._renewing = context.spawn(renew, "leadership")
-        context.spawn(context.repeat(self._learner.turn, "learner"), "learner")
+        turns = context.repeat(self._learner.turn, "learner")
+        self._learning = context.spawn(turns, "learner")
 
     async def drain(self) -> None:
         """Let another profiler learn; calls in progress are awaited by the runner."""
+        self._learning.cancel()
+        await asyncio.gather(self._learning, return_exceptions=True)
+        with contextlib.suppress(*UNREACHABLE):
+            await self._learner.settle()
         self._renewing.cancel()
         with contextlib.suppress(*UNREACHABLE):
             await self._learner.leadership.release()
@@ -56,6 +65,29 @@ class ProfilerApplication:
     async def close(self) -> None:
         """Predict no more."""
         self._serving.close()
+
+
+def beginnings(settings: ProfilerSettings) -> tuple[Predictor, Callable[[], Predictor]]:
+    """What a profiler begins with, and what makes predictors like it that have learnt nothing.
+
+    Raises:
+        ConfigurationError: if there is none of its name, or the directory holds another.
+    """
+    name = settings.predictor
+    try:
+        if not settings.pretrained:
+            return predictor(name), partial(predictor, name)
+        directory = Path(settings.pretrained)
+        pretrained, manifest = load_predictor(directory), Manifest.read(directory)
+    except InvalidArgumentError as error:
+        raise ConfigurationError(error.message, field="predictor") from error
+    if pretrained.name != name:
+        raise ConfigurationError(
+            f"pretrained: {directory} holds {pretrained.name!r}, and predictor is {name!r}; set "
+            f"UELLM_PROFILER_PREDICTOR={pretrained.name}, or train anew",
+            field="pretrained",
+        )
+    return pretrained, partial(predictor, name, manifest.settings if manifest else None)
 
 
 async def start(

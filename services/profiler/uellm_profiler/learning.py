@@ -4,9 +4,9 @@ What serves is a copy, put in its place whole: nothing learns while it predicts.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from uellm import logs
 from uellm.convert import timestamp
@@ -19,12 +19,14 @@ from uellm.v1 import common_pb2, profiler_pb2, queue_pb2
 from uellm_profiler.models import Models
 from uellm_profiler.serving import Serving
 from uellm_profiler.settings import ProfilerSettings
-from uellm_profiler.store import PREFIX, Learnt, Store, kind_of
+from uellm_profiler.store import PREFIX, Learnt, Past, Store, kind_of
 
 READ_COUNT = 256
 BLOCK_MS = 200
 KEEPING_SHARE = 0.1
 """Share of its time that a learner spends on keeping what it learnt, at most."""
+PAST_SECONDS_PER_SECOND = 10.0
+"""All that was learnt is kept so much less often than what predictions need of it."""
 STANDING_BY_SECONDS = 0.2
 _TEACHES = {
     common_pb2.FINISH_REASON_STOP,
@@ -93,6 +95,7 @@ class Learner:
         settings: the service's.
         store: where it is kept.
         models: whose completions to read.
+        begin: state of what it begins with, where nothing has been kept.
         make: a predictor that has learnt nothing.
     """
 
@@ -102,6 +105,7 @@ class Learner:
         settings: ProfilerSettings,
         store: Store,
         models: Models,
+        begin: State,
         make: Callable[[], Predictor],
     ) -> None:
         self.leadership = Leadership(context, PREFIX)
@@ -109,14 +113,15 @@ class Learner:
         self._settings = settings
         self._store = store
         self._models = models
+        self._begin = begin
         self._make = make
         self._term = 0
         self._contest = self._new_contest()
-        self._kept = Learnt(kind_of(self._contest.champion), 0, 0, {}, {})
+        self._number = self._revision = 0
         self._places: dict[str, str] = {}
         self._fitting: asyncio.Task[State] | None = None
-        self._keep_at = 0.0
-        self._changed = False
+        self._keep_at = self._keep_past_at = 0.0
+        self._changed = self._past_changed = False
 
     async def turn(self) -> None:
         """Learn from what finished, or stand by."""
@@ -131,11 +136,23 @@ class Learner:
             await self._obey()
             await self._learn()
             await self._fit()
-            if self._changed and time.monotonic() >= self._keep_at:
+            if self._due():
                 await self._keep()
         except AbortedError:
             # Another took over; what it has not read it reads again.
             self._term = 0
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        return (self._changed and now >= self._keep_at) or (
+            self._past_changed and now >= self._keep_past_at
+        )
+
+    async def settle(self) -> None:
+        """Keep all that was learnt, for whoever learns next."""
+        if self.leadership.held and self.leadership.term == self._term and self._past_changed:
+            with contextlib.suppress(AbortedError):
+                await self._keep(whole=True)
 
     def _new_contest(self) -> Contest:
         return Contest(self._make, outcomes=self._settings.challenge_outcomes)
@@ -144,20 +161,21 @@ class Learner:
         """Go on where the learner before this one was."""
         self._contest, self._fitting = self._new_contest(), None
         kind = kind_of(self._contest.champion)
+        past = None
         try:
             learnt = await self._store.learnt()
-            if learnt is not None and learnt.kind == kind:
-                await asyncio.to_thread(self._contest.serve, learnt.state)
-                self._kept, self._places = learnt, dict(learnt.places)
-                _log.info("learning on", version=learnt.number)
+            self._number, self._revision = (learnt.number, learnt.revision) if learnt else (0, 0)
+            past = await self._store.past()
+            if past is not None and past.kind == kind:
+                await asyncio.to_thread(self._contest.serve, past.state)
+                self._places = dict(past.places)
+                _log.info("learning on", version=self._number)
                 return
         except InvalidArgumentError as error:
             _log.warning("what was learnt cannot be read; learning anew", error=error.message)
-            learnt = None
         # Completions are kept for a while: what another predictor learnt from teaches this one.
-        number, revision = (learnt.number, learnt.revision) if learnt else (0, 0)
+        await asyncio.to_thread(self._contest.serve, self._begin)
         self._places = {}
-        self._kept = Learnt(kind, number, revision, self._contest.champion.state(), {})
         await self._begin_version(f"{kind} learns from the beginning")
 
     async def _obey(self) -> None:
@@ -187,7 +205,7 @@ class Learner:
         facts = [one for _, _, event in found if (one := facts_of(event)) is not None]
         verdict = await asyncio.to_thread(self._contest.observe, facts)
         self._places.update({model: place for model, place, _ in found})
-        self._changed = True
+        self._changed = self._past_changed = True
         if verdict is not None:
             await self._judged(verdict)
 
@@ -212,11 +230,10 @@ class Learner:
 
     async def _begin_version(self, reason: str, verdict: Verdict | None = None) -> None:
         """Keep what serves from now on as a version of its own."""
-        before = self._kept if self._kept.number else None
-        number = self._kept.number + 1
+        self._number += 1
         champion = self._contest.champion
         version = profiler_pb2.PredictorVersion(
-            number=number,
+            number=self._number,
             predictor=champion.name,
             predictor_version=champion.version,
             served_at=timestamp(self._clock.now()),
@@ -225,26 +242,27 @@ class Learner:
             loss=verdict.challenger_loss if verdict else 0.0,
             loss_before=verdict.champion_loss if verdict else 0.0,
         )
-        self._kept = replace(self._kept, number=number)
-        await self._keep(version, before)
-        _log.info("another version serves", version=number, reason=reason)
+        await self._keep(version)
+        _log.info("another version serves", version=self._number, reason=reason)
 
     async def _keep(
-        self, version: profiler_pb2.PredictorVersion | None = None, before: Learnt | None = None
+        self, version: profiler_pb2.PredictorVersion | None = None, *, whole: bool = False
     ) -> None:
         began = time.monotonic()
         champion = self._contest.champion
-        learnt = Learnt(
-            kind_of(champion),
-            self._kept.number,
-            self._kept.revision + 1,
-            champion.state(),
-            dict(self._places),
-        )
-        await self._store.keep(self.leadership.token, learnt, version, before)
-        self._kept, self._changed = learnt, False
-        taken = time.monotonic() - began
-        self._keep_at = began + max(self._settings.keep_seconds, taken / KEEPING_SHARE)
+        kind, past = kind_of(champion), None
+        if version is not None or whole or began >= self._keep_past_at:
+            past = Past(kind, champion.state(), dict(self._places))
+        self._revision += 1
+        learnt = Learnt(kind, self._number, self._revision, champion.serving_state())
+        await self._store.keep(self.leadership.token, learnt, past, version)
+        self._changed = False
+        seconds = self._settings.keep_seconds
+        rest = max(seconds, (time.monotonic() - began) / KEEPING_SHARE)
+        self._keep_at = began + rest
+        if past is not None:
+            self._past_changed = False
+            self._keep_past_at = began + max(rest, PAST_SECONDS_PER_SECOND * seconds)
 
 
 async def _fitted(refit: Refit) -> State:

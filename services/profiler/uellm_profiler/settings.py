@@ -19,9 +19,14 @@ class ProfilerSettings(ServiceSettings):
         "was learnt.",
     )
     predictor: str = Field(
-        "prior",
-        description="What predicts: prior (running quantiles), or one that an installed package "
-        "offers.",
+        "text",
+        description="What predicts: text (learns from the words of prompts), prior (running "
+        "quantiles), or one that an installed package offers.",
+    )
+    pretrained: str = Field(
+        "",
+        description="Directory of `uellm profiler train`: what the learner begins with, in place "
+        "of nothing.",
     )
     keep_seconds: float = Field(
         2.0,

@@ -20,7 +20,7 @@ from uellm.v1 import profiler_pb2, queue_pb2
 
 PREFIX = "uellm:{:profilers}:"
 """No model's keys: their names begin with a letter or a digit."""
-LEARNT, VERSIONS, STATES = "learnt", "versions", "states"
+LEARNT, PAST, VERSIONS, STATES = "learnt", "past", "versions", "states"
 WANTED = f"{PREFIX}wanted"
 KEPT_VERSIONS = 8
 
@@ -33,13 +33,26 @@ class Learnt:
         kind: of predictor, see ``kind_of``.
         number: of the version.
         revision: rises with every change.
-        state: what it has learnt.
-        places: how far the completions of each model have been read.
+        state: what it predicts by.
     """
 
     kind: str
     number: int
     revision: int
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a learner goes on from.
+
+    Attributes:
+        kind: of predictor, see ``kind_of``.
+        state: all that it has learnt.
+        places: how far the completions of each model have been read for it.
+    """
+
+    kind: str
     state: State
     places: Mapping[str, str]
 
@@ -74,23 +87,33 @@ class Store:
             int(raw[b"number"]),
             int(raw[b"revision"]),
             unpack(raw[b"state"]),
-            json.loads(raw[b"places"]),
         )
+
+    async def past(self) -> Past | None:
+        """What a learner goes on from; None before the first.
+
+        Raises:
+            InvalidArgumentError: if it cannot be read.
+        """
+        raw = await self._redis.hgetall(PREFIX + PAST)
+        if not raw:
+            return None
+        return Past(raw[b"kind"].decode(), unpack(raw[b"state"]), json.loads(raw[b"places"]))
 
     async def keep(
         self,
         token: int,
         learnt: Learnt,
+        past: Past | None = None,
         version: profiler_pb2.PredictorVersion | None = None,
-        before: Learnt | None = None,
     ) -> None:
         """Let it serve; as a new version, if one is given.
 
         Args:
             token: of the learner's lease.
             learnt: what serves from now on.
-            version: to be remembered under its number; the oldest are forgotten.
-            before: what it takes the place of, to be kept as it was.
+            past: what a learner goes on from; None: as before.
+            version: to be remembered, with its past, under its number; the oldest are forgotten.
 
         Raises:
             AbortedError: if another profiler is the learner now.
@@ -101,14 +124,19 @@ class Store:
             (LEARNT, "number", learnt.number),
             (LEARNT, "revision", learnt.revision),
             (LEARNT, "state", packed),
-            (LEARNT, "places", json.dumps(dict(learnt.places))),
         ]
+        if past is not None:
+            packed = await asyncio.to_thread(pack, past.state)
+            fields += [
+                (PAST, "kind", past.kind),
+                (PAST, "state", packed),
+                (PAST, "places", json.dumps(dict(past.places))),
+                (STATES, learnt.number, packed),
+            ]
         if version is not None:
             fields.append((VERSIONS, learnt.number, version.SerializeToString()))
             for old in (await self.versions())[: -KEPT_VERSIONS + 1]:
                 fields += [(VERSIONS, old.number, ""), (STATES, old.number, "")]
-        if before is not None:
-            fields.append((STATES, before.number, await asyncio.to_thread(pack, before.state)))
         flat = [part for field in fields for part in field]
         if (await self._scripts("learnt", PREFIX, token, *flat))[0] == b"stale":
             raise AbortedError("another profiler learns now")
@@ -144,7 +172,7 @@ class Store:
         ]
 
     async def state(self, number: int) -> State | None:
-        """What a version had learnt when it ceased to serve; None if it is not kept."""
+        """What a version had learnt when that was kept last; None if it is not kept."""
         packed = await self._redis.hget(PREFIX + STATES, number)
         return unpack(packed) if packed else None
 

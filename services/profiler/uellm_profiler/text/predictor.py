@@ -67,7 +67,7 @@ class TextPredictor:
 
     def predict_batch(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
         """See ``uellm.prediction.interface.Predictor``."""
-        seen = [see(r.text, r.prompt_tokens) if r.text.strip() else None for r in requests]
+        seen = [_seen(request) for request in requests]
         told = [i for i, each in enumerate(seen) if each is not None]
         values: dict[int, Floats] = {}
         if self._model is not None and told:
@@ -130,9 +130,14 @@ class TextPredictor:
 
     def state(self) -> State:
         """See ``uellm.prediction.interface.Predictor``."""
+        return self.serving_state() | self._rows.state()
+
+    def serving_state(self) -> State:
+        """See ``uellm.prediction.interface.Predictor``: without the completions that were kept."""
         prior = {_PRIOR + name: array for name, array in self._prior.state().items()}
         fitted = self._model.state() | self._book.state() if self._model else {}
-        return prior | self._rows.state() | fitted | {"fitted_taught": np.array(self._fitted)}
+        none = Rows(self._settings.most_rows).state() | {"rows_taught": np.array(self._rows.taught)}
+        return prior | none | fitted | {"fitted_taught": np.array(self._fitted)}
 
     def load(self, state: State) -> None:
         """See ``uellm.prediction.interface.Predictor``."""
@@ -176,6 +181,12 @@ class TextPredictor:
         logs = lines[:, :1] + lines[:, 1:] * relative_quantiles
         lengths: Floats = np.exp(np.minimum(logs, _LONGEST_LOG))
         return lengths
+
+
+def _seen(request: PredictionRequest) -> Seen | None:
+    if request.features:
+        return unpacked(request.features)
+    return see(request.text, request.prompt_tokens) if request.text.strip() else None
 
 
 def _key_of(facts: PredictionRequest | CompletionFacts) -> Key:
