@@ -1,0 +1,129 @@
+"""Policies on arrivals and lengths of real services, in simulated time.
+
+    python -m benchmarks.traces --data DIR [--platform a100] [--load 0.5,0.7,0.9] [--json]
+
+Traces say nothing of objectives: requests are given, by chance, those of the three classes of the
+simulator's workload ``tier``. A load is a share of what no policy exceeds at 99 % in time. Requests
+that the platform's KV room cannot hold are left out. ``--convert FILE`` writes a trace so prepared
+for ``uellm simulate --workload FILE``.
+"""
+
+import argparse
+import csv
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from uellm.policy.views import DispatchSettings
+from uellm.simulator.experiments import Cell, Setup, simulate
+from uellm.simulator.mesh import MeshSettings
+from uellm.simulator.platforms import Platform, find_platform
+from uellm.simulator.predictors import PREDICTORS
+from uellm.simulator.workloads import WORKLOADS
+
+TRACES = {
+    "azure-conv": "azure2023_conv_dev.csv",
+    "azure-code": "azure2023_code_dev.csv",
+    "mooncake": "mooncake_synthetic_trace.csv",
+}
+"""Files under ``traces/``, with ``arrival_s``, ``prompt_tokens`` and ``output_tokens``."""
+POLICIES = ("fcfs:knee_factor=2", "cslo-odbs")
+COLUMNS = (
+    "arrival_s",
+    "prompt_tokens",
+    "output_tokens",
+    "deadline_s",
+    "ttft_s",
+    "tpot_s",
+    "class",
+)
+
+
+def convert(source: Path, target: Path, platform: Platform, most: int, seed: int) -> None:
+    """Write the first requests of a trace with objectives, as the simulator reads it."""
+    kinds = WORKLOADS["tier"]
+    rng = np.random.default_rng([seed, 3])
+    shares = [kind.share for kind in kinds]
+    with source.open(newline="") as old, target.open("w", newline="") as new:
+        writer = csv.writer(new)
+        writer.writerow(COLUMNS)
+        written = 0
+        for row in csv.DictReader(old):
+            prompt, output = int(row["prompt_tokens"]), int(row["output_tokens"])
+            kind = kinds[rng.choice(len(kinds), p=shares)]
+            if written == most or not (prompt and output) or prompt + output > platform.kv_tokens:
+                continue
+            wanted = kind.objective(platform, prompt, output)
+            times = (wanted.deadline, wanted.ttft, wanted.tpot)
+            given = ("" if each is None else f"{each:.6f}" for each in times)
+            writer.writerow([row["arrival_s"], prompt, output, *given, kind.name])
+            written += 1
+
+
+def compared(
+    trace: Path, platform: Platform, loads: Sequence[float], predictor: str, most: int
+) -> Iterator[dict[str, object]]:
+    """What each policy makes of a trace at each load."""
+    for policy in POLICIES:
+        # Nothing keeps first come, first served's only engine short of requests.
+        fcfs = policy.startswith("fcfs")
+        dispatch = DispatchSettings(kv_headroom=100.0) if fcfs else DispatchSettings()
+        setup = Setup(platform, str(trace), predictor, most, 1.0, MeshSettings(), dispatch)
+        bound = setup.highest_load(0.99)
+        for load in loads:
+            metrics = simulate(setup, Cell(policy, load * bound, 0)).metrics
+            yield {
+                "load": load,
+                "policy": policy.partition(":")[0],
+                "in_time": metrics.attainment,
+                **{f"{kind} p99 s": each.latency_p99 for kind, each in metrics.kinds.items()},
+                "ttft p99 s": metrics.kinds["interactive"].ttft_p99,
+                "max wait s": metrics.max_wait,
+                "wasted": metrics.wasted,
+            }
+
+
+def main() -> None:
+    """Compare, and print a table for each trace."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="directory with traces/")
+    parser.add_argument("--trace", choices=TRACES, action="append", help="may be repeated; all")
+    parser.add_argument("--platform", default="a100", help="a100, r3090, cpu, or a TOML file")
+    parser.add_argument("--predictor", choices=PREDICTORS, default="b80", help="of lengths")
+    parser.add_argument("--load", default="0.5,0.7,0.9", help="of what no policy exceeds")
+    parser.add_argument("--requests", type=int, default=3000, help="first of a trace")
+    parser.add_argument("--seed", type=int, default=0, help="of the objectives")
+    parser.add_argument("--convert", type=Path, help="write the only --trace to this CSV, and end")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    platform = find_platform(options.platform)
+    names, most, seed = options.trace or list(TRACES), options.requests, options.seed
+    loads = [float(load) for load in options.load.split(",")]
+    if options.convert and len(names) != 1:
+        parser.error("--convert: name one --trace")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            target = options.convert or Path(folder) / f"{name}.csv"
+            convert(options.data / "traces" / TRACES[name], target, platform, most, seed)
+            if options.convert:
+                return
+            found[name] = list(compared(target, platform, loads, options.predictor, most))
+    if options.json:
+        print(json.dumps({"platform": asdict(platform), "traces": found}, indent=2))
+        return
+    for name, rows in found.items():
+        print(f"\n{name}\n{'  '.join(f'{key:>17}' for key in rows[0])}")
+        for row in rows:
+            cells = (
+                v if isinstance(v, str) else "-" if v is None else f"{v:.3g}" for v in row.values()
+            )
+            print("  ".join(f"{cell:>17}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()
