@@ -96,6 +96,11 @@ async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
     assert (status, bool(out.strip())) == (0, True), err
     status, _, err = await up.run("generate", "Hi", "--adapter", "twits")
     assert (status, "choose of twist" in err, err.count("\n")) == (2, True, 1), err
+    status, out, err = await up.run("profiler", "versions", "--json")
+    assert status == 0, err
+    assert [(v["number"], v["predictor"]) for v in json.loads(out)] == [(1, "text")]
+    status, _, err = await up.run("profiler", "rollback", "7")
+    assert (status, "no earlier version" in err) == (2, True), err
     status, out, _ = await up.run("health", "--json")
     health = json.loads(out)
     assert status == 0, out

@@ -1,4 +1,4 @@
-"""Commands: profiler train, profiler eval. Predictors of output lengths, outside a mesh."""
+"""Commands: profiler train, eval, versions, rollback. Predictors of output lengths."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from uellm.learning.training import Judged, Progress
 
 app = typer.Typer(
-    help="Train predictors of output lengths on files, and judge them.",
+    help="Predictors of output lengths: train and judge them, see what a mesh has learnt.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -119,6 +119,38 @@ def evaluate(
     for name, value in facts.items():
         shown = f"{value:.4g}" if isinstance(value, float) else "-" if value is None else value
         sys.stdout.write(f"{name:22} {shown}\n")
+
+
+Redis = Annotated[
+    str,
+    typer.Option(
+        envvar="UELLM_REDIS_URL",
+        help="The mesh's Redis; by default that of the mesh that `uellm up` runs here.",
+    ),
+]
+
+
+@app.command()
+def versions(redis: Redis = "", as_json: Json = False) -> None:
+    """List what the mesh's profilers learnt: the latest version serves, others can again."""
+    from uellm.cli import versions as listing
+    from uellm.cli.loops import run
+    from uellm.cli.mesh_address import redis_url
+
+    raise typer.Exit(run(listing.show(redis_url(redis), as_json=as_json)))
+
+
+@app.command()
+def rollback(
+    number: Annotated[int, typer.Argument(min=1, help="Of a version, as `versions` lists it.")],
+    redis: Redis = "",
+) -> None:
+    """Let an earlier version serve again, as a new one."""
+    from uellm.cli import versions as listing
+    from uellm.cli.loops import run
+    from uellm.cli.mesh_address import redis_url
+
+    raise typer.Exit(run(listing.roll_back(redis_url(redis), number)))
 
 
 def _examples(path: Path, *, strict: bool) -> "tuple[list[Example], int]":
