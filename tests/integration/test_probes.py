@@ -5,6 +5,9 @@ activations of decode steps. Slow ways are made by a proxy.
 """
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -21,6 +24,7 @@ from tests.support.worker import worker_at
 from uellm.convert import topology_from_proto
 from uellm.core.errors import NotFoundError, UellmError
 from uellm.rpc import channel, error_from
+from uellm.topology_file import load_topology
 from uellm.v1 import deployer_pb2, deployer_pb2_grpc, topology_pb2, worker_pb2
 
 
@@ -202,3 +206,35 @@ async def test_devices_say_what_they_are(redis_url: str) -> None:
         assert device.path[0] == "r1"
         assert device.cores >= 1
         assert device.flops_per_second > 1e8
+
+
+async def test_the_command_shows_what_is_known(redis_url: str, tmp_path: Path) -> None:
+    environment = os.environ | {"UELLM_REDIS_URL": redis_url, "COLUMNS": "250"}
+
+    async def uellm(*arguments: str) -> tuple[int, str]:
+        command = [str(Path(sys.executable).parent / "uellm"), "topology", *arguments]
+        process = await asyncio.create_subprocess_exec(
+            *command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        said, _ = await process.communicate()
+        return process.returncode or 0, said.decode()
+
+    async with AsyncExitStack() as stack:
+        status, said = await uellm()
+        assert (status, "no deployer" in said) == (3, True)
+        deployer = await stack.enter_async_context(deployer_at(redis_url))
+        for name in ("a", "b"):
+            await stack.enter_async_context(worker_at(redis_url, service_id=name))
+        await see(deployer, "ab")
+        status, said = await uellm("--probe")
+        assert status == 0
+        for word in ("a/cpu:0", "b/cpu:0", "transport", "probe", "just now"):
+            assert word in said
+        status, said = await uellm("--yaml")
+        assert status == 0
+        path = tmp_path / "topology.yaml"
+        path.write_text(said)
+        assert len(load_topology(path).links) == 2
+        status, said = await uellm("--json", "--model", "nothing")
+        assert status == 1
+        assert "'nothing' is not deployed" in said

@@ -31,7 +31,7 @@ from uellm.v1 import common_pb2, inference_pb2
 
 COMMANDS = [
     *("demo", "up", "serve", "generate", "chat", "cancel"),
-    *("models", "health", "verify", "version", "simulate", "profiler"),
+    *("models", "health", "topology", "verify", "version", "simulate", "profiler"),
     *("why", "decisions", "replay"),
 ]
 NOON = 1_700_000_000.0
@@ -113,6 +113,10 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         (["policy", "set", "demo", "edf", "class.x.y=1s"], exits.USAGE, "deadline, ttft, tpot"),
         (["policy", "set", "demo", "edf", "class.batch.ttft=x"], exits.USAGE, "no duration"),
         (["policy", "reset", "demo"], exits.UNREACHABLE, "uellm up"),
+        (["topology"], exits.UNREACHABLE, "UELLM_REDIS_URL"),
+        (["topology", "--redis", "nonsense"], exits.USAGE, "redis://"),
+        (["topology", "--json", "--yaml"], exits.USAGE, "choose one"),
+        (["topology", "--timeout", "soon"], exits.USAGE, "'soon'"),
         (["up", "--model", "/nonexistent"], exits.USAGE, "/nonexistent"),
         (["up", "--model", " "], exits.USAGE, "--model"),
         (["serve", "cook"], exits.USAGE, "cook"),

@@ -37,7 +37,13 @@ app = typer.Typer(
 _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run": (serving.demo, serving.up, serving.serve),
     "Ask": (asking.generate, asking.chat, asking.cancel),
-    "Look": (looking.models, looking.health, verify.verify, looking.version),
+    "Look": (
+        looking.models,
+        looking.health,
+        looking.topology,
+        verify.verify,
+        looking.version,
+    ),
     "Explain": (recorded.why, recorded.decisions, recorded.replay),
 }
 for _panel, _commands in _PANELS.items():

@@ -1,4 +1,4 @@
-"""Commands that look at a mesh: models, health, version."""
+"""Commands that look at a mesh: models, health, topology, version."""
 
 import sys
 from typing import Annotated
@@ -7,6 +7,7 @@ import typer
 
 from uellm import __version__
 from uellm.cli.asking import Json, Server
+from uellm.cli.durations import parse_duration
 
 
 def models(server: Server = "", as_json: Json = False) -> None:
@@ -18,14 +19,17 @@ def models(server: Server = "", as_json: Json = False) -> None:
     raise typer.Exit(run(overview.models(gateways(server), as_json=as_json)))
 
 
+Redis = Annotated[
+    str,
+    typer.Option(
+        envvar="UELLM_REDIS_URL",
+        help="The mesh's Redis; by default that of the mesh that `uellm up` runs here.",
+    ),
+]
+
+
 def health(
-    redis: Annotated[
-        str,
-        typer.Option(
-            envvar="UELLM_REDIS_URL",
-            help="The mesh's Redis; by default that of the mesh that `uellm up` runs here.",
-        ),
-    ] = "",
+    redis: Redis = "",
     address: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Ask only the service at this address.")
     ] = "",
@@ -40,6 +44,51 @@ def health(
         check_address(address, "--address")
         raise typer.Exit(run(overview.probe(address, as_json=as_json)))
     raise typer.Exit(run(overview.health(redis_url(redis), as_json=as_json)))
+
+
+def topology(
+    redis: Redis = "",
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Measure what is idle anew, which takes seconds.")
+    ] = False,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="The served model that layers are measured of; by default the only one that is."
+        ),
+    ] = "",
+    timeout: Annotated[
+        float,
+        typer.Option(
+            parser=parse_duration,
+            metavar="DURATION",
+            help="How long to wait; measuring ends before.",
+        ),
+    ] = "60s",  # type: ignore[assignment]
+    as_json: Json = False,
+    as_yaml: Annotated[
+        bool,
+        typer.Option("--yaml", help="As a file that UELLM_DEPLOYER_TOPOLOGY_FILE may name."),
+    ] = False,
+) -> None:
+    """Show devices, the ways between them, and how fast both are."""
+    from uellm.cli import topology as command
+    from uellm.cli.loops import run
+    from uellm.cli.mesh_address import redis_url
+
+    if as_json and as_yaml:
+        raise typer.BadParameter("--json and --yaml: choose one")
+    raise typer.Exit(
+        run(
+            command.show(
+                redis_url(redis),
+                probe=probe,
+                model=model,
+                timeout=timeout,
+                form="json" if as_json else "yaml" if as_yaml else "table",
+            )
+        )
+    )
 
 
 def version() -> None:

@@ -55,7 +55,11 @@ class WorkerApplication:
             instant_step_seconds=settings.instant_step_seconds,
         )
         self._devices = Devices(
-            context.identity, settings.devices, settings.memory_bytes, settings.rack
+            context.identity,
+            settings.devices,
+            settings.memory_bytes,
+            settings.rack,
+            settings.threads,
         )
         self._stages = Stages(
             self._spawner,
@@ -95,8 +99,7 @@ class WorkerApplication:
     async def start(self) -> None:
         """Start the fork server, which loads its libraries meanwhile, and look for a deployer."""
         await self._spawner.start()
-        measuring = self._devices.measure(self._settings.threads, home())
-        self._context.spawn(measuring, "speed of the CPU")
+        self._context.spawn(self._devices.measure(home()), "speed of the CPU")
         self._context.spawn(self._offer(), "agent")
 
     async def _offer(self) -> None:

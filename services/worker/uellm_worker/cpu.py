@@ -23,7 +23,7 @@ class Cpu:
 
     Attributes:
         name: for people.
-        cores: that may be used.
+        cores: that may be computed with.
         numa_nodes: memory nodes that they belong to; empty: not known.
         total_bytes: what it offers.
         measured: it is a share of what is available, rather than told.
@@ -36,11 +36,16 @@ class Cpu:
     measured: bool
 
     @classmethod
-    def find(cls, memory_bytes: int) -> "Cpu":
-        """This host's; ``memory_bytes`` is what it is to offer, 0 a share of what is available."""
+    def find(cls, memory_bytes: int, threads: int) -> "Cpu":
+        """This host's.
+
+        Args:
+            memory_bytes: what it is to offer; 0: a share of what is available.
+            threads: that children may compute with; 0: as many as cores that are granted.
+        """
         total = memory_bytes or int(available_memory() * MEMORY_SHARE)
-        cores = granted_cores()
-        name = f"{_name()}, {cores} cores"
+        cores = threads or granted_cores()
+        name = f"{_name()}, {cores} core{'s' * (cores != 1)}"
         return cls(name, cores, numa_nodes(), total, measured=not memory_bytes)
 
     def share_bytes(self, sharers: int) -> int:

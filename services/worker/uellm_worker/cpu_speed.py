@@ -2,7 +2,7 @@
 
 ``python -m uellm_worker.cpu_speed`` prints it as JSON. It runs in a process of its own, since the
 threads of numpy's BLAS are chosen when it is loaded, and stay. What was found is kept in a file for
-a day, so that the workers of a host measure one after another, and once.
+an hour, so that the workers of a host measure one after another, and once.
 """
 
 import json
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-MOST_AGE_SECONDS = 86400.0
-_MEASURE_SECONDS = 0.08
+MOST_AGE_SECONDS = 3600.0
+_MEASURE_SECONDS = 0.1
 _LIMIT_SECONDS = 30.0
 _SIDE = 512
 _READ_BYTES = 128 << 20
@@ -40,7 +40,7 @@ class CpuSpeed:
 
 
 def cpu_speed(threads: int, file: Path, now: float) -> CpuSpeed:
-    """As it was measured less than a day ago, or else is measured now; blocks.
+    """As it was measured less than an hour ago, or else is measured now; blocks.
 
     Args:
         threads: to compute with.

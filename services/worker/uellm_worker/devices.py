@@ -39,6 +39,7 @@ class Devices:
             "<kind>:<index>", and simulated ones (see ``uellm_worker.simulated``).
         memory_bytes: what the CPU offers; 0: a share of what is available now.
         rack: where the host stands; "": not known.
+        threads: that children may compute with; 0: as many as cores that are granted.
 
     Attributes:
         sharers: workers of this host, which divide among them what its CPU offers where that was
@@ -48,7 +49,14 @@ class Devices:
         ConfigurationError: if a device that was named is not there.
     """
 
-    def __init__(self, worker: str, selection: str, memory_bytes: int, rack: str = "") -> None:
+    def __init__(
+        self,
+        worker: str,
+        selection: str,
+        memory_bytes: int,
+        rack: str = "",
+        threads: int = 0,
+    ) -> None:
         self._worker = worker
         self._rack = rack
         self._host = socket.gethostname()
@@ -63,7 +71,7 @@ class Devices:
         indexed = _indexed([name for name in names if name not in {*_CPU, *simulated}])
         if not names:
             raise _unknown("is empty")
-        self._cpu = Cpu.find(memory_bytes) if _CPU & set(names) else None
+        self._cpu = Cpu.find(memory_bytes, threads) if _CPU & set(names) else None
         self._cpu_speed: CpuSpeed | None = None
         self._cpu_notes: list[str] = []
         cuda = _cuda_indices([index for kind, index in indexed if kind == "cuda"], len(gpus))
@@ -124,18 +132,17 @@ class Devices:
         """How the devices are linked, as far as drivers say."""
         return self._gpus.links(self._worker)
 
-    async def measure(self, threads: int, directory: Path) -> None:
+    async def measure(self, directory: Path) -> None:
         """Measure the CPU, if it is among the devices; from then on it is described with it.
 
         Args:
-            threads: that children may compute with; 0: as many as cores.
             directory: where results are kept for other workers of the host.
         """
         if self._cpu is None:
             return
         try:
             self._cpu_speed = await asyncio.to_thread(
-                cpu_speed, threads or self._cpu.cores, directory / "cpu-speed.json", time.time()
+                cpu_speed, self._cpu.cores, directory / "cpu-speed.json", time.time()
             )
         except (OSError, ValueError, ImportError, subprocess.SubprocessError) as error:
             self._cpu_notes = [f"speed: not measured: {error}"]
