@@ -12,6 +12,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 _DEEPEST = 8
 _AT_ONCE = 256
+_LARGEST_LEAST_LEAF = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def grow(columns: npt.NDArray[Any], target: Floats, *, loss: str, trees: int) ->
         learning_rate=0.06,
         max_leaf_nodes=31,
         max_depth=_DEEPEST,
-        min_samples_leaf=20,
+        min_samples_leaf=min(max(len(target) // 500, 10), _LARGEST_LEAST_LEAF),
         max_features=0.5,
         early_stopping=False,
         random_state=0,

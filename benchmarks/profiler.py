@@ -1,0 +1,222 @@
+"""How good predicted output lengths are: accuracy, new models, changes, speed.
+
+    python -m benchmarks.profiler --data DIR [--train DIR] [--backends prior,text] [--json]
+
+DIR holds prompts with lengths, as ``benchmarks.profiler_data`` says. A fifth of the prompts is kept
+from all that learns, or, with ``--train``, all of DIR is. ``accuracy``: every backend and every
+baseline on instructions that none has seen; the backends have learnt from all models at once, the
+baselines from the one that is predicted. ``new-model``: a model of which 200 outcomes are known,
+other models' answers to the same prompts being known, and alone. ``drift``: coverage of the 90 %
+quantile 300 to 1,000 outcomes after the model or the task changed. ``speed``: one core.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from benchmarks.profiler_baselines import BASELINES, with_errors
+from benchmarks.profiler_data import DAVINCI, VICUNA, Data, read_data
+from uellm.learning.examples import Example
+from uellm.learning.training import evaluate, teach
+from uellm.prediction.interface import Predictor
+from uellm.prediction.metrics import scores
+from uellm.prediction.registry import predictor
+
+PARTS = ("accuracy", "new-model", "drift", "speed")
+KNOWN = 200
+"""Outcomes of a new model that are known."""
+SETTLED, AFTER = 300, 1000
+WINDOW = 200
+_BEFORE = 500
+_FEWEST_ROWS = 1200
+
+
+def main() -> None:
+    """Measure what is asked for, and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="prompts with lengths")
+    parser.add_argument("--train", type=Path, help="what is learnt from; by default 4/5 of --data")
+    parser.add_argument("--backends", default="prior,text", help="by commas")
+    parser.add_argument("--parts", default=",".join(PARTS), help="by commas")
+    parser.add_argument("--changes", type=int, default=50, help="of drift, each with its seed")
+    parser.add_argument("--models", type=int, default=15, help="new ones, of each table")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    data = read_data(options.data)
+    train = read_data(options.train) if options.train else data.part(held=False)
+    test = data if options.train else data.part(held=True)
+    backends, parts = options.backends.split(","), options.parts.split(",")
+    with threadpool_limits(1):
+        trained = {name: learnt(name, train.alpaca) for name in backends} if train.alpaca else {}
+        found: dict[str, Any] = {}
+        if "accuracy" in parts and trained:
+            found["accuracy"] = accuracy(trained, train, test)
+        if "new-model" in parts:
+            found["new-model"] = {
+                name: new_models(backends, getattr(data, name), options.models)
+                for name in ("alpaca_eval", "flask")
+                if getattr(data, name)
+            }
+        if "speed" in parts and trained:
+            asked = [each for each in test.alpaca if each.model == DAVINCI]
+            found["speed"] = {name: speed(made, asked) for name, made in trained.items()}
+        if "drift" in parts and trained:
+            states = {name: made.state() for name, made in trained.items()}
+            found["drift"] = {
+                name: drift(name, state, test, options.changes) for name, state in states.items()
+            }
+    print(json.dumps(found, indent=2)) if options.json else show(found)
+
+
+def learnt(name: str, examples: Sequence[Example], **settings: object) -> Predictor:
+    """A predictor that has learnt from examples, in an order of no meaning."""
+    shuffled = list(examples)
+    random.Random(0).shuffle(shuffled)
+    room = {"most_rows": max(len(shuffled), 50_000)} if name == "text" else {}
+    made = predictor(name, {**room, **settings})
+    for start in range(0, len(shuffled), 64):
+        teach(made, shuffled[start : start + 64])
+    while (work := made.refit()) is not None:
+        made.adopt(work())
+    return made
+
+
+def accuracy(trained: dict[str, Predictor], train: Data, test: Data) -> dict[str, Any]:
+    """Scores of every backend and baseline, for each model that answered instructions."""
+    found: dict[str, Any] = {}
+    for model in (DAVINCI, VICUNA):
+        known, asked = ([e for e in d.of(model) if not e.censored] for d in (train, test))
+        if not known or not asked:
+            continue
+        rows = found.setdefault(model, {})
+        for name, make in BASELINES.items():
+            predict = with_errors(make, known)
+            began = time.perf_counter()
+            said = predict(asked)
+            seconds = (time.perf_counter() - began) / len(asked)
+            judged = scores(said, [example.output_tokens for example in asked])
+            rows[name] = asdict(judged) | {"seconds_per_request": seconds}
+        for name, made in trained.items():
+            outcome = evaluate(made, asked)
+            rows[name] = asdict(outcome.scores) | {
+                "seconds_per_request": outcome.seconds_per_request
+            }
+    return found
+
+
+def new_models(
+    backends: Sequence[str], answers: dict[str, list[Example]], count: int
+) -> dict[str, Any]:
+    """Means over models of which little is known, the others known and not."""
+    names = sorted(answers)
+    rng = random.Random(0)
+    rng.shuffle(names)
+    new, others = names[: min(count, len(names) // 3)], names[min(count, len(names) // 3) :]
+    pool = [example for name in others for example in answers[name]]
+    found: dict[str, Any] = {}
+    for backend in backends:
+        pooled = learnt(backend, pool)
+        for kind in ("pooled", "alone"):
+            judged = []
+            for name in new:
+                shuffled = rng.sample(answers[name], len(answers[name]))
+                known, asked = shuffled[:KNOWN], shuffled[KNOWN:]
+                if kind == "alone":
+                    made = learnt(
+                        backend, known, **({"first_fit": 64} if backend == "text" else {})
+                    )
+                else:
+                    made = pooled
+                    for example in known:
+                        teach(made, [example])
+                judged.append(asdict(evaluate(made, asked).scores))
+            means = {key: float(np.nanmean([each[key] for each in judged])) for key in judged[0]}
+            found[f"{backend}, {kind}"] = means | {"models": len(new)}
+    return found
+
+
+def drift(name: str, state: Any, test: Data, changes: int) -> dict[str, Any]:
+    """Coverage of the 90 % quantile after abrupt changes of what is served under one name."""
+    sources = {
+        "davinci, plain": [e for e in test.of(DAVINCI) if "\n" not in e.prompt],
+        "davinci, with input": [e for e in test.of(DAVINCI) if "\n" in e.prompt],
+        "vicuna": [e for e in test.of(VICUNA) if not e.censored],
+        **{f"flask, {model}": examples for model, examples in test.flask.items()},
+    }
+    sources = {key: rows for key, rows in sources.items() if len(rows) >= _FEWEST_ROWS}
+    means, sound, lows, highs = [], [], [], []
+    for seed in range(changes):
+        rng = random.Random(seed)
+        first, second = rng.sample(sorted(sources), 2)
+        stream = rng.sample(sources[first], _BEFORE) + rng.sample(sources[second], AFTER)
+        made = predictor(name, {"most_rows": 200_000} if name == "text" else {})
+        made.load(state)
+        hits = np.array(_hits(made, stream)[_BEFORE + SETTLED :])
+        windows = np.convolve(hits, np.full(WINDOW, 1 / WINDOW), "valid")
+        means.append(hits.mean())
+        lows.append(windows.min())
+        highs.append(windows.max())
+        sound.append(windows.min() >= 0.80 and windows.max() <= 0.97)
+    return {
+        "changes": changes,
+        "mean": float(np.mean(means)),
+        "mean_p05": float(np.quantile(means, 0.05)),
+        "mean_p95": float(np.quantile(means, 0.95)),
+        "window_min_p05": float(np.quantile(lows, 0.05)),
+        "window_max_p95": float(np.quantile(highs, 0.95)),
+        "windows_sound": float(np.mean(sound)),
+    }
+
+
+def _hits(made: Predictor, stream: Sequence[Example]) -> list[float]:
+    """Whether each length was within the 90 % quantile; each is learnt after it was predicted."""
+    hits = []
+    for example in stream:
+        served = Example(example.prompt, example.output_tokens, example.prompt_tokens, "served")
+        [said] = made.predict_batch([served.request()])
+        hits.append(float(served.output_tokens <= said.lengths.at(0.9)))
+        made.observe(served.facts(said.features))
+    return hits
+
+
+def speed(made: Predictor, asked: Sequence[Example]) -> dict[str, float]:
+    """Requests a second in batches of 64, and the time of one alone and of an observation."""
+    requests = [example.request() for example in asked[:4096]]
+    began = time.perf_counter()
+    for start in range(0, len(requests), 64):
+        made.predict_batch(requests[start : start + 64])
+    batched = time.perf_counter() - began
+    alone = []
+    for request in requests[:2000]:
+        began = time.perf_counter()
+        made.predict_batch([request])
+        alone.append(time.perf_counter() - began)
+    return {
+        "requests_per_second": len(requests) / batched,
+        "alone_ms_p50": 1e3 * float(np.quantile(alone, 0.5)),
+        "alone_ms_p99": 1e3 * float(np.quantile(alone, 0.99)),
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Tables, a line for each predictor."""
+    for part, groups in found.items():
+        nested = all(isinstance(v, dict) for g in groups.values() for v in g.values())
+        for group, rows in (groups if nested else {"": groups}).items():
+            print(f"\n{part} {group}")
+            columns = list(next(iter(rows.values())))
+            print(f"{'':22}" + "".join(f"{column[:11]:>12}" for column in columns))
+            for name, row in rows.items():
+                print(f"{name:22}" + "".join(f"{row[column]:12.4g}" for column in columns))
+
+
+if __name__ == "__main__":
+    main()
