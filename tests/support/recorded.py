@@ -143,6 +143,7 @@ def facts_of(ended: Ended, run: RecordedRun) -> Facts:
         dispatched_at=ended.dispatched_at,
         first_token_at=ended.first_token_at,
         finished_at=ended.finished_at,
+        refused=ended.outcome is Outcome.REFUSED,
         message="" if ended.outcome is Outcome.FINISHED else "it could not be in time",
         attempts=1 if ended.dispatched_at is not None else 0,
     )

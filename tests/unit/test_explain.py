@@ -158,7 +158,8 @@ def test_an_explanation_names_the_one_ahead_and_what_it_cost() -> None:
         attempts=1,
     )
     told = explain(facts, [record, sent], NOW + 11)
-    assert told.summary.startswith("Answered after 15.5 s, 500 ms after its deadline. Mostly (10.")
+    assert told.summary.startswith("Answered after 15.5 s, 500 ms after its deadline; its promise")
+    assert "Mostly (10.0 s): waited in the queue" in told.summary
     assert "every slot was taken" in told.summary
     assert "Without long ahead of it, 10.0 s earlier" in told.summary
     assert [phase.name for phase in told.phases] == ["queue", "prefill", "decode"]

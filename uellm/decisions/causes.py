@@ -1,14 +1,13 @@
 """What held a request up, and what would have helped."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 
 from uellm.decisions.ahead import HELD_UP, WHY, Ahead, held_up, let_in_first, those_ahead
 from uellm.decisions.counterfactual import admitted_without, promise_without
 from uellm.decisions.explanation import Cause, Counterfactual, Facts, Names, duration
 from uellm.decisions.records import DispatchRecord, StepRecord
 from uellm.decisions.story import Story, sequence_in
-from uellm.decisions.timeline import admitted_at, first_promise
+from uellm.decisions.timeline import admitted_at, first_promise, phases
 from uellm.policy.estimate import fastest_of
 
 NAMED = 10
@@ -28,8 +27,12 @@ def causes(facts: Facts, story: Story, names: Names, now: float) -> list[Cause]:
         Cause(f"held_up_{kind}", f"waited in the queue: {HELD_UP[kind]}", seconds)
         for kind, seconds in held_up(story, left).items()
     ]
-    found += _in_engine(facts, story)
-    found += _answer(facts, story)
+    lost = _slots_lost(facts, story)
+    found += _in_engine(facts, story, now)
+    if lost:
+        times = "once" if len(lost) == 1 else f"{len(lost)} times"
+        found.append(Cause("preempted", f"lost its slot {times} in the engine", sum(lost)))
+    found += _answer(facts, story, sum(lost))
     told = [cause for cause in found if abs(cause.seconds or 0.0) >= LEAST_SECONDS]
     told.sort(key=lambda cause: -(cause.seconds or 0.0))
     if facts.attempts > 1:
@@ -58,20 +61,23 @@ def _groups(ahead: Iterable[Ahead], names: Names) -> list[Cause]:
     ]
 
 
-def _in_engine(facts: Facts, story: Story) -> Iterator[Cause]:
-    admitted = admitted_at(facts, story)
-    if admitted is not None and facts.dispatched_at is not None:
-        waited = admitted - facts.dispatched_at
-        yield Cause("waited_in_engine", "waited in the engine for a slot", waited)
-    lost, seconds = 0, 0.0
-    for record, after in pairwise([*story.steps, None]):
-        if record is not None and facts.request_id in record.decision.preempt:
-            lost += 1
-            again = _admitted_after(story, record, facts)
-            seconds += (again or (after.now if after else record.now)) - record.now
-    if lost:
-        times = "once" if lost == 1 else f"{lost} times"
-        yield Cause("preempted", f"lost its slot {times} to others, or for want of room", seconds)
+def _in_engine(facts: Facts, story: Story, now: float) -> Iterator[Cause]:
+    for phase in phases(facts, story, now):
+        if phase.name == "engine":
+            yield Cause("waited_in_engine", "waited in the engine for a slot", phase.seconds)
+        elif phase.name == "prefill" and phase.expected_seconds is not None:
+            more = phase.seconds - phase.expected_seconds
+            text = "its first token took longer than estimated, once it was sent"
+            yield Cause("prefill", text, max(more, 0.0))
+
+
+def _slots_lost(facts: Facts, story: Story) -> list[float]:
+    """For how long it was without each slot that was taken from it."""
+    return [
+        (_admitted_after(story, record, facts) or record.now) - record.now
+        for record in story.steps
+        if facts.request_id in record.decision.preempt
+    ]
 
 
 def _admitted_after(story: Story, record: StepRecord, facts: Facts) -> float | None:
@@ -80,7 +86,7 @@ def _admitted_after(story: Story, record: StepRecord, facts: Facts) -> float | N
     return next((at for at in later if at in admitted), facts.finished_at)
 
 
-def _answer(facts: Facts, story: Story) -> Iterator[Cause]:
+def _answer(facts: Facts, story: Story, lost_seconds: float) -> Iterator[Cause]:
     """How the answer differs from the one that was promised: in length and in pace."""
     promise = first_promise(facts, story)
     first, end = facts.first_token_at, facts.finished_at
@@ -99,7 +105,7 @@ def _answer(facts: Facts, story: Story) -> Iterator[Cause]:
             f"{promise.output_tokens_p50} (90 %: at most {promise.output_tokens_p90})"
         )
         yield Cause("length", text, more * pace)
-    real = (end - first) / (facts.output_tokens - 1)
+    real = max(end - first - lost_seconds, 0.0) / (facts.output_tokens - 1)
     side = "slower" if real > pace else "faster"
     text = f"decoded {side} than estimated: {duration(real)} a token instead of {duration(pace)}"
     yield Cause("pace", text, (real - pace) * (facts.output_tokens - 1))

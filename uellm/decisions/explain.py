@@ -66,22 +66,28 @@ def _verdict(facts: Facts, story: Story, now: float) -> str:
     took = duration((facts.finished_at or now) - facts.slo.accepted_at)
     match facts.state:
         case "DONE":
-            return f"Answered after {took}{_against_deadline(facts)}."
+            said = f"Answered after {took}{_against_deadline(facts)}{_promised(facts, story)}"
         case "QUEUED":
-            last = story.waited[-1:]
-            ahead = [list(r.decision.order).index(facts.request_id) for r in last]
-            place = f", {ahead[0]} ahead of it" if ahead else ""
-            return f"Waits in the queue for {took} so far{place}."
+            said = f"Waits in the queue for {took} so far{_ahead_now(facts, story)}"
         case "LEASED" | "RUNNING":
-            return f"Is at a replica, {took} after it was accepted."
-        case "EXPIRED":
-            return f"Expired after {took} in the queue: {facts.message}."
+            said = f"Is at a replica, {took} after it was accepted"
         case "CANCELLED":
-            return f"Cancelled after {took}."
-        case _:
-            refused = story.refused is not None
-            what = "Refused" if refused else "Given up" if facts.state == "DEAD" else "Failed"
-            return f"{what} after {took}: {facts.message}."
+            said = f"Cancelled after {took}"
+        case "EXPIRED":
+            said = f"Expired after {took} in the queue: {facts.message}"
+        case "FAILED" if facts.refused:
+            said = f"Refused after {took}: {facts.message}"
+        case state:
+            what = "Given up" if state == "DEAD" else "Failed"
+            said = f"{what} after {took}: {facts.message}"
+    return f"{said}."
+
+
+def _ahead_now(facts: Facts, story: Story) -> str:
+    if not story.waited:
+        return ""
+    order = list(story.waited[-1].decision.order)
+    return f", {order.index(facts.request_id)} ahead of it"
 
 
 def _against_deadline(facts: Facts) -> str:
@@ -92,6 +98,15 @@ def _against_deadline(facts: Facts) -> str:
     if slo.ttft_at is not None and facts.first_token_at is not None:
         words.append(f"its first token {_side(slo.ttft_at - facts.first_token_at, 'due')}")
     return f", {' and '.join(words)}" if words else ""
+
+
+def _promised(facts: Facts, story: Story) -> str:
+    promise, end = first_promise(facts, story), facts.finished_at
+    if promise is None or end is None:
+        return ""
+    left = promise.finish_p90 - end
+    kept = "kept" if left >= 0 else "missed"
+    return f"; its promise was {kept}, {_side(left, 'its p90')}"
 
 
 def _side(left: float, what: str) -> str:

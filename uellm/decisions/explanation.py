@@ -21,6 +21,7 @@ class Facts:
         first_token_at: when its first token was logged, or None.
         finished_at: when it ended, or None.
         output_tokens: of its answer, so far.
+        refused: it ended at admission, because it could not be in time.
         message: why it did not end well, in words; "": it did, or goes on.
         attempts: how often it was started.
     """
@@ -35,6 +36,7 @@ class Facts:
     first_token_at: float | None = None
     finished_at: float | None = None
     output_tokens: int = 0
+    refused: bool = False
     message: str = ""
     attempts: int = 0
 

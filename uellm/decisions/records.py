@@ -134,7 +134,8 @@ def dispatch_record(
     waiting = len(queue.waiting)
     if waiting <= most:
         return DispatchRecord(now, policy, queue, tuple(replicas), decision, waiting)
-    order = tuple(decision.order[:most])
+    # Asked for some of it, an order puts itself together whole.
+    order = tuple(decision.order[:most]) if most else ()
     near = frozenset(order)
     promises = {i: p for i, p in decision.promises.items() if i in near}
     first = QueueView(

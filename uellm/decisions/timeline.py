@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from math import inf
 from typing import TypeVar
 
 from uellm.core.request import Promise
@@ -12,20 +13,23 @@ from uellm.policy.estimate import fastest_of
 Item = TypeVar("Item")
 POSITIONS = 8
 """So many of its places in the queue are told."""
+CLOCKS_SECONDS = 0.05
+"""So far the clocks of an engine and of its scheduler may be apart."""
 REVISIONS = 4
 """So many of its later promises are told."""
 
 
 def admitted_at(facts: Facts, story: Story) -> float | None:
     """When the request got the slot in which its first token came, if that is on record."""
-    until = facts.first_token_at or facts.finished_at or float("inf")
+    until = facts.first_token_at or facts.finished_at or inf
     since = facts.dispatched_at or 0.0
     times = [
         record.now
         for record in story.steps
-        if facts.request_id in record.decision.admit and since <= record.now <= until
+        if facts.request_id in record.decision.admit
+        and since - CLOCKS_SECONDS <= record.now <= until
     ]
-    return times[-1] if times else None
+    return max(times[-1], since) if times else None
 
 
 def phases(facts: Facts, story: Story, now: float) -> list[Phase]:
@@ -36,6 +40,8 @@ def phases(facts: Facts, story: Story, now: float) -> list[Phase]:
     sent, first = facts.dispatched_at, facts.first_token_at
     prefill = _expected_prefill(facts, story)
     begin = None if start is None or prefill is None else max(start - prefill, 0.0)
+    if facts.refused:
+        begin = None  # What it was refused for was no promise.
     found = [Phase("queue", accepted, (sent or end) - accepted, begin)]
     if sent is None:
         return found
@@ -77,7 +83,8 @@ def events(facts: Facts, story: Story, names: Names) -> list[Event]:
         found.append(Event(facts.first_token_at, "first_token", "its first token came"))
     if facts.finished_at is not None:
         tokens = f" with {facts.output_tokens} tokens" if facts.output_tokens else ""
-        found.append(Event(facts.finished_at, "finished", f"{facts.state.lower()}{tokens}"))
+        end = "refused" if facts.refused else facts.state.lower()
+        found.append(Event(facts.finished_at, "finished", f"{end}{tokens}"))
     return sorted(found, key=lambda event: event.at)
 
 
@@ -123,21 +130,22 @@ def _departures(facts: Facts, story: Story) -> Iterator[Event]:
 def _in_engine(facts: Facts, story: Story, names: Names) -> Iterator[Event]:
     waits = False
     me = facts.request_id
+    sent = min([r.now for r in story.sent] or [0.0])
     for record in story.steps:
-        decision = record.decision
+        decision, at = record.decision, max(record.now, sent)
         if me in decision.preempt:
             urgent = [names.of(each) for each in decision.admit]
             why = f" for {', '.join(urgent)}" if urgent else ": the KV room ran out"
-            yield Event(record.now, "preempted", f"lost its slot{why}; to be computed anew")
+            yield Event(at, "preempted", f"lost its slot{why}; to be computed anew")
             waits = True
         elif me in decision.admit:
-            yield Event(record.now, "admitted", f"got a slot of {record.replica}")
+            yield Event(at, "admitted", f"got a slot of {record.replica}")
             waits = False
         elif me in decision.hand_back:
-            yield Event(record.now, "handed_back", f"handed back by {record.replica}")
+            yield Event(at, "handed_back", f"handed back by {record.replica}")
         elif not waits and sequence_in(record.engine.waiting, me) is not None:
             text = f"waits at {record.replica}: {record.running} run, {record.waiting} wait"
-            yield Event(record.now, "waits_in_engine", text)
+            yield Event(at, "waits_in_engine", text)
             waits = True
     yield from _unrecorded_preemptions(story, me)
 

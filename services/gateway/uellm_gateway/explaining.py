@@ -15,7 +15,7 @@ from uellm.decisions.explanation import Explanation, Facts
 from uellm.decisions.segments import read_segment
 from uellm.streams.decisions import DecisionLog
 from uellm.streams.messages import Record
-from uellm.v1 import inference_pb2
+from uellm.v1 import common_pb2, inference_pb2
 from uellm.v1.decisions_pb2 import DecisionSegment
 from uellm_gateway.cancelling import state_to_proto
 
@@ -74,6 +74,7 @@ def facts_of(record: Record) -> Facts:
         first_token_at=record.first_token_at,
         finished_at=seconds(finished.timings.finished_at) if finished and ended else None,
         output_tokens=record.tokens,
+        refused=finished is not None and finished.reason == common_pb2.FINISH_REASON_REFUSED,
         message=finished.failure.message if finished is not None else "",
         attempts=record.attempts,
     )

@@ -37,6 +37,8 @@ class Recorder:
         self._work = asyncio.Event()
         self._choice: PolicyChoice | None = None
         self._policy = DispatchPolicyUsed("")
+        # The order of a long queue takes milliseconds to look at: one in a segment is enough.
+        self._order_at = 0.0
 
     def note(
         self,
@@ -68,6 +70,11 @@ class Recorder:
                 policy.name, self._settings.dispatch_settings, policy.at(DISPATCH)
             )
         most = self._settings.recorded_requests
+        if len(queue.waiting) > most:
+            if now < self._order_at:
+                most = 0
+            else:
+                self._order_at = now + GATHER_SECONDS
         self._waiting.append(
             dispatch_record(self._policy, queue, replicas, now, decision, most=most, find=find)
         )
