@@ -12,6 +12,8 @@ from uellm.v1.decisions_pb2 import DecisionSegment
 
 VERSION = 1
 """Rises when an older reader would misread what is written."""
+MOST_ENTRIES = 4096
+"""So many entries of tables are remembered in bytes."""
 
 _FIELDS = DecisionSegment.DESCRIPTOR.fields_by_name
 _DISPATCH = codec(DispatchRecord, _FIELDS["dispatches"].message_type)
@@ -23,13 +25,52 @@ _ENTRIES = {
 }
 
 
-class SegmentWriter:
-    """Records that become one segment, with what several of them saw written once."""
+class Entries:
+    """Entries of tables in bytes, for the segments that they stand in one after the other."""
 
     def __init__(self) -> None:
+        # With the value, so that no other one can have its id.
+        self._known: dict[int, tuple[Any, bytes]] = {}
+
+    def bytes_of(self, kind: type, value: Any) -> bytes:
+        """A segment with nothing but this entry."""
+        known = self._known.get(id(value))
+        if known is None:
+            segment = DecisionSegment()
+            getattr(segment, TABLES[kind]).append(_ENTRIES[kind].encode(value, _NOTHING))
+            if len(self._known) >= MOST_ENTRIES:
+                self._known.clear()
+            known = self._known[id(value)] = (value, segment.SerializeToString())
+        return known[1]
+
+
+class _Nothing:
+    """Tables for what refers to none."""
+
+    def place(self, kind: type, value: Any) -> int:
+        raise TypeError(f"an entry of a table refers to {kind.__name__} {value!r}")
+
+    def places(self, kind: type, values: Iterable[Any]) -> list[int]:
+        return [self.place(kind, value) for value in values]
+
+
+_NOTHING = _Nothing()
+
+
+class SegmentWriter:
+    """Records that become one segment, with what several of them saw written once.
+
+    Args:
+        entries: of the segments before, most of which stand in this one too.
+    """
+
+    def __init__(self, entries: Entries | None = None) -> None:
         self._segment = DecisionSegment(version=VERSION, release=__version__)
+        self._entries = entries or Entries()
+        self._written: list[bytes] = []
         self._texts: dict[str, int] = {}
         self._places: dict[int, int] = {}
+        self._counts = dict.fromkeys(_ENTRIES, 0)
         self._kept: list[Any] = []
         self.records = 0
 
@@ -47,39 +88,42 @@ class SegmentWriter:
             place = self._texts.get(value)
             if place is None:
                 place = self._texts[value] = len(self._texts)
-                self._segment.texts.append(value)
             return place
         place = self._places.get(id(value))
         if place is None:
-            table = getattr(self._segment, TABLES[kind])
-            message = _ENTRIES[kind].encode(value, self)
-            place = self._places[id(value)] = len(table)
-            table.append(message)
+            place = self._places[id(value)] = self._counts[kind]
+            self._counts[kind] += 1
+            self._written.append(self._entries.bytes_of(kind, value))
             self._kept.append(value)
         return place
 
     def places(self, kind: type, values: Iterable[Any]) -> list[int]:
         """See ``uellm.decisions.codec.Interning``. Most values have a place already."""
-        try:
-            if kind is str:
-                return [self._texts[value] for value in values]
-            return [self._places[id(value)] for value in values]
-        except KeyError:
-            return [self.place(kind, value) for value in values]
+        values = list(values)
+        found: Iterable[int | None] = (
+            map(self._texts.get, values) if kind is str else map(self._places.get, map(id, values))
+        )
+        return [
+            self.place(kind, value) if place is None else place
+            for value, place in zip(values, found, strict=True)
+        ]
 
     @property
     def size(self) -> int:
-        """Bytes so far."""
-        return self._segment.ByteSize()
+        """Bytes so far, about."""
+        return self._segment.ByteSize() + sum(map(len, self._written))
 
     def message(self, dropped: int = 0) -> DecisionSegment:
-        """The segment.
+        """The segment. Nothing can be added behind it.
 
         Args:
             dropped: decisions that could not be kept since the segment before.
         """
-        self._segment.dropped = dropped
-        return self._segment
+        segment = self._segment
+        segment.dropped = dropped
+        segment.texts.extend(self._texts)
+        segment.MergeFromString(b"".join(self._written))
+        return segment
 
 
 @dataclass(frozen=True, slots=True)

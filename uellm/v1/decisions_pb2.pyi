@@ -6,7 +6,9 @@ What was decided, by which policy, of what it saw: entries of stream `decisions`
 Messages mirror the dataclasses of uellm/policy/views.py, uellm/core/request.py and
 uellm/decisions/records.py field by field, under the same names; uellm/decisions/codec.py converts
 by these names. A uint32 where the dataclass has a text, a profile or a view is the place of that
-in the segment's table of its kind, so that what many decisions saw is written once.
+in the segment's table of its kind, so that what many decisions saw is written once. Entries of
+tables refer to nothing, so that they are the same in every segment. Serialised segments
+concatenate into one (repeated fields merge), which is how they are written.
 Times are seconds since the epoch by Redis TIME, in full precision: decisions are replayed.
 """
 
@@ -286,8 +288,8 @@ class RecordedProfile(_message.Message):
     prompt_tokens: _builtins.int
     kv_bytes: _builtins.int
     flops: _builtins.float
-    predictor: _builtins.int
-    predictor_version: _builtins.int
+    predictor: _builtins.str
+    predictor_version: _builtins.str
     fallback: _builtins.bool
     @_builtins.property
     def output_tokens(self) -> _common_pb2.QuantileFunction: ...
@@ -298,8 +300,8 @@ class RecordedProfile(_message.Message):
         output_tokens: _common_pb2.QuantileFunction | None = ...,
         kv_bytes: _builtins.int = ...,
         flops: _builtins.float = ...,
-        predictor: _builtins.int = ...,
-        predictor_version: _builtins.int = ...,
+        predictor: _builtins.str = ...,
+        predictor_version: _builtins.str = ...,
         fallback: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output_tokens", b"output_tokens"]  # noqa: Y015
@@ -389,9 +391,8 @@ class RecordedQueued(_message.Message):
     RESUME_TOKENS_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     STRIKES_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.int
-    profile: _builtins.int
-    tenant: _builtins.int
+    request_id: _builtins.str
+    tenant: _builtins.str
     max_tokens: _builtins.int
     refusable: _builtins.bool
     resume_tokens: _builtins.int
@@ -399,20 +400,22 @@ class RecordedQueued(_message.Message):
     strikes: _builtins.int
     @_builtins.property
     def slo(self) -> Global___RecordedSlo: ...
+    @_builtins.property
+    def profile(self) -> Global___RecordedProfile: ...
     def __init__(
         self,
         *,
-        request_id: _builtins.int = ...,
+        request_id: _builtins.str = ...,
         slo: Global___RecordedSlo | None = ...,
-        profile: _builtins.int = ...,
-        tenant: _builtins.int = ...,
+        profile: Global___RecordedProfile | None = ...,
+        tenant: _builtins.str = ...,
         max_tokens: _builtins.int = ...,
         refusable: _builtins.bool = ...,
         resume_tokens: _builtins.int = ...,
         attempt: _builtins.int = ...,
         strikes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["slo", b"slo"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "slo", b"slo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "max_tokens", b"max_tokens", "profile", b"profile", "refusable", b"refusable", "request_id", b"request_id", "resume_tokens", b"resume_tokens", "slo", b"slo", "strikes", b"strikes", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -489,24 +492,24 @@ class RecordedInFlight(_message.Message):
     ALONE_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     ACCEPTED_AT_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.int
+    request_id: _builtins.str
     dispatched_at: _builtins.float
     prompt_tokens: _builtins.int
     output_p50: _builtins.float
     output_p90: _builtins.float
     alone: _builtins.bool
-    tenant: _builtins.int
+    tenant: _builtins.str
     accepted_at: _builtins.float
     def __init__(
         self,
         *,
-        request_id: _builtins.int = ...,
+        request_id: _builtins.str = ...,
         dispatched_at: _builtins.float = ...,
         prompt_tokens: _builtins.int = ...,
         output_p50: _builtins.float = ...,
         output_p90: _builtins.float = ...,
         alone: _builtins.bool = ...,
-        tenant: _builtins.int = ...,
+        tenant: _builtins.str = ...,
         accepted_at: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015

@@ -6,7 +6,9 @@ What was decided, by which policy, of what it saw: entries of stream `decisions`
 Messages mirror the dataclasses of uellm/policy/views.py, uellm/core/request.py and
 uellm/decisions/records.py field by field, under the same names; uellm/decisions/codec.py converts
 by these names. A uint32 where the dataclass has a text, a profile or a view is the place of that
-in the segment's table of its kind, so that what many decisions saw is written once.
+in the segment's table of its kind, so that what many decisions saw is written once. Entries of
+tables refer to nothing, so that they are the same in every segment. Serialised segments
+concatenate into one (repeated fields merge), which is how they are written.
 Times are seconds since the epoch by Redis TIME, in full precision: decisions are replayed.
 """
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from uellm.decisions.records import DispatchPolicyUsed, DispatchRecord, dispatch_record
-from uellm.decisions.segments import SegmentWriter
+from uellm.decisions.segments import Entries, SegmentWriter
 from uellm.policy.choice import DISPATCH, PolicyChoice
 from uellm.policy.views import DispatchDecision, QueuedView, QueueView, ReplicaView
 from uellm.streams.decisions import DecisionLog, DecisionWriter
@@ -34,6 +34,7 @@ class Recorder:
         self._settings = settings
         self._writer = DecisionWriter(log, settings.decisions_kept)
         self._waiting: deque[DispatchRecord] = deque()
+        self._entries = Entries()
         self._work = asyncio.Event()
         self._choice: PolicyChoice | None = None
         self._policy = DispatchPolicyUsed("")
@@ -92,7 +93,7 @@ class Recorder:
 
     async def _gather(self) -> None:
         """Make a segment of what waits, as far as its share of time goes; the rest is dropped."""
-        segment, spent = SegmentWriter(), 0.0
+        segment, spent = SegmentWriter(self._entries), 0.0
         while self._waiting:
             began = time.monotonic()
             segment.add(self._waiting.popleft())

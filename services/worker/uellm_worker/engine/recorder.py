@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 
 from uellm.decisions.records import StepPolicyUsed, StepRecord
-from uellm.decisions.segments import SegmentWriter
+from uellm.decisions.segments import Entries, SegmentWriter
 from uellm.policy.views import EngineView, StepDecision
 from uellm.v1.decisions_pb2 import DecisionSegment
 
@@ -32,7 +32,8 @@ class StepRecorder:
     def __init__(self, replica: str, every_steps: int) -> None:
         self._replica = replica
         self._every = every_steps
-        self._segment = SegmentWriter()
+        self._entries = Entries()
+        self._segment = SegmentWriter(self._entries)
         self._opened_at = 0.0
         self._next_step = 0
         self._asked_at = float("-inf")
@@ -102,6 +103,6 @@ class StepRecorder:
             return None
         if not last and time.perf_counter() - self._opened_at < GATHER_SECONDS:
             return None
-        message, self._segment = self._segment.message(self._dropped), SegmentWriter()
-        self._dropped = 0
+        message = self._segment.message(self._dropped)
+        self._segment, self._dropped = SegmentWriter(self._entries), 0
         return message
