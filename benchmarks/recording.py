@@ -223,9 +223,8 @@ def main() -> None:
         facts = {"python": platform.python_version(), "requests": arguments.requests}
         print(json.dumps({**facts, "results": results}, indent=2))
         return
-    print(
-        f"{'waiting':>8}{'us without':>12}{'us with':>10}{'ratio':>8}{'kept':>8}{'bytes each':>12}"
-    )
+    titles = ("waiting", "us without", "us with", "core share", "a second", "kept", "bytes each")
+    print("".join(f"{title:>12}" for title in titles))
     for each in results:
         print(
             f"{each['waiting']:12}{each['cpu_us_without']:12.0f}{each['cpu_us_with']:12.0f}"
