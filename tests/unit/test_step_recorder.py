@@ -11,6 +11,7 @@ from tests.support.engine_loop import FunctionPolicy, add, make_loop
 from uellm.decisions.records import StepRecord
 from uellm.decisions.replay import replay
 from uellm.decisions.segments import read_segment
+from uellm.policy.continuous import OrderedSettings
 from uellm.policy.fcfs import FcfsStep
 from uellm.policy.views import EngineView, StepDecision
 
@@ -93,3 +94,13 @@ def test_nothing_is_kept_unless_asked() -> None:
     for name in "ab":
         loop.add(add(name))
     assert records_of(loop) == []
+
+
+def test_settings_of_the_policy_are_on_record() -> None:
+    recorder = StepRecorder("r0", every_steps=8)
+    recorder.options = {"watermark": "0.5"}
+    loop = make_loop(recorder=recorder, policy=FcfsStep(OrderedSettings(watermark=0.5)))
+    loop.add(add("a", max_tokens=10))
+    records = records_of(loop)
+    assert dict(records[0].policy.options) == {"watermark": "0.5"}
+    assert replay(records).different == 0

@@ -95,9 +95,9 @@ class Recorder:
         """Make a segment of what waits, as far as its share of time goes; the rest is dropped."""
         segment, spent = SegmentWriter(self._entries), 0.0
         while self._waiting:
-            began = time.monotonic()
+            began = time.thread_time()
             segment.add(self._waiting.popleft())
-            spent += time.monotonic() - began
+            spent += time.thread_time() - began
             full = segment.records % 16 == 0 and segment.size > SEGMENT_BYTES
             if full or spent > SHARE * GATHER_SECONDS:
                 self._writer.dropped += len(self._waiting)

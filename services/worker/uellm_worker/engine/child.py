@@ -64,6 +64,7 @@ class Child:
         self._group: Group | None = None
         self._member: Member | None = None
         self._loop: EngineLoop | None = None
+        self._recorder = StepRecorder("", every_steps=0)
 
     def run(self) -> None:
         """Serve until the process ends."""
@@ -186,6 +187,7 @@ class Child:
             capacity = self._group.capacity
         self._member = self._engine.join(self._group, self._inbox)
         if assignment.stage_index == 0:
+            self._recorder = StepRecorder(assignment.replica, commit.record_every_steps)
             self._loop = EngineLoop(
                 self._member,
                 step_policy(commit.policy or "fcfs"),
@@ -197,7 +199,7 @@ class Child:
                 execution=commit.execution,
                 now=_clock(commit.clock_seconds),
                 cost=cost_from_proto(commit.cost) if commit.HasField("cost") else DEFAULT_COST,
-                recorder=StepRecorder(assignment.replica, commit.record_every_steps),
+                recorder=self._recorder,
             )
         self._channel.send(EngineEvent(serving=ShardServing(generation=commit.generation)))
 
@@ -205,6 +207,7 @@ class Child:
         """Change the policy; one that cannot be had leaves the present one in force."""
         try:
             loop.decide_by(step_policy(command.policy, command.settings), command.execution)
+            self._recorder.options = dict(command.settings)
         except (InvalidArgumentError, ValueError) as error:
             _log.warning("the step policy stays as it is: %s", error)
         self._report(StepReport(report=loop.report()))

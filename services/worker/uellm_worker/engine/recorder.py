@@ -1,6 +1,7 @@
 """Some of a step policy's decisions, kept for whoever asks why; at a bounded share of the time."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 from uellm.decisions.records import StepPolicyUsed, StepRecord
@@ -27,9 +28,13 @@ class StepRecorder:
     Args:
         replica: whose engine.
         every_steps: every so many steps a decision is kept; 0: none ever is.
+
+    Attributes:
+        options: the policy's settings, where they are not its defaults.
     """
 
     def __init__(self, replica: str, every_steps: int) -> None:
+        self.options: Mapping[str, str] = {}
         self._replica = replica
         self._every = every_steps
         self._entries = Entries()
@@ -63,12 +68,12 @@ class StepRecorder:
         if self._segment.records >= SEGMENT_RECORDS:
             self._dropped += 1
             return
-        began = time.perf_counter()
+        began = time.thread_time()
         record = StepRecord(
             now=now,
             replica=self._replica,
             step=step,
-            policy=StepPolicyUsed(policy),
+            policy=StepPolicyUsed(policy, self.options),
             engine=engine,
             decision=decision,
             running=len(engine.running),
@@ -79,9 +84,9 @@ class StepRecorder:
         else:
             record = replace(record, engine=replace(engine, running=(), waiting=()), truncated=True)
         if not self._segment.records:
-            self._opened_at = began
+            self._opened_at = time.perf_counter()
         self._segment.add(record)
-        self._saved -= time.perf_counter() - began
+        self._saved -= time.thread_time() - began
 
     def _lets_in(self, engine: EngineView, decision: StepDecision) -> bool:
         """Whether somebody gets a slot who was there at the decision before, and got none."""
