@@ -1,10 +1,11 @@
 """Plans in plain words: why they look as they do, or what is missing and what would help."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from uellm.placement.memory import Need
 from uellm.placement.rooms import Rooms
-from uellm.placement.views import PlannedReplica, Workload
+from uellm.placement.views import Certificate, PlannedReplica, PlanRequest, Workload
 
 Feasible = Callable[[int, int, int], bool]
 """Whether it fits with (max_tokens, stages, bytes of one more device)."""
@@ -52,6 +53,39 @@ def explain(
     return "; ".join(sentences)
 
 
+def explain_plan(
+    planned: Sequence[PlannedReplica],
+    need: Need,
+    request: PlanRequest,
+    certificate: Certificate | None,
+) -> str:
+    """Where the layers went, how fast that will be, and how good it is at least."""
+    if not planned:
+        return ""
+    devices = [device for device in request.topology.devices if device.healthy]
+    # With a load described, slots are not what was asked for.
+    wanted = request.workload
+    if wanted.batch:
+        wanted = replace(wanted, slots=need.slots)
+    sentences = [explain(planned, need, wanted, len(devices))]
+    for index, replica in enumerate(planned):
+        found = replica.prediction
+        if found is not None:
+            name = f"replica {index}: " if len(planned) > 1 else ""
+            sentences.append(
+                f"{name}{found.total_seconds:.3g} s a batch, {found.tokens_per_second:.4g} "
+                f"tokens/s, bound by {found.bottleneck}"
+            )
+    if certificate is not None:
+        how = (
+            "proven to be the best"
+            if certificate.ratio <= 1 + 1e-9
+            else f"at most {certificate.ratio:.4g} times from the best"
+        )
+        sentences.append(f"{request.objective}: {how} ({certificate.proof})")
+    return "; ".join(sentences)
+
+
 def explain_infeasible(
     rooms: Rooms, need: Need, wanted: Workload, num_planned: int, feasible: Feasible
 ) -> str:
@@ -87,7 +121,7 @@ def explain_infeasible(
 def _nearest(rooms: Rooms, need: Need, wanted: Workload, feasible: Feasible) -> list[str]:
     choices = []
     if feasible(1, wanted.stages, 0):
-        tokens = _last(1, need.max_tokens, lambda n: feasible(n, wanted.stages, 0))
+        tokens = last_that(1, need.max_tokens, lambda n: feasible(n, wanted.stages, 0))
         choices.append(f"max_tokens {tokens}")
     if wanted.stages:
         counts = (n for n in range(1, len(rooms.devices) + 1) if n != wanted.stages)
@@ -96,14 +130,14 @@ def _nearest(rooms: Rooms, need: Need, wanted: Workload, feasible: Feasible) -> 
             choices.append(f"stages {stages}")
     most = 2 * need.in_parts(2) // _STEP_BYTES + 1
     if feasible(need.max_tokens, wanted.stages, most * _STEP_BYTES):
-        steps = most - _last(
+        steps = most - last_that(
             0, most, lambda n: feasible(need.max_tokens, wanted.stages, (most - n) * _STEP_BYTES)
         )
         choices.append(f"one more device with {size(steps * _STEP_BYTES)} free")
     return choices
 
 
-def _last(low: int, high: int, holds: Callable[[int], bool]) -> int:
+def last_that(low: int, high: int, holds: Callable[[int], bool]) -> int:
     """The last number before ``high`` for which it holds; it does for ``low``."""
     while high - low > 1:
         middle = (low + high) // 2

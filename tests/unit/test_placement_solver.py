@@ -1,0 +1,459 @@
+"""Plans against full enumeration: exact where they say so, and never better than their bounds."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise, permutations
+
+import pytest
+
+from tests.support.clusters import MIB, random_request, random_topology, small_model, wide_area
+from uellm.placement import cpsat, held_karp
+from uellm.placement.baselines import BASELINES
+from uellm.placement.chain import chain_of
+from uellm.placement.costs import Costs, costs_of
+from uellm.placement.objectives import SLACK
+from uellm.placement.prediction import shortages
+from uellm.placement.solver import solve
+from uellm.placement.topology import Device, Topology
+from uellm.placement.views import (
+    OBJECTIVES,
+    LayerTimes,
+    Objective,
+    Pin,
+    Plan,
+    PlanRequest,
+    Workload,
+)
+
+CLOSE = 1e-6
+
+
+@dataclass(frozen=True)
+class Point:
+    """One layout of all there are, from the costs alone."""
+
+    order: tuple[int, ...]
+    layers: tuple[int, ...]
+    seconds: float
+    pace: float
+    cost: float
+
+
+@cache
+def cuts(layers: int, parts: int) -> tuple[tuple[int, ...], ...]:
+    if parts == 1:
+        return ((layers,),)
+    return tuple(
+        (first, *rest)
+        for first in range(1, layers - parts + 2)
+        for rest in cuts(layers - first, parts - 1)
+    )
+
+
+def everything(costs: Costs) -> Iterator[Point]:
+    """Every order of every set, every cut, that fits and keeps workers together."""
+    n, num_layers = len(costs.devices), costs.num_layers
+    layer, head = costs.layer[:, 0].tolist(), costs.head_total.tolist()
+    link, busy = costs.link.tolist(), costs.busy.tolist()
+    size = int(costs.layer_bytes[0])
+    need = costs.need
+    fixed = {
+        (first, last): need.fixed(first=first, last=last)
+        for first in (True, False)
+        for last in (True, False)
+    }
+    for count in range(1, min(n, num_layers) + 1):
+        for order in permutations(range(n), count):
+            workers = [costs.devices[d].worker for d in order]
+            if 1 + sum(a != b for a, b in pairwise(workers)) != len(set(workers)):
+                continue
+            ways = list(pairwise(order))
+            on_links = sum(link[a][b] for a, b in ways)
+            busiest = max((busy[a][b] for a, b in ways), default=0.0)
+            most = [
+                (int(costs.room[d]) - fixed[i == 0, i == count - 1]) // max(size, 1)
+                for i, d in enumerate(order)
+            ]
+            for cut in cuts(num_layers, count):
+                if any(k > room for k, room in zip(cut, most, strict=True)):
+                    continue
+                work = [layer[d] * k for d, k in zip(order, cut, strict=True)]
+                work[-1] += head[order[-1]]
+                seconds = sum(work) + on_links
+                yield Point(
+                    order,
+                    cut,
+                    seconds,
+                    max(*work, busiest, seconds / costs.in_flight),
+                    sum(float(costs.price[d]) for d in order),
+                )
+
+
+def facts(plan: Plan, costs: Costs) -> tuple[float, float, float]:
+    """Latency, cost and pace of a plan's replica."""
+    (copy,) = plan.replicas
+    assert copy.prediction is not None
+    price = {d.id: float(p) for d, p in zip(costs.devices, costs.price, strict=True)}
+    cost = sum(price[stage.device_id] for stage in copy.stages)
+    return copy.prediction.total_seconds, cost, copy.prediction.bottleneck_seconds
+
+
+def check_certificate(plan: Plan) -> None:
+    certificate = plan.certificate
+    assert certificate is not None
+    assert certificate.ratio >= 1
+    if certificate.quantity == "tokens per second":
+        assert certificate.bound >= certificate.value
+    else:
+        assert certificate.bound <= certificate.value
+
+
+def check_valid(plan: Plan, request: PlanRequest) -> None:
+    """Every layer once, memory kept, workers in one piece, devices not shared by replicas."""
+    rooms = {device.id: device for device in request.topology.devices}
+    used: list[str] = []
+    for copy in plan.replicas:
+        held = [n for s in copy.stages for n in range(s.first_layer, s.last_layer + 1)]
+        assert held == list(range(len(request.model.layers)))
+        assert [s.has_embed for s in copy.stages] == [i == 0 for i in range(len(copy.stages))]
+        workers = [rooms[s.device_id].worker for s in copy.stages]
+        assert 1 + sum(a != b for a, b in pairwise(workers)) == len(set(workers))
+        for stage in copy.stages:
+            assert stage.memory_bytes <= rooms[stage.device_id].memory_bytes
+            used.append(stage.device_id)
+    assert len(set(used)) == len(used)
+
+
+@pytest.fixture(params=["sets", "search"])
+def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small clusters by sets of devices; and by the methods for large ones, with their bounds."""
+    if request.param == "search":
+        monkeypatch.setattr(held_karp, "MOST_DEVICES", 0)
+        monkeypatch.setattr(cpsat, "available", lambda: False)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_latency_is_the_least_of_all(method: str, tree: bool) -> None:
+    close = total = 0
+    for seed in range(80):
+        request = random_request(seed, 2 + seed % 4, "lr", tree=tree)
+        costs = costs_of(request)
+        best = min((p.seconds for p in everything(costs)), default=None)
+        plan = solve(request)
+        assert bool(plan.replicas) == (best is not None), seed
+        assert bool(plan.infeasible_reason) == (best is None)
+        if best is None:
+            continue
+        check_valid(plan, request)
+        check_certificate(plan)
+        assert plan.certificate is not None
+        seconds, _, _ = facts(plan, costs)
+        assert plan.certificate.bound <= best * (1 + CLOSE), seed
+        if method == "sets" or tree:
+            assert seconds == pytest.approx(best, rel=CLOSE), seed
+            assert plan.certificate.ratio == pytest.approx(1, rel=CLOSE)
+        close += seconds <= best * (1 + CLOSE)
+        total += 1
+    assert close >= 0.95 * total > 50
+
+
+@pytest.mark.parametrize("objective", ["he", "helr"])
+@pytest.mark.parametrize("tree", [False, True])
+def test_cost_is_the_least_of_all_that_are_fast_enough(
+    method: str, objective: Objective, tree: bool
+) -> None:
+    exact = total = 0
+    for seed in range(60):
+        request = random_request(seed, 2 + seed % 4, objective, tree=tree)
+        costs = costs_of(request)
+        points = list(everything(costs))
+        plan = solve(request)
+        assert bool(plan.replicas) == bool(points), seed
+        if not points:
+            continue
+        seconds, cost, _ = facts(plan, costs)
+        limit = float("inf")
+        if objective == "helr":
+            limit = (1 + SLACK) * min(p.seconds for p in points) * (1 + CLOSE)
+        if method == "sets" or tree or objective == "he":
+            assert seconds <= limit
+        allowed = [p for p in points if p.seconds <= limit]
+        least = min(p.cost for p in allowed)
+        check_valid(plan, request)
+        check_certificate(plan)
+        assert plan.certificate is not None
+        assert plan.certificate.bound <= least * (1 + CLOSE), seed
+        if method == "sets":
+            assert cost == pytest.approx(least)
+            ties = [p.seconds for p in allowed if p.cost <= least * (1 + CLOSE)]
+            assert seconds == pytest.approx(min(ties), rel=CLOSE)
+        exact += cost <= least * (1 + CLOSE)
+        total += 1
+    assert exact >= 0.9 * total
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_throughput_is_the_most_of_all(method: str, tree: bool) -> None:
+    close = total = 0
+    for seed in range(60):
+        request = random_request(seed, 2 + seed % 4, "throughput", tree=tree)
+        costs = costs_of(request)
+        points = list(everything(costs))
+        plan = solve(request)
+        assert bool(plan.replicas) == bool(points), seed
+        if not points:
+            continue
+        check_valid(plan, request)
+        check_certificate(plan)
+        best = min(p.pace for p in points)
+        _, _, pace = facts(plan, costs)
+        assert plan.certificate is not None
+        tokens = costs.batch * costs.output_tokens
+        assert tokens / plan.certificate.bound <= best * (1 + 1e-5), seed
+        if method == "sets":
+            assert pace == pytest.approx(best, rel=1e-5), seed
+        close += pace <= best * (1 + 1e-5)
+        total += 1
+    assert close >= 0.95 * total
+
+
+def test_six_devices_in_every_order() -> None:
+    for seed in (1, 2):
+        request = random_request(seed, 6, "lr")
+        costs = costs_of(request)
+        best = min(p.seconds for p in everything(costs))
+        assert facts(solve(request), costs)[0] == pytest.approx(best, rel=CLOSE)
+
+
+def test_a_wanted_number_of_stages_is_kept(method: str) -> None:
+    for seed in range(30):
+        request = random_request(seed, 4, "lr")
+        request = replace(request, workload=replace(request.workload, stages=1 + seed % 3))
+        costs = costs_of(request)
+        points = [p for p in everything(costs) if len(p.order) == request.workload.stages]
+        plan = solve(request)
+        if method == "sets":
+            assert bool(plan.replicas) == bool(points), seed
+        if plan.replicas:
+            best = min(p.seconds for p in points)
+            seconds, _, _ = facts(plan, costs)
+            assert plan.certificate is not None
+            assert plan.certificate.bound <= best * (1 + CLOSE)
+            assert seconds >= best * (1 - CLOSE)
+            assert len(plan.replicas[0].stages) == request.workload.stages
+            assert method != "sets" or seconds == pytest.approx(best, rel=CLOSE)
+
+
+@pytest.mark.parametrize("objective", ["lr", "he", "helr", "throughput"])
+def test_no_plan_is_worse_than_a_baseline(method: str, objective: Objective) -> None:
+    compared = 0
+    for seed in range(40):
+        request = random_request(1000 + seed, 5, objective)
+        costs = costs_of(request)
+        plan = solve(request)
+        if not plan.replicas:
+            continue
+        assert plan.certificate is not None
+        allowed = chain_of(costs)
+        seconds, cost, pace = facts(plan, costs)
+        for name, rule in BASELINES.items():
+            layout = rule(costs)
+            if layout is None or shortages(costs, layout) or not allowed.allows(layout.order):
+                continue
+            (other,) = [c for c in plan.candidates if c.name == name] or [None]
+            if other is None:  # It is the plan.
+                continue
+            compared += 1
+            if objective == "lr":
+                assert seconds <= other.total_seconds * (1 + CLOSE)
+            elif objective == "throughput":
+                tokens = costs.batch * costs.output_tokens
+                assert tokens / pace >= other.tokens_per_second * (1 - CLOSE)
+            elif "latency" not in other.ruled_out:
+                assert cost <= float(costs.price[list(layout.order)].sum()) + CLOSE
+    assert compared > 20
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_equal_requests_have_equal_plans_whatever_the_order_of_devices(
+    objective: Objective,
+) -> None:
+    for count in (5, 18):
+        request = random_request(7, count, objective)
+        turned = Topology(request.topology.devices[::-1], request.topology.links[::-1])
+        quick = replace(request, budget_seconds=0.3)
+        first, second = solve(quick), solve(replace(quick, topology=turned))
+        assert first == second
+        assert first.replicas
+
+
+def test_pins_and_exclusions_are_kept(method: str) -> None:
+    for seed in range(25):
+        request = random_request(seed, 5, "lr")
+        ids = [device.id for device in request.topology.devices]
+        pins = (Pin(ids[0], "first"), Pin(ids[1]))
+        pinned = replace(request, pins=pins, excluded=frozenset({ids[2]}))
+        costs = costs_of(pinned)
+        place = {device.id: i for i, device in enumerate(costs.devices)}
+        points = [
+            p for p in everything(costs) if p.order[0] == place[ids[0]] and place[ids[1]] in p.order
+        ]
+        plan = solve(pinned)
+        if method == "sets":
+            assert bool(plan.replicas) == bool(points), seed
+        if plan.replicas:
+            used = [stage.device_id for stage in plan.replicas[0].stages]
+            assert used[0] == ids[0]
+            assert ids[1] in used
+            assert ids[2] not in used
+            best = min(p.seconds for p in points)
+            assert method != "sets" or facts(plan, costs)[0] == pytest.approx(best, rel=CLOSE)
+
+
+@pytest.mark.parametrize("tree", [True, False])
+def test_a_larger_cluster_is_placed_near_its_bound(tree: bool) -> None:
+    rng = random.Random(5)  # noqa: S311 - repeatable
+    topology = random_topology(rng, 40, tree=True) if tree else wide_area(rng, 40)
+    request = PlanRequest(
+        topology, small_model(layers=40), Workload(batch=4), "lr", budget_seconds=3.0
+    )
+    plan = solve(request)
+    check_valid(plan, request)
+    assert plan.certificate is not None
+    assert plan.certificate.ratio <= (1 + CLOSE if tree else 1.05)
+
+
+def test_cp_sat_agrees_with_sets_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ortools")
+    requests = [random_request(seed, 6, "lr") for seed in range(6)]
+    exact = [solve(request) for request in requests]
+    monkeypatch.setattr(held_karp, "MOST_DEVICES", 0)
+    for request, best in zip(requests, exact, strict=True):
+        costs = costs_of(request)
+        plan = solve(request)
+        assert bool(plan.replicas) == bool(best.replicas)
+        if plan.replicas:
+            assert facts(plan, costs)[0] == pytest.approx(facts(best, costs)[0], rel=1e-5)
+            check_certificate(plan)
+            assert plan.certificate is not None
+            assert plan.certificate.ratio <= 1.0001
+
+
+def test_replicas_of_goodput_share_no_device_and_keep_the_slo() -> None:
+    placed = 0
+    for seed in range(25):
+        request = random_request(seed, 6, "goodput")
+        free = solve(request)
+        if not free.replicas:
+            continue
+        check_valid(free, request)
+        check_certificate(free)
+        alone = solve(replace(request, objective="throughput"))
+        assert alone.certificate is not None
+        assert free.certificate is not None
+        assert free.certificate.value >= alone.certificate.value * (1 - CLOSE)
+        fastest = solve(replace(request, objective="lr")).replicas[0].prediction
+        assert fastest is not None
+        slo = 1.2 * fastest.total_seconds
+        strict = solve(replace(request, workload=replace(request.workload, slo_seconds=slo)))
+        placed += len(strict.replicas)
+        for copy in strict.replicas:
+            assert copy.prediction is not None
+            assert copy.prediction.total_seconds <= slo * (1 + CLOSE)
+    assert placed
+
+
+def device(name: str, memory: int, **more: float) -> Device:
+    worker = name.partition("/")[0]
+    return Device(name, worker, worker, "cuda", memory, **more)  # type: ignore[arg-type]
+
+
+def test_an_offered_rate_is_served_by_no_more_replicas_than_it_needs() -> None:
+    topology = Topology(tuple(device(f"w{i}/cuda:0", 8192 * MIB) for i in range(4)))
+    workload = Workload(batch=2, requests_per_second=1e-3)
+    request = PlanRequest(topology, small_model(), workload, "goodput")
+    assert len(solve(request).replicas) == 1
+    many = replace(workload, requests_per_second=1e6)
+    assert len(solve(replace(request, workload=many)).replicas) == 4
+
+
+def test_fewer_slots_are_granted_where_the_wanted_ones_do_not_fit() -> None:
+    topology = Topology((device("a/cuda:0", 8000 * MIB),))
+    request = PlanRequest(topology, small_model(), Workload(slots=8))
+    plan = solve(request)
+    assert 1 <= plan.slots < 8
+    assert "instead of 8" in plan.explanation
+    more = costs_of(request, plan.slots + 1)
+    assert more.need.in_parts(1) > int(more.room[0])
+
+
+def test_what_is_missing_is_named_with_the_nearest_choices() -> None:
+    topology = Topology((device("a/cuda:0", 2900 * MIB), device("b/cuda:0", 100 * MIB)))
+    load = Workload(batch=8, in_flight=4, prompt_tokens=512, output_tokens=128)
+    request = PlanRequest(topology, small_model(), load)
+    plan = solve(request)
+    assert not plan.replicas
+    assert "bytes) are missing" in plan.infeasible_reason
+    assert "a/cuda:0 2.7 GiB" in plan.infeasible_reason
+    assert "one more device with" in plan.infeasible_reason
+    roomy = Topology((device("a/cuda:0", 8000 * MIB),))
+    reason = solve(replace(request, topology=roomy)).infeasible_reason
+    assert "it fits with in_flight " in reason
+    most = int(reason.partition("in_flight ")[2].split()[0])
+    for in_flight, fits in ((most, True), (most + 1, False)):
+        other = replace(load, in_flight=in_flight)
+        assert bool(solve(replace(request, topology=roomy, workload=other)).replicas) == fits
+
+
+def test_an_slo_that_nothing_keeps_is_named_with_what_would() -> None:
+    topology = Topology((device("a/cuda:0", 8000 * MIB),))
+    load = Workload(batch=1, slo_seconds=1e-6)
+    plan = solve(PlanRequest(topology, small_model(), load, "helr"))
+    assert not plan.replicas
+    assert "no plan keeps the SLO of 1e-06 s" in plan.infeasible_reason
+    slo = float(plan.infeasible_reason.rpartition("slo_seconds ")[2])
+    again = PlanRequest(topology, small_model(), replace(load, slo_seconds=slo), "helr")
+    assert solve(again).replicas
+
+
+def test_no_device_says_how_to_get_one() -> None:
+    plan = solve(PlanRequest(Topology(()), small_model()))
+    assert "start a worker" in plan.infeasible_reason
+
+
+def test_measured_layers_override_flops_and_bandwidth() -> None:
+    names = {"a/cuda:0": "A", "b/cuda:0": "B"}
+    devices = tuple(
+        replace(device(each, 8000 * MIB, flops_per_second=1e13), name=name)
+        for each, name in names.items()
+    )
+    slow = LayerTimes(((512.0, 1.0),), ((1.0, 0.5),))
+    fast = LayerTimes(((256.0, 0.1), (1024.0, 0.4)), ((1.0, 0.01), (8.0, 0.02)))
+    request = PlanRequest(
+        Topology(devices),
+        small_model(),
+        Workload(batch=1, output_tokens=11),
+        "lr",
+        layer_times={"A": slow, "b/cuda:0": fast},
+    )
+    plan = solve(request)
+    (stage,) = plan.replicas[0].stages
+    assert stage.device_id == "b/cuda:0"
+    costs = costs_of(request)
+    assert costs.prefill[:, 0].tolist() == pytest.approx([1.0, 0.2])
+    assert costs.decode[:, 0].tolist() == pytest.approx([0.5, 0.01])
+
+
+def test_layers_of_different_sizes_are_cut_by_their_own() -> None:
+    model = small_model(layers=6)
+    large = replace(model.layers[0], weight_bytes=1200 * MIB, flops_per_token=1200.0 * MIB)
+    mixed = replace(model, layers=(large, *model.layers[1:]))
+    topology = Topology((device("a/cuda:0", 2300 * MIB), device("b/cuda:0", 2500 * MIB)))
+    request = PlanRequest(topology, mixed, Workload(batch=1), "lr")
+    plan = solve(request)
+    check_valid(plan, request)
+    assert plan.replicas
+    check_certificate(plan)

@@ -1,0 +1,309 @@
+"""What layers take on devices and activations on links: seconds and bytes, as arrays.
+
+A layer takes what its arithmetic or its memory traffic does, whichever is longer (the roofline),
+and a launch; where it was measured, the measured times. A link takes its latency, the bytes, and
+the software of the hop unless that was measured with it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uellm.core.errors import InvalidArgumentError
+from uellm.core.model import LayerProfile, ModelProfile
+from uellm.placement.memory import USABLE, Need
+from uellm.placement.speed import (
+    HOP_SECONDS,
+    PAIR_FLOPS,
+    flops_per_second,
+    memory_bytes_per_second,
+)
+from uellm.placement.topology import Device, Topology
+from uellm.placement.views import LayerTimes, PlanRequest, Workload
+
+Array = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A model under a workload on some devices; n devices, L layers.
+
+    Attributes:
+        devices: those that may be used, by id.
+        need: the model, and the sequences that it has room for.
+        batch: sequences computed together.
+        prompt_tokens: of a sequence.
+        output_tokens: of a sequence.
+        in_flight: batches under way at once.
+        prefill: [n, L], seconds for a batch's prompts.
+        decode: [n, L], seconds for one step.
+        head: [n], seconds for the logits of one step.
+        link_prefill: [n, n], seconds for the activations of a batch's prompts.
+        link_decode: [n, n], seconds for those of one step.
+        busy: [n, n], seconds that a batch keeps a link busy: latency does not.
+        room: [n], bytes that may be filled.
+        price: [n], what using a device costs, in units of the user's own.
+    """
+
+    devices: tuple[Device, ...]
+    need: Need
+    batch: int
+    prompt_tokens: int
+    output_tokens: int
+    in_flight: int
+    prefill: Array
+    decode: Array
+    head: Array
+    link_prefill: Array
+    link_decode: Array
+    busy: Array
+    room: Integers
+    price: Array
+
+    @property
+    def model(self) -> ModelProfile:
+        """Whose costs."""
+        return self.need.model
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.model.layers)
+
+    @property
+    def steps(self) -> int:
+        """Decode steps: the first token comes with the prefill."""
+        return self.output_tokens - 1
+
+    @cached_property
+    def layer(self) -> Array:
+        """[n, L], seconds of a batch from prompt to last token."""
+        total: Array = self.prefill + self.steps * self.decode
+        return total
+
+    @cached_property
+    def head_total(self) -> Array:
+        """[n], seconds of a batch from prompt to last token."""
+        total: Array = self.head * self.output_tokens
+        return total
+
+    @cached_property
+    def link(self) -> Array:
+        """[n, n], seconds of a batch from prompt to last token."""
+        total: Array = self.link_prefill + self.steps * self.link_decode
+        return total
+
+    @cached_property
+    def layer_bytes(self) -> Integers:
+        """[L], weights, KV cache and states."""
+        return np.array([self.need.layer(i) for i in range(self.num_layers)], dtype=np.int64)
+
+    @cached_property
+    def group(self) -> Integers:
+        """[n], the worker of each device, as a number."""
+        workers = sorted({device.worker for device in self.devices})
+        return np.array([workers.index(device.worker) for device in self.devices], dtype=np.int64)
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether all layers are alike."""
+        return len(set(self.model.layers)) == 1
+
+    def only(self, keep: Sequence[int]) -> "Costs":
+        """The same on some of the devices."""
+        some = np.asarray(keep, dtype=np.int64)
+        pairs = np.ix_(some, some)
+        return replace(
+            self,
+            devices=tuple(self.devices[i] for i in keep),
+            prefill=self.prefill[some],
+            decode=self.decode[some],
+            head=self.head[some],
+            link_prefill=self.link_prefill[pairs],
+            link_decode=self.link_decode[pairs],
+            busy=self.busy[pairs],
+            room=self.room[some],
+            price=self.price[some],
+        )
+
+
+def costs_of(request: PlanRequest, slots: int | None = None) -> Costs:
+    """Costs of a request, on the devices that it may use.
+
+    Args:
+        request: checked here.
+        slots: sequences to have room for; None: as the workload wants.
+
+    Raises:
+        InvalidArgumentError: naming what the request says of devices that are not there.
+    """
+    devices = usable_devices(request)
+    model, workload = request.model, request.workload
+    need = _need(model, workload, slots)
+    batch = workload.batch or max(1, need.slots // workload.in_flight)
+    times = [request.layer_times.get(d.id, request.layer_times.get(d.name)) for d in devices]
+    prefill, decode = _layer_times(devices, model, batch, workload, times)
+    latency, per_byte, hop = _links(request.topology, devices)
+    activation = batch * model.activation_bytes_per_token
+    prompt = workload.prompt_tokens * activation
+    busy = (hop + prompt * per_byte) + (workload.output_tokens - 1) * (hop + activation * per_byte)
+    return Costs(
+        devices=devices,
+        need=need,
+        batch=batch,
+        prompt_tokens=workload.prompt_tokens,
+        output_tokens=workload.output_tokens,
+        in_flight=workload.in_flight,
+        prefill=prefill,
+        decode=decode,
+        head=_head_times(devices, model, batch),
+        link_prefill=latency + hop + prompt * per_byte,
+        link_decode=latency + hop + activation * per_byte,
+        busy=busy,
+        room=np.array([int(d.memory_bytes * USABLE) for d in devices], dtype=np.int64),
+        price=np.array([request.costs.get(d.id, d.cost) for d in devices]),
+    )
+
+
+def usable_devices(request: PlanRequest) -> tuple[Device, ...]:
+    """The healthy devices that the request does not exclude, by id.
+
+    Raises:
+        InvalidArgumentError: if it pins, prices or excludes what is not there.
+    """
+    every = request.topology.devices
+    names = {name for d in every for name in (d.id, d.worker, d.host)}
+    ids = {device.id for device in every}
+    known = ", ".join(sorted(ids)) or "none"
+    for name in sorted(request.excluded - names):
+        raise InvalidArgumentError(
+            f"excluded: {name!r} is no device, worker or host of the topology; devices: {known}",
+            field="excluded",
+        )
+    for name in sorted(request.costs.keys() - ids):
+        raise InvalidArgumentError(f"costs: {name!r} is no device; devices: {known}", field="costs")
+    found = tuple(
+        sorted(
+            (d for d in every if d.healthy and not request.excluded & {d.id, d.worker, d.host}),
+            key=lambda device: device.id,
+        )
+    )
+    left = {device.id for device in found}
+    for pin in request.pins:
+        if pin.device_id not in left:
+            why = "excluded or unhealthy" if pin.device_id in ids else "no device of the topology"
+            raise InvalidArgumentError(
+                f"pins: {pin.device_id!r} is {why}; pin one of {', '.join(sorted(left)) or 'none'}",
+                field="pins",
+            )
+    for end in ("first", "last"):
+        pinned = sorted({pin.device_id for pin in request.pins if pin.end == end})
+        if len(pinned) > 1:
+            raise InvalidArgumentError(
+                f"pins: {' and '.join(pinned)} cannot both be {end}; pin one of them there",
+                field="pins",
+            )
+    return found
+
+
+def _need(model: ModelProfile, workload: Workload, slots: int | None) -> Need:
+    if workload.batch:
+        context = workload.prompt_tokens + workload.output_tokens
+        if context > model.max_tokens:
+            raise InvalidArgumentError(
+                f"workload: {workload.prompt_tokens} prompt_tokens and {workload.output_tokens} "
+                f"output_tokens exceed the model's context of {model.max_tokens}; shorten one",
+                field="workload.prompt_tokens",
+            )
+        sequences = workload.batch * workload.in_flight
+        context = max(context, min(workload.max_tokens, model.max_tokens))
+        return Need(model, sequences, context)
+    context = min(workload.max_tokens or model.max_tokens, model.max_tokens)
+    return Need(model, max(1, workload.slots if slots is None else slots), context)
+
+
+def _layer_times(
+    devices: Sequence[Device],
+    model: ModelProfile,
+    batch: int,
+    workload: Workload,
+    times: Sequence[LayerTimes | None],
+) -> tuple[Array, Array]:
+    """[n, L] seconds of prefill and of one decode step.
+
+    A layer of a model that is not uniform takes its share of what was measured, by its FLOPs.
+    """
+    flops_rate = np.array([[flops_per_second(device)] for device in devices]).reshape(-1, 1)
+    byte_rate = np.array([[memory_bytes_per_second(d)] for d in devices]).reshape(-1, 1)
+    launch = np.array([[device.launch_seconds] for device in devices]).reshape(-1, 1)
+    prompt = workload.prompt_tokens
+    # In the middle of its prompt, and of its answer.
+    found = []
+    for tokens, context in ((prompt, prompt / 2), (1, prompt + workload.output_tokens / 2)):
+        flops = np.array([_flops(layer, model, context) for layer in model.layers])
+        moved = np.array([_bytes(layer, batch, context, tokens) for layer in model.layers])
+        roof = np.maximum(batch * tokens * flops / flops_rate, moved / byte_rate)
+        found.append(roof + launch)
+    flops = np.array([layer.flops_per_token for layer in model.layers])
+    share = flops / flops.mean() if flops.any() else np.ones(len(flops))
+    for index, measured in enumerate(times):
+        if measured is not None:
+            slow = devices[index].slowdown * share
+            found[0][index] = slow * _interpolate(measured.prefill, batch * prompt)
+            found[1][index] = slow * _interpolate(measured.decode, batch)
+    return found[0], found[1]
+
+
+def _flops(layer: LayerProfile, model: ModelProfile, context: float) -> float:
+    attention = PAIR_FLOPS * model.hidden_size * context if layer.kv_bytes_per_token else 0.0
+    return layer.flops_per_token + attention
+
+
+def _bytes(layer: LayerProfile, batch: int, context: float, tokens: int) -> float:
+    cache = layer.kv_bytes_per_token * (context if tokens == 1 else tokens) + layer.state_bytes
+    return layer.weight_bytes + batch * cache
+
+
+def _interpolate(points: Sequence[tuple[float, float]], tokens: float) -> float:
+    """Between two points, or on from the last two; before the first, the first."""
+    if not points:
+        raise InvalidArgumentError(
+            "layer_times: a table without points; leave the device out of it, or measure it",
+            field="layer_times",
+        )
+    at, seconds = zip(*sorted(points), strict=True)
+    if tokens <= at[-1]:
+        return float(np.interp(tokens, at, seconds))
+    if len(at) == 1:
+        return float(seconds[0] * tokens / at[0])
+    slope = (seconds[-1] - seconds[-2]) / (at[-1] - at[-2])
+    return float(seconds[-1] + max(slope, 0.0) * (tokens - at[-1]))
+
+
+def _head_times(devices: Sequence[Device], model: ModelProfile, batch: int) -> Array:
+    flops = 2.0 * model.hidden_size * model.vocab_size * batch
+    return np.array(
+        [
+            max(flops / flops_per_second(d), model.head_bytes / memory_bytes_per_second(d))
+            for d in devices
+        ]
+    )
+
+
+def _links(topology: Topology, devices: Sequence[Device]) -> tuple[Array, Array, Array]:
+    """[n, n] latency, seconds per byte, and seconds of software that the latency lacks."""
+    n = len(devices)
+    latency, per_byte, hop = np.zeros((n, n)), np.zeros((n, n)), np.zeros((n, n))
+    for i, src in enumerate(devices):
+        for j, dst in enumerate(devices):
+            if i != j:
+                link = topology.link(src, dst)
+                latency[i, j] = link.latency_seconds
+                per_byte[i, j] = 1.0 / link.bytes_per_second
+                if src.worker != dst.worker and link.measured_at is None:
+                    hop[i, j] = HOP_SECONDS
+    return latency, per_byte, hop

@@ -1,0 +1,203 @@
+"""The chain with the most throughput: the least time between the ends of two batches.
+
+That time, the pace, is the longest of: a stage's work on a batch, a link's, and the latency shared
+by the batches in flight. A pace caps each device at as many layers as it computes in it, and
+forbids links that are busy for longer; whether a chain keeps it is the least latency under these
+caps. Stage times are a finite set, which is searched by bisection.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from uellm.placement import held_karp
+from uellm.placement.chain import Chain, Route
+from uellm.placement.costs import Array, Integers
+from uellm.placement.objectives import Choice, Problem
+from uellm.placement.search import Found, search, with_count
+from uellm.placement.views import Certificate
+
+_PROBES = 40
+_CLOSE = 1e-6
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a pace is made of, besides the chain.
+
+    Attributes:
+        problem: the chain, without prices.
+        busy: [n, n], seconds that a batch keeps a link busy.
+        in_flight: batches under way at once.
+        limit: longest latency in seconds.
+    """
+
+    problem: Problem
+    busy: Array
+    in_flight: int
+    limit: float = np.inf
+
+    def pace(self, route: Route) -> float:
+        """Seconds between the ends of two batches."""
+        chain = self.problem.chain
+        order = np.asarray(route.order)
+        work = chain.layer[order] * np.asarray(route.layers)
+        work[0] += chain.first[order[0]]
+        work[-1] += chain.last[order[-1]]
+        links = self.busy[order[:-1], order[1:]].max(initial=0.0)
+        return float(max(work.max(), links, route.seconds / self.in_flight))
+
+    def at(self, pace: float) -> Chain:
+        """The chain whose every stage and link keeps a pace."""
+        chain = self.problem.chain
+
+        def most(cap: Integers, besides: Array) -> Integers:
+            time = pace * (1 + 1e-12) - besides
+            with np.errstate(divide="ignore"):
+                layers = np.where(chain.layer > 0, time / chain.layer, chain.num_layers)
+            bounded = np.clip(np.floor(layers), 0, chain.num_layers)
+            return np.minimum(cap, np.where(time >= 0, bounded, 0)).astype(np.int64)
+
+        zero = np.zeros(chain.size)
+        return replace(
+            chain,
+            middle_cap=most(chain.middle_cap, zero),
+            first_cap=most(chain.first_cap, chain.first),
+            last_cap=most(chain.last_cap, chain.last),
+            only_cap=most(chain.only_cap, chain.first + chain.last),
+            link=np.where(self.busy > pace * (1 + 1e-12), np.inf, chain.link),
+        )
+
+
+def quickest(pipeline: Pipeline) -> Choice | None:
+    """The chain of the least pace, and of these the one of least latency; None if there is none."""
+    return _Bisection(pipeline).solve()
+
+
+class _Bisection:
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._problem = pipeline.problem
+        self._paths: dict[bytes, Array] = {}
+        self._best: tuple[float, float, Found] | None = None
+        self._others: list[Route] = []
+
+    def solve(self) -> Choice | None:
+        paces = self._paces()
+        low = self._first_that_holds(paces)
+        if low is None:
+            return None
+        # Below paces[low] the layers do not fit. Whether latency allows a pace is monotone.
+        floor = float(paces[low])
+        bound = floor
+        if not self._keeps(floor):
+            high = len(paces) - 1
+            if not self._keeps(float(paces[high])):
+                return self._choice(self._latency_bound(float(paces[high])))
+            while high - low > 1 and paces[high] > paces[low] * (1 + _CLOSE):
+                middle = (low + high) // 2
+                low, high = (low, middle) if self._keeps(float(paces[middle])) else (middle, high)
+            bound = max(floor, min(float(paces[high]), self._latency_bound(float(paces[low]))))
+        return self._choice(bound)
+
+    def _paces(self) -> Array:
+        """All times that a stage or a link can take."""
+        chain = self._problem.chain
+        layers = np.arange(1, chain.num_layers + 1)
+        work = chain.layer[:, None] * layers
+        ends = [work, work + chain.first[:, None], work + chain.last[:, None]]
+        ends.append(ends[1] + chain.last[:, None])
+        busy = self._pipeline.busy[np.isfinite(self._pipeline.busy)]
+        return np.unique(np.concatenate([*(each.ravel() for each in ends), busy]))
+
+    def _first_that_holds(self, paces: Array) -> int | None:
+        """The first pace whose caps hold the layers, links and latency aside."""
+        low, high = -1, len(paces) - 1
+        if not _holds(self._pipeline.at(float(paces[high]))):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (
+                (low, middle)
+                if _holds(self._pipeline.at(float(paces[middle])))
+                else (
+                    middle,
+                    high,
+                )
+            )
+        return high
+
+    def _limit(self, pace: float) -> float:
+        return min(self._pipeline.limit, pace * self._pipeline.in_flight)
+
+    def _keeps(self, pace: float) -> bool:
+        """Whether a chain keeps a pace; what is found is noted."""
+        found = self._search(pace)
+        if found is None:
+            return False
+        if found.route.seconds <= self._pipeline.limit:
+            key = (self._pipeline.pace(found.route), found.route.seconds)
+            if self._best is None or key < self._best[:2]:
+                self._best = (*key, found)
+            self._others.append(found.route)
+        return found.route.seconds <= self._limit(pace) * (1 + _CLOSE)
+
+    def _latency_bound(self, pace: float) -> float:
+        """What no chain within a pace can beat, because of its latency."""
+        found = self._search(pace)
+        if found is None or found.bound > self._pipeline.limit:
+            return np.inf
+        return found.bound / self._pipeline.in_flight
+
+    def _search(self, pace: float) -> Found | None:
+        chain, problem = self._pipeline.at(pace), self._problem
+        if chain.size <= held_karp.MOST_DEVICES:
+            return self._by_sets(chain)
+        if problem.stages:
+            return with_count(chain, problem.stages, problem.budget, problem.seeds)
+        return search(chain, problem.budget / 4, problem.seeds, self._limit(pace))
+
+    def _by_sets(self, chain: Chain) -> Found | None:
+        key = np.isinf(chain.link).tobytes()
+        if key not in self._paths:
+            self._paths[key] = held_karp.paths(chain)
+        best = held_karp.optima(chain, self._paths[key])
+        wrong = (best.count != self._problem.stages) if self._problem.stages else False
+        seconds = np.where(wrong, np.inf, best.seconds)
+        subset = int(seconds[1:].argmin()) + 1
+        if not np.isfinite(seconds[subset]):
+            return None
+        route = best.route(subset)
+        return Found(route, route.seconds, "held-karp", "all sets and orders of devices: exact")
+
+    def _choice(self, bound: float) -> Choice | None:
+        if self._best is None:
+            return None
+        pace, _, found = self._best
+        proof = f"bisection of the pace; {found.proof}"
+        certificate = Certificate("seconds", pace, min(bound, pace), proof)
+        others = tuple(each for each in self._others if each != found.route)
+        return Choice(found.route, certificate, found.solver, others)
+
+
+def _holds(chain: Chain) -> bool:
+    """Whether the caps hold the layers with the best ends, links aside."""
+    if (chain.only_cap >= chain.num_layers).any():
+        return True
+    if chain.size < 2:
+        return False
+    usable = chain.middle_cap.sum()
+    as_first = chain.first_cap - chain.middle_cap
+    as_last = chain.last_cap - chain.middle_cap
+    as_first = np.where(chain.first_cap > 0, as_first, -(10**9))
+    as_last = np.where(chain.last_cap > 0, as_last, -(10**9))
+    best = max(
+        int(as_first[i] + as_last[j]) for i in _top(as_first) for j in _top(as_last) if i != j
+    )
+    return bool(usable + best >= chain.num_layers)
+
+
+def _top(values: Integers) -> Sequence[int]:
+    """The two largest."""
+    return [int(i) for i in np.argsort(-values, kind="stable")[:2]]

@@ -1,0 +1,192 @@
+"""One replica on some devices, as an objective wants it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from uellm.placement.baselines import BASELINES
+from uellm.placement.chain import Chain, Route, chain_of
+from uellm.placement.costs import Costs
+from uellm.placement.fixed_order import best_cut
+from uellm.placement.judge import Judge
+from uellm.placement.objectives import SLACK, Choice, Problem, cheapest, fastest
+from uellm.placement.pace import Pipeline, quickest
+from uellm.placement.prediction import Layout, predict
+from uellm.placement.views import Candidate, Certificate, Objective, Pin, PlanRequest
+
+# Where layers differ, sizes to take them for, from the mean to the largest.
+_SIZES = 4
+_NEXT_BEST = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is wanted of one replica.
+
+    Attributes:
+        objective: what is sought; ``goodput`` is that of replicas together, here ``throughput``.
+        slo_seconds: longest latency; 0: none.
+        stages: devices; 0: any number.
+        pins: devices that must be used.
+        budget: nominal seconds where no exact method is fast enough.
+        seeded: whether baselines are where the search starts.
+    """
+
+    objective: Objective
+    slo_seconds: float = 0.0
+    stages: int = 0
+    pins: tuple[Pin, ...] = ()
+    budget: float = 5.0
+    seeded: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One replica as it was wished.
+
+    Attributes:
+        layout: devices and layers.
+        certificate: how good it is at least.
+        solver: what found it.
+        candidates: what else was looked at, the best first.
+        limit: longest latency that was allowed; inf: any.
+    """
+
+    layout: Layout
+    certificate: Certificate
+    solver: str
+    candidates: tuple[Candidate, ...]
+    limit: float
+
+
+def wish_of(request: PlanRequest, costs: Costs) -> Wish:
+    """What a request wants of one replica on these devices."""
+    there = {device.id for device in costs.devices}
+    most = min(len(costs.devices), costs.num_layers)
+    return Wish(
+        objective="throughput" if request.objective == "goodput" else request.objective,
+        slo_seconds=request.workload.slo_seconds,
+        stages=min(request.workload.stages, most),
+        pins=tuple(pin for pin in request.pins if pin.device_id in there),
+        budget=request.budget_seconds,
+        seeded=request.seeded,
+    )
+
+
+def place(costs: Costs, wish: Wish) -> Placed | None:
+    """Place one replica; None if it does not fit, or not within the SLO, as far as was found."""
+    if not costs.devices:
+        return None
+    rules = {name: rule(costs) for name, rule in BASELINES.items()}
+    seeds = tuple(layout.order for layout in rules.values() if layout) if wish.seeded else ()
+    sizes: Sequence[float] = [float(costs.layer_bytes.max())]
+    if not costs.uniform:
+        sizes = np.linspace(costs.layer_bytes.mean(), costs.layer_bytes.max(), _SIZES).tolist()
+    for layer_bytes in sizes:
+        chain = chain_of(costs, wish.pins, layer_bytes)
+        problem = Problem(chain, costs.price, wish.stages, wish.budget, seeds)
+        limit = _limit(problem, wish)
+        choice = None if limit is None else _choose(problem, costs, wish, limit)
+        layout = None if choice is None else _layout(costs, choice.route)
+        if limit is None or choice is None or layout is None:
+            continue
+        judge = Judge(costs, chain, wish.objective, limit, wish.stages)
+        known = {name: found for name, found in rules.items() if found is not None}
+        if wish.seeded:
+            layout = judge.best([layout, *known.values(), *_recut(costs, chain, known)]) or layout
+        elif judge.violation(layout):
+            continue
+        certificate: Certificate | None = choice.certificate
+        if not costs.uniform:
+            certificate = _loose(costs, wish, limit)
+        candidates = _candidates(judge, layout, rules, choice.others)
+        valued = _valued(costs, wish, layout, certificate)
+        return Placed(layout, valued, choice.solver, candidates, limit)
+    return None
+
+
+def fastest_seconds(costs: Costs, wish: Wish) -> float | None:
+    """The least latency that was found, whatever the SLO; None if nothing fits."""
+    found = place(costs, replace(wish, objective="lr", slo_seconds=0.0))
+    return None if found is None else predict(costs, found.layout).total_seconds
+
+
+def _limit(problem: Problem, wish: Wish) -> float | None:
+    """Longest latency allowed; None if nothing fits."""
+    if wish.objective in ("lr", "he"):
+        return np.inf
+    if wish.slo_seconds or wish.objective != "helr":
+        return wish.slo_seconds or np.inf
+    best = fastest(problem)
+    return None if best is None else (1 + SLACK) * best.route.seconds
+
+
+def _choose(problem: Problem, costs: Costs, wish: Wish, limit: float) -> Choice | None:
+    if wish.objective == "lr":
+        return fastest(problem)
+    if wish.objective in ("he", "helr"):
+        return cheapest(problem, limit)
+    return quickest(Pipeline(problem, costs.busy, costs.in_flight, limit))
+
+
+def _layout(costs: Costs, route: Route) -> Layout | None:
+    if costs.uniform:
+        return Layout(route.order, route.layers)
+    layers = best_cut(costs, route.order)
+    return None if layers is None else Layout(route.order, layers)
+
+
+def _recut(costs: Costs, chain: Chain, known: dict[str, Layout]) -> list[Layout]:
+    """Baselines' orders with the best layers."""
+    found = []
+    for layout in known.values():
+        layers = chain.layers(layout.order) if costs.uniform else best_cut(costs, layout.order)
+        if layers is not None:
+            found.append(Layout(layout.order, tuple(layers)))
+    return found
+
+
+def _loose(costs: Costs, wish: Wish, limit: float) -> Certificate | None:
+    """A bound where layers differ: all are taken to be like the least of them."""
+    least = float(costs.layer_bytes.min())
+    chain = replace(chain_of(costs, wish.pins, max(least, 1.0)), layer=costs.layer.min(axis=1))
+    choice = _choose(Problem(chain, costs.price, wish.stages, wish.budget), costs, wish, limit)
+    if choice is None:
+        return None
+    return replace(choice.certificate, proof=f"least layer; {choice.certificate.proof}")
+
+
+def _valued(
+    costs: Costs, wish: Wish, layout: Layout, certificate: Certificate | None
+) -> Certificate:
+    """The certificate of a layout, in the quantity that the objective is about."""
+    found = predict(costs, layout)
+    bound = certificate.bound if certificate else 0.0
+    proof = certificate.proof if certificate else "none"
+    if wish.objective == "lr":
+        value = found.total_seconds
+        return Certificate("seconds", value, min(bound, value), proof)
+    if wish.objective in ("he", "helr"):
+        value = float(costs.price[np.asarray(layout.order)].sum())
+        return Certificate("cost", value, min(bound, value), proof)
+    tokens = costs.batch * costs.output_tokens
+    most = tokens / bound if bound > 0 else np.inf
+    rate = found.tokens_per_second
+    return Certificate("tokens per second", rate, max(most, rate), proof)
+
+
+def _candidates(
+    judge: Judge, chosen: Layout, rules: dict[str, Layout | None], others: Sequence[Route]
+) -> tuple[Candidate, ...]:
+    found = [
+        judge.candidate(name, layout, chosen) for name, layout in rules.items() if layout != chosen
+    ]
+    seen = {chosen.order}
+    for route in others:
+        if route.order not in seen and (layout := _layout(judge.costs, route)) is not None:
+            seen.add(route.order)
+            name = f"best of {len(route.order)} device(s)"
+            found.append(judge.candidate(name, layout, chosen))
+    found.sort(key=lambda each: (each.total_seconds, each.name))
+    return tuple(found[: len(rules) + _NEXT_BEST])

@@ -1,0 +1,116 @@
+"""Local search on the order of a chain, where no exact method is fast enough."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from uellm.placement.chain import Chain, Route, route
+
+
+class Polisher:
+    """Improves routes of one chain, and counts the work.
+
+    Args:
+        chain: the problem.
+        budget: most orders that are looked at, over all calls.
+        count: devices that a route must have; None: as many as are best.
+    """
+
+    def __init__(self, chain: Chain, budget: int, count: int | None = None) -> None:
+        self._chain = chain
+        self._left = budget
+        self._count = count
+        # Plain lists: an order is looked at in microseconds.
+        self._layer = chain.layer.tolist()
+        self._fixed = chain.fixed.tolist()
+        self._link = chain.link.tolist()
+        self._middle = chain.middle_cap.tolist()
+        self._group = chain.group.tolist()
+        rank = sorted(range(chain.size), key=lambda d: (self._layer[d], d))
+        self._rank = {device: place for place, device in enumerate(rank)}
+        self._required = {d for d in range(chain.size) if chain.required[d]}
+
+    def improve(self, start: Sequence[int]) -> Route | None:
+        """The best route that is reached from an order by steps that each make it better."""
+        order = list(start)
+        best = self._seconds(order)
+        if best is None:
+            return None
+        improved = True
+        while improved and self._left > 0:
+            improved = False
+            for candidate in self._steps(order):
+                seconds = self._seconds(candidate)
+                if seconds is not None and seconds < best - 1e-12 * abs(best):
+                    order, best, improved = candidate, seconds, True
+                    break
+                if self._left <= 0:
+                    break
+        return route(self._chain, order)
+
+    def _seconds(self, order: Sequence[int]) -> float | None:
+        """What an order takes; None if it may not be."""
+        self._left -= 1
+        chain, n = self._chain, len(order)
+        left = chain.num_layers - n
+        if left < 0 or (self._count is not None and n != self._count):
+            return None
+        if self._required and not self._required <= set(order):
+            return None
+        if not self._side_by_side(order):
+            return None
+        first, last = order[0], order[-1]
+        total: float = float(chain.first[first] + chain.last[last])
+        for device in sorted(order, key=self._rank.__getitem__):
+            more = self._middle[device] - 1
+            if device == first:
+                more = int(chain.first_cap[device] if n > 1 else chain.only_cap[device]) - 1
+            elif device == last:
+                more = int(chain.last_cap[device]) - 1
+            if more < 0:
+                return None
+            taken = min(left, more)
+            left -= taken
+            total += self._fixed[device] + (1 + taken) * self._layer[device]
+        if left:
+            return None
+        ways: float = sum(self._link[a][b] for a, b in pairwise(order))
+        return total + ways
+
+    def _side_by_side(self, order: Sequence[int]) -> bool:
+        seen: set[int] = set()
+        before = -1
+        for device in order:
+            group = self._group[device]
+            if group != before and group in seen:
+                return False
+            seen.add(group)
+            before = group
+        return True
+
+    def _steps(self, order: list[int]) -> Iterator[list[int]]:
+        """Orders that differ in one step."""
+        spare = [device for device in range(self._chain.size) if device not in set(order)]
+        spare.sort(key=self._rank.__getitem__)
+        if len(order) > 1 and self._count is None:
+            yield from (order[:i] + order[i + 1 :] for i in range(len(order)))
+        for i in range(len(order)):
+            yield from ([*order[:i], device, *order[i + 1 :]] for device in spare)
+        if self._count is None:
+            for device in spare:
+                yield from ([*order[:i], device, *order[i:]] for i in range(len(order) + 1))
+        yield from _reversals(order)
+        yield from _moves(order)
+
+
+def _reversals(order: list[int]) -> Iterator[list[int]]:
+    for i in range(len(order)):
+        for j in range(i + 2, len(order) + 1):
+            yield order[:i] + order[i:j][::-1] + order[j:]
+
+
+def _moves(order: list[int]) -> Iterator[list[int]]:
+    """Up to three neighbours elsewhere."""
+    for size in (1, 2, 3):
+        for i in range(len(order) - size + 1):
+            rest, part = order[:i] + order[i + size :], order[i : i + size]
+            yield from (rest[:j] + part + rest[j:] for j in range(len(rest) + 1) if j != i)

@@ -1,0 +1,146 @@
+"""Placing anew: what would move, whether it pays, and plans that move little."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from uellm.core.model import ModelProfile
+from uellm.placement.costs import Array, Costs
+from uellm.placement.fixed_order import best_cut
+from uellm.placement.judge import Judge
+from uellm.placement.prediction import Layout, predict
+from uellm.placement.views import Move, Plan, PlannedReplica
+
+LEAST_GAIN = 0.05
+COOL_DOWN_SECONDS = 60.0
+
+
+def moves(
+    model: ModelProfile, replicas: Sequence[PlannedReplica], previous: Plan | None
+) -> tuple[Move, ...]:
+    """The layers that devices have to load which did not hold them, in any replica, before."""
+    found: list[Move] = []
+    for index, replica in enumerate(replicas if previous else ()):
+        for stage in replica.stages:
+            held = _held(previous, stage.device_id)
+            lacking = [n for n in range(stage.first_layer, stage.last_layer + 1) if n not in held]
+            for first, last in _runs(lacking):
+                weights = sum(layer.weight_bytes for layer in model.layers[first : last + 1])
+                found.append(Move(index, stage.device_id, first, last, weights))
+    return tuple(found)
+
+
+def worth_it(
+    gain: float,
+    since_last_seconds: float,
+    least_gain: float = LEAST_GAIN,
+    cool_down_seconds: float = COOL_DOWN_SECONDS,
+) -> bool:
+    """Whether to change to a better plan; a plan that serves no longer is not asked about.
+
+    Args:
+        gain: of the objective, as a share: 0.05 for five per cent less latency or more throughput.
+        since_last_seconds: time since the last change.
+        least_gain: what a change must bring.
+        cool_down_seconds: how long a change must last.
+    """
+    return gain >= least_gain and since_last_seconds >= cool_down_seconds
+
+
+def nearby(
+    costs: Costs, judge: Judge, previous: PlannedReplica, seconds_per_byte: float
+) -> list[Layout]:
+    """Layouts that keep the old order, less what is lost, and one device more or less.
+
+    Each is cut by the dynamic program for a fixed order, with a price on the bytes that move.
+    """
+    index = {device.id: i for i, device in enumerate(costs.devices)}
+    order = [index[stage.device_id] for stage in previous.stages if stage.device_id in index]
+    weights = np.array([layer.weight_bytes for layer in costs.model.layers], dtype=float)
+    held = {
+        index[stage.device_id]: (stage.first_layer, stage.last_layer)
+        for stage in previous.stages
+        if stage.device_id in index
+    }
+
+    def price(device: int) -> Array:
+        cost = weights * seconds_per_byte
+        if device in held:
+            first, last = held[device]
+            cost = cost.copy()
+            cost[first : last + 1] = 0.0
+        return cost
+
+    pace = np.inf
+    found = []
+    for each in _neighbours(order, len(costs.devices)):
+        if not each or not judge.chain.allows(each):
+            continue
+        layers = best_cut(costs, each, pace, [price(device) for device in each])
+        if layers is not None:
+            found.append(Layout(tuple(each), layers))
+    return found
+
+
+def moved_bytes(costs: Costs, layout: Layout, previous: PlannedReplica) -> int:
+    """Weights that a layout's devices have to load."""
+    total = 0
+    held = {stage.device_id: stage for stage in previous.stages}
+    for device, (first, last) in zip(layout.order, layout.ranges, strict=True):
+        stage = held.get(costs.devices[device].id)
+        for number in range(first, last + 1):
+            if stage is None or not stage.first_layer <= number <= stage.last_layer:
+                total += costs.model.layers[number].weight_bytes
+    return total
+
+
+def settle(
+    costs: Costs,
+    judge: Judge,
+    fresh: Layout,
+    previous: PlannedReplica,
+    seconds_per_byte: float,
+) -> Layout:
+    """The best layout with the price of moving counted: the fresh one, or one nearby."""
+
+    def total(layout: Layout) -> tuple[float, float, int]:
+        moved = moved_bytes(costs, layout, previous)
+        found = predict(costs, layout)
+        seconds = found.total_seconds
+        if judge.objective in ("throughput", "goodput"):
+            seconds = found.bottleneck_seconds
+        cost = judge.cost(layout) if judge.objective in ("he", "helr") else 0.0
+        return cost, seconds + seconds_per_byte * moved, moved
+
+    options = [fresh, *nearby(costs, judge, previous, seconds_per_byte)]
+    fine = [layout for layout in options if not judge.violation(layout)]
+    return min(fine, key=total, default=fresh)
+
+
+def _neighbours(order: list[int], size: int) -> Iterator[list[int]]:
+    """An order, with one device less, and with one more anywhere."""
+    yield order
+    yield from (order[:i] + order[i + 1 :] for i in range(len(order)))
+    for device in sorted(set(range(size)) - set(order)):
+        yield from ([*order[:i], device, *order[i:]] for i in range(len(order) + 1))
+
+
+def _held(previous: Plan | None, device_id: str) -> set[int]:
+    return {
+        number
+        for replica in (previous.replicas if previous else ())
+        for stage in replica.stages
+        if stage.device_id == device_id
+        for number in range(stage.first_layer, stage.last_layer + 1)
+    }
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of consecutive numbers."""
+    start = None
+    for at, number in enumerate(numbers):
+        if start is None:
+            start = number
+        if at + 1 == len(numbers) or numbers[at + 1] != number + 1:
+            yield start, number
+            start = None

@@ -1,0 +1,194 @@
+"""The fastest chain, by the method that suits the size and the shape of the cluster."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from uellm.placement import cpsat, held_karp
+from uellm.placement.bound import ascend
+from uellm.placement.chain import Chain, Route, route
+from uellm.placement.costs import Array
+from uellm.placement.hierarchy import hierarchy
+from uellm.placement.polish import Polisher
+from uellm.placement.tree import solve_tree
+
+EXACT = 1e-9
+"""Within this of its bound a route is taken to be the best."""
+
+_ORDERS_PER_SECOND = 30_000
+_TREES_PER_SECOND = 12
+_STARTS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The best chain that was found.
+
+    Attributes:
+        route: the chain.
+        bound: seconds that no chain can beat.
+        solver: what found it.
+        proof: what the bound rests on.
+    """
+
+    route: Route
+    bound: float
+    solver: str
+    proof: str
+
+    @property
+    def proven(self) -> bool:
+        """Whether there is no better chain."""
+        return self.route.seconds <= self.bound * (1 + EXACT) + EXACT * abs(self.route.seconds)
+
+
+def search(
+    chain: Chain,
+    budget: float,
+    seeds: Iterable[Sequence[int]] = (),
+    enough: float = -np.inf,
+) -> Found | None:
+    """Find the fastest chain; None if none was found.
+
+    Args:
+        chain: the problem.
+        budget: nominal seconds, counted in work, where no exact method is fast enough.
+        seeds: orders to start from as well.
+        enough: seconds that need not be improved upon.
+    """
+    if chain.size == 0:
+        return None
+    if chain.size <= held_karp.MOST_DEVICES:
+        return _by_sets(chain)
+    tree = hierarchy(chain)
+    result = solve_tree(chain, tree)
+    if result is None:
+        return None
+    if tree.exact and result.route is not None:
+        return Found(result.route, result.bound, "tree", "dynamic program over the tree: exact")
+    return _by_search(chain, budget, [result.order, *seeds], result.bound, enough)
+
+
+def _by_sets(chain: Chain) -> Found | None:
+    best = held_karp.optima(chain)
+    subset = int(best.seconds[1:].argmin()) + 1
+    if not np.isfinite(best.seconds[subset]):
+        return None
+    found = best.route(subset)
+    return Found(found, found.seconds, "held-karp", "all sets and orders of devices: exact")
+
+
+def _by_search(
+    chain: Chain, budget: float, starts: Sequence[Sequence[int]], bound: float, enough: float
+) -> Found | None:
+    polisher = Polisher(chain, int(_ORDERS_PER_SECOND * budget))
+    routes = _improved(polisher, [side_by_side(chain, order) for order in starts])
+    proof = "tree of the links"
+    if routes and routes[0].seconds <= enough:
+        return Found(routes[0], bound, "polish", proof)
+    target = routes[0].seconds if routes else 2 * abs(bound) + 1e-9
+    lifted = ascend(chain, target, max(1, int(_TREES_PER_SECOND * budget)))
+    bound, proof = max(bound, lifted.bound), "tree of the links with potentials"
+    near = sorted(lifted.routes, key=lambda each: each.seconds)[:_STARTS]
+    routes = sorted(
+        [*routes, *_improved(polisher, [each.order for each in near])],
+        key=lambda each: each.seconds,
+    )
+    if not routes:
+        return None
+    found = Found(routes[0], bound, "polish", proof)
+    small = chain.size <= cpsat.MOST_DEVICES and cpsat.available()
+    if found.proven or found.route.seconds <= enough or not small:
+        return found
+    closed = cpsat.solve_cpsat(chain, found.route, budget)
+    if closed.bound <= bound:
+        return replace(found, route=closed.route)
+    return Found(closed.route, closed.bound, "cp-sat", "CP-SAT")
+
+
+def _improved(polisher: Polisher, starts: Iterable[Sequence[int]]) -> list[Route]:
+    routes = [polisher.improve(order) for order in starts if order]
+    return sorted((each for each in routes if each), key=lambda each: each.seconds)
+
+
+def side_by_side(chain: Chain, order: Sequence[int]) -> list[int]:
+    """An order in which the devices of each worker follow the first of them."""
+    first = {int(chain.group[d]): i for i, d in reversed(list(enumerate(order)))}
+    return sorted(order, key=lambda device: first[int(chain.group[device])])
+
+
+def with_count(
+    chain: Chain, count: int, budget: float, seeds: Iterable[Sequence[int]] = ()
+) -> Found | None:
+    """The fastest chain of so many devices, for more devices than sets are looked at.
+
+    A price on the use of a device, which may be negative, is moved until the number is right.
+    """
+    ones = np.ones(chain.size)
+    low, high = -_scale(chain), _scale(chain)
+    bound = -np.inf
+    starts = [list(order) for order in seeds]
+    exact: Route | None = None
+    for _ in range(24):
+        price = (low + high) / 2
+        priced = chain.priced(price * ones)
+        result = solve_tree(priced, hierarchy(priced))
+        if result is None:
+            return None
+        bound = max(bound, result.bound - price * count)
+        starts.append(side_by_side(chain, result.order))
+        if len(result.order) == count:
+            exact = route(chain, side_by_side(chain, result.order))
+            break
+        low, high = (price, high) if len(result.order) > count else (low, price)
+    polisher = Polisher(chain, int(_ORDERS_PER_SECOND * budget), count)
+    near = sorted(starts, key=lambda order: abs(len(order) - count))[: 2 * _STARTS]
+    routes = _improved(polisher, [_resized(chain, order, count) for order in near])
+    routes += [exact] if exact else []
+    if not routes:
+        return None
+    best = min(routes, key=lambda each: each.seconds)
+    return Found(best, bound, "tree" if best is exact else "polish", "price on the use of a device")
+
+
+def _resized(chain: Chain, order: Sequence[int], count: int) -> list[int]:
+    """An order with devices added at its end or taken away, the slowest first."""
+    by_speed = [int(d) for d in np.argsort(chain.layer, kind="stable")]
+    kept = set(order)
+    for device in reversed(by_speed):
+        if len(kept) > count and not chain.required[device]:
+            kept.discard(device)
+    for device in by_speed:
+        if len(kept) < count:
+            kept.add(device)
+    rest = [device for device in by_speed if device in kept - set(order)]
+    return side_by_side(chain, [*(d for d in order if d in kept), *rest])
+
+
+def _scale(chain: Chain) -> float:
+    """Seconds that no chain comes to."""
+    ways: Array = np.where(np.isfinite(chain.link), chain.link, 0.0)
+    return float(
+        chain.layer.max() * chain.num_layers
+        + chain.first.max()
+        + chain.last.max()
+        + ways.max() * chain.size
+    )
+
+
+def least_cost(chain: Chain, price: Array) -> float:
+    """The least cost of devices that hold the layers, whatever their order and speed: a bound."""
+    n = chain.size
+    zero = np.zeros(n)
+    bare = replace(
+        chain,
+        layer=zero,
+        fixed=price,
+        first=zero,
+        last=zero,
+        link=np.zeros((n, n)),
+        group=np.arange(n),
+    )
+    result = solve_tree(bare, hierarchy(bare))
+    return result.bound if result else float("inf")

@@ -1,0 +1,196 @@
+"""The plan that an objective asks for: ``solve`` a request, or several that share a cluster."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from uellm.core.errors import InvalidArgumentError
+from uellm.placement import infeasible
+from uellm.placement.chain import chain_of
+from uellm.placement.costs import Costs, Integers, costs_of
+from uellm.placement.explain import explain_plan, last_that
+from uellm.placement.goodput import spread
+from uellm.placement.judge import Judge
+from uellm.placement.memory import USABLE
+from uellm.placement.objectives import Problem, fastest
+from uellm.placement.placing import Placed, fastest_seconds, place, wish_of
+from uellm.placement.prediction import planned
+from uellm.placement.replan import moves, settle
+from uellm.placement.views import OBJECTIVES, Certificate, Plan, PlanRequest
+
+_QUICK = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class SolverPlacer:
+    """``solve`` as a placer; the request says what is sought."""
+
+    name: str = "solver"
+
+    def place(self, request: PlanRequest) -> Plan:
+        """See ``uellm.placement.views.Placer``."""
+        return solve(request)
+
+
+def solve(request: PlanRequest) -> Plan:
+    """Where a model goes. Pure and deterministic.
+
+    Where the load is not described (``workload.batch`` is 0) and the slots that are wanted do not
+    fit, it grants as many as do.
+
+    Raises:
+        InvalidArgumentError: naming what the request says that cannot be.
+    """
+    if request.objective not in OBJECTIVES:
+        raise InvalidArgumentError(
+            f"objective: {request.objective!r} is none of {', '.join(OBJECTIVES)}",
+            field="objective",
+        )
+    costs = costs_of(request)
+    wanted = max(request.workload.replicas, 1)
+    found = _place_all(request, costs)
+    if len(found.placed) < wanted and not request.workload.batch and costs.need.slots > 1:
+        slots = _most_slots(request, wanted)
+        if slots:
+            costs = costs_of(request, slots)
+            found = _place_all(request, costs)
+    replicas = tuple(planned(costs, each.layout) for each in found.placed)
+    reason = ""
+    if len(found.placed) < wanted:
+        reason = _what_is_missing(request, costs, found)
+    return Plan(
+        replicas=replicas,
+        slots=costs.need.slots,
+        max_tokens=costs.need.max_tokens,
+        objective=request.objective,
+        explanation=explain_plan(replicas, costs.need, request, found.certificate),
+        infeasible_reason=reason,
+        certificate=found.certificate,
+        solver=found.placed[0].solver if found.placed else "",
+        candidates=found.placed[0].candidates if found.placed else (),
+        moves=moves(request.model, replicas, request.previous),
+    )
+
+
+def solve_shared(requests: Sequence[PlanRequest]) -> tuple[Plan, ...]:
+    """Where several models go that share one cluster, the first one first.
+
+    Each is placed on what the others before it leave, and for ``goodput`` on devices that no other
+    uses, as many as its offered rate needs; so that the order is one of priority.
+
+    Raises:
+        InvalidArgumentError: naming what a request says that cannot be.
+    """
+    plans: list[Plan] = []
+    used: set[str] = set()
+    taken: dict[str, int] = {}
+    for request in requests:
+        devices = tuple(
+            replace(
+                device,
+                memory_bytes=max(0, device.memory_bytes - round(taken.get(device.id, 0) / USABLE)),
+                num_stages=device.num_stages + (device.id in used),
+                healthy=device.healthy
+                and not (request.objective == "goodput" and device.id in used),
+            )
+            for device in request.topology.devices
+        )
+        plan = solve(replace(request, topology=replace(request.topology, devices=devices)))
+        plans.append(plan)
+        for stage in (stage for replica in plan.replicas for stage in replica.stages):
+            used.add(stage.device_id)
+            taken[stage.device_id] = taken.get(stage.device_id, 0) + stage.memory_bytes
+    return tuple(plans)
+
+
+@dataclass(frozen=True, slots=True)
+class _All:
+    """Replicas that were placed, and the costs that were left for the one that was not."""
+
+    placed: tuple[Placed, ...]
+    left: Costs
+    certificate: Certificate | None
+
+
+def _place_all(request: PlanRequest, costs: Costs) -> _All:
+    if request.objective == "goodput":
+        tokens = request.workload.requests_per_second * request.workload.output_tokens
+        found = spread(costs, wish_of(request, costs), tokens) if costs.devices else None
+        if found is None:
+            return _All((), costs, None)
+        return _All(found.replicas, costs, found.certificate)
+    placed: list[Placed] = []
+    room: Integers = costs.room.copy()
+    left = costs
+    for index in range(max(request.workload.replicas, 1)):
+        left = replace(costs, room=room)
+        one = _next(request, left, placed, index)
+        if one is None:
+            break
+        placed.append(one)
+        for device, (first, last) in zip(one.layout.order, one.layout.ranges, strict=True):
+            room[device] -= costs.need.stage(first, last)
+        room = room.copy()
+    certificate = placed[0].certificate if len(placed) == 1 else None
+    return _All(tuple(placed), left, certificate)
+
+
+def _next(
+    request: PlanRequest, costs: Costs, placed: Sequence[Placed], index: int
+) -> Placed | None:
+    """One more replica: on devices that no other uses, or else beside others."""
+    used = {device for each in placed for device in each.layout.order}
+    free = [device for device in range(len(costs.devices)) if device not in used]
+    found = None
+    if used and free:
+        part = costs.only(free)
+        found = place(part, wish_of(request, part))
+        if found is not None:
+            order = tuple(free[device] for device in found.layout.order)
+            found = replace(found, layout=replace(found.layout, order=order))
+    if found is None:
+        found = place(costs, wish_of(request, costs))
+    before = request.previous.replicas[index : index + 1] if request.previous else ()
+    if found is None or not before or used:
+        return found
+    wish = wish_of(request, costs)
+    judge = Judge(costs, chain_of(costs, wish.pins), wish.objective, found.limit, wish.stages)
+    layout = settle(costs, judge, found.layout, before[0], request.move_seconds_per_byte)
+    return replace(found, layout=layout)
+
+
+def _most_slots(request: PlanRequest, wanted: int) -> int:
+    """The most slots with which all replicas fit; 0: not even one."""
+
+    def fits(slots: int) -> bool:
+        quick = replace(request, objective="he", budget_seconds=_QUICK, previous=None)
+        return len(_place_all(quick, costs_of(quick, slots)).placed) == wanted
+
+    top = request.workload.slots
+    return last_that(1, top, fits) if top > 1 and fits(1) else 0
+
+
+def _what_is_missing(request: PlanRequest, costs: Costs, found: _All) -> str:
+    if not found.placed and _fits(request, costs):
+        best = fastest_seconds(costs, wish_of(request, costs))
+        if best is not None and request.workload.slo_seconds:
+            return infeasible.too_slow(request, best)
+    return infeasible.lacks_room(
+        request,
+        found.left,
+        len(found.placed),
+        lambda other: len(found.placed) == 0 and _fits(other, costs_of(other, _slots(other))),
+    )
+
+
+def _slots(request: PlanRequest) -> int:
+    """A plan may grant as few as one."""
+    return 1 if not request.workload.batch else request.workload.slots
+
+
+def _fits(request: PlanRequest, costs: Costs) -> bool:
+    """Whether a replica fits, whatever it takes."""
+    if not costs.devices:
+        return False
+    wish = wish_of(request, costs)
+    chain = chain_of(costs, wish.pins)
+    return fastest(Problem(chain, costs.price, wish.stages, _QUICK)) is not None
