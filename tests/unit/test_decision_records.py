@@ -163,6 +163,8 @@ def test_another_policy_shows_what_it_would_have_decided() -> None:
     assert result.different == 1
     assert result.counts["dispatches"] == 1
     assert result.counts["order"] == 1
+    assert result.counts["promises"] == 1
+    assert replay([short_and_long()], Instead("past-future")).different == 0
     difference = next(each for each in result.examples if each.what == "dispatches")
     assert "long" in difference.recorded
     assert "short" in difference.replayed

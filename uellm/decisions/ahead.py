@@ -70,7 +70,8 @@ def those_ahead(story: Story) -> list[Ahead]:
     if not records:
         return []
     first = records[0]
-    for replica in first.replicas:
+    # Who was there already is ahead of one that had to wait, not of one that found room.
+    for replica in first.replicas if _had_to_wait(story) else ():
         for view in replica.in_flight:
             found[view.request_id] = Ahead(
                 view.request_id, BEFORE, view.dispatched_at, first, view.output_p50
@@ -85,6 +86,11 @@ def those_ahead(story: Story) -> list[Ahead]:
         for request_id in order[:place]:
             found.setdefault(request_id, _overtaking(request_id, record, story))
     return list(found.values())
+
+
+def _had_to_wait(story: Story) -> bool:
+    in_engine = (sequence_in(step.engine.waiting, story.request_id) for step in story.steps)
+    return bool(story.waited or story.refused) or any(in_engine)
 
 
 def _overtaking(request_id: str, record: DispatchRecord, story: Story) -> Ahead:

@@ -6,20 +6,18 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from uellm.core.errors import InvalidArgumentError
+from uellm.core.request import Promise
 from uellm.decisions.records import (
     DispatchPolicyUsed,
     DispatchRecord,
     Record,
     StepPolicyUsed,
 )
-from uellm.policy.registry import (
-    dispatch_policies,
-    dispatch_settings,
-    step_policies,
-    step_settings,
-)
-from uellm.policy.views import Dispatch, DispatchSettings
+from uellm.policy.choice import DISPATCH, STEP, PolicyChoice, levels_of
+from uellm.policy.views import Dispatch, DispatchSettings, Refusal
 
+Used = DispatchPolicyUsed | StepPolicyUsed
+_SHARED: Mapping[str, type] = {each.name: type(each.default) for each in fields(DispatchSettings)}
 EXAMPLES = 5
 """So many differences of each kind are described."""
 
@@ -79,64 +77,41 @@ class Instead:
 
     Attributes:
         policy: its name; "": the recorded one.
-        settings: of the policy, or of every policy (``DispatchSettings``), by name.
+        settings: of the policy as for ``PolicyChoice``, or of every policy (``DispatchSettings``).
 
     Raises:
-        InvalidArgumentError: if neither level has such a policy, or such a setting.
+        InvalidArgumentError: if neither level has such a policy.
     """
 
     policy: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = sorted({*dispatch_policies(), *step_policies()})
-        if self.policy and self.policy not in known:
-            raise InvalidArgumentError(
-                f"policy: no {self.policy!r}; available: {', '.join(known)}", field="policy"
-            )
+        if self.policy:
+            PolicyChoice(self.policy).check()
 
-    def dispatch(self, used: DispatchPolicyUsed) -> DispatchPolicyUsed | None:
-        """What decides at level one; None if the policy has no such half."""
+    def of(self, used: Used) -> Used | None:
+        """What decides; None if the policy has no half at this level.
+
+        Raises:
+            InvalidArgumentError: if it has no such setting, or a value is not what it should be.
+        """
         name = self.policy or used.name
-        if name not in dispatch_policies():
+        level = DISPATCH if isinstance(used, DispatchPolicyUsed) else STEP
+        if level not in levels_of(name):
             return None
-        general = {each.name: type(each.default) for each in fields(DispatchSettings)}
-        shared = {n: _number(n, v, general[n]) for n, v in self.settings.items() if n in general}
-        own = _known(self.settings, dispatch_settings(name), step_settings(name), general)
-        kept = used.options if name == used.name else {}
-        settings = replace(used.settings, **shared)
-        return DispatchPolicyUsed(name, settings, {**kept, **own})
-
-    def step(self, used: StepPolicyUsed) -> StepPolicyUsed | None:
-        """What decides at level two; None if the policy has no such half."""
-        name = self.policy or used.name
-        if name not in step_policies():
-            return None
-        general = {each.name: type(each.default) for each in fields(DispatchSettings)}
-        own = _known(self.settings, step_settings(name), dispatch_settings(name), general)
-        kept = used.options if name == used.name else {}
-        return StepPolicyUsed(name, {**kept, **own})
+        shared = {n: _number(n, v) for n, v in self.settings.items() if n in _SHARED}
+        choice = PolicyChoice(name, {n: v for n, v in self.settings.items() if n not in _SHARED})
+        if choice.settings:
+            choice.check()
+        options = {**(used.options if name == used.name else {}), **choice.at(level)}
+        if isinstance(used, DispatchPolicyUsed):
+            return DispatchPolicyUsed(name, replace(used.settings, **shared), options)
+        return StepPolicyUsed(name, options)
 
 
-def _known(
-    given: Mapping[str, str],
-    own: Mapping[str, Any],
-    other: Mapping[str, Any],
-    general: Mapping[str, Any],
-) -> dict[str, str]:
-    """The settings of one half of a policy, of those given for both.
-
-    Raises:
-        InvalidArgumentError: if one is of neither half.
-    """
-    for name in given:
-        if name not in own and name not in other and name not in general:
-            known = ", ".join(sorted({*own, *other, *general}))
-            raise InvalidArgumentError(f"{name}: no such setting; available: {known}", field=name)
-    return {name: value for name, value in given.items() if name in own}
-
-
-def _number(name: str, text: str, kind: type) -> Any:
+def _number(name: str, text: str) -> Any:
+    kind = _SHARED[name]
     try:
         value = kind(text)
     except ValueError:
@@ -160,65 +135,97 @@ def replay(records: Iterable[Record], instead: Instead | None = None) -> Replay:
     """
     instead = instead or Instead()
     result = Replay()
-    makers: dict[str, Any] = {}
+    made: dict[str, tuple[Used, Any] | None] = {}
     for record in records:
         if record.truncated:
             result.truncated += 1
             continue
-        used = (
-            instead.dispatch(record.policy)
-            if isinstance(record, DispatchRecord)
-            else instead.step(record.policy)
-        )
-        if used is None:
-            continue
         # What policies keep between decisions changes time only.
-        policy = makers.get(repr(used)) or makers.setdefault(repr(used), used.make())
+        recorded = repr(record.policy)
+        if recorded not in made:
+            used = instead.of(record.policy)
+            made[recorded] = (used, used.make()) if used is not None else None
+        found = made[recorded]
+        if found is None:
+            continue
+        used, policy = found
         if isinstance(record, DispatchRecord):
             result.dispatches += 1
             again = policy.dispatch(record.queue, record.replicas, record.now)
         else:
             result.steps += 1
             again = policy.step(record.engine, record.now)
-        result.take(differences(record, again))
+        result.take(differences(record, again, by_another=used.name != record.policy.name))
     return result
 
 
-def differences(record: Record, again: Any) -> list[Difference]:
-    """How a decision that was made again differs, by its fields."""
+def differences(record: Record, again: Any, *, by_another: bool = False) -> list[Difference]:
+    """How a decision that was made again differs, by its fields.
+
+    Args:
+        record: the decision.
+        again: the one that was made again.
+        by_another: by another policy; that promises and refusals name it is no difference.
+    """
     recorded = record.decision
     found = []
     for each in fields(recorded):
         before, after = getattr(recorded, each.name), getattr(again, each.name)
+        if by_another:
+            before, after = _unsigned(before), _unsigned(after)
         if before != after:
-            found.append(Difference(record.now, each.name, *_described(before, after)))
+            described = _described(before, after, record.now)
+            found.append(Difference(record.now, each.name, *described))
     return found
 
 
-def _described(before: Any, after: Any) -> tuple[str, str]:
+def _unsigned(value: Any) -> Any:
+    """Promises, and what carries some, without the words of the policy that made them."""
+    if isinstance(value, Promise):
+        return replace(value, policy="", reason="")
+    if isinstance(value, Mapping):
+        return {name: _unsigned(each) for name, each in value.items()}
+    if isinstance(value, Refusal):
+        return replace(value, message="", promise=_unsigned(value.promise))
+    if isinstance(value, tuple):
+        return tuple(map(_unsigned, value))
+    return value
+
+
+def _described(before: Any, after: Any, now: float) -> tuple[str, str]:
     """Both sides where they first differ."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         name = next(n for n in [*before, *after] if before.get(n) != after.get(n))
-        return _item(name, before.get(name)), _item(name, after.get(name))
+        return (
+            f"{name}: {_words(before.get(name), now)}",
+            f"{name}: {_words(after.get(name), now)}",
+        )
     if isinstance(before, Sequence) and isinstance(after, Sequence):
         place = next(
             (i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]),
             min(len(before), len(after)),
         )
-        return _at(before, place), _at(after, place)
+        return _at(before, place, now), _at(after, place, now)
     return str(before), str(after)
 
 
-def _item(name: str, value: Any) -> str:
-    return f"{name}: {'none' if value is None else value}"
+def _at(values: Sequence[Any], place: int, now: float) -> str:
+    return f"[{place}] {_words(values[place], now) if place < len(values) else 'none'}"
 
 
-def _at(values: Any, place: int) -> str:
-    if place >= len(values):
-        return f"[{place}] none"
-    value = values[place]
-    if isinstance(value, Dispatch):
-        ids = ", ".join(value.request_ids[:4])
-        more = f" and {len(value.request_ids) - 4} more" if len(value.request_ids) > 4 else ""
-        return f"[{place}] {value.replica}: {ids}{more}"
-    return f"[{place}] {value}"
+def _words(value: Any, now: float) -> str:
+    """A part of a decision, in short."""
+    match value:
+        case None:
+            return "none"
+        case Dispatch():
+            ids = ", ".join(value.request_ids[:4])
+            more = len(value.request_ids) - 4
+            return f"{value.replica}: {ids}{f' and {more} more' if more > 0 else ''}"
+        case Promise():
+            sure = "" if value.p_meet is None else f", {value.p_meet:.0%} sure"
+            by = f"by +{value.finish_p50 - now:.3f} s (p90 +{value.finish_p90 - now:.3f} s)"
+            return f"{by}{sure}, {value.queue_position} ahead; {value.reason}".rstrip("; ")
+        case Refusal():
+            return f"{value.request_id}: {'expired' if value.expired else 'infeasible'}"
+    return str(value)
