@@ -75,6 +75,12 @@ async def in_force(up: Up, words: str) -> bool:
     return words in out
 
 
+async def explained(up: Up, request_id: str) -> bool:
+    status, out, err = await up.run("why", request_id)
+    assert status == 0, err
+    return "sent to demo-0" in out and "Answered after" in out
+
+
 async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", layers=8, hidden=192)
     state = await up.start("--workers", "2", "--adapter", f"twist={adapter}")
@@ -124,6 +130,19 @@ async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
     status, out, _ = await up.run("policy", "reset", "demo")
     assert status == 0
     await eventually(lambda: in_force(up, "continuous"), 20)
+
+    _, out, _ = await up.run("generate", "Why?", "--max-tokens", "8", "--json")
+    request_id = json.loads(out)["request_id"]
+    await eventually(lambda: explained(up, request_id), 20)
+    file = str(tmp_path / "decisions.jsonl")
+    status, _, err = await up.run("decisions", "demo", "--out", file)
+    assert (status, "decisions in" in err) == (0, True), err
+    # By three policies, one of them static: every decision comes out as it did.
+    status, out, err = await up.run("replay", file, "--json")
+    replayed = json.loads(out)
+    assert (status, replayed["different"]) == (0, 0), out
+    assert replayed["dispatch_decisions"] >= 4
+    assert replayed["step_decisions"] >= 1
 
     os.kill(state.pids["gateway-1"], signal.SIGKILL)
     status, out, err = await up.run("generate", "Hello again", "--max-tokens", "8")
