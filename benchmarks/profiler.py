@@ -138,8 +138,11 @@ def new_models(
                     for example in known:
                         teach(made, [example])
                 judged.append(asdict(evaluate(made, asked).scores))
-            means = {key: float(np.nanmean([each[key] for each in judged])) for key in judged[0]}
-            found[f"{backend}, {kind}"] = means | {"models": len(new)}
+            # R2 of a model whose answers are all of one length is beyond all bounds.
+            found[f"{backend}, {kind}"] = {
+                key: float((np.nanmedian if key == "r2" else np.nanmean)([e[key] for e in judged]))
+                for key in judged[0]
+            } | {"models": len(new)}
     return found
 
 

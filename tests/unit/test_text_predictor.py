@@ -295,6 +295,31 @@ def test_flattened_trees_predict_as_those_that_were_grown() -> None:
     np.testing.assert_allclose(trees.predict(fresh), grown[0].predict(fresh), rtol=1e-9)
 
 
+@pytest.mark.parametrize("cap", [40, 1])
+def test_what_varies_in_nothing_can_be_learnt_from(cap: int) -> None:
+    predictor = TextPredictor()
+    teach(predictor, 300 * ["Say it again."], 300 * [40.0], cap=cap)
+    fit(predictor)
+    asked = request("Say it again.", max_tokens=100)
+    [prediction] = predictor.predict_batch([asked])
+    assert prediction.lengths.at(0.5) >= cap
+    if cap == 40:
+        assert prediction.lengths.at(0.9) == pytest.approx(40, rel=0.2)
+
+
+def test_half_a_character_is_no_problem() -> None:
+    assert unpacked(see("Say \ud800 again.", 5).packed()) is not None
+
+
+def test_a_record_that_was_tampered_with_teaches_the_prior_alone(fitted: TextPredictor) -> None:
+    record = see("Say it again.", 5).packed()
+    before = fitted.state()["rows_taught"]
+    for spoilt in (record[:-4] + b"\xff\xff\xff\xff", record[:9] + b"\xff\x7f" + record[11:], b"x"):
+        fitted.observe(CompletionFacts("m", "greedy", 5, 10, features=spoilt))
+    assert fitted.state()["rows_taught"] == before
+    assert fitted.observations("m") == 1503
+
+
 def test_settings_name_their_limits() -> None:
     with pytest.raises(InvalidArgumentError, match="most_rows: 1 must be at least 256"):
         TextPredictor({"most_rows": 1})

@@ -5,7 +5,7 @@ ones are looked at from both ends.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -52,7 +52,7 @@ def _ids_of(asked: Sequence[str], rest: Sequence[str]) -> Ids:
     head, tail = asked[:_ASKED_WORDS], asked[_ASKED_WORDS:][-20:]
     # Marks for the start and the end, so that pairs tell what a prompt begins and ends with.
     words = ["", *head, *tail, "\n"]
-    hashes = np.array([crc32(word.encode()) for word in words], dtype=np.uint32)
+    hashes = _hashed(words)
     inner = hashes[1:-1]
     pairs = [
         inner,
@@ -69,9 +69,14 @@ def _ids_of(asked: Sequence[str], rest: Sequence[str]) -> Ids:
     others.update(" ".join(asked[-count:]) + "$" for count in (1, 2))
     others.update(word + "~" for word in rest[:_REST_WORDS])
     others.update(word + "~" for word in rest[-_REST_WORDS // 2 :])
-    plain = np.array([crc32(other.encode()) for other in others], dtype=np.uint32)
-    hashed = np.concatenate((*pairs, plain))
+    hashed = np.concatenate((*pairs, _hashed(others)))
     mixed = (hashed ^ (hashed >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
     ids: Ids = np.unique((mixed ^ (mixed >> np.uint32(13))) & _MASK)
     # Which are left out of very many is as good as random, and the same whenever.
     return ids[:MOST_IDS]
+
+
+def _hashed(words: Iterable[str]) -> Ids:
+    # Text from JSON may hold halves of surrogate pairs.
+    hashes = [crc32(word.encode("utf-8", "surrogatepass")) for word in words]
+    return np.array(hashes, dtype=np.uint32)

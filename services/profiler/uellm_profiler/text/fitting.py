@@ -23,6 +23,9 @@ _LEAST_SPREAD = 0.1
 _MOST_SHRINKAGE = 100.0
 _FACTOR_WEIGHT = 20.0
 _SPREAD_FLOOR = 0.05
+_CENTRE = ("absolute_error", 300)
+_SPREAD = ("squared_error", 60)
+"""Loss and most trees of the two forests."""
 
 Places = npt.NDArray[np.intp]
 
@@ -116,21 +119,21 @@ def _fitted(data: _Data) -> State:
     target = (data.logs - means) / spreads
     shared, own, own_keys, columns = _linear(data, target)
     halves = (data.prompts >> np.uint64(16)).astype(np.int64) % 2
-    apart = _apart(columns, target, halves)
+    apart = _apart(columns, target, halves, *_CENTRE)
     errors = target - apart
-    spread = _grow(columns, np.log(np.abs(errors) + _SPREAD_FLOOR), "squared_error", 60)
+    logs = np.log(np.abs(errors) + _SPREAD_FLOOR)
+    widths = np.exp(_apart(columns, logs, halves, *_SPREAD))
     model = TextModel(
         shared=shared,
         own=own,
         own_keys=own_keys,
-        centre=_grow(columns, target, "absolute_error", 300),
-        spread=spread,
+        centre=_grow(columns, target, *_CENTRE),
+        spread=_grow(columns, logs, *_SPREAD),
         shrinkage=_shrinkage(data.prompts, errors),
         factors=np.ones(BUCKETS),
     )
     relative, counts = _with_known(model, data.prompts, apart, target)
     buckets = np.array([bucket_of(int(count)) for count in counts])
-    widths = np.exp(spread.predict(columns))
     model.factors = _factors(buckets, np.abs(target - relative) / widths, np.abs(errors) / widths)
     widths *= model.factors[buckets]
     return model.state() | _book(data, scale, relative, widths).state()
@@ -171,12 +174,14 @@ def _grow(columns: Floats, target: Floats, loss: str, most: int) -> Trees:
     return grow(columns, target, loss=loss, trees=min(most, 30 + len(target) // 40))
 
 
-def _apart(columns: Floats, target: Floats, halves: npt.NDArray[np.int64]) -> Floats:
+def _apart(
+    columns: Floats, target: Floats, halves: npt.NDArray[np.int64], loss: str, most: int
+) -> Floats:
     """What each half is predicted as by trees of the other."""
     apart = np.full(len(target), float(np.median(target)))
     if 0 < halves.sum() < len(halves):
         for half in (0, 1):
-            trees = _grow(columns[halves != half], target[halves != half], "absolute_error", 300)
+            trees = _grow(columns[halves != half], target[halves != half], loss, most)
             apart[halves == half] = trees.predict(columns[halves == half])
     return apart
 

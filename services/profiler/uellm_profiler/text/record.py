@@ -10,7 +10,7 @@ from hashlib import blake2b
 import numpy as np
 
 from uellm_profiler.text.cues import CUES, Cues
-from uellm_profiler.text.features import Ids, seen_of
+from uellm_profiler.text.features import BITS, Ids, seen_of
 
 _VERSION = b"\x01"
 _PRINT_BYTES = 8
@@ -42,7 +42,7 @@ class Seen:
 def see(text: str, prompt_tokens: int) -> Seen:
     """Look at a prompt."""
     ids, cues = seen_of(text, prompt_tokens)
-    plain = " ".join(text.lower().split()).encode()
+    plain = " ".join(text.lower().split()).encode("utf-8", "surrogatepass")
     fingerprint = int.from_bytes(blake2b(plain, digest_size=_PRINT_BYTES).digest(), "little")
     # As precise as the record: what is predicted now is what will be learnt from.
     return Seen(fingerprint, cues.astype("<f2").astype(np.float32), ids)
@@ -54,5 +54,7 @@ def unpacked(record: bytes) -> Seen | None:
         return None
     cues = np.frombuffer(record, dtype="<f2", count=len(CUES), offset=_CUES_AT)
     ids = np.frombuffer(record, dtype="<u4", offset=_IDS_AT)
+    if not np.isfinite(cues).all() or int(ids.max()) >> BITS:
+        return None
     fingerprint = int.from_bytes(record[1:_CUES_AT], "little")
     return Seen(fingerprint, cues.astype(np.float32), ids.astype(np.uint32))
