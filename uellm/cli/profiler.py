@@ -40,8 +40,12 @@ def train(
     data: Data,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the predictor is kept.")],
     backend: Annotated[
-        str, typer.Option(metavar="NAME", help="prior, text, or one that a package offers.")
+        str, typer.Option(metavar="NAME", help="text, llm, prior, or one that a package offers.")
     ] = "text",
+    base_model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="For llm: the model to tune, in transformers' layout."),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A setting of the predictor; repeatable."),
@@ -59,10 +63,11 @@ def train(
     from uellm.learning import training
 
     examples, skipped = _examples(data, strict=strict)
+    chosen = _settings(settings or [])
+    if base_model is not None:
+        chosen["base_model"] = str(base_model.resolve())
     with _progress(len(examples)) as progress:
-        made = training.train(
-            backend, examples, out, _settings(settings or []), force=force, progress=progress
-        )
+        made = training.train(backend, examples, out, chosen, force=force, progress=progress)
     facts = {
         "profiler": str(out),
         "predictor": made.name,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from time import perf_counter
+from typing import Protocol, runtime_checkable
 
 from uellm.core.errors import ConfigurationError, InvalidArgumentError
 from uellm.core.request import QuantileFunction
@@ -19,6 +20,19 @@ CHECKPOINT_EXAMPLES = 20_000
 
 Progress = Callable[[str, int], None]
 """Told what is being done, and how many examples that are done with it."""
+
+
+HELD_BACK = 10
+"""Of a tunable predictor's examples, one in so many is not tuned to: its errors are learnt."""
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """A predictor that is trained on prompts themselves, before it serves."""
+
+    def tune(self, examples: Sequence[Example], directory: Path, progress: Progress) -> None:
+        """Train; one that was interrupted goes on from what it kept in the directory."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +92,12 @@ def train(
         training = {"examples": source, "done": count, "complete": complete}
         save_predictor(directory, made, settings, training)
 
+    if isinstance(made, Tunable):
+        made.tune([e for i, e in enumerate(examples) if i % HELD_BACK], directory, progress)
+        for batch in _batches(examples[::HELD_BACK]):
+            teach(made, batch)
+        keep(len(examples), complete=True)
+        return made
     for start in range(done, len(examples), CHECKPOINT_EXAMPLES):
         for batch in _batches(examples[start : start + CHECKPOINT_EXAMPLES]):
             teach(made, batch)

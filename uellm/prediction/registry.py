@@ -39,7 +39,7 @@ def predictor(name: str, settings: Mapping[str, object] | None = None) -> Predic
         except ModuleNotFoundError as error:
             raise InvalidArgumentError(
                 f"predictor: {name!r} needs {error.name}, which is not installed; "
-                f"pip install 'uellm[profiler]' brings what uellm's own need",
+                f"pip install 'uellm[profiler-llm]' brings what uellm's own need",
                 field="predictor",
             ) from error
         made: Predictor = make(settings or {})
