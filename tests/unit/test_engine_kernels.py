@@ -192,6 +192,30 @@ def test_threads_share_the_panels(threads: int) -> None:
     torch.testing.assert_close(got, given @ weight.T, rtol=1e-4, atol=1e-4)
 
 
+def test_norms_and_gates_are_those_of_torch(threads: int) -> None:
+    numbers = torch.Generator().manual_seed(threads)
+    for rows, size in ((0, 8), (1, 5), (3, 64), (90, 700)):
+        given = 3 * torch.randn(rows, 2 * size, generator=numbers)
+        weight = torch.randn(2 * size, generator=numbers)
+        wanted = torch.nn.functional.rms_norm(given, (2 * size,), weight, 1e-5)
+        torch.testing.assert_close(loaded().norm(given, weight, 1e-5), wanted)
+        gates, values = 30 * given[:, :size], given[:, size:]
+        both = torch.cat((gates, values), 1)
+        wanted = torch.nn.functional.silu(gates) * values
+        torch.testing.assert_close(loaded().gate(both), wanted)
+
+
+def test_what_is_not_a_number_comes_out() -> None:
+    """The engine then gives no token, and wipes out what the slot holds."""
+    keys, values = torch.ones(2, 1, 1, 64, 16)
+    keys[0, 0, 3, 2] = float("nan")
+    step = PackedStep((Chunk(0, 40, 1, True),), CPU, kernels=loaded())
+    assert attend(step, torch.ones(1, 1, 16), keys, values, None, None, None).isnan().all()
+    both = torch.tensor([[float("nan"), 1.0, 1.0, float("nan")]])
+    assert loaded().gate(both).isnan().all()
+    assert loaded().norm(both, torch.ones(4), 1e-5).isnan().all()
+
+
 def test_other_dtypes_and_devices_have_none() -> None:
     assert kernels(CPU, torch.bfloat16) is None
     assert kernels(torch.device("meta"), torch.float32) is None

@@ -8,13 +8,16 @@ Results differ from transformers' by rounding.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.activations import SiLUActivation
 
 from uellm_worker.engine.attention import PackedStep, SlotCache, attend
+from uellm_worker.engine.native import kernels
 from uellm_worker.engine.recipes import (
     GATE_UP,
     QKV,
@@ -31,7 +34,7 @@ Rows = Callable[[torch.Tensor], torch.Tensor]
 
 
 class RmsNorm:
-    """Root-mean-square norm over the last dimension: the sum is a product with a vector of ones.
+    """Root-mean-square norm over the last dimension.
 
     Args:
         weight: ``[..., size]``.
@@ -46,10 +49,16 @@ class RmsNorm:
         self._size = size
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """The normed rows."""
+        """The normed rows; the sum is a product with a vector of ones."""
         squares = (rows * rows).view(-1, self._size)
         scale = torch.addmm(self._eps, squares, self._mean).rsqrt_()
         return (rows * scale.view(*rows.shape[:-1], 1)).mul_(self._weight)
+
+
+def _rms_norm(weight: torch.Tensor, eps: float) -> Rows:
+    """The norm of rows with a weight ``[size]``, by a kernel where there is one."""
+    found = kernels(weight.device, weight.dtype)
+    return RmsNorm(weight, eps) if found is None else partial(found.norm, weight=weight, eps=eps)
 
 
 def _norm(module: Any, offset: float) -> Rows | None:
@@ -58,7 +67,7 @@ def _norm(module: Any, offset: float) -> Rows | None:
         return None
     if isinstance(module, nn.LayerNorm):
         return module.forward
-    return RmsNorm(module.weight + offset if offset else module.weight, _eps(module))
+    return _rms_norm(module.weight + offset if offset else module.weight, _eps(module))
 
 
 def _eps(norm: Any) -> float:
@@ -115,7 +124,7 @@ class FusedLayer:
                 heads.copy_(head_norm(heads))
 
             return norm_each
-        query_norm, key_norm = (RmsNorm(weight, eps) for weight in weights)
+        query_norm, key_norm = (_rms_norm(weight, eps) for weight in weights)
 
         def norm_whole(heads: torch.Tensor) -> None:
             for part, norm in (
@@ -196,8 +205,13 @@ def _mlp(mlp: Any, recipe: Recipe) -> Rows:
     down, activation = getattr(mlp, recipe.down), getattr(mlp, recipe.activation)
     if not recipe.gated:
         return lambda rows: down(activation(gate_up.forward(rows)))
-    act = functional.silu if isinstance(activation, nn.SiLU) else activation
+    silu = isinstance(activation, nn.SiLU | SiLUActivation)
+    act = functional.silu if silu else activation
     size = gate_up.out_features // 2
+    found = kernels(torch.device("cpu"), torch.float32)
+    if found is not None and silu:
+        gate = found.gate
+        return lambda rows: down(gate(gate_up.forward(rows)))
 
     def gated(rows: torch.Tensor) -> torch.Tensor:
         both = gate_up.forward(rows)

@@ -4,6 +4,7 @@ Importing this module compiles them, or loads what an earlier import left in Num
 is called with a block of numbers, ``native.py`` lays them out, by every thread of an OpenMP team.
 """
 
+import math
 from functools import partial
 
 from numba import cfunc, njit, types
@@ -15,13 +16,10 @@ _QUERIES, _TOKENS, _PARTS = 2, 4, 4
 """Queries and keys that are multiplied at a time, and vectors of values that are summed."""
 _BLOCK = 32
 """Tokens whose keys stay in the first-level cache while the queries that share them take turns."""
-_CALL = 16
-"""Tokens that could be read while one more head is begun."""
 _FAST = {"contract", "reassoc", "nsz"}
 """What may be done to sums; infinities keep their meaning."""
 
-thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
-thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
+_thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 
 
 def _pointer_to(kind):
@@ -69,6 +67,19 @@ def _read_ahead(typing, address, count):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def take(typing, block):
+    """The next piece of work that no thread has taken: a block's first number counts them.
+
+    A thread that the system has stopped for a while then holds up one piece, and not its share.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        return builder.atomic_rmw("add", arguments[0], I64(1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), codegen
 
 
 @intrinsic
@@ -236,6 +247,9 @@ def _softmax(scores, count, cap):
         highest = max(highest, scores[i])
     total = types.float32(0.0)
     for i in range(count):
+        # What is not a number has to come out, and ``_exp`` takes no heed of it.
+        total += scores[i] * types.float32(0.0)
+    for i in range(count):
         scores[i] = _exp(scores[i] - highest)
     for i in range(count):
         total += scores[i]
@@ -301,38 +315,33 @@ def _attend_head(query, keys, values, output, scores, group, size, tokens, scali
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
 def attend(block):
-    """Attend decodes to their slots; every thread takes its share of the tokens."""
-    query, query_stride, output = block[0], block[1], block[2]
-    scratch, scratch_stride = block[3], block[4]
-    slots, positions = integers(block[5]), integers(block[6])
-    keys, values, slot_stride, head_stride = block[7], block[8], block[9], block[10]
-    rows, kv_heads, group, size, window = block[11], block[12], block[13], block[14], block[15]
-    scaling, cap = real(block[16]), real(block[17])
-    thread, threads = types.int64(thread_number()), types.int64(thread_count())
-    work = types.int64(0)
-    for row in range(rows):
-        work += (positions[row] + _CALL) * kv_heads
-    done = types.int64(0)
-    for row in range(rows):
+    """Attend decodes to their slots; a piece of work is a key head of a row."""
+    query, query_stride, output = block[1], block[2], block[3]
+    scratch, scratch_stride = block[4], block[5]
+    slots, positions = integers(block[6]), integers(block[7])
+    keys, values, slot_stride, head_stride = block[8], block[9], block[10], block[11]
+    rows, kv_heads, group, size, window = block[12], block[13], block[14], block[15], block[16]
+    scaling, cap = real(block[17]), real(block[18])
+    scores = scratch + types.int64(_thread_number()) * scratch_stride
+    piece = take(block)
+    while piece < rows * kv_heads:
+        row, head = piece // kv_heads, piece % kv_heads
         tokens = positions[row] + 1
         first = max(tokens - window, types.int64(0)) if window > 0 else types.int64(0)
-        for head in range(kv_heads):
-            # Whoever is to do the work that a head begins with, does all of the head's.
-            if work * thread <= done * threads < work * (thread + 1):
-                at = slots[row] * slot_stride + head * head_stride + 4 * first * size
-                _attend_head(
-                    query + row * query_stride + 4 * head * group * size,
-                    keys + at,
-                    values + at,
-                    output + 4 * (row * kv_heads + head) * group * size,
-                    scratch + thread * scratch_stride,
-                    group,
-                    size,
-                    tokens - first,
-                    scaling,
-                    cap,
-                )
-            done += positions[row] + _CALL
+        at = slots[row] * slot_stride + head * head_stride + 4 * first * size
+        _attend_head(
+            query + row * query_stride + 4 * head * group * size,
+            keys + at,
+            values + at,
+            output + 4 * piece * group * size,
+            scores,
+            group,
+            size,
+            tokens - first,
+            scaling,
+            cap,
+        )
+        piece = take(block)
 
 
 @njit(error_model="numpy")
@@ -341,26 +350,81 @@ def _copy(source, target, count):
         target[i] = source[i]
 
 
+@njit(error_model="numpy")
+def _turn(numbers, turns, pairs):
+    """Turn pairs of numbers, in place, as complex numbers are multiplied."""
+    for pair in range(pairs):
+        cosine, sine = turns[2 * pair], turns[2 * pair + 1]
+        real, imaginary = numbers[2 * pair], numbers[2 * pair + 1]
+        numbers[2 * pair] = real * cosine - imaginary * sine
+        numbers[2 * pair + 1] = real * sine + imaginary * cosine
+
+
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
 def place(block):
-    """Rotate queries and keys, and write keys and values to their places; rows are shared out."""
-    heads, turns, pairs = block[0], floats(block[1]), block[2]
-    slots, positions = integers(block[3]), integers(block[4])
-    keys, values, slot_stride, head_stride = block[5], block[6], block[7], block[8]
-    rows, count, kv_heads, size = block[9], block[10], block[11], block[12]
-    thread, threads = types.int64(thread_number()), types.int64(thread_count())
+    """Rotate queries and keys, and write keys and values to their places, row by row."""
+    heads, turns, pairs = block[1], block[2], block[3]
+    slots, positions = integers(block[4]), integers(block[5])
+    keys, values, slot_stride, head_stride = block[6], block[7], block[8], block[9]
+    rows, count, kv_heads, size = block[10], block[11], block[12], block[13]
     turned = count - kv_heads
-    for row in range(rows * thread // threads, rows * (thread + 1) // threads):
+    row = take(block)
+    while row < rows:
         first = heads + 4 * row * count * size
         for head in range(turned):
-            numbers = floats(first + 4 * head * size)
-            for pair in range(pairs):
-                cosine, sine = turns[2 * (row * pairs + pair)], turns[2 * (row * pairs + pair) + 1]
-                real, imaginary = numbers[2 * pair], numbers[2 * pair + 1]
-                numbers[2 * pair] = real * cosine - imaginary * sine
-                numbers[2 * pair + 1] = real * sine + imaginary * cosine
+            _turn(floats(first + 4 * head * size), floats(turns + 8 * row * pairs), pairs)
         for head in range(kv_heads):
             at = slots[row] * slot_stride + head * head_stride + 4 * positions[row] * size
             key = first + 4 * (turned - kv_heads + head) * size
             _copy(floats(key), floats(keys + at), size)
             _copy(floats(key + 4 * kv_heads * size), floats(values + at), size)
+        row = take(block)
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _mean_square(numbers, size):
+    total = types.float32(0.0)
+    for i in range(size):
+        total += numbers[i] * numbers[i]
+    return total / types.float32(size)
+
+
+@njit(error_model="numpy")
+def _multiplied(numbers, factor, weight, target, size):
+    for i in range(size):
+        target[i] = numbers[i] * factor * weight[i]
+
+
+@cfunc(types.void(types.CPointer(types.int64)), cache=True)
+def norm(block):
+    """The root-mean-square norm, row by row."""
+    source, weight, target, rows, size = block[1], block[2], block[3], block[4], block[5]
+    eps = real(block[6])
+    row = take(block)
+    while row < rows:
+        numbers = floats(source + 4 * row * size)
+        scale = types.float32(1.0) / math.sqrt(_mean_square(numbers, size) + eps)
+        _multiplied(numbers, scale, floats(weight), floats(target + 4 * row * size), size)
+        row = take(block)
+
+
+@njit(error_model="numpy")
+def _gated(gates, values, target, size):
+    for i in range(size):
+        x = gates[i]
+        decay = _exp(-abs(x))
+        sigmoid = (types.float32(1.0) if x >= types.float32(0.0) else decay) / (
+            types.float32(1.0) + decay
+        )
+        target[i] = x * sigmoid * values[i]
+
+
+@cfunc(types.void(types.CPointer(types.int64)), cache=True)
+def gate(block):
+    """Values times the SiLU of their gates, row by row; gates come first in a row."""
+    source, target, rows, size = block[1], block[2], block[3], block[4]
+    row = take(block)
+    while row < rows:
+        gates = source + 8 * row * size
+        _gated(floats(gates), floats(gates + 4 * size), floats(target + 4 * row * size), size)
+        row = take(block)

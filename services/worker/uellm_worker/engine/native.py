@@ -44,13 +44,14 @@ class Kernel:
 
     Args:
         address: of its code.
-        layout: of its block, as ``struct`` has it: all of 8 bytes, addresses and numbers.
+        layout: of its block, as ``struct`` has it: all of 8 bytes, addresses and numbers. Before
+            them comes a count of the pieces of work that threads have taken.
         team: runs code on a team of threads, as ``GOMP_parallel`` does.
     """
 
     def __init__(self, address: int, layout: str, team: Callable[..., None]) -> None:
         self._address = address
-        self._layout = struct.Struct(f"@{layout}")
+        self._layout = struct.Struct(f"@q{layout}")
         self._team = team
 
     def __call__(self, numbers: int, *block: float) -> None:
@@ -61,7 +62,9 @@ class Kernel:
             block: what it is told.
         """
         threads = 1 if numbers < _SERIAL_NUMBERS else torch.get_num_threads()
-        self._team(self._address, self._layout.pack(*block), threads, 0)
+        memory = ctypes.create_string_buffer(self._layout.size)
+        self._layout.pack_into(memory, 0, 0, *block)
+        self._team(self._address, memory, threads, 0)
 
 
 class Kernels:
@@ -76,6 +79,8 @@ class Kernels:
     def __init__(self, module: Any, panels: Any, team: Callable[..., None]) -> None:
         self._attend = Kernel(module.attend.address, "16q2d", team)
         self._place = Kernel(module.place.address, "13q", team)
+        self._norm = Kernel(module.norm.address, "5qd", team)
+        self._gate = Kernel(module.gate.address, "4q", team)
         self._multiply = None if panels is None else Kernel(panels.multiply.address, "10qd", team)
 
     @property
@@ -213,6 +218,34 @@ class Kernels:
             keys.shape[1],
             heads.shape[2],
         )
+
+    def norm(self, rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """The root-mean-square norm of rows ``[n, size]``.
+
+        Args:
+            rows: see above.
+            weight: ``[size]``, multiplies the normed.
+            eps: added to the mean square.
+        """
+        rows = rows.contiguous()
+        output = torch.empty_like(rows)
+        self._norm(
+            rows.numel(),
+            rows.data_ptr(),
+            weight.data_ptr(),
+            output.data_ptr(),
+            *rows.shape,
+            eps,
+        )
+        return output
+
+    def gate(self, both: torch.Tensor) -> torch.Tensor:
+        """SiLU of the gates, times the values: ``[n, 2 * size]``, gates first, to ``[n, size]``."""
+        both = both.contiguous()
+        count, width = both.shape
+        output = both.new_empty(count, width // 2)
+        self._gate(both.numel(), both.data_ptr(), output.data_ptr(), count, width // 2)
+        return output
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:

@@ -10,7 +10,7 @@ from functools import partial
 from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
-from uellm_worker.engine.kernels import floats, real, thread_count, thread_number
+from uellm_worker.engine.kernels import floats, real, take
 from uellm_worker.engine.native import PANEL_ROWS
 from uellm_worker.engine.vectors import FLOAT, HALVES, I64, LANES, VECTOR, ZEROS, Code
 
@@ -111,14 +111,13 @@ def _panel(rows, stride, count, depth, panel, half, bias, output, output_stride,
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
 def multiply(block):
-    """Rows times a weight; every thread takes its share of panels."""
-    rows, stride, panels, half, bias = block[0], block[1], block[2], block[3], block[4]
-    output, edge, count, width, depth = block[5], block[6], block[7], block[8], block[9]
-    factor = real(block[10])
-    thread, threads = types.int64(thread_number()), types.int64(thread_count())
-    total = (width + PANEL_ROWS - 1) // PANEL_ROWS
+    """Rows times a weight; a piece of work is a panel."""
+    rows, stride, panels, half, bias = block[1], block[2], block[3], block[4], block[5]
+    output, edge, count, width, depth = block[6], block[7], block[8], block[9], block[10]
+    factor = real(block[11])
     size = 2 if half else 4
-    for number in range(total * thread // threads, total * (thread + 1) // threads):
+    number = take(block)
+    while number * PANEL_ROWS < width:
         panel = panels + number * depth * PANEL_ROWS * size
         column = number * PANEL_ROWS
         added, target, target_stride = bias + 4 * column, output + 4 * column, 4 * width
@@ -126,7 +125,8 @@ def multiply(block):
             target, target_stride = edge, types.int64(4 * PANEL_ROWS)
         _panel(rows, stride, count, depth, panel, half, added, target, target_stride, factor)
         if column + PANEL_ROWS > width:
-            source, found = floats(output), floats(edge)
+            whole, found = floats(output), floats(edge)
             for row in range(count):
                 for other in range(width - column):
-                    source[row * width + column + other] = found[row * PANEL_ROWS + other]
+                    whole[row * width + column + other] = found[row * PANEL_ROWS + other]
+        number = take(block)

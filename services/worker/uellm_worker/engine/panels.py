@@ -5,9 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from uellm_worker.engine.native import PANEL_ROWS, kernels
-
-_CPU = torch.device("cpu")
+from uellm_worker.engine.native import PANEL_ROWS, load
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,7 @@ class PanelWeight:
 
     def product(self, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``, in float32; ``bias`` comes from ``addend``."""
-        found = kernels(_CPU, torch.float32)
+        found = load()
         if found is None:
             raise RuntimeError("panels without the kernel that multiplies them")
         given = rows.reshape(-1, self.panels.shape[1])
@@ -50,7 +48,7 @@ class PanelWeight:
 
 def usable() -> bool:
     """This machine multiplies by panels."""
-    found = kernels(_CPU, torch.float32)
+    found = load()
     return found is not None and found.multiplies
 
 
