@@ -33,9 +33,8 @@ async def deployer_at(redis_url: str, **settings: Any) -> AsyncIterator[Any]:
     """A deployer that acts, and a stub for it."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
-    told = DeployerSettings(
-        redis_url=redis_url, host="127.0.0.1", service_id="deployer-1", **settings
-    )
+    chosen = {"redis_url": redis_url, "host": "127.0.0.1", "service_id": "deployer-1"} | settings
+    told = DeployerSettings(**chosen)
     task = asyncio.create_task(start_deployer(told, stop=stop, ready=ready.set_result))
     await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
     if task.done():
@@ -55,12 +54,14 @@ async def topology(stub: Any, timeout: float = 30.0, **wanted: Any) -> Any:
         raise error_from(error) from None
 
 
-async def see(stub: Any, workers: Sequence[str]) -> None:
+async def see(stub: Any, workers: Sequence[str], timeout: float = 20.0) -> None:
+    """Wait until the deployer knows these workers."""
+
     async def there() -> bool:
         described = await stub.Describe(deployer_pb2.DescribeRequest(), timeout=5)
         return {worker.worker for worker in described.workers} == set(workers)
 
-    await eventually(there, 20.0)
+    await eventually(there, timeout)
 
 
 async def test_ways_between_workers_are_measured_and_kept(redis_url: str, redis: Any) -> None:

@@ -109,8 +109,9 @@ def probe_link(
 
 
 def _advertised(command: ProbeLink) -> str:
-    wildcard = command.bind_host in ("", "0.0.0.0", "::")
-    return command.host or (socket.gethostname() if wildcard else command.bind_host)
+    if command.bind_host not in ("", "0.0.0.0", "::"):
+        return command.bind_host
+    return command.host or socket.gethostname()
 
 
 def _send(command: ProbeLink, group: Group, carrier: Carrier, inbox: Inbox) -> LinkProbed:
