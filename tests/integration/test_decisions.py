@@ -136,10 +136,24 @@ async def test_old_decisions_are_trimmed(redis: Any) -> None:
     assert kept[-1] == 399
     assert kept == list(range(kept[0], 400))
     assert 20 <= len(kept) <= 20 + 100  # whole nodes of a stream go at once
-    span = await log.span()
-    assert span is not None
-    assert span[0] <= span[1]
-    assert [int(s.release) for _, s in await log.read(until_ms=int(span[1] * 1000))] == kept[:64]
+
+
+async def test_of_a_long_span_beginning_and_end_and_some_between_are_read(redis: Any) -> None:
+    log = DecisionLog(redis, MODEL)
+    count = 5 * streams_decisions.SPAN_SEGMENTS
+    for number in range(count):
+        await log.add(segment(number), kept=10_000)
+    seconds, _ = await redis.time()
+    found, whole = await log.between(0, (seconds + 60) * 1000)
+    numbers = [int(each.release) for each in found]
+    assert not whole
+    assert numbers == sorted(set(numbers))
+    assert numbers[: streams_decisions.SPAN_SEGMENTS] == list(
+        range(streams_decisions.SPAN_SEGMENTS)
+    )
+    assert numbers[-1] == count - 1
+    assert numbers[-streams_decisions.SPAN_SEGMENTS] == count - streams_decisions.SPAN_SEGMENTS
+    assert await log.between(0, 1) == ([], True)
 
 
 async def test_a_slow_redis_costs_decisions_not_time(redis: Any) -> None:

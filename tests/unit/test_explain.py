@@ -82,7 +82,8 @@ ME = queued("me", deadline=10.0, accepted=NOW - 5)
         ("edf", queued("o", deadline=5.0), ME, "urgent"),
         ("cslo-odbs", queued("o", deadline=5.0), ME, "urgent"),
         ("edf", queued("o", deadline=20.0), queued("me", deadline=0.001), "lost"),
-        ("cslo-odbs", queued("o", deadline=20.0, tenant="b"), ME, "fit"),
+        ("cslo-odbs", queued("o", deadline=20.0, tenant="b"), ME, "turn"),
+        ("cslo-odbs", queued("o", deadline=20.0), ME, "fit"),
         ("edf", queued("o", deadline=20.0, accepted=NOW - 900), ME, "fit"),
         ("priority", queued("o", priority=Priority.INTERACTIVE), ME, "class"),
         ("priority", queued("o", accepted=NOW - 900), ME, "waited"),
@@ -194,6 +195,15 @@ def test_without_records_what_is_stored_is_told_and_what_is_missing() -> None:
     assert note.startswith("3 decisions")
     truncated = replace(long_ahead(), truncated=True)
     assert "too long to be recorded whole" in explain(facts, [truncated], NOW).notes[0]
+
+
+def test_a_policy_that_is_not_installed_here_is_no_obstacle() -> None:
+    record = replace(long_ahead(), policy=DispatchPolicyUsed("theirs", ONE_SLOT))
+    facts = Facts("me", "local", "QUEUED", ME.slo, ME.profile)
+    told = explain(facts, [record], NOW + 1)
+    assert {cause.kind for cause in told.causes} == {"held_up_slot", "ahead_before"}
+    assert not told.counterfactuals
+    assert "policy theirs is not installed here" in told.notes[0]
 
 
 def step(running: list[object], waiting: list[object], now: float = NOW) -> StepRecord:

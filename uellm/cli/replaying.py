@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from google.protobuf import json_format
 
+from uellm import __version__
 from uellm.cli import exits
 from uellm.cli.promises import clock
 from uellm.core.errors import InvalidArgumentError, NotFoundError
@@ -65,12 +66,20 @@ def replay(file: Path, policy: str, settings: Sequence[str], *, as_json: bool) -
     """
     instead = Instead(policy, _settings(settings))
     as_recorded = instead == Instead()
-    result = decide_again(_records(file), instead)
+    releases: set[str] = set()
+    result = decide_again(_records(file, releases), instead)
     if as_json:
         sys.stdout.write(json.dumps(_fields(result, as_recorded=as_recorded), indent=1) + "\n")
     else:
         sys.stdout.write("\n".join(_lines(result, as_recorded=as_recorded)) + "\n")
-    return exits.FAILED if as_recorded and result.different else exits.OK
+    if not (as_recorded and result.different):
+        return exits.OK
+    if others := releases - {__version__}:
+        sys.stderr.write(
+            f"recorded by uellm {', '.join(sorted(others))}, decided again by {__version__}: "
+            "another release may estimate otherwise\n"
+        )
+    return exits.FAILED
 
 
 def _settings(given: Iterable[str]) -> dict[str, str]:
@@ -83,7 +92,7 @@ def _settings(given: Iterable[str]) -> dict[str, str]:
     return settings
 
 
-def _records(file: Path) -> Iterator[Record]:
+def _records(file: Path, releases: set[str]) -> Iterator[Record]:
     with _opened(file, "r") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -93,7 +102,9 @@ def _records(file: Path) -> Iterator[Record]:
                     f"{file}, line {number}: not written by `uellm decisions` ({error})",
                     field="FILE",
                 ) from None
-            yield from read_segment(segment).records
+            read = read_segment(segment)
+            releases.add(read.release)
+            yield from read.records
 
 
 @contextmanager

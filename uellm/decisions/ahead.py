@@ -27,7 +27,8 @@ WHY: Mapping[str, str] = {
     "lost": "could still be in time, which this one could not any more: such come last",
     "urgent": "was due earlier",
     "waited": "had waited for so long that it had a claim",
-    "fit": "fitted where this one did not, or its tenant's turn had come",
+    "turn": "is of another tenant, whose turn had come",
+    "fit": "fitted where this one did not",
     "batch": "was put into an earlier batch",
     "order": "came first in the policy's order",
     ENGINE: "was let in first by the engine",
@@ -105,7 +106,7 @@ def why_ahead(record: DispatchRecord, other: QueuedView, me: QueuedView) -> str:
     """Why a decision put one request ahead of another: a key of ``WHY``."""
     if other.strikes or me.strikes:
         return "alone" if other.strikes else "suspect"
-    if isinstance(record.policy.make(), StaticDispatch):
+    if isinstance(record.policy.made(), StaticDispatch):
         return "batch"
     kinds = _KINDS.get(record.policy.name, ())
     return next((kind for kind in kinds if _RULES[kind](record, other, me)), "order")
@@ -133,13 +134,15 @@ _RULES: Mapping[str, _Rule] = {
     "length": lambda _, other, me: _median(other) < _median(me),
     "urgent": lambda record, other, me: due_at(other.slo, record.now) < due_at(me.slo, record.now),
     "arrival": lambda _, other, me: other.slo.accepted_at < me.slo.accepted_at,
+    "turn": lambda _, other, me: other.tenant != me.tenant,
     "fit": lambda _, other, me: True,
 }
 _KINDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("fcfs", "past-future"), ("arrival", "fit")),
     "priority": ("waited", "class", "arrival"),
     "sjf": ("waited", "length", "arrival"),
-    **dict.fromkeys(("edf", "cslo-odbs"), ("lost", "urgent", "waited", "fit")),
+    "edf": ("lost", "urgent", "waited", "fit"),
+    "cslo-odbs": ("lost", "urgent", "waited", "turn", "fit"),
 }
 """Which reasons a policy can have, the first that is true first."""
 
@@ -170,7 +173,7 @@ def _held_up_by(record: DispatchRecord) -> str:
         return "no_replica"
     if record.truncated:
         return "unknown"
-    policy = record.policy.make()
+    policy = record.policy.made()
     if isinstance(policy, StaticDispatch):
         return "batch"
     seen = policy.seen(record.replicas) if isinstance(policy, Dispatcher) else record.replicas

@@ -146,7 +146,7 @@ def _promise_earlier(
     facts: Facts, record: DispatchRecord | StepRecord, ids: Sequence[str], names: Names
 ) -> list[Counterfactual]:
     assert isinstance(record, DispatchRecord)  # noqa: S101 - those of the queue are
-    policy = record.policy.make()
+    policy = record.policy.made()
     there = {view.request_id for view in record.queue.waiting}
     there |= {view.request_id for replica in record.replicas for view in replica.in_flight}
     ids = [each for each in ids if each in there]

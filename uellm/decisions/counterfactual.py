@@ -18,7 +18,7 @@ def promise_without(
     without: Collection[str],
     policy: DispatchPolicy | None = None,
 ) -> Promise | None:
-    """What a waiting request would have been promised; None without a replica.
+    """What a waiting request would have been promised; None without a replica or the policy.
 
     Args:
         record: a decision that saw it, recorded whole.
@@ -26,6 +26,9 @@ def promise_without(
         without: the requests that are not to be there, waiting or dispatched.
         policy: the record's, if it is made already.
     """
+    policy = policy or record.policy.made()
+    if policy is None:
+        return None
     queue = replace(
         record.queue,
         waiting=[view for view in record.queue.waiting if view.request_id not in without],
@@ -37,7 +40,7 @@ def promise_without(
         replace(view, in_flight=tuple(f for f in view.in_flight if f.request_id not in without))
         for view in record.replicas
     ]
-    decision = (policy or record.policy.make()).dispatch(queue, replicas, record.now)
+    decision = policy.dispatch(queue, replicas, record.now)
     if request_id in decision.promises:
         return decision.promises[request_id]
     refusals = (each for each in decision.refusals if each.request_id == request_id)
@@ -50,7 +53,7 @@ def admitted_without(
     without: Collection[str],
     policy: StepPolicy | None = None,
 ) -> bool:
-    """Whether a sequence would have had a slot after a step.
+    """Whether a sequence would have had a slot after a step; False without the policy.
 
     Args:
         record: a decision that saw it, recorded whole.
@@ -59,6 +62,9 @@ def admitted_without(
         policy: the record's, if it is made already.
     """
     engine = record.engine
+    policy = policy or record.policy.made()
+    if policy is None:
+        return False
     freed = sum(s.reserve_tokens for s in engine.running if s.request_id in without)
     engine = replace(
         engine,
@@ -66,6 +72,6 @@ def admitted_without(
         waiting=[s for s in engine.waiting if s.request_id not in without],
         kv_tokens_free=min(engine.kv_tokens_free + freed, engine.kv_tokens_total),
     )
-    decision = (policy or record.policy.make()).step(engine, record.now)
+    decision = policy.step(engine, record.now)
     running = any(s.request_id == request_id for s in engine.running)
     return request_id in decision.admit or (running and request_id not in decision.preempt)

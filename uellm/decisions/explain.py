@@ -122,6 +122,11 @@ def _notes(facts: Facts, story: Story, records: Sequence[Record], dropped: int) 
         )
     elif story.promised is None and facts.promise is not None:
         yield "the decision that first promised it is not on record any more"
+    missing = {record.policy.name for record in records if record.policy.made() is None}
+    if missing:
+        yield (
+            f"policy {', '.join(sorted(missing))} is not installed here: nothing was decided again"
+        )
     if dropped:
         yield f"{dropped} decisions of that time were not recorded: there were too many"
     if any(isinstance(record, DispatchRecord) and record.truncated for record in records):

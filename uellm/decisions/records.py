@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from uellm.core.errors import InvalidArgumentError
 from uellm.policy.registry import dispatch_policy, step_policy
 from uellm.policy.views import (
     DispatchDecision,
@@ -39,6 +40,13 @@ class DispatchPolicyUsed:
         """
         return dispatch_policy(self.name, self.settings, self.options)
 
+    def made(self) -> DispatchPolicy | None:
+        """The policy; None if it is not installed here."""
+        try:
+            return self.make()
+        except InvalidArgumentError:
+            return None
+
 
 @dataclass(frozen=True, slots=True)
 class StepPolicyUsed:
@@ -54,6 +62,13 @@ class StepPolicyUsed:
             InvalidArgumentError: if it is not installed here.
         """
         return step_policy(self.name, self.options)
+
+    def made(self) -> StepPolicy | None:
+        """The policy; None if it is not installed here."""
+        try:
+            return self.make()
+        except InvalidArgumentError:
+            return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ import asyncio
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -41,38 +40,31 @@ class DecisionLog:
         payload = await asyncio.to_thread(_packed, segment)
         await self._redis.xadd(self._key, {"payload": payload}, maxlen=kept, approximate=True)
 
-    async def read(
-        self, since_ms: int = 0, until_ms: int | None = None, count: int = READ_AT_ONCE
-    ) -> list[tuple[int, DecisionSegment]]:
-        """Segments that were written in a span of time, oldest first, and when, in ms.
-
-        Args:
-            since_ms: Redis TIME.
-            until_ms: the last millisecond; None: now.
-            count: at most so many.
-        """
-        end = "+" if until_ms is None else str(until_ms)
-        entries = await self._redis.xrange(self._key, min=str(since_ms), max=end, count=count)
-        return [(_milliseconds(entry), _unpacked(fields[b"payload"])) for entry, fields in entries]
-
     async def between(self, since_ms: int, until_ms: int) -> tuple[list[DecisionSegment], bool]:
-        """Segments of a span of time, oldest first, and whether these are all of them.
+        """Segments that were written in a span of time, oldest first, and whether these are all.
 
         Of a long span there are the first, the last, and some of those between.
+
+        Args:
+            since_ms: the first millisecond, by Redis TIME.
+            until_ms: the last one.
         """
-        first = await self.read(since_ms, until_ms, SPAN_SEGMENTS)
-        if len(first) < SPAN_SEGMENTS:
-            return [segment for _, segment in first], True
-        pipeline = self._redis.pipeline(transaction=False)
-        began, share = first[-1][0] + 1, (until_ms - first[-1][0]) / SPAN_SEGMENTS
-        for i in range(SPAN_SEGMENTS):
-            place = str(began + int(i * share))
-            pipeline.xrange(self._key, min=place, max=str(until_ms), count=1)
-        pipeline.xrevrange(self._key, max=str(until_ms), min=str(began), count=SPAN_SEGMENTS)
-        found = {entry: fields for reply in await pipeline.execute() for entry, fields in reply}
+        span = {"min": str(since_ms), "max": str(until_ms), "count": SPAN_SEGMENTS}
+        found = dict(await self._redis.xrange(self._key, **span))
+        whole = len(found) < SPAN_SEGMENTS
+        if not whole:
+            began = _milliseconds(max(found, key=_milliseconds))
+            pipeline = self._redis.pipeline(transaction=False)
+            for i in range(SPAN_SEGMENTS):
+                place = began + (until_ms - began) * i // SPAN_SEGMENTS
+                pipeline.xrange(self._key, min=str(place), max=str(until_ms), count=1)
+            pipeline.xrevrange(self._key, **span)
+            found |= {
+                entry: fields for reply in await pipeline.execute() for entry, fields in reply
+            }
         entries = sorted(found, key=lambda entry: tuple(map(int, entry.split(b"-"))))
-        later = [_unpacked(found[entry][b"payload"]) for entry in entries]
-        return [*(segment for _, segment in first), *later], False
+        payloads = [found[entry][b"payload"] for entry in entries]
+        return await asyncio.to_thread(lambda: [_unpacked(each) for each in payloads]), whole
 
     async def all(self, since_ms: int = 0) -> AsyncIterator[DecisionSegment]:
         """All segments that are kept, or those written since, oldest first."""
@@ -81,14 +73,6 @@ class DecisionLog:
             for _, fields in entries:
                 yield _unpacked(fields[b"payload"])
             place = f"({entries[-1][0].decode()}"
-
-    async def span(self) -> tuple[float, float] | None:
-        """When the first and the last that are kept were written, in seconds; None if none are."""
-        first: Any = await self._redis.xrange(self._key, count=1)
-        last: Any = await self._redis.xrevrange(self._key, count=1)
-        if not first or not last:
-            return None
-        return _milliseconds(first[0][0]) / 1000, _milliseconds(last[0][0]) / 1000
 
 
 class DecisionWriter:
