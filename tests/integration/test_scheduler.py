@@ -59,13 +59,13 @@ async def test_every_request_is_promised(mesh: Mesh, redis_url: str) -> None:
         promises = [await mesh.promised(request_id) for request_id in ids]
     finishes = sorted(p.finish_p50.ToNanoseconds() / 1e9 for p in promises)
     # One slot: they run one after the other, 100 tokens of half a second each.
-    assert finishes[1] - finishes[0] == pytest.approx(50, rel=0.05)
-    assert finishes[2] - finishes[1] == pytest.approx(50, rel=0.05)
+    assert finishes[1] - finishes[0] == pytest.approx(50, rel=0.15)
+    assert finishes[2] - finishes[1] == pytest.approx(50, rel=0.15)
     for promise in promises:
         assert promise.revision == 1
         assert promise.policy == "edf"
         assert promise.plan_epoch == 1
-        assert promise.p_meet == 1.0
+        assert promise.p_meet > 0.9
         assert promise.start_p50.ToNanoseconds() <= promise.start_p90.ToNanoseconds()
         assert promise.finish_p50.ToNanoseconds() < promise.finish_p90.ToNanoseconds()
         assert promise.output_tokens_p50 == 100

@@ -27,7 +27,14 @@ from uellm.decisions.records import (
 from uellm.decisions.replay import Instead, replay
 from uellm.decisions.segments import VERSION, SegmentWriter, read_segment
 from uellm.policy.registry import dispatch_policies, step_policies
-from uellm.policy.views import DispatchSettings, EngineView, QueuedView, QueueView, ReplicaView
+from uellm.policy.views import (
+    NOT_RECORDED,
+    DispatchSettings,
+    EngineView,
+    QueuedView,
+    QueueView,
+    ReplicaView,
+)
 from uellm.v1.decisions_pb2 import DecisionSegment
 
 NOW = 1000.0
@@ -49,7 +56,8 @@ def anything(hint: Any) -> st.SearchStrategy[Any]:
         return collections(get_origin(hint), get_args(hint))
     if is_dataclass(hint):
         hints = get_type_hints(hint)
-        given = {each.name: anything(hints[each.name]) for each in fields(hint)}
+        recorded = [each.name for each in fields(hint) if NOT_RECORDED not in each.metadata]
+        given = {name: anything(hints[name]) for name in recorded}
         return st.builds(hint, **given)
     if issubclass(hint, IntEnum):
         return st.sampled_from(hint)

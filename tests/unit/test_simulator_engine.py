@@ -22,7 +22,7 @@ from uellm.policy.views import (
 )
 from uellm.simulator.mesh import Execution, Mesh, MeshSettings, Outcome, Run
 from uellm.simulator.platforms import PLATFORMS, Platform
-from uellm.simulator.predictors import profiles
+from uellm.simulator.predictors import profiler
 from uellm.simulator.requests import Request
 
 TINY = Platform("tiny", StepCost(0.001, 0.004, 0.001, 1e-5, 1e-6), 120, 6, 16)
@@ -78,7 +78,7 @@ def simulate(
     step: object = None,
     dispatch: object = None,
 ) -> Run:
-    known = profiles(predictor, requests, np.random.default_rng(7))
+    known = profiler(predictor, requests, np.random.default_rng(7))
     policy = dispatch or FcfsDispatch(UNBOUND)
     return Mesh(platform, policy, lambda: step or FcfsStep(), mesh).run(requests, known)  # type: ignore[arg-type, return-value]
 

@@ -16,7 +16,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
 from uellm.core.request import QuantileFunction, ResourceProfile
-from uellm.policy.views import InFlightView, QueuedView
+from uellm.policy.views import NOT_RECORDED, InFlightView, QueuedView
 
 TABLES: Mapping[type, str] = {
     str: "texts",
@@ -109,7 +109,9 @@ def codec(kind: type, descriptor: Descriptor) -> Codec:
 def missing_fields(kind: type, descriptor: Descriptor) -> list[str]:
     """Fields, of a dataclass or of those within it, that the message has no place for."""
     missing = []
-    for name, hint in get_type_hints(kind).items():
+    hints = get_type_hints(kind)
+    recorded = [each.name for each in fields(kind) if NOT_RECORDED not in each.metadata]
+    for name, hint in ((name, hints[name]) for name in recorded):
         place = descriptor.fields_by_name.get(name)
         if place is None:
             missing.append(f"{kind.__name__}.{name}")

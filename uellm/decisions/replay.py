@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from math import nan
 from typing import Any
 
 from uellm.core.errors import InvalidArgumentError
@@ -14,6 +15,8 @@ from uellm.decisions.records import (
     StepPolicyUsed,
 )
 from uellm.policy.choice import DISPATCH, STEP, PolicyChoice, levels_of
+from uellm.policy.forecast import Forecasts
+from uellm.policy.track_record import Prospects, TrackRecord
 from uellm.policy.views import Dispatch, DispatchSettings, Refusal
 
 Used = DispatchPolicyUsed | StepPolicyUsed
@@ -151,12 +154,45 @@ def replay(records: Iterable[Record], instead: Instead | None = None) -> Replay:
         used, policy = found
         if isinstance(record, DispatchRecord):
             result.dispatches += 1
-            again = policy.dispatch(record.queue, record.replicas, record.now)
+            queue = replace(record.queue, experience=Remembered(record))
+            again = policy.dispatch(queue, record.replicas, record.now)
         else:
             result.steps += 1
             again = policy.step(record.engine, record.now)
         result.take(differences(record, again, by_another=used.name != record.policy.name))
     return result
+
+
+class Remembered:
+    """What was known of how forecasts came true, as far as a decision shows it.
+
+    Args:
+        record: of the decision.
+    """
+
+    def __init__(self, record: DispatchRecord) -> None:
+        decision = record.decision
+        refused = {r.request_id: r.promise for r in decision.refusals if r.promise is not None}
+        self._promises = {**decision.promises, **refused}
+        self._promised = record.queue.promised
+        self._ignorant = TrackRecord()
+
+    def prospects(self, forecasts: Forecasts, now: float) -> Prospects:
+        """See ``uellm.policy.views.Experience``."""
+        found = self._ignorant.prospects(forecasts, now)
+        times, p_meet = found.times.copy(), found.p_meet.copy()
+        for row, request_id in enumerate(forecasts.ids):
+            promise = self._promises.get(request_id)
+            if promise is not None:
+                times[row] = (
+                    (promise.start_p50, promise.start_p90),
+                    (promise.finish_p50, promise.finish_p90),
+                )
+                p_meet[row] = nan if promise.p_meet is None else promise.p_meet
+            elif request_id in self._promised:
+                # It was asked about, and nothing was worth saying.
+                times[row] = self._promised[request_id]
+        return Prospects(times, p_meet, found.said)
 
 
 def differences(record: Record, again: Any, *, by_another: bool = False) -> list[Difference]:

@@ -15,7 +15,7 @@ from uellm.policy.views import QueuedView
 
 __all__ = ["Columns", "ColumnsCache", "Floats", "Ids", "Places"]
 
-_COLUMNS = 10
+_COLUMNS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,16 @@ class Columns:
         refusable: npt.NDArray[np.bool_] = self.numbers[9] > 0
         return refusable
 
+    @property
+    def mean(self) -> Floats:
+        """Tokens still to generate: mean."""
+        return self._column(10)
+
+    @property
+    def kind(self) -> Floats:
+        """Requests of one number have one class, and ask for the same: see ``kind_of``."""
+        return self._column(11)
+
     def _column(self, index: int) -> Floats:
         column: Floats = self.numbers[index]
         return column
@@ -92,11 +102,25 @@ class Columns:
         views = [self.views[i] for i in places]
         return Columns(views, self.numbers[:, places], self.ids[places])
 
+    def joined(self, others: "Columns") -> "Columns":
+        """These requests, and behind them others."""
+        return Columns(
+            [*self.views, *others.views],
+            np.concatenate([self.numbers, others.numbers], axis=1),
+            np.concatenate([self.ids, others.ids]),
+        )
+
     def due(self, now: float) -> Floats:
         """When each is due; see ``uellm.policy.due.due_at``."""
         first = np.where(self.first_token > now, self.first_token, inf)
         due = np.minimum(self.deadline, first)
         return np.where(due == inf, self.patience, due)
+
+
+def kind_of(view: QueuedView) -> int:
+    """A number for a request's class, and for which times it asks: whole answer, first token."""
+    slo = view.slo
+    return 4 * slo.priority + 2 * (slo.deadline_at is not None) + (slo.ttft_at is not None)
 
 
 def _row(view: QueuedView) -> tuple[float, ...]:
@@ -113,6 +137,8 @@ def _row(view: QueuedView) -> tuple[float, ...]:
         max(median - resume, 1.0),
         max(high - resume, 1.0),
         view.refusable,
+        max(view.profile.output_tokens.mean - resume, 1.0),
+        kind_of(view),
     )
 
 

@@ -61,6 +61,7 @@ class CsloOdbsDispatch(Dispatcher):
 
     name = "cslo-odbs"
     settings_type = CsloOdbsDispatchSettings
+    preempts = True
 
     def seen(self, replicas: Sequence[ReplicaView]) -> Sequence[ReplicaView]:
         """Replicas with as many slots as pay."""

@@ -15,29 +15,27 @@ import numpy as np
 from uellm.core.request import Promise
 from uellm.core.settings import Settings, setting
 from uellm.policy.columns import Columns, ColumnsCache, Floats, Ids, Places
-from uellm.policy.estimate import Estimate, Speed, estimates, fastest_of
+from uellm.policy.estimate import Speed, fastest_of
 from uellm.policy.placing import Room, place, plain_room
+from uellm.policy.promising import Everybody, Promiser, everybody
 from uellm.policy.refusing import (
     expired_refusal,
     infeasible_refusal,
-    lost,
     lost_ones,
     to_refuse,
+    unlikely_refusal,
 )
 from uellm.policy.rows import sorted_by
+from uellm.policy.track_record import TrackRecord
 from uellm.policy.views import (
     Dispatch,
     DispatchDecision,
     DispatchSettings,
     QueuedView,
     QueueView,
+    Refusal,
     ReplicaView,
 )
-
-MATERIAL_SHARE = 0.2
-MATERIAL_SECONDS = 1.0
-"""A promise is revised when its finish moved by more than both: this, and that share of the time
-that was left."""
 
 Placed = tuple[tuple[Dispatch, ...], list[int]]
 
@@ -61,6 +59,8 @@ class Dispatcher(ABC):
 
     name: str
     settings_type: type[Settings] = Settings
+    preempts = False
+    """Its other half takes slots from those that run for those that come first in the order."""
 
     def __init__(
         self, settings: DispatchSettings | None = None, options: Settings | None = None
@@ -68,6 +68,7 @@ class Dispatcher(ABC):
         self._settings = settings or DispatchSettings()
         self._options: Any = options or self.settings_type()
         self._columns = ColumnsCache()
+        self._sent = ColumnsCache()
 
     @abstractmethod
     def keys(self, columns: Columns, fastest: Speed | None, now: float) -> tuple[Floats, ...]:
@@ -133,30 +134,58 @@ class Dispatcher(ABC):
         fastest = fastest_of(replicas)
         columns = self._columns.of(queue.waiting)
         expired, hopeless = to_refuse(columns, queue.unpromised, fastest, now)
-        keys = self.keys(columns, fastest, now)
-        everyone = sorted_by(keys)
-        order = everyone
-        if len(expired) or len(hopeless):
-            order = _without(everyone, [*expired, *hopeless])
+        people, line = None, None
+        if replicas and (queue.unpromised or queue.promised):
+            # All in one line, so that each is seen behind whoever goes first, sent or not.
+            people = everybody(columns, replicas, self._sent)
+            keys = self.keys(people.columns, fastest, now)
+            line = people.lined_up(sorted_by(keys))
+            ranked = line[line < people.waiting]
+            keys = tuple(key[: people.waiting] for key in keys)
+        else:
+            keys = self.keys(columns, fastest, now)
+            ranked = sorted_by(keys)
+        promiser = None
+        if people is not None and line is not None:
+            experience = queue.experience or TrackRecord()
+            promiser = Promiser(
+                people,
+                line,
+                replicas,
+                experience,
+                self.name,
+                fastest,
+                now,
+                preempts=self.preempts,
+            )
+        order = _without(ranked, [*expired, *hopeless])
+        refusals = [expired_refusal(columns.views[i], now) for i in expired]
+        if promiser is not None and fastest is not None:
+            refusals += self._infeasible(promiser, hopeless, ranked, columns, fastest, now)
         order = self.arranged(order, keys[0], columns, replicas, now)
+        promises: dict[str, Promise] = {}
+        if promiser is not None and people is not None:
+            wanted, positions = _wanted(order, people, queue)
+            promises = promiser.promises(wanted, positions, queue.promised)
+            unlikely = self._unlikely(promises, queue.unpromised, columns, order)
+            refusals += [
+                unlikely_refusal(columns.views[i], promises[columns.views[i].request_id])
+                for i in unlikely
+            ]
+            order = _without(order, unlikely)
+            hopeless += unlikely
         views = columns.views
         dispatches, gone = self.placed((views[i] for i in order), replicas, now)
-        promises = self._promises(order, columns, queue, replicas, now)
-        refusals = [expired_refusal(views[i], now) for i in expired]
-        if hopeless and fastest is not None:
-            with_them = [views[i] for i in _without(everyone, expired)]
-            ids = {views[i].request_id for i in hopeless}
-            for request, estimate in zip(
-                with_them, estimates(with_them, replicas, now), strict=False
-            ):
-                if request.request_id in ids:
-                    refusals.append(infeasible_refusal(self.name, request, estimate, fastest, now))
         rest = np.delete(order, gone) if gone else order
-        expiring = np.where(columns.refusable, columns.deadline, inf)
+        expiring = np.where(
+            columns.refusable, np.minimum(columns.deadline, columns.first_token), inf
+        )
         expiring[[*expired, *hopeless, *order[gone].tolist()]] = inf
         again = expiring.min(initial=inf)
         if (at := self.reconsidered(rest, columns, replicas, now)) is not None:
             again = min(again, at)
+        for refusal in refusals:
+            promises.pop(refusal.request_id, None)
         return DispatchDecision(
             dispatches=dispatches,
             promises=promises,
@@ -165,34 +194,58 @@ class Dispatcher(ABC):
             reconsider_at=None if again == inf else float(again),
         )
 
-    def _promises(
+    def _infeasible(
         self,
-        order: Places,
+        promiser: Promiser,
+        hopeless: list[int],
+        ranked: Places,
         columns: Columns,
-        queue: QueueView,
-        replicas: Sequence[ReplicaView],
+        fastest: Speed,
         now: float,
-    ) -> dict[str, Promise]:
-        near = [columns.views[i] for i in order[: queue.horizon]]
-        wanted = [
-            i
-            for i, request in enumerate(near)
-            if request.request_id in queue.unpromised or request.request_id in queue.promised
+    ) -> list[Refusal]:
+        """Refusals of those that would be late even if they started at once."""
+        if not hopeless:
+            return []
+        places = np.array(hopeless)
+        positions = np.flatnonzero(np.isin(ranked, places))
+        promises = promiser.promises(ranked[positions], positions, {})
+        return [
+            infeasible_refusal(
+                columns.views[i], promises[columns.views[i].request_id], fastest, now
+            )
+            for i in hopeless
         ]
-        promises: dict[str, Promise] = {}
-        if not wanted:
-            return promises
-        fastest = fastest_of(replicas)
-        found = estimates(near, replicas, now)
-        for request, estimate in zip(near[: wanted[-1] + 1], found, strict=False):
-            request_id = request.request_id
-            before = queue.promised.get(request_id)
-            if before is None and request_id not in queue.unpromised:
-                continue
-            if before is None or _material(before, estimate.finish_at(request)[0], now):
-                reason = _reason(request, estimate, fastest, now)
-                promises[request_id] = estimate.promise(request, now, self.name, reason)
-        return promises
+
+    def _unlikely(
+        self,
+        promises: dict[str, Promise],
+        unpromised: frozenset[str],
+        columns: Columns,
+        order: Places,
+    ) -> list[int]:
+        """Places of those that are seen for the first time and will hardly be in time."""
+        least = self._settings.least_chance
+        ids = {
+            request_id
+            for request_id in promises.keys() & unpromised
+            if (chance := promises[request_id].p_meet) is not None and chance < least
+        }
+        if not ids:
+            return []
+        return [
+            int(i) for i in order[columns.refusable[order]] if columns.views[i].request_id in ids
+        ]
+
+
+def _wanted(order: Places, people: Everybody, queue: QueueView) -> tuple[Places, Places]:
+    """Places of those that are to be promised something, and how many come before each."""
+    views = people.columns.views
+    near = order[: queue.horizon].tolist()
+    concerned = queue.unpromised | queue.promised.keys()
+    waiting = [(i, k) for k, i in enumerate(near) if views[i].request_id in concerned]
+    sent = [(i, 0) for i in range(people.waiting, len(views)) if views[i].request_id in concerned]
+    both = [*waiting, *sent]
+    return np.array([i for i, _ in both], dtype=np.intp), np.array([k for _, k in both])
 
 
 def overdue_first(
@@ -211,20 +264,4 @@ def by_due(columns: Columns, fastest: Speed | None, now: float) -> Floats:
 
 
 def _without(order: Places, gone: Sequence[int]) -> Places:
-    stays = np.ones(len(order), dtype=bool)
-    stays[gone] = False
-    return order[stays[order]]
-
-
-def _material(before: float, after: float, now: float) -> bool:
-    return abs(after - before) > max(MATERIAL_SHARE * (before - now), MATERIAL_SECONDS)
-
-
-def _reason(request: QueuedView, estimate: Estimate, fastest: Speed | None, now: float) -> str:
-    if request.strikes:
-        return "runs alone: its replica died while it was starting"
-    if lost(request, fastest, now):
-        return "runs after those that can still meet their deadlines"
-    if estimate.begin_at <= now:
-        return "a slot is free"
-    return f"waits for a slot, {estimate.position} ahead"
+    return order[~np.isin(order, gone)] if gone else order

@@ -6,10 +6,17 @@ Times are seconds since the epoch by Redis TIME; durations are seconds.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from uellm.core.cost import StepCost
 from uellm.core.request import Promise, ResourceProfile, Slo
+
+if TYPE_CHECKING:
+    from uellm.policy.forecast import Forecasts
+    from uellm.policy.track_record import Prospects
+
+NOT_RECORDED = "not recorded"
+"""Marks a field that records of decisions leave out: the decision shows what came of it."""
 
 # ---- level one: the scheduler ------------------------------------------------------------------
 
@@ -42,21 +49,35 @@ class QueuedView:
     strikes: int = 0
 
 
+class Experience(Protocol):
+    """What is known of how forecasts came true."""
+
+    def prospects(self, forecasts: "Forecasts", now: float) -> "Prospects":
+        """What can be promised, given what would be forecast."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class QueueView:
     """The waiting requests of one model, oldest first.
 
     Attributes:
         waiting: all of them.
-        unpromised: ids of those that have not been given a promise yet.
-        promised: the latest promise's median finish of those whose promise may be revised now.
+        unpromised: ids of requests that have not been given a promise yet; they wait, or were sent
+            before their promise could be recorded.
+        promised: the latest promise's median finish of those whose promise may be revised now,
+            whether they wait or were sent.
         horizon: promise only to so many first of the order, however long the queue is; None: all.
+        experience: how promises were kept; None: nothing is known of that.
     """
 
     waiting: Sequence[QueuedView]
     unpromised: frozenset[str] = frozenset()
     promised: Mapping[str, float] = field(default_factory=dict)
     horizon: int | None = None
+    experience: Experience | None = field(
+        default=None, compare=False, metadata={NOT_RECORDED: True}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +93,7 @@ class InFlightView:
         alone: it is a suspect; nothing may run beside it.
         tenant: whose it is.
         accepted_at: when it became durable; infinite if that is not known.
+        request: as it waited, or None if that is not known: it is taken to be before all others.
     """
 
     request_id: str
@@ -82,6 +104,7 @@ class InFlightView:
     alone: bool = False
     tenant: str = "local"
     accepted_at: float = inf
+    request: QueuedView | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +154,14 @@ class Refusal:
         expired: its deadline has passed; otherwise it was found infeasible.
         message: why, in plain words.
         promise: carries the earliest feasible finish, when one is known.
+        retry_after_seconds: when the same request may be in time; None: not as things are.
     """
 
     request_id: str
     expired: bool
     message: str
     promise: Promise | None = None
+    retry_after_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +192,13 @@ class DispatchSettings:
             does not starve between a finish and the next dispatch.
         kv_headroom: how much of a replica's KV room the predicted peaks (90 % quantile) of what
             is in flight may add up to; a little over 1, because they do not peak together.
+        least_chance: who is likely to be in time with less than this probability is refused, if
+            its caller prefers that.
     """
 
     lookahead_requests: int = 2
     kv_headroom: float = 1.1
+    least_chance: float = 0.02
 
 
 class DispatchPolicy(Protocol):

@@ -16,8 +16,8 @@ class Bin:
 
     Attributes:
         promises: how many.
-        promised: mean probability of meeting the deadline.
-        met: share that did meet it.
+        promised: mean probability of being in time, with the first and with the last token.
+        met: share that was.
     """
 
     promises: int
@@ -37,7 +37,7 @@ class Calibration:
         relative_width: the same as a share of the promised time until the median.
         pinball_p50: mean pinball loss of the promised medians, in seconds.
         pinball_p90: likewise of the 90 % quantiles.
-        bins: by the promised probability of meeting the deadline, over all that had one.
+        bins: by the promised probability of being in time, over all that had one.
     """
 
     promises: int
@@ -82,11 +82,9 @@ def _pinball(late: "np.ndarray[tuple[int], np.dtype[np.float64]]", level: float)
 def _bins(records: Sequence[Record]) -> tuple[Bin, ...]:
     found: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
     for record in records:
-        deadline = record.request.slo.deadline_at
-        if record.promise is None or record.promise.p_meet is None or deadline is None:
+        if record.promise is None or record.promise.p_meet is None:
             continue
-        p_meet = record.promise.p_meet
-        met = record.outcome is Outcome.FINISHED and record.finished_at <= deadline
+        p_meet, met = record.promise.p_meet, record.punctual
         found[min(int(p_meet * BINS), BINS - 1)].append((p_meet, met))
     return tuple(
         Bin(

@@ -19,7 +19,7 @@ from uellm.policy.views import DispatchPolicy, DispatchSettings, StepPolicy
 from uellm.simulator.mesh import Mesh, MeshSettings, Record
 from uellm.simulator.metrics import Metrics, highest_rate, measure
 from uellm.simulator.platforms import Platform
-from uellm.simulator.predictors import profiles
+from uellm.simulator.predictors import profiler
 from uellm.simulator.requests import Request
 from uellm.simulator.traces import read_trace
 from uellm.simulator.workloads import Arrivals, find_workload, generate
@@ -215,14 +215,14 @@ def simulate(setup: Setup, cell: Cell) -> Result:
     """
     pair = pair_of(cell.policy)
     requests = setup.draw(cell.load, cell.seed)
-    known = profiles(setup.predictor, requests, np.random.default_rng([cell.seed, 1]))
+    profiles = profiler(setup.predictor, requests, np.random.default_rng([cell.seed, 1]))
     mesh = Mesh(
         setup.platform,
         pair.make_dispatch(setup.dispatch),
         pair.make_step,
         setup.mesh,
     )
-    return Result(cell, measure(mesh.run(requests, known)))
+    return Result(cell, measure(mesh.run(requests, profiles)))
 
 
 def simulate_all(setup: Setup, cells: Iterable[Cell], jobs: int) -> Iterator[Result]:

@@ -1,16 +1,17 @@
 """The mesh in simulated time: one scheduler, its replicas, and what travels between them."""
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
 
 from uellm.core.errors import InvalidArgumentError
-from uellm.core.request import Promise, ResourceProfile
+from uellm.core.request import Promise
 from uellm.policy.views import DispatchDecision, DispatchPolicy, QueuedView, StepPolicy
 from uellm.simulator.engine import ContinuousEngine, Counts, Engine
 from uellm.simulator.platforms import Platform
+from uellm.simulator.predictors import Profiler
 from uellm.simulator.requests import Request
 from uellm.simulator.scheduler import Scheduler
 from uellm.simulator.sequences import Sequence as EngineSequence
@@ -86,6 +87,17 @@ class Record:
             and self.request.met_by(self.first_token_at, self.finished_at)
         )
 
+    @property
+    def punctual(self) -> bool:
+        """Its first and its last token were in time, however long those in between took."""
+        slo = self.request.slo
+        return (
+            self.outcome is Outcome.FINISHED
+            and self.first_token_at is not None
+            and (slo.deadline_at is None or self.finished_at <= slo.deadline_at)
+            and (slo.ttft_at is None or self.first_token_at <= slo.ttft_at)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -150,16 +162,21 @@ class Mesh:
         self._woken_at: float | None = None
         self._rank = 0
 
-    def run(self, requests: Sequence[Request], profiles: Mapping[str, ResourceProfile]) -> Run:
+    def run(self, requests: Sequence[Request], profiler: Profiler) -> Run:
         """Serve requests until all have ended.
+
+        Args:
+            requests: in order of arrival.
+            profiler: is asked of each as it comes, and told of each that was answered.
 
         Raises:
             InvalidArgumentError: if a request fits no replica, or a policy leaves some for ever.
         """
+        self._profiler = profiler
         for request in requests:
             _check(request, self._platform)
             self._records[request.request_id] = Record(request)
-            self._at(request.arrival, self._arrival(request, profiles[request.request_id]))
+            self._at(request.arrival, self._arrival(request, profiler))
         now = 0.0
         while self._events:
             now = self._events[0][0]
@@ -185,17 +202,17 @@ class Mesh:
 
     # ---- the scheduler -------------------------------------------------------------------------
 
-    def _arrival(self, request: Request, profile: ResourceProfile) -> Callable[[float], None]:
+    def _arrival(self, request: Request, profiler: Profiler) -> Callable[[float], None]:
         def arrive(now: float) -> None:
             del now
-            self._scheduler.accept(request, profile)
+            self._scheduler.accept(request, profiler.profile(request))
             self._changed = True
 
         return arrive
 
     def _decide(self, now: float) -> None:
         decision = self._scheduler.decide(now)
-        for request_id, promise in self._scheduler.promised(decision.promises).items():
+        for request_id, promise in self._scheduler.promised(decision, now).items():
             record = self._records[request_id]
             record.promise, record.promised_at = promise, now
         self._refuse(decision, now)
@@ -217,7 +234,7 @@ class Mesh:
             record = self._records[refusal.request_id]
             record.outcome = Outcome.EXPIRED if refusal.expired else Outcome.REFUSED
             record.finished_at = now
-            self._scheduler.refused(refusal.request_id)
+            self._scheduler.refused(refusal.request_id, now)
 
     def _wake(self, again: float) -> None:
         """Decide at a time, unless a sooner one has been set; that one will set the next."""
@@ -232,10 +249,13 @@ class Mesh:
 
         self._at(again, wake)
 
-    def _completion(self, request_id: str) -> Callable[[float], None]:
+    def _completion(self, record: Record) -> Callable[[float], None]:
         def hear(now: float) -> None:
             del now
-            self._scheduler.ended(request_id)
+            first = record.first_token_at
+            assert first is not None  # noqa: S101 - it finished
+            self._scheduler.finished(record.request.request_id, first, record.finished_at)
+            self._profiler.learn(record.request)
             self._changed = True
 
         return hear
@@ -328,7 +348,7 @@ class Mesh:
         record = self._records[sequence.request_id]
         record.outcome = Outcome.FINISHED
         record.finished_at = now
-        self._at(now + self._settings.completion_seconds, self._completion(sequence.request_id))
+        self._at(now + self._settings.completion_seconds, self._completion(record))
 
 
 def _check(request: Request, platform: Platform) -> None:

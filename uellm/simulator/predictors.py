@@ -2,22 +2,96 @@
 
 ``oracle`` knows it. ``b80`` knows the power of two at or below it, four times in five; otherwise
 it names a neighbour, and its distribution says so. ``noise`` is off by a log-normal factor and does
-not know. ``class-mean`` knows the lengths of the request's class.
+not know. ``class-mean`` knows the lengths of the request's class. ``prior`` is the one that serves
+before anything better is known, and learns from what ends in the run.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import exp
+from typing import Protocol
 
 import numpy as np
 
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import LEVELS, QuantileFunction, ResourceProfile
+from uellm.prediction.interface import (
+    SAMPLED,
+    CompletionFacts,
+    PredictionRequest,
+    Predictor,
+)
+from uellm.prediction.prior import Prior
 from uellm.simulator.requests import Request
 
-PREDICTORS = ("oracle", "b80", "noise", "class-mean")
+FORETOLD = ("oracle", "b80", "noise", "class-mean")
+"""Predictors that are given what a workload will come to, and spoil it."""
+PREDICTORS = (*FORETOLD, "prior")
 _WRONG_SHARE = 0.2
 _NOISE_SPREAD = 1.0
+
+
+class Profiler(Protocol):
+    """Says of each request what it will need, when it comes."""
+
+    def profile(self, request: Request) -> ResourceProfile:
+        """What is expected of a request."""
+        ...
+
+    def learn(self, request: Request) -> None:
+        """A request has had its whole answer."""
+        ...
+
+
+class Foretold:
+    """Profiles that are known from the beginning.
+
+    Args:
+        known: by request id.
+    """
+
+    def __init__(self, known: Mapping[str, ResourceProfile]) -> None:
+        self._known = known
+
+    def profile(self, request: Request) -> ResourceProfile:
+        """See ``Profiler``."""
+        return self._known[request.request_id]
+
+    def learn(self, request: Request) -> None:
+        """Nothing is to be learnt."""
+
+
+class Learning:
+    """Profiles by a predictor of the live mesh.
+
+    Args:
+        predictor: it knows nothing of the workload yet.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+
+    def profile(self, request: Request) -> ResourceProfile:
+        """See ``Profiler``."""
+        asked = PredictionRequest("", SAMPLED, request.prompt_tokens, request.max_tokens)
+        (found,) = self._predictor.predict_batch([asked])
+        return ResourceProfile(
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=found.lengths,
+            predictor=self._predictor.name,
+        )
+
+    def learn(self, request: Request) -> None:
+        """See ``Profiler``."""
+        self._predictor.observe(
+            CompletionFacts("", SAMPLED, request.prompt_tokens, request.output_tokens)
+        )
+
+
+def profiler(name: str, requests: Sequence[Request], rng: np.random.Generator) -> Profiler:
+    """The profiler of a run; arguments and errors are those of ``profiles``."""
+    check_predictor(name)
+    return Learning(Prior()) if name == "prior" else Foretold(profiles(name, requests, rng))
 
 
 def profiles(
@@ -26,7 +100,7 @@ def profiles(
     """A profile for each request, by id.
 
     Args:
-        name: of a predictor; ``noise:SPREAD`` gives noise another spread than 1.
+        name: one of ``FORETOLD``; ``noise:SPREAD`` gives noise another spread than 1.
         requests: of a workload; a class's lengths are what its requests here come to.
         rng: is asked for the same however long the answers are, so that errors are common to runs.
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
 from uellm.core.request import Promise, ResourceProfile
+from uellm.policy.track_record import TrackRecord
 from uellm.policy.views import (
     DispatchDecision,
     DispatchPolicy,
@@ -40,6 +41,7 @@ class Scheduler:
     Attributes:
         waiting: by id, in order of arrival.
         asked: times that the policy was asked.
+        record: how promises were kept.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Scheduler:
     ) -> None:
         self.waiting: dict[str, QueuedView] = {}
         self.asked = 0
+        self.record = TrackRecord(report_seconds)
         self._policy = policy
         self._engines = engines
         self._report_seconds = report_seconds
@@ -97,19 +100,28 @@ class Scheduler:
             view, resume_tokens=tokens, attempt=view.attempt + 1
         )
 
-    def ended(self, request_id: str) -> None:
+    def finished(self, request_id: str, first_token_at: float, finished_at: float) -> None:
         """A request's completion was heard of."""
+        self.ended(request_id)
+        self.record.first_token(request_id, first_token_at)
+        self.record.finished(request_id, finished_at)
+
+    def ended(self, request_id: str) -> None:
+        """A request left its replica."""
         number = self._sent_to.pop(request_id)
         del self._replicas[number].in_flight[request_id]
 
-    def refused(self, request_id: str) -> None:
+    def refused(self, request_id: str, now: float) -> None:
         """A request was refused."""
         del self.waiting[request_id]
+        self.record.gone(request_id, now)
         self._unpromised.discard(request_id)
 
-    def promised(self, promises: dict[str, Promise]) -> dict[str, Promise]:
+    def promised(self, decision: DispatchDecision, now: float) -> dict[str, Promise]:
         """Note promises; returns those that are a request's first."""
-        first = {i: promise for i, promise in promises.items() if i in self._unpromised}
+        first = {i: promise for i, promise in decision.promises.items() if i in self._unpromised}
+        for request_id in first:
+            self.record.promised(request_id, now)
         self._unpromised.difference_update(first)
         return first
 
@@ -125,6 +137,8 @@ class Scheduler:
             output_p50=max(median - view.resume_tokens, 1.0),
             output_p90=max(high - view.resume_tokens, 1.0),
             tenant=view.tenant,
+            accepted_at=view.slo.accepted_at,
+            request=view,
         )
         self._sent_to[request_id] = number
         return number, view
@@ -134,7 +148,12 @@ class Scheduler:
         self.asked += 1
         if now - self._reported_at >= self._report_seconds:
             self._read_reports(now)
-        queue = QueueView(list(self.waiting.values()), unpromised=frozenset(self._unpromised))
+        self.record.advance(now)
+        queue = QueueView(
+            list(self.waiting.values()),
+            unpromised=frozenset(self._unpromised),
+            experience=self.record,
+        )
         replicas = [
             replace(found.view, in_flight=tuple(found.in_flight.values()))
             for found in self._replicas
@@ -152,3 +171,6 @@ class Scheduler:
                 decode_step_seconds=meter.decode_step_seconds or before.decode_step_seconds,
                 reported_at=now,
             )
+            for sequence in engine.running:
+                if sequence.first_token_at is not None:
+                    self.record.first_token(sequence.request_id, sequence.first_token_at)

@@ -496,7 +496,9 @@ class Promise(_message.Message):
     revision: _builtins.int
     """1 is the promise made at admission."""
     p_meet: _builtins.float
-    """Probability of meeting the deadline; unset without one."""
+    """Probability of being in time, with the first token and with the last; unset if neither was
+    asked for.
+    """
     queue_position: _builtins.int
     """Requests of the model ahead of this one; 0 is next."""
     policy: _builtins.str

@@ -212,17 +212,20 @@ class RecordedDispatchSettings(_message.Message):
 
     LOOKAHEAD_REQUESTS_FIELD_NUMBER: _builtins.int
     KV_HEADROOM_FIELD_NUMBER: _builtins.int
+    LEAST_CHANCE_FIELD_NUMBER: _builtins.int
     lookahead_requests: _builtins.int
     kv_headroom: _builtins.float
+    least_chance: _builtins.float
     def __init__(
         self,
         *,
         lookahead_requests: _builtins.int = ...,
         kv_headroom: _builtins.float = ...,
+        least_chance: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_headroom", b"kv_headroom", "lookahead_requests", b"lookahead_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_headroom", b"kv_headroom", "least_chance", b"least_chance", "lookahead_requests", b"lookahead_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -492,6 +495,7 @@ class RecordedInFlight(_message.Message):
     ALONE_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     ACCEPTED_AT_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     dispatched_at: _builtins.float
     prompt_tokens: _builtins.int
@@ -500,6 +504,7 @@ class RecordedInFlight(_message.Message):
     alone: _builtins.bool
     tenant: _builtins.str
     accepted_at: _builtins.float
+    request: _builtins.int
     def __init__(
         self,
         *,
@@ -511,12 +516,15 @@ class RecordedInFlight(_message.Message):
         alone: _builtins.bool = ...,
         tenant: _builtins.str = ...,
         accepted_at: _builtins.float = ...,
+        request: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_request", b"_request", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "alone", b"alone", "dispatched_at", b"dispatched_at", "output_p50", b"output_p50", "output_p90", b"output_p90", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request", b"_request", "accepted_at", b"accepted_at", "alone", b"alone", "dispatched_at", b"dispatched_at", "output_p50", b"output_p50", "output_p90", b"output_p90", "prompt_tokens", b"prompt_tokens", "request", b"request", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__request: _TypeAlias = _typing.Literal["request"]  # noqa: Y015
+    _WhichOneofArgType__request: _TypeAlias = _typing.Literal["_request", b"_request"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__request) -> _WhichOneofReturnType__request | None: ...
 
 Global___RecordedInFlight: _TypeAlias = RecordedInFlight  # noqa: Y015
 
@@ -662,9 +670,11 @@ class RecordedRefusal(_message.Message):
     EXPIRED_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     PROMISE_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_SECONDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     expired: _builtins.bool
     message: _builtins.int
+    retry_after_seconds: _builtins.float
     @_builtins.property
     def promise(self) -> Global___RecordedPromise: ...
     def __init__(
@@ -674,12 +684,15 @@ class RecordedRefusal(_message.Message):
         expired: _builtins.bool = ...,
         message: _builtins.int = ...,
         promise: Global___RecordedPromise | None = ...,
+        retry_after_seconds: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["promise", b"promise"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_retry_after_seconds", b"_retry_after_seconds", "promise", b"promise", "retry_after_seconds", b"retry_after_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expired", b"expired", "message", b"message", "promise", b"promise", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_retry_after_seconds", b"_retry_after_seconds", "expired", b"expired", "message", b"message", "promise", b"promise", "request_id", b"request_id", "retry_after_seconds", b"retry_after_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__retry_after_seconds: _TypeAlias = _typing.Literal["retry_after_seconds"]  # noqa: Y015
+    _WhichOneofArgType__retry_after_seconds: _TypeAlias = _typing.Literal["_retry_after_seconds", b"_retry_after_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_after_seconds) -> _WhichOneofReturnType__retry_after_seconds | None: ...
 
 Global___RecordedRefusal: _TypeAlias = RecordedRefusal  # noqa: Y015
 

@@ -56,6 +56,7 @@ class Ticket:
             alone=view.strikes > 0,
             tenant=view.tenant,
             accepted_at=view.slo.accepted_at,
+            request=view,
         )
 
 

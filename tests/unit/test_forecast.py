@@ -1,0 +1,84 @@
+"""Forecasts by hand, and what holds whatever the queue."""
+
+from dataclasses import replace
+from math import inf
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.test_dispatch_policies import NOW, QUEUES, queued, replica
+from uellm.core.cost import StepCost
+from uellm.policy.columns import ColumnsCache
+from uellm.policy.forecast import Forecasts, forecasts
+from uellm.policy.promising import everybody
+from uellm.policy.views import InFlightView, QueuedView, ReplicaView
+
+COST = StepCost(overhead=0.0, weights=0.01, per_token=0.001)
+
+
+def forecast(order: list[QueuedView], *views: ReplicaView) -> Forecasts:
+    """What each of ``order`` can expect, behind all that was sent."""
+    people = everybody(ColumnsCache().of(order), views, ColumnsCache())
+    line = np.concatenate(
+        [np.arange(people.waiting, len(people.sent_at)), np.arange(people.waiting)]
+    )
+    wanted = np.arange(people.waiting)
+    return forecasts(people.columns, line, people.sent_at, wanted, views, NOW)
+
+
+def test_an_idle_replica_takes_prefill_and_steps() -> None:
+    found = forecast([queued("q", tokens=20.0)], replica(slots=4, cost=COST))
+    # 10 prompt tokens of 1 ms, 20 steps of 10 ms; a step also prefills its share of prompts.
+    assert found.finish[0] == pytest.approx(0.01 + 20 * (0.01 + 0.01 / 20), rel=0.01)
+    assert found.start[0] == pytest.approx(0.02, rel=0.1)
+    assert found.drained[0] == found.finish[0]
+
+
+def test_whoever_finds_no_slot_waits_for_those_ahead() -> None:
+    order = [queued(f"q{i}", tokens=50.0) for i in range(8)]
+    found = forecast(order, replica(slots=2, cost=COST))
+    assert (np.diff(found.start) >= 0).all()
+    assert found.start[1] == pytest.approx(found.start[0])
+    # Two run at a time, each for about half a second: the eighth starts after three more pairs.
+    assert found.start[7] - found.start[0] == pytest.approx(7 / 2 * 0.5, rel=0.15)
+
+
+def test_kv_room_limits_what_runs_at_once() -> None:
+    order = [queued(f"q{i}", tokens=50.0) for i in range(8)]
+    roomy, short = replica(slots=8, cost=COST), replica(slots=8, cost=COST, kv_tokens_total=80)
+    assert forecast(order, roomy).start[7] < 0.1
+    assert forecast(order, short).start[7] > 1.0
+
+
+def test_work_that_is_done_is_not_waited_for() -> None:
+    running = InFlightView("x", NOW - 0.05, 10, 100.0, 150.0, request=queued("x", tokens=100.0))
+    view = replica(slots=1, cost=COST)
+    begun = forecast([queued("q")], replace(view, in_flight=(running,)))
+    half = replace(running, dispatched_at=NOW - 0.5)
+    done = forecast([queued("q")], replace(view, in_flight=(half,)))
+    assert begun.start[0] - done.start[0] == pytest.approx(0.45, rel=0.1)
+
+
+def test_two_replicas_do_twice_the_work() -> None:
+    order = [queued(f"q{i}", tokens=50.0) for i in range(20)]
+    one = forecast(order, replica(slots=2, cost=COST))
+    both = forecast(order, replica("a", slots=2, cost=COST), replica("b", slots=2, cost=COST))
+    assert both.start[19] == pytest.approx(one.start[19] / 2, rel=0.15)
+
+
+@given(QUEUES, st.integers(0, 4), st.sampled_from([None, COST]), st.sampled_from([0, 300]))
+def test_whatever_waits_forecasts_are_coherent(
+    order: list[QueuedView], slots: int, cost: StepCost | None, kv: int
+) -> None:
+    found = forecast(order, replica(slots=slots, in_flight=2, cost=cost, kv_tokens_total=kv))
+    assert len(found) == len(order)
+    for seconds in (found.start, found.finish, found.drained):
+        assert np.isfinite(seconds).all()
+        assert (seconds > 0).all()
+    assert (found.finish <= found.drained).all()
+    assert np.isfinite(found.features).all()
+    assert (found.spread > 0).all()
+    asked = [request.slo.deadline_at is not None for request in order]
+    assert ((found.deadline < inf) == np.array(asked, dtype=bool)).all()

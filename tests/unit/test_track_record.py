@@ -1,0 +1,210 @@
+"""Promises are kept as often as they say: quantiles, odds, and what they may be learnt from."""
+
+from dataclasses import replace
+from math import inf
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uellm.policy.columns import Floats
+from uellm.policy.forecast import FEATURES, Forecasts
+from uellm.policy.track_record import TrackRecord
+
+FINISH, START = 1, 0
+
+
+def forecast(
+    finish: float = 10.0,
+    *,
+    start: float = 1.0,
+    deadline: float = inf,
+    ttft: float = inf,
+    features: tuple[float, ...] = (),
+) -> Forecasts:
+    row = np.zeros((1, FEATURES))
+    row[0, : len(features)] = features
+    return Forecasts(
+        ids=["asked"],
+        kind=np.array([8.0 + 2 * (deadline < inf) + (ttft < inf)]),
+        start=np.array([start]),
+        finish=np.array([finish]),
+        drained=np.array([finish]),
+        spread=np.array([0.5]),
+        ttft=np.array([ttft]),
+        deadline=np.array([deadline]),
+        features=row,
+    )
+
+
+def promise(record: TrackRecord, name: str, asked: Forecasts, now: float) -> tuple[Floats, float]:
+    """What a request is promised: seconds by target and level, and the odds."""
+    record.advance(now)
+    found = record.prospects(replace(asked, ids=[name]), now)
+    record.promised(name, now)
+    return found.times[0] - now, float(found.p_meet[0])
+
+
+def serve(
+    record: TrackRecord, asked: Forecasts, took: list[float], every: float = 1000.0
+) -> list[tuple[Floats, float]]:
+    """Promise to one request after the other, each of which takes so long."""
+    given = []
+    for i, seconds in enumerate(took):
+        now = i * every
+        given.append(promise(record, f"r{i}", asked, now))
+        record.advance(now + seconds)
+        record.first_token(f"r{i}", now + min(asked.start[0], seconds))
+        record.finished(f"r{i}", now + seconds)
+    return given
+
+
+def test_ignorance_is_wide_and_knowledge_narrow() -> None:
+    record = TrackRecord()
+    took = 10 * np.random.default_rng(0).lognormal(0, 0.05, 200)
+    given = serve(record, forecast(), took.tolist())
+    first, last = given[0][0][FINISH], given[-1][0][FINISH]
+    assert first[1] / first[0] > 2
+    assert last == pytest.approx([10.0, 10.0], rel=0.15)
+
+
+@pytest.mark.parametrize("bias", [0.3, 1.0, 4.0])
+def test_a_biased_forecast_is_put_right(bias: float) -> None:
+    rng = np.random.default_rng(1)
+    took = (10 * bias * rng.lognormal(0, 0.6, 1500)).tolist()
+    given = serve(TrackRecord(), forecast(), took)
+    kept = np.array([times[FINISH] >= t for (times, _), t in zip(given, took, strict=True)])
+    assert kept[100:].mean(axis=0) == pytest.approx([0.5, 0.9], abs=0.02)
+    truth = 10 * bias * np.exp(0.6 * np.array([0.0, 1.2816]))
+    assert np.mean([b[FINISH] for b, _ in given[-300:]], axis=0) == pytest.approx(truth, rel=0.25)
+
+
+def test_coverage_follows_when_the_traffic_changes() -> None:
+    rng = np.random.default_rng(2)
+    took = (
+        10 * np.concatenate([rng.lognormal(0, 0.3, 800), rng.lognormal(1.5, 0.8, 800)])
+    ).tolist()
+    given = serve(TrackRecord(), forecast(), took)
+    kept = np.array([b[FINISH, 1] >= t for (b, _), t in zip(given, took, strict=True)])
+    assert kept[900:].mean() == pytest.approx(0.9, abs=0.03)
+
+
+def test_odds_come_true() -> None:
+    rng = np.random.default_rng(3)
+    took = (10 * rng.lognormal(0.5, 0.6, 1500)).tolist()
+    for deadline in (10.0, 20.0, 40.0):
+        given = serve(TrackRecord(), forecast(deadline=deadline), took)
+        said = np.mean([chance for _, chance in given[200:]])
+        assert said == pytest.approx(np.mean(np.array(took) <= deadline), abs=0.05)
+
+
+def test_a_first_token_that_is_asked_for_has_odds_too() -> None:
+    record = TrackRecord()
+    for i in range(300):
+        now = 100.0 * i
+        promise(record, f"r{i}", forecast(ttft=2.0), now)
+        record.advance(now + 50)
+        record.first_token(f"r{i}", now + 50)
+        record.finished(f"r{i}", now + 60)
+    assert record.prospects(forecast(ttft=2.0), 1e6).p_meet[0] < 0.05
+    # Who asks for nothing has no odds.
+    assert np.isnan(record.prospects(forecast(), 1e6).p_meet[0])
+
+
+def test_who_resembles_the_asked_counts_most() -> None:
+    record = TrackRecord()
+    rng = np.random.default_rng(4)
+    for i in range(600):
+        slow = i % 2
+        asked = forecast(features=(4.0 * slow,))
+        took = (100.0 if slow else 10.0) * float(rng.lognormal(0, 0.1))
+        promise(record, f"r{i}", asked, 1000.0 * i)
+        record.finished(f"r{i}", 1000.0 * i + took)
+    for slow, truth in ((0, 10.0), (1, 100.0)):
+        found = record.prospects(forecast(features=(4.0 * slow,)), 1e9)
+        assert found.times[0, FINISH, 0] - 1e9 == pytest.approx(truth, rel=0.15)
+
+
+def test_a_broken_promise_counts_before_its_request_ends() -> None:
+    record = TrackRecord()
+    serve(record, forecast(), [10.0] * 300)
+    before = (record.prospects(forecast(), 1e6).times - 1e6)[0, FINISH, 1]
+    for i in range(200):
+        promise(record, f"stuck{i}", forecast(), 1e6 + i)
+    record.advance(2e6)
+    assert (record.prospects(forecast(), 2e6).times - 2e6)[0, FINISH, 1] >= before
+    assert record.levels(8)[FINISH, 1] > 0.9
+
+
+def test_who_is_cancelled_is_known_to_have_taken_longer() -> None:
+    patient, cut = TrackRecord(), TrackRecord()
+    rng = np.random.default_rng(5)
+    for i, seconds in enumerate(10 * rng.lognormal(0, 0.8, 800)):
+        now = 1000.0 * i
+        for record in (patient, cut):
+            promise(record, f"r{i}", forecast(), now)
+        patient.finished(f"r{i}", now + seconds)
+        if i % 2 and seconds > 12:
+            cut.gone(f"r{i}", now + 12)
+        else:
+            cut.finished(f"r{i}", now + seconds)
+    truth = 10 * np.exp(0.8 * 1.2816)
+    for record in (patient, cut):
+        found = (record.prospects(forecast(), 1e9).times - 1e9)[0, FINISH, 1]
+        assert found == pytest.approx(truth, rel=0.35)
+
+
+def test_a_successor_goes_on_from_what_was_kept() -> None:
+    record = TrackRecord()
+    rng = np.random.default_rng(6)
+    serve(record, forecast(deadline=30.0), (20 * rng.lognormal(0, 0.5, 400)).tolist())
+    heir = TrackRecord()
+    heir.load(record.state())
+    for asked in (forecast(deadline=30.0), forecast(finish=99.0, deadline=30.0)):
+        mine, theirs = record.prospects(asked, 1e6), heir.prospects(asked, 1e6)
+        assert theirs.times - 1e6 == pytest.approx(mine.times - 1e6, rel=1e-3)
+        assert theirs.p_meet == pytest.approx(mine.p_meet, abs=1e-3)
+
+
+def test_what_has_not_happened_yet_changes_nothing() -> None:
+    """No promise depends on what comes after it."""
+    rng = np.random.default_rng(7)
+    took = (10 * rng.lognormal(0, 0.7, 200)).tolist()
+    short = serve(TrackRecord(), forecast(deadline=20.0), took[:100])
+    whole = serve(TrackRecord(), forecast(deadline=20.0), took)
+    for (one, p_one), (other, p_other) in zip(short, whole[:100], strict=True):
+        assert (one == other).all()
+        assert p_one == p_other
+
+
+OUTCOMES = st.lists(
+    st.tuples(st.floats(0.01, 1e4), st.floats(0.01, 1e4), st.booleans(), st.floats(-3, 5)),
+    max_size=120,
+)
+
+
+@given(OUTCOMES, st.floats(0.1, 1e4), st.sampled_from([1.0, 30.0, 1e3]))
+def test_whatever_was_learnt_promises_are_coherent(
+    outcomes: list[tuple[float, float, bool, float]], finish: float, deadline: float
+) -> None:
+    record = TrackRecord()
+    now = 0.0
+    for i, (first, rest, cancelled, feature) in enumerate(outcomes):
+        now += 5.0
+        promise(record, f"r{i}", forecast(finish, deadline=deadline, features=(feature,)), now)
+        record.first_token(f"r{i}", now + first)
+        if cancelled:
+            record.gone(f"r{i}", now + first + rest)
+        else:
+            record.finished(f"r{i}", now + first + rest)
+    asked = forecast(finish, deadline=deadline)
+    found = record.prospects(asked, now)
+    assert np.isfinite(found.times).all()
+    assert (found.times >= now).all()
+    assert (np.diff(found.times, axis=2) >= 0).all()
+    assert (found.times[:, START] <= found.times[:, FINISH]).all()
+    assert 0 <= found.p_meet[0] <= 1
+    # More time, everything else alike, is no worse.
+    later = record.prospects(replace(asked, deadline=asked.deadline * 2), now)
+    assert later.p_meet[0] >= found.p_meet[0] - 1e-9

@@ -1,0 +1,242 @@
+"""What a request can expect, from the work ahead of it: the model behind a promise.
+
+A replica computes as many sequences at once as its slots and its KV room take, each step at the
+cost of that batch. Whoever is further back in the policy's order waits until enough of the work
+ahead is done, like water that runs off at one rate. That leaves much out - who comes later and
+overtakes, preemption, bursts - and need not be unbiased: ``uellm.policy.track_record`` learns
+what is true of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from uellm.core.cost import StepCost
+from uellm.policy.columns import Columns, Floats, Places
+from uellm.policy.estimate import Z90, speed_of
+from uellm.policy.views import ReplicaView
+
+LEAST_SPREAD = 0.2
+"""Spread of the logarithm of a time that nothing makes uncertain."""
+MOST_SPREAD = 1.5
+FEATURES = 6
+_NEVER = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Forecasts:
+    """What some requests can expect; times are seconds from now. Arrays have one row each.
+
+    Attributes:
+        ids: of the requests.
+        kind: which of them are alike; see ``uellm.policy.columns.kind_of``.
+        start: until the first token.
+        finish: until the last one.
+        drained: until the last one, if everybody else goes first.
+        spread: of the logarithm of ``finish``.
+        ttft: until the first token is needed; infinite: whenever.
+        deadline: until the last one is needed; infinite: whenever.
+        features: what the truth may depend on besides; logarithms, shape (requests, FEATURES).
+    """
+
+    ids: Sequence[str]
+    kind: Floats
+    start: Floats
+    finish: Floats
+    drained: Floats
+    spread: Floats
+    ttft: Floats
+    deadline: Floats
+    features: Floats
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    def some(self, rows: Places) -> "Forecasts":
+        """Of some of the requests."""
+        return Forecasts(
+            [self.ids[row] for row in rows],
+            self.kind[rows],
+            self.start[rows],
+            self.finish[rows],
+            self.drained[rows],
+            self.spread[rows],
+            self.ttft[rows],
+            self.deadline[rows],
+            self.features[rows],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Crew:
+    """All replicas as one.
+
+    Attributes:
+        places: sequences that run at once.
+        step: seconds of a step with as many as there are, prefill of others included.
+        per_prompt_token: seconds.
+    """
+
+    places: float
+    step: float
+    per_prompt_token: float
+
+
+def forecasts(
+    everybody: Columns,
+    line: Places,
+    sent_at: Floats,
+    wanted: Places,
+    replicas: Sequence[ReplicaView],
+    now: float,
+    *,
+    preempts: bool = False,
+) -> Forecasts:
+    """What some requests can expect.
+
+    Args:
+        everybody: who waits and who was sent.
+        line: their places in the policy's order.
+        sent_at: when each was sent; infinite: it waits.
+        wanted: places of those that are asked about.
+        replicas: at least one.
+        now: in seconds.
+        preempts: who is first may take the slot of one that runs; else those go on.
+    """
+    crew = _crew(everybody, replicas)
+    if not preempts:
+        line = _behind_running(line, sent_at, crew)
+    left = _left(everybody, line, sent_at, crew, now)
+    busy = left * crew.step + everybody.prefill * crew.per_prompt_token
+    variance = ((everybody.high - everybody.median) * (crew.step / Z90)) ** 2
+    rank = np.empty(len(line), dtype=np.intp)
+    rank[line] = np.arange(len(line))
+    work, doubt = np.cumsum(busy[line]), np.cumsum(variance[line])
+
+    ahead = rank[wanted]
+    wait = _wait(ahead, work[ahead] - busy[wanted], crew.places)
+    vague = Z90 * np.sqrt(doubt[ahead] - variance[wanted]) / crew.places * (wait > 0)
+    drain = _wait(np.full(len(wanted), len(line)), np.full(len(wanted), work[-1]), crew.places)
+    prefill = everybody.prefill[wanted] * crew.per_prompt_token
+    own = prefill + everybody.median[wanted] * crew.step
+    start = wait + prefill + crew.step
+    finish = wait + own
+    longer = (everybody.high[wanted] - everybody.median[wanted]) * crew.step
+    ttft = everybody.first_token[wanted] - now
+    deadline = everybody.deadline[wanted] - now
+    spread = _spread(finish, np.hypot(vague, longer))
+    typical = max(work[-1] / len(line), 1e-9)
+    return Forecasts(
+        ids=everybody.ids[wanted].tolist(),
+        kind=everybody.kind[wanted],
+        start=start,
+        finish=finish,
+        drained=np.maximum(finish, drain + own),
+        spread=spread,
+        ttft=ttft,
+        deadline=deadline,
+        features=np.stack(
+            [
+                np.log1p(wait / own),
+                _slack(deadline, finish),
+                _slack(ttft, start),
+                np.log1p(drain / typical),
+                np.log(own / typical),
+                np.log(spread),
+            ],
+            axis=1,
+        ),
+    )
+
+
+def _behind_running(line: Places, sent_at: Floats, crew: _Crew) -> Places:
+    """The order, in which those that have a slot come first: who was sent first has one."""
+    sent = line[np.isfinite(sent_at[line])]
+    running = sent[np.argsort(sent_at[sent], kind="stable")][: max(int(crew.places), 1)]
+    others = np.ones(len(line), dtype=np.bool_)
+    others[running] = False
+    return np.concatenate([running, line[others[line]]])
+
+
+def _wait(ahead: Places, work: Floats, places: float) -> Floats:
+    """Seconds until so few of those ahead are left that a place is free."""
+    seconds: Floats = np.maximum(ahead - places + 1, 0) * work / np.maximum(ahead, 1) / places
+    return seconds
+
+
+def _spread(seconds: Floats, longer: Floats) -> Floats:
+    spread: Floats = np.clip(np.log1p(longer / seconds) / Z90, LEAST_SPREAD, MOST_SPREAD)
+    return spread
+
+
+def _slack(needed: Floats, expected: Floats) -> Floats:
+    """How much longer there is than expected, as a logarithm; 0 where nothing is asked."""
+    ratio = np.clip(np.minimum(needed, _NEVER), 1e-3, None) / expected
+    slack: Floats = np.where(needed < _NEVER, np.clip(np.log(ratio), -2.0, 4.0), 0.0)
+    return slack
+
+
+def _left(everybody: Columns, line: Places, sent_at: Floats, crew: _Crew, now: float) -> Floats:
+    """Tokens that each has still to generate: the mean, from how long it may have been running."""
+    running = line[np.isfinite(sent_at[line])][: max(int(crew.places), 1)]
+    left = everybody.mean.copy()
+    prefill = everybody.prefill[running] * crew.per_prompt_token
+    answered = np.maximum(now - sent_at[running] - prefill, 0.0) / crew.step
+    high = everybody.high[running]
+    left[running] = np.where(
+        answered < everybody.median[running],
+        np.maximum(everybody.mean[running] - answered, 1.0),
+        np.maximum((high - answered) / 2, np.maximum(everybody.median[running], high / 2) / 4),
+    )
+    return left
+
+
+def _crew(everybody: Columns, replicas: Sequence[ReplicaView]) -> _Crew:
+    """What the replicas can do together for requests such as these."""
+    lengths = everybody.mean
+    # A long answer is met more often in a running batch than at the door.
+    spread = (everybody.high - everybody.low) / (2 * Z90)
+    total = float(lengths.sum())
+    squares = float((lengths**2 + spread**2).sum())
+    context = float((lengths * everybody.prefill).sum()) / total + squares / total / 2
+    prompt, length = float(everybody.prefill.mean()), total / len(lengths)
+    places = [_places(view, context) for view in replicas]
+    share = min(1.0, len(lengths) / sum(places))
+    steps, prompts = 0.0, 0.0
+    for view, most in zip(replicas, places, strict=True):
+        batch = max(most * share, 1.0)
+        cost = cost_of(view)
+        per_token = prompt_token_seconds(view)
+        step = _credible(cost.seconds(batch, batch * context), batch, view)
+        step += batch * prompt * per_token / length
+        steps += most * step
+        prompts += most * per_token
+    return _Crew(sum(places), steps / sum(places), prompts / sum(places))
+
+
+def _places(view: ReplicaView, context: float) -> float:
+    """Sequences that run at once in a replica, by its slots and its KV room."""
+    slots = float(max(view.slots, 1))
+    if view.kv_tokens_total <= 0:
+        return slots
+    return max(1.0, min(slots, view.kv_tokens_total / max(context, 1.0)))
+
+
+def _credible(step: float, batch: float, view: ReplicaView) -> float:
+    """A step's seconds, not too far from those of the present batch, where they are known.
+
+    A cost that was fitted to few steps, all alike, can be off by orders at another batch.
+    """
+    now, factor = view.decode_step_seconds, 2 * batch**0.5
+    return min(max(step, now / factor), now * factor) if now > 0 else step
+
+
+def cost_of(view: ReplicaView) -> StepCost:
+    """What a replica's steps take; of one that has no model of them, what they take at present."""
+    return view.cost or StepCost(0.0, speed_of(view).step, 0.0)
+
+
+def prompt_token_seconds(view: ReplicaView) -> float:
+    """Seconds of a prompt's token, beyond those of the step that it is computed in."""
+    return view.cost.per_token if view.cost else speed_of(view).prefill_per_token

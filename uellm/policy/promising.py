@@ -1,0 +1,188 @@
+"""Which requests to promise what: forecasts, corrected by how those before were kept."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, isnan
+
+import numpy as np
+
+from uellm.core.request import Promise, QuantileFunction, ResourceProfile, Slo
+from uellm.policy.columns import Columns, ColumnsCache, Floats, Places
+from uellm.policy.estimate import Speed
+from uellm.policy.forecast import Forecasts, forecasts
+from uellm.policy.outcomes import Flags
+from uellm.policy.refusing import lost
+from uellm.policy.track_record import Prospects
+from uellm.policy.views import Experience, InFlightView, QueuedView, ReplicaView
+
+MATERIAL_SHARE = 0.2
+MATERIAL_SECONDS = 1.0
+"""A promise is revised when its finish moved by more than both: this, and that share of the time
+that was left."""
+AT_ONCE = 256
+"""So many promises are computed together; more would only take memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Everybody:
+    """Who waits and, behind them, who was sent.
+
+    Attributes:
+        columns: their numbers.
+        sent_at: when each was sent; infinite: it waits.
+        waiting: how many wait.
+        strangers: who was sent, and how it waited is not known.
+    """
+
+    columns: Columns
+    sent_at: Floats
+    waiting: int
+    strangers: Flags
+
+    def lined_up(self, line: Places) -> Places:
+        """An order, in which strangers come first."""
+        first = self.strangers[line]
+        return np.concatenate([line[first], line[~first]]) if first.any() else line
+
+
+def everybody(waiting: Columns, replicas: Sequence[ReplicaView], cache: ColumnsCache) -> Everybody:
+    """All requests of a model that have not ended.
+
+    Args:
+        waiting: who waits.
+        replicas: where the others were sent.
+        cache: of the columns of those that were sent.
+    """
+    sent = [request for view in replicas for request in view.in_flight]
+    columns = waiting.joined(cache.of([request.request or _stand_in(request) for request in sent]))
+    sent_at = np.full(len(columns.views), inf)
+    sent_at[len(waiting.views) :] = [request.dispatched_at for request in sent]
+    strangers = np.zeros(len(columns.views), dtype=np.bool_)
+    strangers[len(waiting.views) :] = [request.request is None for request in sent]
+    return Everybody(columns, sent_at, len(waiting.views), strangers)
+
+
+def _stand_in(request: InFlightView) -> QueuedView:
+    """A request that was sent, from what is known of it."""
+    lengths = QuantileFunction((0.5, 0.9), (request.output_p50, request.output_p90))
+    return QueuedView(
+        request_id=request.request_id,
+        slo=Slo(min(request.accepted_at, request.dispatched_at)),
+        profile=ResourceProfile(request.prompt_tokens, lengths),
+        tenant=request.tenant,
+    )
+
+
+class Promiser:
+    """Makes the promises of one decision.
+
+    Args:
+        people: who waits and who was sent.
+        line: their places, in the policy's order.
+        replicas: at least one.
+        experience: how promises were kept.
+        policy: its name.
+        fastest: the best replica's pace.
+        now: in seconds.
+        preempts: see ``uellm.policy.forecast.forecasts``.
+    """
+
+    def __init__(
+        self,
+        people: Everybody,
+        line: Places,
+        replicas: Sequence[ReplicaView],
+        experience: Experience,
+        policy: str,
+        fastest: Speed | None,
+        now: float,
+        *,
+        preempts: bool = False,
+    ) -> None:
+        self._preempts = preempts
+        self._people = people
+        self._line = line
+        self._replicas = replicas
+        self._experience = experience
+        self._policy = policy
+        self._fastest = fastest
+        self._now = now
+        self._epochs = {view.replica: view.epoch for view in replicas}
+
+    def prospects(self, wanted: Places) -> tuple[Forecasts, Prospects]:
+        """What requests can expect, before and after correction."""
+        columns, now = self._people.columns, self._now
+        found = forecasts(
+            columns,
+            self._line,
+            self._people.sent_at,
+            wanted,
+            self._replicas,
+            now,
+            preempts=self._preempts,
+        )
+        return found, self._experience.prospects(found, now)
+
+    def promises(
+        self, wanted: Places, positions: Places, promised: Mapping[str, float]
+    ) -> dict[str, Promise]:
+        """Promises by request id.
+
+        Args:
+            wanted: places of requests.
+            positions: how many come before each.
+            promised: median finishes of earlier promises; these are revised if it pays.
+        """
+        promises: dict[str, Promise] = {}
+        for start in range(0, len(wanted), AT_ONCE):
+            some = wanted[start : start + AT_ONCE]
+            found, prospects = self.prospects(some)
+            for row, request_id in enumerate(found.ids):
+                before = promised.get(request_id)
+                after = float(prospects.times[row, 1, 0])
+                if before is None or _material(before, after, self._now):
+                    request = self._people.columns.views[some[row]]
+                    position = int(positions[start + row])
+                    promises[request_id] = self._promise(request, found, prospects, row, position)
+        return promises
+
+    def _promise(
+        self,
+        request: QueuedView,
+        found: Forecasts,
+        prospects: Prospects,
+        row: int,
+        position: int,
+    ) -> Promise:
+        times = prospects.times[row]
+        p_meet = float(prospects.p_meet[row])
+        _, median, high = request.profile.output_tokens.low_median_high
+        hopeless = lost(request, self._fastest, self._now)
+        return Promise(
+            start_p50=float(times[0, 0]),
+            start_p90=float(times[0, 1]),
+            finish_p50=float(times[1, 0]),
+            finish_p90=float(times[1, 1]),
+            p_meet=None if isnan(p_meet) else round(p_meet, 4),
+            queue_position=position,
+            policy=self._policy,
+            reason=self._reason(request, position, hopeless, waits=found.features[row, 0] > 0),
+            output_tokens_p50=round(median),
+            output_tokens_p90=round(high),
+            plan_epoch=max(self._epochs.values()),
+            earliest_feasible_finish=float(times[1, 1]) if hopeless else None,
+            best_effort=p_meet < 0.5 and not request.refusable,
+        )
+
+    def _reason(self, request: QueuedView, position: int, hopeless: bool, *, waits: bool) -> str:
+        if request.strikes:
+            return "runs alone: its replica died while it was starting"
+        if hopeless:
+            return "runs after those that can still be in time"
+        if not waits:
+            return "a slot is free"
+        return f"waits for a slot, {position} ahead"
+
+
+def _material(before: float, after: float, now: float) -> bool:
+    return abs(after - before) > max(MATERIAL_SHARE * (before - now), MATERIAL_SECONDS)

@@ -1,0 +1,387 @@
+"""How a model's promises were kept, and quantiles that are kept as often as they say.
+
+Two corrections of a forecast, one behind the other. What became of requests that are alike gives a
+distribution (``uellm.policy.outcomes``). Its levels are then moved, for each kind of request, until
+as many outcomes as promised lie below them: adaptive conformal inference (Gibbs and Candès, 2021),
+which holds in the long run whatever the traffic does. That a promise is broken is known when its
+time has passed, not only when the request ends.
+"""
+
+import heapq
+from dataclasses import dataclass, field
+from itertools import count
+from math import inf, nan
+
+import numpy as np
+
+from uellm.policy.columns import Floats
+from uellm.policy.forecast import Forecasts
+from uellm.policy.outcomes import FEW, FINISH, PUNCTUAL_GUESS, START, Outcomes, State
+
+LEVELS = (0.5, 0.9)
+"""What is promised of the first and of the last token."""
+RATE = 0.02
+"""By how much of an error a level is moved."""
+LAG = 0.3
+"""The same, for all promises together that are still open: faster, and it would swing."""
+LEAST_LEVEL, MOST_LEVEL = 0.02, 0.995
+BIAS_RATE, SLOPE_RATE = 0.05, 0.01
+"""By how much of an error the odds of being in time are corrected."""
+LEAST_SHARE = 0.002
+UNSURE = 0.05
+"""A forecast by itself is never surer than this, for nobody is refused on a guess."""
+SURE_LEVEL = 0.985
+"""From here on a level is taken by its word."""
+MOST_OPEN = 65_536
+"""Promises that are followed at once; more are not learnt from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prospects:
+    """What can be promised to some requests, one row each.
+
+    Attributes:
+        times: of the first and the last token, at each of ``LEVELS``: shape (requests, 2, 2).
+        p_meet: probability of being in time; nan where nothing is asked.
+        said: the same before the track record of such probabilities corrected it.
+    """
+
+    times: Floats
+    p_meet: Floats
+    said: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class _Basis:
+    """What a request's first promise rests on.
+
+    Attributes:
+        forecast: of it alone.
+        times: a row of ``Prospects.times``.
+        said: likewise.
+    """
+
+    forecast: Forecasts
+    times: Floats
+    said: float
+
+
+@dataclass(slots=True)
+class Odds:
+    """A correction of probabilities: logistic regression of what came true on what was said.
+
+    Attributes:
+        bias: of the logit.
+        slope: likewise.
+    """
+
+    bias: float = 0.0
+    slope: float = 1.0
+
+    def corrected(self, share: Floats) -> Floats:
+        """What comes true of what is said."""
+        found: Floats = 1.0 / (1.0 + np.exp(-self.bias - self.slope * _logit(share)))
+        return found
+
+    def learn(self, said: float, came_true: bool) -> None:
+        """Take in one outcome, by a step of gradient descent."""
+        logit = float(_logit(np.array([said]))[0])
+        error = came_true - 1.0 / (1.0 + np.exp(-self.bias - self.slope * logit))
+        self.bias += BIAS_RATE * error
+        self.slope = min(max(self.slope + SLOPE_RATE * error * logit, 0.2), 2.0)
+
+
+def _logit(share: Floats) -> Floats:
+    sure = np.clip(share, LEAST_SHARE, 1.0 - LEAST_SHARE)
+    logit: Floats = np.log(sure / (1.0 - sure))
+    return logit
+
+
+@dataclass(slots=True)
+class _Open:
+    """A promise whose request goes on.
+
+    Attributes:
+        basis: what it rests on.
+        since: when it was made.
+        number: its place among the outcomes, once it is known whether it is in time; else -1.
+        first: seconds until its first token; nan: not heard of.
+        judged: by target and level: whether it was kept is known.
+    """
+
+    basis: _Basis
+    since: float
+    number: int = -1
+    everywhere: int = -1
+    first: float = nan
+    judged: list[list[bool]] = field(default_factory=lambda: [[False] * 2, [False] * 2])
+
+    @property
+    def forecast(self) -> Forecasts:
+        """Of it alone."""
+        return self.basis.forecast
+
+    @property
+    def kind(self) -> int:
+        """See ``Forecasts``."""
+        return int(self.forecast.kind[0])
+
+
+class TrackRecord:
+    """Everything learnt of one model's promises. Its caller tells it what happens, in time.
+
+    Args:
+        hearing_seconds: how long after it happened something may be heard of.
+    """
+
+    def __init__(self, hearing_seconds: float = 0.0) -> None:
+        self._hearing = hearing_seconds
+        self._kinds: dict[int, Outcomes] = {}
+        self._all = Outcomes()
+        self._levels: dict[int, Floats] = {}
+        self._odds: dict[int, Odds] = {}
+        self._open: dict[str, _Open] = {}
+        self._asked: dict[str, _Basis] = {}
+        self._unjudged: dict[int, int] = {}
+        self._due: list[tuple[float, int, str, int, int]] = []
+        self._numbers = count()
+
+    # ---- asking --------------------------------------------------------------------------------
+
+    def prospects(self, forecasts: Forecasts, now: float) -> Prospects:
+        """What can be promised."""
+        times = np.zeros((len(forecasts), 2, len(LEVELS)))
+        p_meet, said = np.full((2, len(forecasts)), nan)
+        for kind in np.unique(forecasts.kind):
+            rows = np.flatnonzero(forecasts.kind == kind)
+            found = self._of_kind(int(kind), forecasts.some(rows), now)
+            times[rows], p_meet[rows], said[rows] = found.times, found.p_meet, found.said
+        for row, request_id in enumerate(forecasts.ids):
+            if request_id not in self._open:
+                alone = forecasts.some(np.array([row]))
+                self._asked[request_id] = _Basis(alone, times[row], float(said[row]))
+        return Prospects(times, p_meet, said)
+
+    def _of_kind(self, kind: int, forecasts: Forecasts, now: float) -> Prospects:
+        outcomes = self._kinds.get(kind)
+        if outcomes is None or outcomes.seen < FEW:
+            outcomes = self._all
+        levels = self._levels.get(kind, _as_promised())
+        weights = outcomes.weights(forecasts)
+        asked = np.minimum(forecasts.ttft, forecasts.deadline) < inf
+        punctual = said = np.ones(len(forecasts))
+        if asked.any():
+            said = outcomes.punctual_share(weights, _guess(forecasts))
+            punctual = np.where(asked, self._odds.get(kind, Odds()).corrected(said), 1.0)
+        seconds = np.zeros((len(forecasts), 2, len(LEVELS)))
+        for target in (START, FINISH):
+            limit = forecasts.ttft if target == START else forecasts.deadline
+            other = forecasts.deadline if target == START else forecasts.ttft
+            # Who is late missed this limit, if it is the only one.
+            floor = np.where(np.isfinite(other) | ~np.isfinite(limit), 0.0, limit)
+            for place in range(len(LEVELS)):
+                level = np.full(len(forecasts), levels[target, place])
+                if level[0] < SURE_LEVEL:
+                    # Who will be in time as surely as is promised is not promised to be late.
+                    level = np.where(LEVELS[place] <= punctual, np.minimum(level, punctual), level)
+                early = outcomes.seconds(
+                    forecasts,
+                    weights,
+                    target,
+                    np.minimum(level / np.maximum(punctual, 1e-9), 1.0),
+                    now,
+                    late=False,
+                )
+                found = np.minimum(early, np.maximum(np.minimum(limit, forecasts.deadline), 0.0))
+                beyond = level > punctual
+                if beyond.any():
+                    late = outcomes.seconds(
+                        forecasts,
+                        weights,
+                        target,
+                        np.clip((level - punctual) / np.maximum(1 - punctual, 1e-9), 0.0, 1.0),
+                        now,
+                        late=True,
+                    )
+                    found = np.where(beyond, np.maximum(late, floor), found)
+                seconds[:, target, place] = found
+        seconds = np.maximum.accumulate(seconds, axis=2)
+        seconds[:, START] = np.minimum(seconds[:, START], seconds[:, FINISH])
+        return Prospects(now + seconds, np.where(asked, punctual, nan), said)
+
+    def levels(self, kind: int) -> Floats:
+        """Where the levels of a kind stand now: by target and level, as in ``LEVELS``."""
+        return self._levels.get(kind, _as_promised()).copy()
+
+    # ---- learning ------------------------------------------------------------------------------
+
+    def promised(self, request_id: str, now: float) -> None:
+        """A request was given its first promise, as it was last asked for."""
+        basis = self._asked.pop(request_id, None)
+        if basis is None or request_id in self._open or len(self._open) >= MOST_OPEN:
+            return
+        entry = self._open[request_id] = _Open(basis, now)
+        forecast = basis.forecast
+        self._unjudged[entry.kind] = self._unjudged.get(entry.kind, 0) + 1
+        self._levels.setdefault(entry.kind, _as_promised())
+        self._odds.setdefault(entry.kind, Odds())
+        self._kinds.setdefault(entry.kind, Outcomes())
+        for target in (START, FINISH):
+            limit = float((forecast.ttft if target == START else forecast.deadline)[0])
+            if limit < inf:
+                self._expect(now + max(limit, 0.0), request_id, target, -1)
+            for place in range(len(LEVELS)):
+                self._expect(float(basis.times[target, place]), request_id, target, place)
+
+    def _expect(self, at: float, request_id: str, target: int, place: int) -> None:
+        at += self._hearing
+        heapq.heappush(self._due, (at, next(self._numbers), request_id, target, place))
+
+    def advance(self, now: float) -> None:
+        """Take note of what has not happened in time; forget what was only asked."""
+        self._asked.clear()
+        while self._due and self._due[0][0] <= now:
+            _, _, request_id, target, place = heapq.heappop(self._due)
+            entry = self._open.get(request_id)
+            if entry is None or (target == START and entry.first == entry.first):
+                continue
+            if place >= 0:
+                self._judge(entry, target, place, kept=False)
+            elif entry.number < 0:
+                self._file(entry, late=True)
+
+    def first_token(self, request_id: str, at: float) -> None:
+        """A request's first token came."""
+        entry = self._open.get(request_id)
+        if entry is None or entry.first == entry.first:
+            return
+        entry.first = max(at - entry.since, 0.0)
+        self._judge_all(entry, START, at)
+        if entry.number < 0 and entry.first > entry.forecast.ttft[0]:
+            self._file(entry, late=True)
+        elif entry.number >= 0:
+            self._learn(entry, START, entry.first)
+
+    def finished(self, request_id: str, at: float) -> None:
+        """A request's last token came."""
+        entry = self._open.pop(request_id, None)
+        if entry is None:
+            return
+        took = max(at - entry.since, 0.0)
+        self._judge_all(entry, FINISH, at)
+        if entry.number < 0:
+            self._file(entry, late=took > entry.forecast.deadline[0])
+        self._learn(entry, FINISH, took)
+        self._close(entry)
+
+    def gone(self, request_id: str, at: float) -> None:
+        """A request ended without its answer, at its caller's will or by a fault."""
+        entry = self._open.pop(request_id, None)
+        if entry is None:
+            return
+        if entry.number < 0:
+            self._file(entry, late=False, judged=False)
+        for outcomes, number in self._places(entry):
+            outcomes.lose(number, at - entry.since)
+        self._close(entry)
+
+    def _close(self, entry: _Open) -> None:
+        if not entry.judged[FINISH][-1]:
+            entry.judged[FINISH][-1] = True
+            self._unjudged[entry.kind] -= 1
+
+    def _file(self, entry: _Open, *, late: bool, judged: bool = True) -> None:
+        """Whether a request is in time is known."""
+        if judged and min(entry.forecast.ttft[0], entry.forecast.deadline[0]) < inf:
+            self._odds[entry.kind].learn(entry.basis.said, not late)
+        entry.number = self._kinds[entry.kind].add(
+            entry.forecast, entry.since, late=late, judged=judged
+        )
+        entry.everywhere = self._all.add(entry.forecast, entry.since, late=late, judged=judged)
+        if entry.first == entry.first:
+            self._learn(entry, START, entry.first)
+
+    def _places(self, entry: _Open) -> tuple[tuple[Outcomes, int], tuple[Outcomes, int]]:
+        return (self._kinds[entry.kind], entry.number), (self._all, entry.everywhere)
+
+    def _learn(self, entry: _Open, target: int, seconds: float) -> None:
+        for outcomes, number in self._places(entry):
+            outcomes.learn(number, target, seconds)
+
+    def _judge_all(self, entry: _Open, target: int, at: float) -> None:
+        for place in range(len(LEVELS)):
+            self._judge(entry, target, place, kept=at <= entry.basis.times[target, place])
+
+    def _judge(self, entry: _Open, target: int, place: int, *, kept: bool) -> None:
+        """Move a level by whether it was kept."""
+        if entry.judged[target][place]:
+            return
+        entry.judged[target][place] = True
+        rate = min(RATE, LAG / max(self._unjudged[entry.kind], 1))
+        if target == FINISH and place == len(LEVELS) - 1:
+            self._unjudged[entry.kind] -= 1
+        error = (0.0 if kept else 1.0) - (1.0 - LEVELS[place])
+        levels = self._levels[entry.kind]
+        levels[target, place] = min(
+            max(levels[target, place] + rate * error, LEAST_LEVEL), MOST_LEVEL
+        )
+
+    # ---- keeping -------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        """What was learnt, promises that are open aside."""
+        kinds = np.array(sorted(self._kinds), dtype=np.int64)
+        levels = np.array([self._levels[kind] for kind in kinds]).reshape(-1, 2, len(LEVELS))
+        odds = np.array([(self._odds[kind].bias, self._odds[kind].slope) for kind in kinds])
+        state = {"kinds": kinds, "levels": levels, "odds": odds.reshape(-1, 2)}
+        for name, outcomes in (
+            ("all", self._all),
+            *((str(kind), self._kinds[int(kind)]) for kind in kinds),
+        ):
+            state |= {f"{name}.{key}": array for key, array in outcomes.state().items()}
+        return state
+
+    def load(self, state: State) -> None:
+        """Go on from what another kept.
+
+        Raises:
+            ValueError: if it is not one's state; nothing has changed then.
+        """
+        try:
+            kinds = [int(kind) for kind in state["kinds"]]
+            known = {kind: Outcomes.of(_part(state, str(kind))) for kind in kinds}
+            everything = Outcomes.of(_part(state, "all"))
+            levels = {
+                kind: np.array(state["levels"][i], dtype=np.float64).reshape(2, len(LEVELS))
+                for i, kind in enumerate(kinds)
+            }
+            odds = {kind: Odds(*map(float, state["odds"][i])) for i, kind in enumerate(kinds)}
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"not a track record: {error!r}") from error
+        self._kinds, self._all, self._levels, self._odds = known, everything, levels, odds
+
+
+def _part(state: State, name: str) -> State:
+    prefix = f"{name}."
+    return {
+        key.removeprefix(prefix): array for key, array in state.items() if key.startswith(prefix)
+    }
+
+
+def _as_promised() -> Floats:
+    return np.array([LEVELS, LEVELS])
+
+
+def _guess(forecasts: Forecasts) -> Floats:
+    """Probability of being in time by the forecast alone."""
+    odds = [
+        (
+            np.log(np.maximum(limit, 1e-6) / expected)[:, None] / spread[:, None] >= PUNCTUAL_GUESS
+        ).mean(axis=1)
+        for limit, expected, spread in (
+            (forecasts.ttft, forecasts.start, np.ones(len(forecasts))),
+            (forecasts.deadline, forecasts.finish, forecasts.spread),
+        )
+    ]
+    guess: Floats = np.clip(np.minimum(*odds), UNSURE, 1.0 - UNSURE)
+    return guess
