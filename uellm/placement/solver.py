@@ -139,23 +139,23 @@ def _next(
 ) -> Placed | None:
     """One more replica: on devices that no other uses, or else beside others."""
     used = {device for each in placed for device in each.layout.order}
-    free = [device for device in range(len(costs.devices)) if device not in used]
-    found = None
-    if used and free:
-        part = costs.only(free)
-        found = place(part, wish_of(request, part))
-        if found is not None:
-            order = tuple(free[device] for device in found.layout.order)
-            found = replace(found, layout=replace(found.layout, order=order))
-    if found is None:
-        found = place(costs, wish_of(request, costs))
+    every = list(range(len(costs.devices)))
+    free = [device for device in every if device not in used]
     before = request.previous.replicas[index : index + 1] if request.previous else ()
-    if found is None or not before or used:
-        return found
-    wish = wish_of(request, costs)
-    judge = Judge(costs, chain_of(costs, wish.pins), wish.objective, found.limit, wish.stages)
-    layout = settle(costs, judge, found.layout, before[0], request.move_seconds_per_byte)
-    return replace(found, layout=layout)
+    for keep in [free, every] if used and free else [every]:
+        part = costs.only(keep)
+        wish = wish_of(request, part)
+        found = place(part, wish)
+        if found is None:
+            continue
+        layout = found.layout
+        if before:
+            chain = chain_of(part, wish.pins)
+            judge = Judge(part, chain, wish.objective, found.limit, wish.stages)
+            layout = settle(part, judge, layout, before[0], request.move_seconds_per_byte)
+        order = tuple(keep[device] for device in layout.order)
+        return replace(found, layout=replace(layout, order=order))
+    return None
 
 
 def _most_slots(request: PlanRequest, wanted: int) -> int:

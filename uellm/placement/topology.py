@@ -154,8 +154,12 @@ class Topology:
         if known is not None:
             return known
         level = self.level(src, dst)
-        speed = self.default_link_by_level.get(level, DEFAULT_LINKS[level])
+        speed = self.default(level)
         return Link(src.id, dst.id, speed.latency_seconds, speed.bytes_per_second, level)
+
+    def default(self, level: str) -> LinkSpeed:
+        """What a way at a level is taken to be where no link says."""
+        return self.default_link_by_level.get(level, DEFAULT_LINKS[level])
 
     @cached_property
     def _known(self) -> dict[tuple[str, str], Link]:

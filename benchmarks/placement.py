@@ -1,0 +1,215 @@
+"""How fast plans are made, how good they are, and what they gain over other ways to place layers.
+
+    python -m benchmarks.placement [--data DIR] [--json] [--random] [--only TEXT]
+
+Latency and throughput are modelled, by the costs that the solver plans with; baselines are placed
+by their own rules (the solver is not seeded with them here) and judged with the same costs and as
+many batches in flight. ``--data``: a directory with Helix's tables, for its clusters with its
+figures.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable
+from configparser import ConfigParser
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.clusters import MODELS, geometric, mixed, named
+from uellm.placement.baselines import BASELINES
+from uellm.placement.costs import costs_of
+from uellm.placement.full_stage import Server, plan_full_stage
+from uellm.placement.prediction import predict, shortages
+from uellm.placement.solver import solve
+from uellm.placement.topology import Topology
+from uellm.placement.views import Objective, Plan, PlanRequest, Workload
+
+LOAD = Workload(batch=4, in_flight=32, prompt_tokens=512, output_tokens=128)
+_TOKEN_BYTES = 2 * 8192
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan.
+
+    Attributes:
+        cluster: its name.
+        model: what was placed.
+        devices: how many there are.
+        objective: what was sought.
+        solve_seconds: median.
+        solver: what found it.
+        ratio: to its bound.
+        stages: devices used.
+        seconds: modelled latency of a batch.
+        tokens_per_second: modelled.
+        over: by baseline: times its latency, or its throughput; None: it does not fit.
+    """
+
+    cluster: str
+    model: str
+    devices: int
+    objective: str
+    solve_seconds: float
+    solver: str
+    ratio: float
+    stages: int
+    seconds: float
+    tokens_per_second: float
+    over: dict[str, float | None]
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="directory with gpu/helix_tables.json")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--random", action="store_true", help="random clusters as well")
+    parser.add_argument("--only", default="", help="clusters whose name has this in it")
+    options = parser.parse_args()
+    clusters = named()
+    if options.random:
+        for count in (10, 14, 16, 32, 64, 128, 256):
+            clusters[f"random wide area, {count}"] = (geometric(count, count), "13B (Llama 2)")
+        for count in (16, 32, 128):
+            clusters[f"mixed racks, {count}"] = (mixed(count), "70B (Llama 2)")
+    rows = []
+    for name, (topology, model) in clusters.items():
+        if options.only in name:
+            for objective in ("lr", "throughput"):
+                rows.append(_measure(name, topology, model, objective))
+                if not options.json:
+                    _show(rows[-1])
+    ablation = _ablation(*clusters["4x3090 PCIe, 2 NUMA nodes"]) if not options.only else {}
+    helix = _helix(options.data / "gpu") if options.data else {}
+    if options.json:
+        rows_out = [asdict(row) for row in rows]
+        print(json.dumps({"modelled": rows_out, "ablation": ablation, "helix": helix}, indent=1))
+        return
+    for name, figures in {**ablation, **helix}.items():
+        print(f"{name}: {figures}")
+
+
+def _timed(work: Callable[[], Plan]) -> tuple[Plan, float]:
+    """A plan, and the median of a few times; of long ones, the first."""
+    times: list[float] = []
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        plan = work()
+        times.append(time.perf_counter() - began)
+        if times[0] > 2:
+            break
+    return plan, statistics.median(times)
+
+
+def _measure(name: str, topology: Topology, model: str, objective: Objective) -> Row:
+    request = PlanRequest(topology, MODELS[model], LOAD, objective, seeded=False)
+    plan, seconds = _timed(lambda: solve(request))
+    if not plan.replicas:
+        raise SystemExit(f"{name}: {plan.infeasible_reason}")
+    found = plan.replicas[0].prediction
+    if found is None or plan.certificate is None:
+        raise AssertionError("unreachable: a solved plan is predicted and certified")
+    costs = costs_of(request)
+    over: dict[str, float | None] = {}
+    for rule, place in BASELINES.items():
+        layout = place(costs)
+        over[rule] = None
+        if layout is not None and not shortages(costs, layout):
+            other = predict(costs, layout)
+            over[rule] = (
+                other.total_seconds / found.total_seconds
+                if objective == "lr"
+                else found.tokens_per_second / other.tokens_per_second
+            )
+    return Row(
+        cluster=name,
+        model=model,
+        devices=len(topology.devices),
+        objective=objective,
+        solve_seconds=seconds,
+        solver=plan.solver,
+        ratio=plan.certificate.ratio,
+        stages=len(plan.replicas[0].stages),
+        seconds=found.total_seconds,
+        tokens_per_second=found.tokens_per_second,
+        over=over,
+    )
+
+
+def _show(row: Row) -> None:
+    over = ", ".join(
+        f"{name} {'-' if times is None else f'{times:.2f}'}" for name, times in row.over.items()
+    )
+    print(
+        f"{row.cluster:28} {row.model:14} {row.objective:10} solved in {row.solve_seconds:6.3f} s "
+        f"by {row.solver:9} ratio {row.ratio:.4f}; {row.stages:3} stages; modelled "
+        f"{row.seconds:.3f} s, {row.tokens_per_second:.0f} tokens/s; times over: {over}",
+        flush=True,
+    )
+
+
+def _ablation(topology: Topology, model: str) -> dict[str, dict[str, float]]:
+    """The paper's: its objectives, and one to four devices in a row; batch 1."""
+    load = Workload(batch=1, prompt_tokens=512, output_tokens=128)
+    request = PlanRequest(topology, MODELS[model], load)
+    found: dict[str, dict[str, float]] = {}
+    for name in ("lr", "helr", "he"):
+        plan = solve(replace(request, objective=name))
+        found[f"ablation, modelled: {name.upper()}"] = _per_position(plan)
+    for stages in range(1, 5):
+        plan = solve(replace(request, objective="lr", workload=replace(load, stages=stages)))
+        found[f"ablation, modelled: {stages} device(s)"] = _per_position(plan)
+    return found
+
+
+def _per_position(plan: Plan) -> dict[str, float]:
+    prediction = plan.replicas[0].prediction
+    if prediction is None:
+        raise AssertionError("unreachable: a solved plan is predicted")
+    return {
+        "devices": len(plan.replicas[0].stages),
+        "ms_per_position": round(1e3 * prediction.decode_seconds, 3),
+    }
+
+
+def _helix(directory: Path) -> dict[str, dict[str, float]]:
+    """Helix's clusters with its tables: full-stage routing, and the best chain found."""
+    tables = json.loads((directory / "helix_tables.json").read_text())["single24"]
+    kinds = [kind for kind, table in tables.items() for _ in range(table["count"])]
+    single = np.full((24, 24), 1.25e9 / _TOKEN_BYTES)
+    cluster = ConfigParser()
+    cluster.read(directory / "helix_3cluster24.ini")
+    placed = [cluster[f"ComputeNode-{i}"]["type"] for i in range(24)]
+    apart = np.zeros((24, 24))
+    for section in cluster.sections():
+        if match := re.fullmatch(r"Link-(\d+)-(\d+)", section):
+            a, b = int(match[1]), int(match[2])
+            megabytes = float(cluster[section]["bandwidth"].split()[0])
+            apart[a, b] = apart[b, a] = megabytes * 1e6 / _TOKEN_BYTES
+    found = {}
+    for name, nodes, capacity in (("single24", kinds, single), ("3cluster24", placed, apart)):
+        servers = [
+            Server(f"{kind}:{i}", kind, tuple(tables[kind]["tput"])) for i, kind in enumerate(nodes)
+        ]
+        began = time.perf_counter()
+        plan = plan_full_stage(servers, 80, capacity)
+        seconds = time.perf_counter() - began
+        if plan is None:
+            raise AssertionError("unreachable: the devices hold the model")
+        found[f"Helix {name}, its tables"] = {
+            "tokens_per_second": round(plan.tokens_per_second, 2),
+            "chain_tokens_per_second": round(plan.chain_tokens_per_second, 2),
+            "solve_seconds": round(seconds, 3),
+        }
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""Stages of several devices each: any device of a stage may send to any of the next. Planning only.
+
+A stage's devices hold the same layers and share its tokens, as in Helix (ASPLOS 2025), whose plans
+a maximum flow rates. Chains, which are what runs, are the case of one device a stage; their figure
+stands beside. Within a region, where links are fast enough for all that flows, only the numbers of
+devices of each kind matter, and a program over these finds the most layers that keep a rate.
+Where stages of two regions meet, enough devices must stand on both sides that the links carry it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise, permutations, product
+from statistics import median
+
+import numpy as np
+
+from uellm.placement.costs import Array, Integers
+from uellm.placement.flow import max_flow
+
+_PROBES = 60
+_CLOSE = 1e-4
+_MOST_STATES = 20_000
+_MOST_REGIONS = 4
+_MOST_ABREAST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A device by its rates.
+
+    Attributes:
+        id: of the device.
+        kind: devices of one kind have equal rates.
+        rates: tokens per second with 1, 2, ... layers, as many as it has room for.
+    """
+
+    id: str
+    kind: str
+    rates: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Devices, by number, that hold the same layers."""
+
+    servers: tuple[int, ...]
+    num_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class FullStage:
+    """A plan.
+
+    Attributes:
+        stages: in order.
+        tokens_per_second: the maximum flow through them.
+        chain_tokens_per_second: of the best single chain, each device a stage, links counted.
+    """
+
+    stages: tuple[Stage, ...]
+    tokens_per_second: float
+    chain_tokens_per_second: float
+
+
+def plan_full_stage(
+    servers: Sequence[Server], num_layers: int, capacity: Array
+) -> FullStage | None:
+    """The stages with the most throughput that are found; None if the layers do not fit.
+
+    Args:
+        servers: the devices.
+        num_layers: of the model.
+        capacity: [n, n], tokens per second that a link carries.
+    """
+    best: tuple[float, tuple[Stage, ...]] = (0.0, ())
+    low, high = 0.0, sum(server.rates[0] for server in servers if server.rates)
+    for _ in range(_PROBES):
+        rate = (low + high) / 2
+        found = _at_rate(servers, num_layers, capacity, rate)
+        if found is None:
+            high = rate
+            continue
+        flow = rating(servers, found, capacity)
+        best = max(best, (flow, found), key=lambda each: each[0])
+        low = max(rate, min(flow, high))
+        if high - low <= _CLOSE * high:
+            break
+    if not best[1]:
+        return None
+    return FullStage(best[1], best[0], chain_rate(servers, num_layers, capacity))
+
+
+def chain_rate(servers: Sequence[Server], num_layers: int, capacity: Array) -> float:
+    """Tokens per second of one chain, whose order keeps to links that are fast enough.
+
+    Only orders that a greedy walk finds are looked at: a figure that can be reached, no bound.
+    """
+    rates = sorted({rate for server in servers for rate in server.rates}, reverse=True)
+    for rate in rates:
+        layers = [sum(each >= rate * (1 - 1e-12) for each in server.rates) for server in servers]
+        usable = [i for i, count in enumerate(layers) if count]
+        if sum(layers) >= num_layers and _walk(usable, layers, num_layers, capacity >= rate):
+            return rate
+    # The slowest link that a chain over all has to cross sets the pace.
+    layers = [len(server.rates) for server in servers]
+    for rate in sorted({float(each) for each in capacity.ravel()}, reverse=True):
+        usable = [i for i, count in enumerate(layers) if count]
+        if _walk(usable, layers, num_layers, capacity >= rate):
+            return min(rate, *(servers[i].rates[layers[i] - 1] for i in usable))
+    return 0.0
+
+
+def rating(servers: Sequence[Server], stages: Sequence[Stage], capacity: Array) -> float:
+    """The maximum flow through stages: every device is as fast as its layers let it be."""
+    source, sink = -1, -2
+    edges: dict[tuple[int, int], float] = {}
+    for index, stage in enumerate(stages):
+        for server in stage.servers:
+            # A device is two nodes, with what it computes between them.
+            edges[2 * server, 2 * server + 1] = servers[server].rates[stage.num_layers - 1]
+            if index == 0:
+                edges[source, 2 * server] = float("inf")
+            if index == len(stages) - 1:
+                edges[2 * server + 1, sink] = float("inf")
+            else:
+                for other in stages[index + 1].servers:
+                    edges[2 * server + 1, 2 * other] = float(capacity[server, other])
+    return max_flow(edges, source, sink)
+
+
+def _walk(
+    usable: Sequence[int],
+    layers: Sequence[int],
+    num_layers: int,
+    fast: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
+) -> bool:
+    """Whether a chain over fast links holds the layers, by going to the most layers each time."""
+    for start in usable:
+        order, held = [start], layers[start]
+        left = set(usable) - {start}
+        while held < num_layers:
+            ways = [d for d in left if fast[order[-1], d]]
+            if not ways:
+                break
+            # Few ways on first: what is hard to reach later is taken now.
+            order.append(max(ways, key=lambda d: (layers[d], -d)))
+            held += layers[order[-1]]
+            left.discard(order[-1])
+        if held >= num_layers:
+            return True
+    return False
+
+
+def _at_rate(
+    servers: Sequence[Server], num_layers: int, capacity: Array, rate: float
+) -> tuple[Stage, ...] | None:
+    """Stages that each keep a rate, and links between regions that carry it."""
+    regions = [_Region(servers, members, rate) for members in _regions(capacity, rate)]
+    regions = [region for region in regions if region.most_layers > 0]
+    regions.sort(key=lambda region: -region.most_layers)
+    regions = regions[:_MOST_REGIONS]
+    if sum(region.most_layers for region in regions) < num_layers:
+        return None
+    if regions and regions[0].most_layers >= num_layers:
+        return _shortened(regions[0].stages(1, 1), num_layers)
+    best: tuple[float, tuple[Stage, ...]] | None = None
+    for order in permutations(regions):
+        for stages in _joined(order, num_layers, capacity, rate):
+            flow = rating(servers, stages, capacity)
+            if best is None or flow > best[0]:
+                best = (flow, stages)
+    return best[1] if best else None
+
+
+def _joined(
+    order: Sequence["_Region"], num_layers: int, capacity: Array, rate: float
+) -> Iterator[tuple[Stage, ...]]:
+    """Regions one after the other, with enough devices abreast where they meet."""
+    meetings = []
+    for one, other in pairwise(order):
+        link = median(float(capacity[a, b]) for a in one.members for b in other.members)
+        wide = range(1, _MOST_ABREAST + 1)
+        pairs = [(p, q) for p, q in product(wide, wide) if p * q * link >= rate]
+        meetings.append([(p, q) for p, q in pairs if (p - 1) * q * link < rate or p == 1])
+    for abreast in product(*meetings):
+        ends = [1, *(side for pair in abreast for side in pair), 1]
+        stages: list[Stage] = []
+        for index, region in enumerate(order):
+            stages += region.stages(ends[2 * index], ends[2 * index + 1])
+        if sum(stage.num_layers for stage in stages) >= num_layers:
+            yield _shortened(stages, num_layers)
+
+
+def _shortened(stages: Sequence[Stage], num_layers: int) -> tuple[Stage, ...]:
+    """Layers that are too many taken off, where there are most."""
+    layers = [stage.num_layers for stage in stages]
+    while sum(layers) > num_layers:
+        layers[layers.index(max(layers))] -= 1
+    return tuple(
+        Stage(stage.servers, count) for stage, count in zip(stages, layers, strict=True) if count
+    )
+
+
+def _regions(capacity: Array, rate: float) -> list[list[int]]:
+    """Devices that links fast enough for the whole rate join."""
+    n = len(capacity)
+    fast = np.minimum(capacity, capacity.T) >= rate
+    left, found = set(range(n)), []
+    while left:
+        region, pending = [], [min(left)]
+        left.discard(pending[0])
+        while pending:
+            at = pending.pop()
+            region.append(at)
+            near = [d for d in sorted(left) if fast[at, d]]
+            left.difference_update(near)
+            pending += near
+        found.append(sorted(region))
+    return found
+
+
+class _Region:
+    """The most layers that stages of some devices hold at a rate, by numbers of each kind."""
+
+    def __init__(self, servers: Sequence[Server], members: Sequence[int], rate: float) -> None:
+        self.members = list(members)
+        kinds = sorted({servers[i].kind for i in members})
+        self._pools = [[i for i in members if servers[i].kind == kind] for kind in kinds]
+        shape = [len(pool) + 1 for pool in self._pools]
+        if int(np.prod(shape)) > _MOST_STATES:
+            # Too many kinds for all combinations: each device is a stage of its own.
+            self._pools = [[i] for i in members]
+            self._combined = False
+            shape = []
+        else:
+            self._combined = True
+        self._rates = [servers[pool[0]].rates for pool in self._pools]
+        self._rate = rate
+        if self._combined:
+            self._states = np.array(list(product(*(range(size) for size in shape))))
+            self._layers = self._stage_layers()
+
+    @cached_property
+    def most_layers(self) -> int:
+        """Of all its devices."""
+        if not self._combined:
+            return sum(self._alone(rates) for rates in self._rates)
+        return int(self._table[0][-1])
+
+    def stages(self, first: int, last: int) -> list[Stage]:
+        """Stages with the most layers, the outer two of so many devices at least."""
+        if not self._combined:
+            return [
+                Stage((pool[0],), self._alone(rates))
+                for pool, rates in zip(self._pools, self._rates, strict=True)
+                if self._alone(rates)
+            ]
+        if first == last == 1:
+            return self._built(self._unpacked(len(self._states) - 1))
+        sizes = self._states.sum(axis=1)
+        best, _ = self._table
+        top = 0
+        chosen: tuple[int, ...] = ()
+        whole = self._states[-1]
+        one_only = (sizes >= max(first, last)) & (self._layers > 0)
+        for a in np.flatnonzero((sizes >= first) & (self._layers > 0)):
+            rest = whole - self._states[a]
+            ends = np.flatnonzero(
+                (sizes >= last) & (self._layers > 0) & (self._states <= rest).all(axis=1)
+            )
+            if one_only[a] and self._layers[a] > top:
+                top, chosen = int(self._layers[a]), (int(a),)
+            if not len(ends):
+                continue
+            left = self._index(rest - self._states[ends])
+            total = self._layers[a] + self._layers[ends] + best[left]
+            at = int(total.argmax())
+            if total[at] > top:
+                top = int(total[at])
+                middle = self._unpacked(int(left[at]))
+                chosen = (int(a), *middle, int(ends[at]))
+        return self._built(chosen)
+
+    @cached_property
+    def _table(self) -> tuple[Integers, Integers]:
+        """[states] most layers of stages of so many devices, and the last of these stages."""
+        best = np.zeros(len(self._states), dtype=np.int64)
+        choice = np.full(len(self._states), -1)
+        patterns = np.flatnonzero(self._layers > 0)
+        for state in range(1, len(self._states)):
+            left = self._states[state] - self._states[patterns]
+            fit = (left >= 0).all(axis=1)
+            if fit.any():
+                total = self._layers[patterns[fit]] + best[self._index(left[fit])]
+                at = int(total.argmax())
+                best[state], choice[state] = total[at], patterns[fit][at]
+        return best, choice
+
+    def _index(self, counts: Integers) -> Integers:
+        """Numbers of states."""
+        number = np.zeros(len(counts), dtype=np.int64)
+        for kind, pool in enumerate(self._pools):
+            number = number * (len(pool) + 1) + counts[:, kind]
+        return number
+
+    def _stage_layers(self) -> Integers:
+        """[states] most layers of one stage of these devices."""
+        most = np.zeros(len(self._states), dtype=np.int64)
+        for count in range(1, max((len(rates) for rates in self._rates), default=0) + 1):
+            each = np.array([r[count - 1] if len(r) >= count else 0.0 for r in self._rates])
+            able = np.array([len(rates) >= count for rates in self._rates])
+            hold = (self._states[:, ~able] == 0).all(axis=1)
+            most[hold & (self._states @ each >= self._rate * (1 - 1e-12))] = count
+        most[0] = 0
+        return most
+
+    def _unpacked(self, state: int) -> list[int]:
+        """The stages behind the best of a state."""
+        _, choice = self._table
+        found = []
+        while choice[state] >= 0:
+            found.append(int(choice[state]))
+            state = int(self._index((self._states[state] - self._states[choice[state]])[None])[0])
+        return found
+
+    def _built(self, chosen: Sequence[int]) -> list[Stage]:
+        """Numbers of devices made devices."""
+        pools = [list(pool) for pool in self._pools]
+        stages = []
+        for state in chosen:
+            servers = [
+                pools[kind].pop(0)
+                for kind, count in enumerate(self._states[state])
+                for _ in range(int(count))
+            ]
+            stages.append(Stage(tuple(servers), int(self._layers[state])))
+        return stages
+
+    def _alone(self, rates: Sequence[float]) -> int:
+        return sum(each >= self._rate * (1 - 1e-12) for each in rates)
