@@ -14,7 +14,7 @@ from uellm.policy.placing import free_places, has_suspect
 from uellm.policy.refusing import lost
 from uellm.policy.registry import dispatch_settings
 from uellm.policy.static_dispatch import StaticDispatch
-from uellm.policy.views import QueuedView, SequenceView
+from uellm.policy.views import DispatchPolicy, QueuedView, SequenceView
 
 BEFORE, ENGINE = "before", "engine"
 WHY: Mapping[str, str] = {
@@ -159,21 +159,24 @@ def held_up(story: Story, until: float) -> dict[str, float]:
         until: when it left, or now.
     """
     spent: dict[str, float] = {}
+    made: dict[str, DispatchPolicy | None] = {}
     waited = {id(record) for record in story.waited}
     for record, after in pairwise([*story.decided, None]):
         if record is not None and id(record) in waited:
             end = until if after is None else after.now
-            kind = _held_up_by(record)
+            used = repr(record.policy)
+            if used not in made:
+                made[used] = record.policy.made()
+            kind = _held_up_by(record, made[used])
             spent[kind] = spent.get(kind, 0.0) + max(end - record.now, 0.0)
     return spent
 
 
-def _held_up_by(record: DispatchRecord) -> str:
+def _held_up_by(record: DispatchRecord, policy: DispatchPolicy | None) -> str:
     if not record.replicas:
         return "no_replica"
     if record.truncated:
         return "unknown"
-    policy = record.policy.made()
     if isinstance(policy, StaticDispatch):
         return "batch"
     seen = policy.seen(record.replicas) if isinstance(policy, Dispatcher) else record.replicas

@@ -46,6 +46,10 @@ class Interned(Protocol):
         """The value at a place of the table of its kind."""
         ...
 
+    def several(self, kind: type, places: Iterable[int]) -> list[Any]:
+        """The values at several places."""
+        ...
+
 
 _Encode = Callable[[Any, Interning], Any]
 _Decode = Callable[[Any, Interned], Any]
@@ -157,7 +161,7 @@ def _several(
     if _is_place(kind, place):
         return (
             lambda values, tables: tables.places(kind, values),
-            lambda parts, tables: container([tables.at(kind, part) for part in parts]),
+            lambda parts, tables: container(tables.several(kind, parts)),
         )
     return (
         lambda values, tables: [_apply(one, value, tables) for value in values],

@@ -122,7 +122,8 @@ def _notes(facts: Facts, story: Story, records: Sequence[Record], dropped: int) 
         )
     elif story.promised is None and facts.promise is not None:
         yield "the decision that first promised it is not on record any more"
-    missing = {record.policy.name for record in records if record.policy.made() is None}
+    used = {repr(record.policy): record.policy for record in records}
+    missing = {policy.name for policy in used.values() if policy.made() is None}
     if missing:
         yield (
             f"policy {', '.join(sorted(missing))} is not installed here: nothing was decided again"

@@ -145,17 +145,25 @@ class _Tables:
     """The tables of a segment; what stands in several records is one object, as it was."""
 
     def __init__(self, segment: DecisionSegment) -> None:
-        self._segment = segment
-        self._read: dict[tuple[type, int], Any] = {}
+        self._tables: dict[type, Any] = {k: getattr(segment, name) for k, name in TABLES.items()}
+        self._read: dict[type, list[Any]] = {
+            kind: list(table) if kind is str else [None] * len(table)
+            for kind, table in self._tables.items()
+        }
 
     def at(self, kind: type, place: int) -> Any:
-        if kind is str:
-            return self._segment.texts[place]
-        value = self._read.get((kind, place))
+        read = self._read[kind]
+        value = read[place]
         if value is None:
-            message = getattr(self._segment, TABLES[kind])[place]
-            value = self._read[kind, place] = _ENTRIES[kind].decode(message, self)
+            value = read[place] = _ENTRIES[kind].decode(self._tables[kind][place], self)
         return value
+
+    def several(self, kind: type, places: Iterable[int]) -> list[Any]:
+        read = self._read[kind]
+        values = [read[place] for place in places]
+        if None in values:
+            return [self.at(kind, place) for place in places]
+        return values
 
 
 def read_segment(message: DecisionSegment) -> Segment:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from uellm.core.request import Promise
 from uellm.decisions.records import DispatchRecord, Record, StepRecord
-from uellm.policy.views import QueuedView, SequenceView
+from uellm.policy.views import InFlightView, QueuedView, SequenceView
 
 
 @dataclass(slots=True)
@@ -19,8 +19,8 @@ class Story:
         refused: the one that ended it, or None.
         steps: decisions of engines that saw it, or decided on it.
         promised: the first decision that promised it something, or None.
-        tenants: whose each request in the records is.
         queued: the latest view of each request that waited in the scheduler.
+        in_flight: that of each that was dispatched.
     """
 
     request_id: str
@@ -29,8 +29,14 @@ class Story:
     refused: DispatchRecord | None = None
     steps: list[StepRecord] = field(default_factory=list)
     promised: DispatchRecord | None = None
-    tenants: dict[str, str] = field(default_factory=dict)
     queued: dict[str, QueuedView] = field(default_factory=dict)
+    in_flight: dict[str, InFlightView] = field(default_factory=dict)
+
+    @property
+    def tenants(self) -> dict[str, str]:
+        """Whose each request in the records is."""
+        waited = {request_id: view.tenant for request_id, view in self.queued.items()}
+        return waited | {request_id: view.tenant for request_id, view in self.in_flight.items()}
 
     @property
     def decided(self) -> list[DispatchRecord]:
@@ -44,11 +50,9 @@ class Story:
             if _concerns(record, self.request_id):
                 self.steps.append(record)
             return
-        for view in record.queue.waiting:
-            self.queued[view.request_id] = view
-            self.tenants[view.request_id] = view.tenant
+        self.queued.update((view.request_id, view) for view in record.queue.waiting)
         for replica in record.replicas:
-            self.tenants.update((view.request_id, view.tenant) for view in replica.in_flight)
+            self.in_flight.update((view.request_id, view) for view in replica.in_flight)
         decision, me = record.decision, self.request_id
         if any(me in batch.request_ids for batch in decision.dispatches):
             self.sent.append(record)

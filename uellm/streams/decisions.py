@@ -18,7 +18,7 @@ from uellm.v1.decisions_pb2 import DecisionSegment
 WAITING_SEGMENTS = 4
 """So many wait to be written while Redis is slow; what comes then is dropped."""
 READ_AT_ONCE = 64
-SPAN_SEGMENTS = 128
+SPAN_SEGMENTS = 64
 """Of a span of time, so many segments at its beginning, at its end, and between are read."""
 
 

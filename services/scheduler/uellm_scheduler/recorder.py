@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from uellm.decisions.records import DispatchPolicyUsed, DispatchRecord, dispatch_record
 from uellm.decisions.segments import Entries, SegmentWriter
@@ -14,8 +15,10 @@ from uellm_scheduler.settings import SchedulerSettings
 
 GATHER_SECONDS = 0.25
 """The decisions of so long go into one segment."""
-SHARE = 0.03
-"""Share of its time that a scheduler spends on recording one model, at most."""
+SHARE = 0.025
+"""Share of its time that a scheduler spends on making records of one model, at most."""
+SAVED_SECONDS = 0.02
+"""So much time for recording is saved up at most."""
 WAITING_RECORDS = 512
 """So many decisions wait to be recorded; what is decided then is dropped."""
 SEGMENT_BYTES = 128 << 10
@@ -40,6 +43,7 @@ class Recorder:
         self._policy = DispatchPolicyUsed("")
         # The order of a long queue takes milliseconds to look at: one in a segment is enough.
         self._order_at = 0.0
+        self._saved, self._gathered_at = SAVED_SECONDS, time.monotonic()
 
     def note(
         self,
@@ -93,14 +97,26 @@ class Recorder:
 
     async def _gather(self) -> None:
         """Make a segment of what waits, as far as its share of time goes; the rest is dropped."""
-        segment, spent = SegmentWriter(self._entries), 0.0
+        now = time.monotonic()
+        self._saved = min(self._saved + SHARE * (now - self._gathered_at), SAVED_SECONDS)
+        self._gathered_at = now
+        segment = SegmentWriter(self._entries)
         while self._waiting:
-            began = time.thread_time()
-            segment.add(self._waiting.popleft())
-            spent += time.thread_time() - began
-            full = segment.records % 16 == 0 and segment.size > SEGMENT_BYTES
-            if full or spent > SHARE * GATHER_SECONDS:
+            full = segment.records % 16 == 15 and segment.size > SEGMENT_BYTES
+            if full or self._saved <= 0:
                 self._writer.dropped += len(self._waiting)
                 self._waiting.clear()
+                break
+            with self._spending():
+                segment.add(self._waiting.popleft())
             await asyncio.sleep(0)
-        self._writer.offer(segment.message())
+        if segment.records:
+            with self._spending():
+                message = segment.message()
+            self._writer.offer(message)
+
+    @contextmanager
+    def _spending(self) -> Iterator[None]:
+        began = time.thread_time()
+        yield
+        self._saved -= time.thread_time() - began
