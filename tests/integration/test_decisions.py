@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+from uellm_scheduler import recorder
+from uellm_scheduler.settings import SchedulerSettings
 
 from tests.support.scheduling import MODEL, Mesh, scheduler
 from tests.support.waiting import eventually
@@ -15,6 +17,8 @@ from uellm.cli.app import app
 from uellm.core.errors import InvalidArgumentError, NotFoundError
 from uellm.decisions.records import DispatchRecord, Record
 from uellm.decisions.segments import SegmentWriter, read_segment
+from uellm.policy.choice import PolicyChoice
+from uellm.policy.views import DispatchDecision, QueueView
 from uellm.streams import decisions as streams_decisions
 from uellm.streams.connection import connect
 from uellm.streams.decisions import DecisionLog, DecisionWriter
@@ -181,6 +185,37 @@ async def test_a_slow_redis_costs_decisions_not_time(redis: Any) -> None:
 
     async def told() -> bool:
         return sum([each.dropped async for each in log.all()]) == 5
+
+    await eventually(told)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_without_time_to_record_decisions_are_dropped_and_counted(
+    redis: Any, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "SHARE", 0.0)
+    monkeypatch.setattr(recorder, "SAVED_SECONDS", 0.0)
+    monkeypatch.setattr(recorder, "GATHER_SECONDS", 0.01)
+    log = DecisionLog(redis, MODEL)
+    recording = recorder.Recorder(log, SchedulerSettings(redis_url=redis_url))
+
+    def note() -> None:
+        recording.note(
+            PolicyChoice("edf"), QueueView(()), (), 1.0, DispatchDecision(), {}.__getitem__
+        )
+
+    task = asyncio.create_task(recording.run())
+    for _ in range(3):
+        note()
+    await eventually(lambda: recording.dropped == 3)
+    monkeypatch.setattr(recorder, "SHARE", 1.0)
+    monkeypatch.setattr(recorder, "SAVED_SECONDS", 1.0)
+    note()
+
+    async def told() -> bool:
+        found = [each async for each in log.all()]
+        return [(len(each.dispatches), each.dropped) for each in found] == [(1, 3)]
 
     await eventually(told)
     task.cancel()

@@ -45,6 +45,11 @@ class Recorder:
         self._order_at = 0.0
         self._saved, self._gathered_at = SAVED_SECONDS, time.monotonic()
 
+    @property
+    def dropped(self) -> int:
+        """Decisions that were dropped since the last segment that was written."""
+        return self._writer.dropped
+
     def note(
         self,
         policy: PolicyChoice,
