@@ -22,17 +22,17 @@ from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former
 from uellm_deployer.links import Links
 from uellm_deployer.measurements import Measurements
-from uellm_deployer.replica import Phase, Replica
+from uellm_deployer.replica import Replica
 from uellm_deployer.settings import DeployerSettings
 from uellm_deployer.store import Store
 from uellm_deployer.tools import Tools
+from uellm_deployer.upkeep import Upkeep
 from uellm_deployer.workers import Workers
 
 _log = logger("deployer")
 TURN_SECONDS = 0.25
 RELEASE_AGAIN_SECONDS = 5.0
 REASSERT_SECONDS = 2.0
-LEARN_SECONDS = 2.0
 SURVEY_POLL_SECONDS = 0.05
 MEASURE_SHARE = 0.9
 """Of a call's remaining time, what measuring may take."""
@@ -71,9 +71,11 @@ class Deployer:
         self._news = asyncio.Event()
         self._released: dict[reconcile.Orphan, float] = {}
         self._reassert_at = 0.0
-        self._learn_at = 0.0
         self._acting_since = 0.0
         self._tools = self._make_tools()
+        self._upkeep = Upkeep(
+            self._discovery, self._store, lambda: self._deployments, context.spawn
+        )
 
     def _make_tools(self) -> Tools:
         return Tools(
@@ -121,7 +123,7 @@ class Deployer:
             if deployment.ended and self._deployments.get(name) is deployment:
                 del self._deployments[name]
         await self._reassert(now)
-        await self._learn(now)
+        await self._upkeep.turn(now)
         self._release_orphans(now)
         self.workers.forget(now)
         await self._links.keep(list(self.workers.all))
@@ -175,19 +177,6 @@ class Deployer:
         for name, deployment in list(self._deployments.items()):
             await deployment.reassert(published.get(name))
         self._reassert_at = now + REASSERT_SECONDS
-
-    async def _learn(self, now: float) -> None:
-        """Hold measurements against what the steps of running replicas take."""
-        if now < self._learn_at:
-            return
-        self._learn_at = now + LEARN_SECONDS
-        for name, deployment in self._deployments.items():
-            ready = {r.id: r for r in deployment.replicas if r.phase is Phase.READY}
-            if deployment.profile is None or not ready:
-                continue
-            reports = await self._store.reports(name, list(ready))
-            for replica, report in reports.items():
-                await self._discovery.learn(ready[replica], deployment.profile, report)
 
     def step_down(self) -> None:
         """Another deployer acts: forget everything, touch nothing."""
@@ -312,13 +301,9 @@ class Deployer:
             InvalidArgumentError: if the topology file says what cannot be.
             NotFoundError: if the model is not deployed.
         """
-        deployment = self._deployments.get(request.model)
-        if request.model and deployment is None:
+        if request.model and request.model not in self._deployments:
             raise self._not_deployed(request.model, "model")
-        if deployment is None and len(self._deployments) == 1:
-            (deployment,) = self._deployments.values()
-        model = deployment.model if deployment is not None else None
-        subject = self._discovery.subject(model, deployment.published.dtype if deployment else "")
+        subject = self._upkeep.subject(request.model)
         if request.probe:
             await self._discovery.on_demand(subject, seconds * MEASURE_SHARE)
         return self._discovery.topology(subject)

@@ -6,6 +6,7 @@ replicas take keeps the measurements of layers up to date.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from uellm.convert import device_from_proto, link_from_proto, link_to_proto, timestamp
-from uellm.core.errors import UellmError
+from uellm.core.errors import ModelFilesError, UellmError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger
 from uellm.placement.discovery import (
@@ -26,6 +27,7 @@ from uellm.placement.discovery import (
     rounds,
 )
 from uellm.placement.topology import LinkSpeed
+from uellm.streams.connection import UNREACHABLE
 from uellm.topology_file import complete, read_topology
 from uellm.v1 import common_pb2, deployer_pb2, queue_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
@@ -41,6 +43,7 @@ _log = logger("discovery")
 RETRY_SECONDS = 60.0
 """A measurement that failed is not tried again before, unless somebody asks."""
 _NEVER = -1.0
+_TIME = "time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +112,15 @@ class Discovery:
         """What layers are to be measured of.
 
         Args:
-            model: to be placed; None: any.
+            model: to be placed; None, or if its files do not say what it needs: any.
             dtype: to compute in; "": as the devices that are there would.
-
-        Raises:
-            ModelFilesError: if the model's files do not say what it needs.
         """
         there = [device_from_proto(device) for w in self._live() for device in w.usable]
         dtype = dtype or dtype_for(there)
-        if model is None:
-            return Subject(dtype=dtype)
-        return Subject(model.ref, dtype, model.profile(dtype).hidden_size)
+        with contextlib.suppress(ModelFilesError):  # Whoever places it says so.
+            if model is not None:
+                return Subject(model.ref, dtype, model.profile(dtype).hidden_size)
+        return Subject(dtype=dtype)
 
     # ---- what is known -------------------------------------------------------------------------
 
@@ -185,10 +186,11 @@ class Discovery:
 
     # ---- measuring -----------------------------------------------------------------------------
 
-    async def before_placing(self, subject: Subject) -> None:
+    async def measure_idle(self, subject: Subject) -> None:
         """Measure what a plan would have to guess, as long as a first placement may wait.
 
-        Among devices of one kind on one host there is nothing to choose, and nothing is measured.
+        Only on workers without stages. Among devices of one kind on one host there is nothing to
+        choose, and nothing is measured.
         """
         idle = [worker for worker in self._live() if not worker.stages]
         kinds = {(device.host, device.name) for w in self._live() for device in w.usable}
@@ -209,32 +211,40 @@ class Discovery:
         most_age: float | None = None,
     ) -> None:
         age = self._settings.probe_age_seconds if most_age is None else most_age
-        async with self._measuring:
-            try:
-                async with asyncio.timeout(seconds):
-                    by_host: dict[str, list[Worker]] = {}
-                    for worker in workers:
-                        for device in worker.usable[:1]:
-                            by_host.setdefault(device.host, []).append(worker)
-                    # What runs on one host at the same time would measure itself.
-                    await asyncio.gather(
-                        *(self._measure_host(found, subject, age) for found in by_host.values())
-                    )
-                    await self._measure_ways(workers, subject, age)
-            except TimeoutError:
-                text = f"measuring took longer than {seconds:g} s; what was left out is unknown"
-                self._notes["time"] = text
-                _log.info(text)
+        try:
+            async with asyncio.timeout(seconds), self._measuring:
+                await self._measure_all(workers, subject, age)
+            self._notes.pop(_TIME, None)
+        except TimeoutError:
+            text = f"measuring took longer than {seconds:g} s; what was left out is unknown"
+            self._notes[_TIME] = text
+            _log.info(text)
+
+    async def _measure_all(self, workers: Sequence[Worker], subject: Subject, age: float) -> None:
+        by_host: dict[str, list[Worker]] = {}
+        for worker in workers:
+            for device in worker.usable[:1]:
+                by_host.setdefault(device.host, []).append(worker)
+        # What runs on one host at the same time would measure itself.
+        await asyncio.gather(
+            *(self._measure_host(found, subject, age) for found in by_host.values())
+        )
+        await self._measure_ways(workers, subject, age)
 
     async def _measure_host(self, workers: Sequence[Worker], subject: Subject, age: float) -> None:
+        done: set[BlockKey] = set()
         for worker in workers:
             for device in worker.usable:
                 if device.kind == topology_pb2.DEVICE_KIND_SIMULATED:
                     continue  # It is as fast as it says.
                 key = BlockKey(device.host, device.name, subject.digest, subject.dtype)
                 known = self._measurements.block(key)
-                if known is None or self._now() - known.measured_at > age:
-                    await self._try(key, self._block, worker, device, subject)
+                fresh = known is not None and self._now() - known.measured_at <= age
+                if key in done or fresh:
+                    continue
+                # Where one device cannot, the next one of its kind may.
+                if await self._try(("layers", device.id), self._block, worker, device, subject):
+                    done.add(key)
             at = self._measurements.copies_measured_at(worker.worker)
             several = sum(d.kind != topology_pb2.DEVICE_KIND_CPU for d in worker.usable) > 1
             if several and (at is None or self._now() - at > age):
@@ -262,17 +272,25 @@ class Discovery:
 
     async def _try(
         self, key: Hashable, measure: Callable[..., Awaitable[None]], *args: object
-    ) -> None:
+    ) -> bool:
         """Measure, unless it failed a short time ago; note what is said against it."""
         if time.monotonic() < self._retry_at.get(key, 0.0):
-            return
+            return False
         try:
             await measure(*args)
-            self._notes.pop(key, None)
         except UellmError as error:
-            self._retry_at[key] = time.monotonic() + RETRY_SECONDS
-            self._notes[key] = f"{_name(key)}: {error.message}"
-            _log.info("not measured", what=_name(key), reason=error.message)
+            self._failed(key, error.message)
+        except UNREACHABLE as error:
+            self._failed(key, f"Redis does not answer: {error}")
+        else:
+            self._notes.pop(key, None)
+            return True
+        return False
+
+    def _failed(self, key: Hashable, reason: str) -> None:
+        self._retry_at[key] = time.monotonic() + RETRY_SECONDS
+        self._notes[key] = f"{_name(key)}: {reason}"
+        _log.info("not measured", what=_name(key), reason=reason)
 
     async def _block(self, worker: Worker, device: topology_pb2.Device, subject: Subject) -> None:
         now = self._now()
@@ -345,8 +363,6 @@ class Discovery:
 
 def _name(key: Any) -> str:
     match key:
-        case BlockKey():
-            return f"layers on {key.device} of {key.host}"
         case LinkKey():
             return f"{key.src[1]} -> {key.dst[1]}"
         case _:

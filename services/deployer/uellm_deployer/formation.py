@@ -100,8 +100,10 @@ async def _plan(
     model = deployment.model
     if model is None:
         raise AssertionError("unreachable: replicas are formed once their model is resolved")
-    subject = tools.discovery.subject(model, deployment.request.dtype)
-    await tools.discovery.before_placing(subject)
+    if not replica.assignments:
+        # What was lost is to come back soon, with what is known.
+        subject = tools.discovery.subject(model, deployment.request.dtype)
+        await tools.discovery.measure_idle(subject)
     async with tools.planning:
         now = time.monotonic()
         live = tools.workers.live(now, tools.settings.worker_silence_seconds)
