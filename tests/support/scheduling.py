@@ -64,7 +64,11 @@ async def _running(start: Callable[..., Awaitable[None]], settings: Any) -> Asyn
 
 
 def scheduler(redis_url: str, name: str = "scheduler-a", **settings: Any) -> Any:
-    """A running scheduler."""
+    """A running scheduler.
+
+    By default of a policy that sends requests late even to an only replica, so that tests see them
+    wait.
+    """
     return _running(
         start_scheduler,
         SchedulerSettings(
@@ -72,7 +76,7 @@ def scheduler(redis_url: str, name: str = "scheduler-a", **settings: Any) -> Any
             host="127.0.0.1",
             service_id=name,
             drain_seconds=2.0,
-            **{"lease_seconds": LEASE_SECONDS, **settings},
+            **{"lease_seconds": LEASE_SECONDS, "policy": "edf", **settings},
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Earliest deadline first: the default."""
+"""Earliest deadline first."""
 
 from uellm.policy.columns import Columns, Floats
 from uellm.policy.continuous import Key, OrderedStep

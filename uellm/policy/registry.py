@@ -34,6 +34,8 @@ from uellm.policy.static import (
 from uellm.policy.static_dispatch import StaticDispatch
 from uellm.policy.views import DispatchPolicy, DispatchSettings, StepPolicy
 
+DEFAULT_POLICY = CsloOdbsStep.name
+"""At both levels."""
 DISPATCH_GROUP = "uellm.dispatch_policies"
 STEP_GROUP = "uellm.step_policies"
 

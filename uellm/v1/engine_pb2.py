@@ -29,7 +29,7 @@ from uellm.v1 import queue_pb2 as uellm_dot_v1_dot_queue__pb2
 from uellm.v1 import topology_pb2 as uellm_dot_v1_dot_topology__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15uellm/v1/engine.proto\x12\x08uellm.v1\x1a\x15uellm/v1/common.proto\x1a\x18uellm/v1/decisions.proto\x1a\x18uellm/v1/inference.proto\x1a\x14uellm/v1/queue.proto\x1a\x17uellm/v1/topology.proto\"\xb4\x03\n\rEngineCommand\x12)\n\x07prepare\x18\x01 \x01(\x0b\x32\x16.uellm.v1.PrepareShardH\x00\x12\'\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x15.uellm.v1.CommitShardH\x00\x12$\n\x03\x61\x64\x64\x18\x03 \x01(\x0b\x32\x15.uellm.v1.AddSequenceH\x00\x12&\n\x04\x64rop\x18\x04 \x01(\x0b\x32\x16.uellm.v1.DropSequenceH\x00\x12%\n\x05leave\x18\x05 \x01(\x0b\x32\x14.uellm.v1.LeaveGroupH\x00\x12\x1e\n\x04ping\x18\x06 \x01(\x0b\x32\x0e.uellm.v1.PingH\x00\x12+\n\x0bprobe_block\x18\x07 \x01(\x0b\x32\x14.uellm.v1.ProbeBlockH\x00\x12-\n\x0cprobe_copies\x18\x08 \x01(\x0b\x32\x15.uellm.v1.ProbeCopiesH\x00\x12)\n\nprobe_link\x18\t \x01(\x0b\x32\x13.uellm.v1.ProbeLinkH\x00\x12(\n\x06policy\x18\n \x01(\x0b\x32\x16.uellm.v1.EnginePolicyH\x00\x42\t\n\x07\x63ommand\"\xb8\x01\n\x0cPrepareShard\x12-\n\nassignment\x18\x01 \x01(\x0b\x32\x19.uellm.v1.ShardAssignment\x12\x11\n\tmodel_dir\x18\x02 \x01(\t\x12\x0f\n\x07threads\x18\x03 \x01(\r\x12\x11\n\tbind_host\x18\x04 \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_dirs\x18\x05 \x03(\t\x12,\n\tsimulated\x18\x06 \x03(\x0b\x32\x19.uellm.v1.SimulatedDevice\"u\n\x0fSimulatedDevice\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x18\n\x10\x66lops_per_second\x18\x03 \x01(\x01\x12\x1f\n\x17memory_bytes_per_second\x18\x04 \x01(\x01\"_\n\nProbeBlock\x12%\n\x05shard\x18\x01 \x01(\x0b\x32\x16.uellm.v1.PrepareShard\x12\x16\n\x0e\x62udget_seconds\x18\x02 \x01(\x01\x12\x12\n\nroom_bytes\x18\x03 \x01(\x04\"9\n\x0bProbeCopies\x12\x12\n\ndevice_ids\x18\x01 \x03(\t\x12\x16\n\x0e\x62udget_seconds\x18\x02 \x01(\x01\"\x8f\x01\n\tProbeLink\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x11\n\tbind_host\x18\x02 \x01(\t\x12\x12\n\nrendezvous\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x16\n\x0e\x62udget_seconds\x18\x06 \x01(\x01\x12\x0c\n\x04host\x18\x07 \x01(\t\"\xad\x01\n\x0b\x43ommitShard\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x12\n\nrendezvous\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x11\n\texecution\x18\x04 \x01(\t\x12\x15\n\rclock_seconds\x18\x05 \x01(\x01\x12 \n\x04\x63ost\x18\x06 \x01(\x0b\x32\x12.uellm.v1.StepCost\x12\x1a\n\x12record_every_steps\x18\x07 \x01(\r\"\x96\x02\n\x0b\x41\x64\x64Sequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12$\n\x08sampling\x18\x05 \x01(\x0b\x32\x12.uellm.v1.Sampling\x12\x1a\n\x03slo\x18\x06 \x01(\x0b\x32\r.uellm.v1.Slo\x12*\n\x07profile\x18\x07 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12\x18\n\x10\x61\x63\x63\x65pted_seconds\x18\x08 \x01(\x01\x12\x0c\n\x04rank\x18\t \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\n \x01(\t\x12\x0e\n\x06tenant\x18\x0b \x01(\t\"6\n\x0c\x44ropSequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\"\x9a\x01\n\x0c\x45nginePolicy\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x36\n\x08settings\x18\x02 \x03(\x0b\x32$.uellm.v1.EnginePolicy.SettingsEntry\x12\x11\n\texecution\x18\x03 \x01(\t\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x0c\n\nLeaveGroup\"\x06\n\x04Ping\"\xf0\x03\n\x0b\x45ngineEvent\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x16.uellm.v1.LoadProgressH\x00\x12+\n\x08prepared\x18\x02 \x01(\x0b\x32\x17.uellm.v1.ShardPreparedH\x00\x12)\n\x07serving\x18\x03 \x01(\x0b\x32\x16.uellm.v1.ShardServingH\x00\x12$\n\x04step\x18\x04 \x01(\x0b\x32\x14.uellm.v1.StepReportH\x00\x12\'\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x15.uellm.v1.ShardFailedH\x00\x12#\n\x04left\x18\x06 \x01(\x0b\x32\x13.uellm.v1.ShardLeftH\x00\x12 \n\x05\x61live\x18\x07 \x01(\x0b\x32\x0f.uellm.v1.AliveH\x00\x12-\n\x0c\x62lock_probed\x18\x08 \x01(\x0b\x32\x15.uellm.v1.BlockProbedH\x00\x12/\n\rcopies_probed\x18\t \x01(\x0b\x32\x16.uellm.v1.CopiesProbedH\x00\x12\x31\n\x0elink_listening\x18\n \x01(\x0b\x32\x17.uellm.v1.LinkListeningH\x00\x12+\n\x0blink_probed\x18\x0b \x01(\x0b\x32\x14.uellm.v1.LinkProbedH\x00\x42\x07\n\x05\x65vent\"9\n\x0cLoadProgress\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"r\n\rShardPrepared\x12\x12\n\nrendezvous\x18\x01 \x01(\t\x12\x12\n\nkept_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12$\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x13.uellm.v1.DeviceUse\"\"\n\x0cShardServing\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"\x0b\n\tShardLeft\"\x07\n\x05\x41live\"b\n\x0b\x42lockProbed\x12$\n\x06points\x18\x01 \x03(\x0b\x32\x14.uellm.v1.BlockPoint\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x66lops_per_token\x18\x03 \x01(\x01\"6\n\x0c\x43opiesProbed\x12&\n\x06\x63opies\x18\x01 \x03(\x0b\x32\x16.uellm.v1.DeviceCopies\"#\n\rLinkListening\x12\x12\n\nrendezvous\x18\x01 \x01(\t\"I\n\nLinkProbed\x12%\n\x07samples\x18\x01 \x03(\x0b\x32\x14.uellm.v1.LinkSample\x12\x14\n\x0cwire_seconds\x18\x02 \x01(\x01\"@\n\x0bShardFailed\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x10\n\x08suspects\x18\x03 \x03(\t\"\xc2\x01\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.uellm.v1.TokenLogprobs\x12&\n\x06\x66inish\x18\x05 \x01(\x0e\x32\x16.uellm.v1.FinishReason\x12\"\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x11.uellm.v1.Failure\"\xb5\x01\n\nStepReport\x12)\n\x07outputs\x18\x01 \x03(\x0b\x32\x18.uellm.v1.SequenceOutput\x12\x13\n\x0bhanded_back\x18\x02 \x03(\t\x12\'\n\x06report\x18\x03 \x01(\x0b\x32\x17.uellm.v1.ReplicaReport\x12\x10\n\x08\x61\x64mitted\x18\x04 \x03(\t\x12,\n\tdecisions\x18\x05 \x01(\x0b\x32\x19.uellm.v1.DecisionSegmentb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15uellm/v1/engine.proto\x12\x08uellm.v1\x1a\x15uellm/v1/common.proto\x1a\x18uellm/v1/decisions.proto\x1a\x18uellm/v1/inference.proto\x1a\x14uellm/v1/queue.proto\x1a\x17uellm/v1/topology.proto\"\xb4\x03\n\rEngineCommand\x12)\n\x07prepare\x18\x01 \x01(\x0b\x32\x16.uellm.v1.PrepareShardH\x00\x12\'\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x15.uellm.v1.CommitShardH\x00\x12$\n\x03\x61\x64\x64\x18\x03 \x01(\x0b\x32\x15.uellm.v1.AddSequenceH\x00\x12&\n\x04\x64rop\x18\x04 \x01(\x0b\x32\x16.uellm.v1.DropSequenceH\x00\x12%\n\x05leave\x18\x05 \x01(\x0b\x32\x14.uellm.v1.LeaveGroupH\x00\x12\x1e\n\x04ping\x18\x06 \x01(\x0b\x32\x0e.uellm.v1.PingH\x00\x12+\n\x0bprobe_block\x18\x07 \x01(\x0b\x32\x14.uellm.v1.ProbeBlockH\x00\x12-\n\x0cprobe_copies\x18\x08 \x01(\x0b\x32\x15.uellm.v1.ProbeCopiesH\x00\x12)\n\nprobe_link\x18\t \x01(\x0b\x32\x13.uellm.v1.ProbeLinkH\x00\x12(\n\x06policy\x18\n \x01(\x0b\x32\x16.uellm.v1.EnginePolicyH\x00\x42\t\n\x07\x63ommand\"\xb8\x01\n\x0cPrepareShard\x12-\n\nassignment\x18\x01 \x01(\x0b\x32\x19.uellm.v1.ShardAssignment\x12\x11\n\tmodel_dir\x18\x02 \x01(\t\x12\x0f\n\x07threads\x18\x03 \x01(\r\x12\x11\n\tbind_host\x18\x04 \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_dirs\x18\x05 \x03(\t\x12,\n\tsimulated\x18\x06 \x03(\x0b\x32\x19.uellm.v1.SimulatedDevice\"u\n\x0fSimulatedDevice\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x18\n\x10\x66lops_per_second\x18\x03 \x01(\x01\x12\x1f\n\x17memory_bytes_per_second\x18\x04 \x01(\x01\"_\n\nProbeBlock\x12%\n\x05shard\x18\x01 \x01(\x0b\x32\x16.uellm.v1.PrepareShard\x12\x16\n\x0e\x62udget_seconds\x18\x02 \x01(\x01\x12\x12\n\nroom_bytes\x18\x03 \x01(\x04\"9\n\x0bProbeCopies\x12\x12\n\ndevice_ids\x18\x01 \x03(\t\x12\x16\n\x0e\x62udget_seconds\x18\x02 \x01(\x01\"\x8f\x01\n\tProbeLink\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x11\n\tbind_host\x18\x02 \x01(\t\x12\x12\n\nrendezvous\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x16\n\x0e\x62udget_seconds\x18\x06 \x01(\x01\x12\x0c\n\x04host\x18\x07 \x01(\t\"\xad\x01\n\x0b\x43ommitShard\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x12\n\nrendezvous\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x11\n\texecution\x18\x04 \x01(\t\x12\x15\n\rclock_seconds\x18\x05 \x01(\x01\x12 \n\x04\x63ost\x18\x06 \x01(\x0b\x32\x12.uellm.v1.StepCost\x12\x1a\n\x12record_every_steps\x18\x07 \x01(\r\"\xa9\x02\n\x0b\x41\x64\x64Sequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12$\n\x08sampling\x18\x05 \x01(\x0b\x32\x12.uellm.v1.Sampling\x12\x1a\n\x03slo\x18\x06 \x01(\x0b\x32\r.uellm.v1.Slo\x12*\n\x07profile\x18\x07 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12\x18\n\x10\x61\x63\x63\x65pted_seconds\x18\x08 \x01(\x01\x12\x0c\n\x04rank\x18\t \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\n \x01(\t\x12\x0e\n\x06tenant\x18\x0b \x01(\t\x12\x11\n\trefusable\x18\x0c \x01(\x08\"6\n\x0c\x44ropSequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\"\x9a\x01\n\x0c\x45nginePolicy\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x36\n\x08settings\x18\x02 \x03(\x0b\x32$.uellm.v1.EnginePolicy.SettingsEntry\x12\x11\n\texecution\x18\x03 \x01(\t\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x0c\n\nLeaveGroup\"\x06\n\x04Ping\"\xf0\x03\n\x0b\x45ngineEvent\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x16.uellm.v1.LoadProgressH\x00\x12+\n\x08prepared\x18\x02 \x01(\x0b\x32\x17.uellm.v1.ShardPreparedH\x00\x12)\n\x07serving\x18\x03 \x01(\x0b\x32\x16.uellm.v1.ShardServingH\x00\x12$\n\x04step\x18\x04 \x01(\x0b\x32\x14.uellm.v1.StepReportH\x00\x12\'\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x15.uellm.v1.ShardFailedH\x00\x12#\n\x04left\x18\x06 \x01(\x0b\x32\x13.uellm.v1.ShardLeftH\x00\x12 \n\x05\x61live\x18\x07 \x01(\x0b\x32\x0f.uellm.v1.AliveH\x00\x12-\n\x0c\x62lock_probed\x18\x08 \x01(\x0b\x32\x15.uellm.v1.BlockProbedH\x00\x12/\n\rcopies_probed\x18\t \x01(\x0b\x32\x16.uellm.v1.CopiesProbedH\x00\x12\x31\n\x0elink_listening\x18\n \x01(\x0b\x32\x17.uellm.v1.LinkListeningH\x00\x12+\n\x0blink_probed\x18\x0b \x01(\x0b\x32\x14.uellm.v1.LinkProbedH\x00\x42\x07\n\x05\x65vent\"9\n\x0cLoadProgress\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"r\n\rShardPrepared\x12\x12\n\nrendezvous\x18\x01 \x01(\t\x12\x12\n\nkept_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12$\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x13.uellm.v1.DeviceUse\"\"\n\x0cShardServing\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"\x0b\n\tShardLeft\"\x07\n\x05\x41live\"b\n\x0b\x42lockProbed\x12$\n\x06points\x18\x01 \x03(\x0b\x32\x14.uellm.v1.BlockPoint\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x66lops_per_token\x18\x03 \x01(\x01\"6\n\x0c\x43opiesProbed\x12&\n\x06\x63opies\x18\x01 \x03(\x0b\x32\x16.uellm.v1.DeviceCopies\"#\n\rLinkListening\x12\x12\n\nrendezvous\x18\x01 \x01(\t\"I\n\nLinkProbed\x12%\n\x07samples\x18\x01 \x03(\x0b\x32\x14.uellm.v1.LinkSample\x12\x14\n\x0cwire_seconds\x18\x02 \x01(\x01\"@\n\x0bShardFailed\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x10\n\x08suspects\x18\x03 \x03(\t\"\xc2\x01\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.uellm.v1.TokenLogprobs\x12&\n\x06\x66inish\x18\x05 \x01(\x0e\x32\x16.uellm.v1.FinishReason\x12\"\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x11.uellm.v1.Failure\"\xb5\x01\n\nStepReport\x12)\n\x07outputs\x18\x01 \x03(\x0b\x32\x18.uellm.v1.SequenceOutput\x12\x13\n\x0bhanded_back\x18\x02 \x03(\t\x12\'\n\x06report\x18\x03 \x01(\x0b\x32\x17.uellm.v1.ReplicaReport\x12\x10\n\x08\x61\x64mitted\x18\x04 \x03(\t\x12,\n\tdecisions\x18\x05 \x01(\x0b\x32\x19.uellm.v1.DecisionSegmentb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,41 +53,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMITSHARD']._serialized_start=1205
   _globals['_COMMITSHARD']._serialized_end=1378
   _globals['_ADDSEQUENCE']._serialized_start=1381
-  _globals['_ADDSEQUENCE']._serialized_end=1659
-  _globals['_DROPSEQUENCE']._serialized_start=1661
-  _globals['_DROPSEQUENCE']._serialized_end=1715
-  _globals['_ENGINEPOLICY']._serialized_start=1718
-  _globals['_ENGINEPOLICY']._serialized_end=1872
-  _globals['_ENGINEPOLICY_SETTINGSENTRY']._serialized_start=1825
-  _globals['_ENGINEPOLICY_SETTINGSENTRY']._serialized_end=1872
-  _globals['_LEAVEGROUP']._serialized_start=1874
-  _globals['_LEAVEGROUP']._serialized_end=1886
-  _globals['_PING']._serialized_start=1888
-  _globals['_PING']._serialized_end=1894
-  _globals['_ENGINEEVENT']._serialized_start=1897
-  _globals['_ENGINEEVENT']._serialized_end=2393
-  _globals['_LOADPROGRESS']._serialized_start=2395
-  _globals['_LOADPROGRESS']._serialized_end=2452
-  _globals['_SHARDPREPARED']._serialized_start=2454
-  _globals['_SHARDPREPARED']._serialized_end=2568
-  _globals['_SHARDSERVING']._serialized_start=2570
-  _globals['_SHARDSERVING']._serialized_end=2604
-  _globals['_SHARDLEFT']._serialized_start=2606
-  _globals['_SHARDLEFT']._serialized_end=2617
-  _globals['_ALIVE']._serialized_start=2619
-  _globals['_ALIVE']._serialized_end=2626
-  _globals['_BLOCKPROBED']._serialized_start=2628
-  _globals['_BLOCKPROBED']._serialized_end=2726
-  _globals['_COPIESPROBED']._serialized_start=2728
-  _globals['_COPIESPROBED']._serialized_end=2782
-  _globals['_LINKLISTENING']._serialized_start=2784
-  _globals['_LINKLISTENING']._serialized_end=2819
-  _globals['_LINKPROBED']._serialized_start=2821
-  _globals['_LINKPROBED']._serialized_end=2894
-  _globals['_SHARDFAILED']._serialized_start=2896
-  _globals['_SHARDFAILED']._serialized_end=2960
-  _globals['_SEQUENCEOUTPUT']._serialized_start=2963
-  _globals['_SEQUENCEOUTPUT']._serialized_end=3157
-  _globals['_STEPREPORT']._serialized_start=3160
-  _globals['_STEPREPORT']._serialized_end=3341
+  _globals['_ADDSEQUENCE']._serialized_end=1678
+  _globals['_DROPSEQUENCE']._serialized_start=1680
+  _globals['_DROPSEQUENCE']._serialized_end=1734
+  _globals['_ENGINEPOLICY']._serialized_start=1737
+  _globals['_ENGINEPOLICY']._serialized_end=1891
+  _globals['_ENGINEPOLICY_SETTINGSENTRY']._serialized_start=1844
+  _globals['_ENGINEPOLICY_SETTINGSENTRY']._serialized_end=1891
+  _globals['_LEAVEGROUP']._serialized_start=1893
+  _globals['_LEAVEGROUP']._serialized_end=1905
+  _globals['_PING']._serialized_start=1907
+  _globals['_PING']._serialized_end=1913
+  _globals['_ENGINEEVENT']._serialized_start=1916
+  _globals['_ENGINEEVENT']._serialized_end=2412
+  _globals['_LOADPROGRESS']._serialized_start=2414
+  _globals['_LOADPROGRESS']._serialized_end=2471
+  _globals['_SHARDPREPARED']._serialized_start=2473
+  _globals['_SHARDPREPARED']._serialized_end=2587
+  _globals['_SHARDSERVING']._serialized_start=2589
+  _globals['_SHARDSERVING']._serialized_end=2623
+  _globals['_SHARDLEFT']._serialized_start=2625
+  _globals['_SHARDLEFT']._serialized_end=2636
+  _globals['_ALIVE']._serialized_start=2638
+  _globals['_ALIVE']._serialized_end=2645
+  _globals['_BLOCKPROBED']._serialized_start=2647
+  _globals['_BLOCKPROBED']._serialized_end=2745
+  _globals['_COPIESPROBED']._serialized_start=2747
+  _globals['_COPIESPROBED']._serialized_end=2801
+  _globals['_LINKLISTENING']._serialized_start=2803
+  _globals['_LINKLISTENING']._serialized_end=2838
+  _globals['_LINKPROBED']._serialized_start=2840
+  _globals['_LINKPROBED']._serialized_end=2913
+  _globals['_SHARDFAILED']._serialized_start=2915
+  _globals['_SHARDFAILED']._serialized_end=2979
+  _globals['_SEQUENCEOUTPUT']._serialized_start=2982
+  _globals['_SEQUENCEOUTPUT']._serialized_end=3176
+  _globals['_STEPREPORT']._serialized_start=3179
+  _globals['_STEPREPORT']._serialized_end=3360
 # @@protoc_insertion_point(module_scope)

@@ -362,6 +362,7 @@ class AddSequence(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    REFUSABLE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     generation: _builtins.int
@@ -376,6 +377,8 @@ class AddSequence(_message.Message):
     """A LoRA adapter's name."""
     tenant: _builtins.str
     """Whose it is."""
+    refusable: _builtins.bool
+    """Hand it back if its deadline passes before it has begun."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, and behind it the tokens already logged."""
@@ -406,10 +409,11 @@ class AddSequence(_message.Message):
         rank: _builtins.int = ...,
         adapter: _builtins.str = ...,
         tenant: _builtins.str = ...,
+        refusable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "sampling", b"sampling", "slo", b"slo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_seconds", b"accepted_seconds", "adapter", b"adapter", "generation", b"generation", "profile", b"profile", "prompt_tokens", b"prompt_tokens", "rank", b"rank", "request_id", b"request_id", "sampling", b"sampling", "slo", b"slo", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_seconds", b"accepted_seconds", "adapter", b"adapter", "generation", b"generation", "profile", b"profile", "prompt_tokens", b"prompt_tokens", "rank", b"rank", "refusable", b"refusable", "request_id", b"request_id", "sampling", b"sampling", "slo", b"slo", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -144,6 +144,7 @@ class BatchEntry(_message.Message):
     DISPATCHED_AT_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    ON_INFEASIBLE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     generation: _builtins.int
@@ -162,6 +163,8 @@ class BatchEntry(_message.Message):
     """Starts so far, this one included."""
     tenant: _builtins.str
     """Whose it is."""
+    on_infeasible: _common_pb2.OnInfeasible.ValueType
+    """What to do if it cannot be ready by then."""
     @_builtins.property
     def slo(self) -> _common_pb2.Slo:
         """When the answer is needed, counted from accepted_at."""
@@ -194,10 +197,11 @@ class BatchEntry(_message.Message):
         dispatched_at: _timestamp_pb2.Timestamp | None = ...,
         attempt: _builtins.int = ...,
         tenant: _builtins.str = ...,
+        on_infeasible: _common_pb2.OnInfeasible.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "dispatched_at", b"dispatched_at", "profile", b"profile", "slo", b"slo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "attempt", b"attempt", "batch_id", b"batch_id", "dispatched_at", b"dispatched_at", "generation", b"generation", "plan_epoch", b"plan_epoch", "profile", b"profile", "rank", b"rank", "request_id", b"request_id", "resume_offset", b"resume_offset", "slo", b"slo", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "attempt", b"attempt", "batch_id", b"batch_id", "dispatched_at", b"dispatched_at", "generation", b"generation", "on_infeasible", b"on_infeasible", "plan_epoch", b"plan_epoch", "profile", b"profile", "rank", b"rank", "request_id", b"request_id", "resume_offset", b"resume_offset", "slo", b"slo", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -170,4 +170,5 @@ def _batch_entry(
         dispatched_at=timestamp(now),
         attempt=view.attempt + 1,
         tenant=view.tenant,
+        on_infeasible=entry.on_infeasible,
     )

@@ -5,6 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from uellm.config import ServiceSettings
+from uellm.policy.registry import DEFAULT_POLICY
 from uellm.policy.views import DispatchSettings
 
 
@@ -14,9 +15,9 @@ class SchedulerSettings(ServiceSettings):
     role: ClassVar[str] = "scheduler"
 
     policy: str = Field(
-        "edf",
-        description="Dispatch policy of models for which none was chosen while running: edf "
-        "(earliest deadline first), fcfs, or one that an installed package offers.",
+        DEFAULT_POLICY,
+        description="Dispatch policy of models for which none was chosen while running: one of "
+        "`uellm policy list`, which installed packages add to.",
     )
     lookahead_requests: int = Field(
         2,

@@ -115,6 +115,7 @@ class Answer:
             rank=entry.rank,
             adapter=payload.adapter,
             tenant=entry.tenant,
+            refusable=entry.on_infeasible == common_pb2.ON_INFEASIBLE_REFUSE,
         )
 
     def admitted(self) -> None:

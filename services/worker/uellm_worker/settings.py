@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from uellm.config import ServiceSettings
+from uellm.policy.registry import DEFAULT_POLICY
 
 
 class WorkerSettings(ServiceSettings):
@@ -49,7 +50,11 @@ class WorkerSettings(ServiceSettings):
     allow_download: bool = Field(
         False, description="Fetch a hub model that this host's cache lacks when it is placed here."
     )
-    step_policy: str = Field("fcfs", description="Policy of the engines led here.")
+    step_policy: str = Field(
+        DEFAULT_POLICY,
+        description="Step policy of the engines led here, where none was chosen for the model "
+        "while running: one of `uellm policy list`.",
+    )
     record_every_steps: int = Field(
         64,
         ge=0,

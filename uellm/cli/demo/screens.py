@@ -12,7 +12,7 @@ from uellm.cli.demo.calibration import Calibration
 
 PROMPT_WIDTH = 27
 REAL_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-POLICY_NAMES = {"edf": "deadline order", "fcfs": "first come, first served"}
+POLICY_NAMES = {"cslo-odbs": "continuous SLO-ODBS", "fcfs": "first come, first served"}
 
 
 class Streams:

@@ -29,10 +29,11 @@ from uellm.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 WORKERS = 2
 SLOTS = 4
-OURS, BASELINE = "edf", "fcfs"
+OURS, BASELINE = "cslo-odbs", "fcfs"
 POLICIES = (OURS, BASELINE)
 """The first one is the table's, and stays in force."""
 WIDTH = 118
+POLL_SECONDS = 0.1
 
 
 class Demo:
@@ -118,11 +119,18 @@ class Demo:
         self._say(screens.summary(rows, promises=policy == OURS), True)
 
     async def _set_policy(self, policy: str) -> None:
+        """Choose a policy, and wait until the engines decide by it."""
         async with channel(await self._mesh.address_of("scheduler")) as connection:
             stub: Any = scheduler_pb2_grpc.SchedulerServiceStub(connection)
-            request = scheduler_pb2.SetPolicyRequest(model=MODEL, policy=policy)
+            change = scheduler_pb2.SetPolicyRequest(model=MODEL, policy=policy)
+            which = scheduler_pb2.GetPolicyRequest(model=MODEL)
             try:
-                await stub.SetPolicy(request, timeout=CALL_SECONDS)
+                await stub.SetPolicy(change, timeout=CALL_SECONDS)
+                while True:
+                    found = await stub.GetPolicy(which, timeout=CALL_SECONDS)
+                    if all(replica.policy == policy for replica in found.replicas):
+                        return
+                    await asyncio.sleep(POLL_SECONDS)
             except grpc.aio.AioRpcError as error:
                 raise error_from(error) from None
 

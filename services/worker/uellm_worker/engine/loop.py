@@ -233,6 +233,7 @@ class EngineLoop:
         """Ask the policy and submit a step; False if there is nothing to compute."""
         began_at = self._timer() if self._idle_from is None else self._idle_from
         self._idle_from = self._reconsider_at = None
+        self._outbox.hand_back(self._roster.expire(self._now()))
         for _ in range(_DECISIONS):
             if not self._roster.active:
                 return False

@@ -2,6 +2,7 @@
 
 from bisect import insort
 from collections.abc import Callable
+from math import inf
 
 from uellm.policy.views import StepDecision
 from uellm_worker.engine.kv import KvManager
@@ -27,6 +28,8 @@ class Roster:
         self.waiting: list[Sequence] = []
         self.admitted: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
+        # Not later than when the first of those that wait expires.
+        self._expires_at = inf
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -53,6 +56,16 @@ class Roster:
             sequence.slot = -1
         else:
             self.waiting.remove(sequence)
+
+    def expire(self, now: float) -> list[str]:
+        """Forget those that wait and are not wanted any more; returns who they were."""
+        if now < self._expires_at:
+            return []
+        expired = [s for s in self.waiting if s.expires_at <= now]
+        for sequence in expired:
+            self.remove(sequence)
+        self._expires_at = min((s.expires_at for s in self.waiting), default=inf)
+        return [sequence.request_id for sequence in expired]
 
     def admit(
         self, sequence: Sequence, reserve_tokens: int, most: int, burden: Callable[[int], int]
@@ -165,6 +178,7 @@ class Roster:
         self.kv.reset()
 
     def _wait(self, sequence: Sequence) -> None:
+        self._expires_at = min(self._expires_at, sequence.expires_at)
         insort(self.waiting, sequence, key=lambda s: s.arrived_at)
 
     def _stand_up(self, sequence: Sequence) -> None:

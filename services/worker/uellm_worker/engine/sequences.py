@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from math import inf
 
 from uellm.convert import profile_from_proto, slo_from_proto
 from uellm.core.request import QuantileFunction, ResourceProfile, Slo
@@ -43,6 +44,7 @@ class Sequence:
         arrived_at: when it came, seconds since the epoch.
         adapter: its LoRA adapter's name; "": none.
         tenant: whose it is.
+        refusable: it is not wanted any more if its deadline passes before it has begun.
         slot: where its KV cache lies, or -1 while it waits.
         computed_tokens: tokens whose KV is in the cache once the steps under way are computed.
         prefill_tokens: tokens to prefill since it was last given a slot.
@@ -65,6 +67,7 @@ class Sequence:
     arrived_at: float
     adapter: str = ""
     tenant: str = ""
+    refusable: bool = False
     slot: int = -1
     computed_tokens: int = 0
     prefill_tokens: int = 0
@@ -73,6 +76,13 @@ class Sequence:
     announced: bool = False
     first_token_at: float | None = None
     _waiting_view: SequenceView | None = field(default=None, init=False)
+
+    @property
+    def expires_at(self) -> float:
+        """When it is not wanted any more unless it has begun; infinite: it always is."""
+        begun = len(self.tokens) > self.prompt_tokens
+        deadline = self.slo.deadline_at
+        return inf if begun or not self.refusable or deadline is None else deadline
 
     @property
     def decoding(self) -> bool:
@@ -236,4 +246,5 @@ def sequence_from_command(
         arrived_at=arrived_at,
         adapter=command.adapter,
         tenant=command.tenant,
+        refusable=command.refusable,
     )
