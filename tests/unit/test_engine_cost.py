@@ -92,7 +92,8 @@ def test_before_the_first_step_the_estimate_stands() -> None:
 
     def admit(view: EngineView) -> StepDecision:
         costs.append(view.cost)
-        return StepDecision(admit=tuple(s.request_id for s in view.waiting), chunk_tokens=9)
+        names = tuple(s.request_id for s in view.waiting)
+        return StepDecision(admit=names, chunk_tokens=9, reconsider_at=0.0)
 
     runner = Timed()
     loop = EngineLoop(

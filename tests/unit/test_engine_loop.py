@@ -211,7 +211,10 @@ def test_a_preempted_sequence_is_recomputed_and_loses_nothing() -> None:
     def decide(view: EngineView) -> StepDecision:
         preempt = ("a",) if next(steps) == 3 else ()
         return StepDecision(
-            admit=tuple(s.request_id for s in view.waiting), preempt=preempt, chunk_tokens=512
+            admit=tuple(s.request_id for s in view.waiting),
+            preempt=preempt,
+            chunk_tokens=512,
+            reconsider_at=0.0,
         )
 
     loop = make_loop(slots=1, policy=FunctionPolicy(decide))
@@ -322,7 +325,9 @@ def test_the_policy_is_told_when_the_first_token_came() -> None:
         (sequence,) = (*view.running, *view.waiting)
         seen.append(sequence.first_token_at)
         preempt = (sequence.request_id,) if len(seen) == 4 else ()
-        return StepDecision(admit=(sequence.request_id,), preempt=preempt, chunk_tokens=2)
+        return StepDecision(
+            admit=(sequence.request_id,), preempt=preempt, chunk_tokens=2, reconsider_at=0.0
+        )
 
     loop = make_loop(policy=FunctionPolicy(decide))
     loop.add(add("a", prompt=4, max_tokens=5))
@@ -337,7 +342,8 @@ def test_the_policy_is_told_whose_a_sequence_is() -> None:
 
     def decide(view: EngineView) -> StepDecision:
         seen.extend(s.tenant for s in (*view.waiting, *view.running))
-        return StepDecision(admit=tuple(s.request_id for s in view.waiting), chunk_tokens=64)
+        names = tuple(s.request_id for s in view.waiting)
+        return StepDecision(admit=names, chunk_tokens=64, reconsider_at=0.0)
 
     loop = make_loop(policy=FunctionPolicy(decide))
     loop.add(add("a", max_tokens=3, tenant="alice"))

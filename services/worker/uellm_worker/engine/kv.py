@@ -140,6 +140,11 @@ class KvManager:
             hit_tokens=self._hit_tokens,
         )
 
+    @property
+    def block_tokens(self) -> int:
+        """Room is given in blocks of so many tokens."""
+        return self._block_tokens
+
     def blocks(self, tokens: int) -> int:
         """Blocks that so many tokens take."""
         return -(-tokens // self._block_tokens)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from uellm.core.cost import DEFAULT_COST, StepCost
-from uellm.policy.views import EngineView, StepDecision, StepPolicy
+from uellm.policy.views import StepPolicy
 from uellm.v1.common_pb2 import (
     FINISH_REASON_FAILED,
     FINISH_REASON_LENGTH,
@@ -19,6 +19,7 @@ from uellm.v1.common_pb2 import (
 from uellm.v1.engine_pb2 import AddSequence, DropSequence, SequenceOutput, StepReport
 from uellm.v1.inference_pb2 import Failure, TokenLogprobs
 from uellm.v1.queue_pb2 import ReplicaReport
+from uellm_worker.engine.asking import Occasion
 from uellm_worker.engine.capacity import Capacity, Vocabulary
 from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError
 from uellm_worker.engine.execution import execution_of
@@ -90,6 +91,7 @@ class EngineLoop:
         self._limit = self._new_limit()
         self._flights: deque[Flight] = deque()
         self._outbox = Outbox()
+        self._occasion = Occasion()
         self._timer = timer
         self._meter = StepMeter(cost=CostMeter(cost))
         self._idle_from: float | None = None
@@ -172,6 +174,7 @@ class EngineLoop:
         """
         name = execution_of(execution, self._capacity, self._runner.depth).name
         self._policy = policy
+        self._occasion.note()
         self._next_execution = None if name == self._execution.name else name
         self._execute_next()
 
@@ -185,15 +188,12 @@ class EngineLoop:
         self._execution = execution_of(self._next_execution, self._capacity, self._runner.depth)
         self._next_execution = None
         self._roster = self._roster.moved_to(self._execution.account())
+        self._occasion = Occasion()
         self._limit = self._new_limit()
 
     def _new_limit(self) -> RowLimit:
         most = max(map(len, self._roster.kv.groups))
         return RowLimit(max(MAX_CHUNK_TOKENS // self._execution.depth, 2 * most))
-
-    @property
-    def _slots(self) -> int:
-        return sum(map(len, self._roster.kv.groups))
 
     # ---- steps ---------------------------------------------------------------------------------
 
@@ -233,47 +233,40 @@ class EngineLoop:
         """Ask the policy and submit a step; False if there is nothing to compute."""
         began_at = self._timer() if self._idle_from is None else self._idle_from
         self._idle_from = self._reconsider_at = None
-        self._outbox.hand_back(self._roster.expire(self._now()))
+        now = self._now()
+        self._outbox.hand_back(self._roster.expire(now))
         for _ in range(_DECISIONS):
             if not self._roster.active:
                 return False
-            view, now = self._view(), self._now()
-            decision = self._policy.step(view, now)
-            self._recorder.note(self._policy.name, self._meter.submitted, view, decision, now)
-            handed_back = self._roster.carry_out(
-                decision,
-                admits=self._execution.admits,
-                most=self._limit.rows,
-                burden=self._under_way_of,
-            )
-            self._outbox.hand_back(handed_back or ())
+            changed = self._occasion.due(self._roster, now) and self._decide(now)
+            # Prompt tokens of one of the steps that are under way together.
+            chunk = -(-self._occasion.decision.chunk_tokens // self._execution.depth)
             shares, padding = self._execution.next_step(
-                self._roster, self._chunk(decision), self._limit.rows, self._under_way_of
+                self._roster, chunk, self._limit.rows, self._under_way_of
             )
             if shares or padding:
                 self._submit(shares, padding, began_at)
                 return True
-            if handed_back is None:
-                self._reconsider_at = decision.reconsider_at
+            self._occasion.note()
+            if not changed:
+                self._reconsider_at = self._occasion.decision.reconsider_at
                 return False
         return False
 
-    def _chunk(self, decision: StepDecision) -> int:
-        """Prompt tokens of one of the steps that are under way together."""
-        return -(-decision.chunk_tokens // self._execution.depth)
-
-    def _view(self) -> EngineView:
-        kv = self._roster.kv
-        return EngineView(
-            running=[sequence.view() for sequence in self._roster.running],
-            waiting=[sequence.view() for sequence in self._roster.waiting],
-            slots=min(self._slots, len(kv.groups) * self._limit.rows),
-            kv_tokens_free=kv.free_tokens,
-            kv_tokens_total=kv.total_tokens,
-            max_chunk_tokens=self._limit.rows * self._execution.depth,
-            block_tokens=self._capacity.block_tokens,
-            cost=self._meter.cost.cost,
+    def _decide(self, now: float) -> bool:
+        """Ask the policy, and do what it says; True if that changed who runs."""
+        view = self._roster.view(self._limit.rows, self._execution.depth, self._meter.cost.cost)
+        decision = self._policy.step(view, now)
+        self._recorder.note(self._policy.name, self._meter.submitted, view, decision, now)
+        self._occasion.take(decision, self._roster)
+        handed_back = self._roster.carry_out(
+            decision,
+            admits=self._execution.admits,
+            most=self._limit.rows,
+            burden=self._under_way_of,
         )
+        self._outbox.hand_back(handed_back or ())
+        return handed_back is not None
 
     def _under_way_of(self, group: int) -> int:
         return sum(flight.group == group for flight in self._flights)
@@ -336,6 +329,8 @@ class EngineLoop:
         logprobs = iter(result.logprobs)
         for share in flight.shares:
             if share.chunk.sample:
+                if not share.decode:
+                    self._occasion.note()
                 self._take_token(share, next(tokens), next(logprobs, None))
 
     def _shrink(self, flight: Flight) -> None:
@@ -394,7 +389,7 @@ class EngineLoop:
             kv=self._roster.kv.usage,
             running=len(self._roster),
             waiting=len(self._roster.waiting),
-            slots=self._slots,
+            slots=self._roster.slots,
             policy=self._policy.name,
             execution=self._execution.name,
         )

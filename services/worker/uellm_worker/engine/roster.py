@@ -4,7 +4,8 @@ from bisect import insort
 from collections.abc import Callable
 from math import inf
 
-from uellm.policy.views import StepDecision
+from uellm.core.cost import StepCost
+from uellm.policy.views import EngineView, StepDecision
 from uellm_worker.engine.kv import KvManager
 from uellm_worker.engine.sequences import Sequence
 
@@ -20,6 +21,8 @@ class Roster:
         running: those with a slot, in order of admission.
         waiting: those without one, oldest first.
         admitted: those that got a slot since the last step.
+        arrivals: times that somebody began to wait.
+        departures: times that somebody left for good.
     """
 
     def __init__(self, kv: KvManager) -> None:
@@ -27,6 +30,7 @@ class Roster:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.admitted: list[Sequence] = []
+        self.arrivals = self.departures = 0
         self._by_id: dict[str, Sequence] = {}
         # Not later than when the first of those that wait expires.
         self._expires_at = inf
@@ -37,6 +41,30 @@ class Roster:
     def find(self, request_id: str) -> Sequence | None:
         """The sequence of a request."""
         return self._by_id.get(request_id)
+
+    @property
+    def slots(self) -> int:
+        """Most sequences that run at once."""
+        return sum(map(len, self.kv.groups))
+
+    def view(self, rows: int, depth: int, cost: StepCost) -> EngineView:
+        """What a step policy sees; to it, a step is one of every group.
+
+        Args:
+            rows: most tokens of a group's step.
+            depth: such steps that are under way at once.
+            cost: of a step.
+        """
+        return EngineView(
+            running=[sequence.view() for sequence in self.running],
+            waiting=[sequence.view() for sequence in self.waiting],
+            slots=min(self.slots, len(self.kv.groups) * rows),
+            kv_tokens_free=self.kv.free_tokens,
+            kv_tokens_total=self.kv.total_tokens,
+            max_chunk_tokens=rows * depth,
+            block_tokens=self.kv.block_tokens,
+            cost=cost,
+        )
 
     @property
     def active(self) -> bool:
@@ -51,6 +79,7 @@ class Roster:
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is."""
         del self._by_id[sequence.request_id]
+        self.departures += 1
         if sequence.slot >= 0:
             self._stand_up(sequence)
             sequence.slot = -1
@@ -179,6 +208,7 @@ class Roster:
 
     def _wait(self, sequence: Sequence) -> None:
         self._expires_at = min(self._expires_at, sequence.expires_at)
+        self.arrivals += 1
         insort(self.waiting, sequence, key=lambda s: s.arrived_at)
 
     def _stand_up(self, sequence: Sequence) -> None:
