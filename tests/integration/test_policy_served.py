@@ -33,16 +33,16 @@ async def test_an_urgent_request_overtakes_and_preempts(
     mesh: Mesh, redis_url: str, tmp_path: Path, policy: str, urgent_met: bool
 ) -> None:
     async with serving(mesh, redis_url, tmp_path / "m", policy):
-        patient = [await ask(mesh, 150, deadline=120) for _ in range(3)]
+        patient = [await ask(mesh, 300, deadline=120) for _ in range(2)]
         await started(mesh, patient[0])
-        urgent = await ended(mesh, await ask(mesh, 20, deadline=1.2))
+        urgent = await ended(mesh, await ask(mesh, 20, deadline=2.5))
         others = [await ended(mesh, request_id) for request_id in patient]
     assert in_time(urgent) == urgent_met
     # Not only those that wait: the one that ran, too, gave way.
     assert (ended_at(urgent) < min(map(ended_at, others))) == urgent_met
     assert all(map(in_time, others))
-    assert {record.tokens for record in others} == {150}
-    assert [record.attempts for record in others] == [1, 1, 1]
+    assert {record.tokens for record in others} == {300}
+    assert [record.attempts for record in others] == [1, 1]
 
 
 async def test_a_policy_that_is_chosen_meanwhile_reaches_who_runs_and_who_waits(

@@ -43,7 +43,10 @@ class Rough:
     def step(self, engine: EngineView, now: float) -> StepDecision:
         decision = FcfsStep().step(engine, now)
         preempt = [s.request_id for s in engine.running if self.random.random() < 0.01]
-        return replace(decision, preempt=tuple(preempt), chunk_tokens=self.random.randint(1, 40))
+        chunk_tokens = self.random.randint(1, 40)
+        return replace(
+            decision, preempt=tuple(preempt), chunk_tokens=chunk_tokens, reconsider_at=now
+        )
 
 
 @dataclass
@@ -224,7 +227,7 @@ def test_a_step_under_way_behind_one_that_does_not_fit_harms_nobody(
 
     monkeypatch.setattr(first, "compute", once_too_large)
     prompt = [3 + 5 * i % 90 for i in range(24)]
-    loop = pipeline.loop(PreemptOnce(chunk_tokens=12))
+    loop = pipeline.loop(PreemptOnce(chunk_tokens=24))
     assert generate(loop, [prompt], lambda _: common_pb2.Sampling(max_tokens=6)) == [
         Reference(whole).greedy(prompt, 6)[0]
     ]

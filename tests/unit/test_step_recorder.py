@@ -37,9 +37,12 @@ def records_of(loop: EngineLoop) -> list[StepRecord]:
 
 
 def test_every_so_manieth_decision_is_kept_and_replays() -> None:
-    loop = make_loop(recorder=StepRecorder("r0", every_steps=8))
+    loop = make_loop(kv_tokens=64, recorder=StepRecorder("r0", every_steps=8))
     loop.add(add("a", max_tokens=30))
-    records = records_of(loop)
+    # It waits for room, so that the policy is asked before every step.
+    loop.add(add("b", prompt=60, max_tokens=1))
+    *records, last = records_of(loop)
+    assert (last.step, last.decision.admit) == (30, ("b",))
     assert [record.step for record in records] == [0, 8, 16, 24]
     assert {record.replica for record in records} == {"r0"}
     assert [record.engine.running[0].output_tokens for record in records[1:]] == [8, 16, 24]

@@ -279,7 +279,10 @@ class EngineView:
 
 @dataclass(frozen=True, slots=True)
 class StepDecision:
-    """What an engine is to do in its next step.
+    """What an engine is to do in its next step, and in those after it until it asks again.
+
+    It asks when a sequence comes, has its first token or ends, when room runs short, and at
+    ``reconsider_at``; without that, before every step while somebody waits and a slot is free.
 
     Attributes:
         admit: ids to give a slot, in order.

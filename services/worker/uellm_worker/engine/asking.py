@@ -35,12 +35,10 @@ class Occasion:
         again = self.decision.reconsider_at
         if again is not None and again <= now:
             return True
-        if _short(roster):
+        if self._news or roster.arrivals != self._arrivals or _short(roster):
             return True
         if not roster.waiting and all(sequence.decoding for sequence in roster.running):
             return False
-        if self._news or roster.arrivals != self._arrivals:
-            return True
         if again is None and len(roster.running) < roster.slots:
             # Room may be had by and by, as those that run get on.
             return True

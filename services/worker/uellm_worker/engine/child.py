@@ -206,7 +206,8 @@ class Child:
     def _decide_by(self, loop: EngineLoop, command: EnginePolicy) -> None:
         """Change the policy; one that cannot be had leaves the present one in force."""
         try:
-            loop.decide_by(step_policy(command.policy, command.settings), command.execution)
+            policy = step_policy(command.policy, command.settings)
+            loop.decide_by(policy, command.execution, command.settings)
             self._recorder.options = dict(command.settings)
         except (InvalidArgumentError, ValueError) as error:
             _log.warning("the step policy stays as it is: %s", error)

@@ -6,7 +6,7 @@ The loop does no I/O: the child process hands it commands and sends the reports 
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from uellm.core.cost import DEFAULT_COST, StepCost
@@ -166,14 +166,17 @@ class EngineLoop:
             self._roster.remove(sequence)
         self._outbox.drop(command)
 
-    def decide_by(self, policy: StepPolicy, execution: str) -> None:
-        """Be decided for by another policy, or execute in another way, from the next step on.
+    def decide_by(
+        self, policy: StepPolicy, execution: str, options: Mapping[str, str] | None = None
+    ) -> None:
+        """Be decided for by another policy, made with these options; execute in another way.
 
         Raises:
             ValueError: if there is no execution of that name; nothing changes then.
         """
         name = execution_of(execution, self._capacity, self._runner.depth).name
         self._policy = policy
+        self._recorder.options = dict(options or {})
         self._occasion.note()
         self._next_execution = None if name == self._execution.name else name
         self._execute_next()

@@ -45,7 +45,12 @@ class PreemptOnce:
             for sequence in engine.running
             if sequence.output_tokens >= self.after_tokens and not sequence.preemptions
         ]
-        return replace(decision, preempt=tuple(preempt[:1]), chunk_tokens=self.chunk_tokens)
+        return replace(
+            decision,
+            preempt=tuple(preempt[:1]),
+            chunk_tokens=self.chunk_tokens,
+            reconsider_at=now,
+        )
 
 
 class Record:
