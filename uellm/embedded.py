@@ -40,20 +40,27 @@ def find_server() -> str:
     )
 
 
-def free_port() -> int:
-    """A TCP port of the loopback address that was free a moment ago."""
+def redis_url(host: str, port: int, password: str = "") -> str:
+    """How to reach a server."""
+    return f"redis://{f':{password}@' if password else ''}{host}:{port}/0"
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port of an address of this host that was free a moment ago."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
 
 
 class EmbeddedRedis:
-    """A server on the loopback address, with an append-only file, gone with this object.
+    """A server with an append-only file, gone with this object.
 
     Args:
         directory: where its data lives; None: a temporary directory, removed afterwards.
         port: where it listens; 0: any free port.
+        host: address that it listens at.
+        password: that its clients need; "": none.
         binary: the server to run; None: the one that ``find_server`` finds.
         wrap: what to make of its command line before it is run.
     """
@@ -62,6 +69,8 @@ class EmbeddedRedis:
         self,
         directory: Path | None = None,
         port: int = 0,
+        host: str = "127.0.0.1",
+        password: str = "",
         binary: str | None = None,
         wrap: Callable[[Sequence[str]], list[str]] = list,
     ) -> None:
@@ -69,13 +78,20 @@ class EmbeddedRedis:
         self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="uellm-redis-")
         self._directory = directory or Path(self._temporary.name if self._temporary else "")
         self.binary = binary or find_server()
-        self.port = port or free_port()
+        self.port = port or free_port(host)
+        self._host = host
+        self.password = password
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         """How to reach it."""
-        return f"redis://127.0.0.1:{self.port}/0"
+        return redis_url(self._reachable, self.port, self.password)
+
+    @property
+    def _reachable(self) -> str:
+        """An address of this host that it listens at."""
+        return "127.0.0.1" if self._host == "0.0.0.0" else self._host
 
     @property
     def pid(self) -> int:
@@ -98,7 +114,8 @@ class EmbeddedRedis:
         self._directory.mkdir(parents=True, exist_ok=True)
         log = self._directory / "server.log"
         command = [
-            *(self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""),
+            *(self.binary, str(self._secret_settings())),
+            *("--port", str(self.port), "--bind", self._host, "--save", ""),
             *("--appendonly", "yes", "--appendfsync", "everysec", "--dir", str(self._directory)),
             *("--logfile", str(log), "--maxmemory-policy", "noeviction"),
         ]
@@ -122,13 +139,21 @@ class EmbeddedRedis:
             time.sleep(0.01)
         return self
 
+    def _secret_settings(self) -> Path:
+        """A file of what no other user may read; the list of processes shows command lines."""
+        path = self._directory.resolve() / "server.conf"
+        path.touch(mode=0o600)
+        path.write_text(f"requirepass {self.password}\n" if self.password else "")
+        return path
+
     def _answers(self) -> bool:
         try:
-            with socket.create_connection(("127.0.0.1", self.port), 0.2) as probe:
+            with socket.create_connection((self._reachable, self.port), 0.2) as probe:
                 # Asked for its directory, so that another server on the port is not taken for it.
-                probe.sendall(b"PING\r\nCONFIG GET dir\r\nQUIT\r\n")
+                login = f"AUTH {self.password}\r\n" if self.password else ""
+                probe.sendall(f"{login}PING\r\nCONFIG GET dir\r\nQUIT\r\n".encode())
                 answer = b"".join(iter(partial(probe.recv, 4096), b""))
-                return answer.startswith(b"+PONG") and bytes(self._directory.resolve()) in answer
+                return b"+PONG" in answer and bytes(self._directory.resolve()) in answer
         except OSError:
             return False
 

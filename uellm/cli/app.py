@@ -35,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Run": (serving.demo, serving.up, serving.serve),
+    "Run": (serving.demo, serving.up, serving.join, serving.serve),
     "Ask": (asking.generate, asking.chat, asking.cancel),
     "Look": (
         looking.models,

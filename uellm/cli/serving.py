@@ -48,6 +48,13 @@ def up(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="The gateway's port; 0: any free one.")
     ] = DEFAULT_PORT,
+    listen: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Address of this machine that others may join at, in place of --host; prints how.",
+        ),
+    ] = "",
     redis: Annotated[
         str, typer.Option(metavar="URL", help="A Redis that runs; by default one of its own.")
     ] = "",
@@ -75,9 +82,16 @@ def up(
     """Run a whole mesh in one process tree, until Ctrl-C."""
     from uellm.cli import tree
     from uellm.cli.loops import run
+    from uellm.core.errors import ConfigurationError
     from uellm.mesh.mesh import Mesh
     from uellm.mesh.options import DEMO_MODEL, MeshOptions, parse_models, with_adapters
 
+    if listen and redis:
+        raise ConfigurationError(
+            "--listen opens the mesh's own Redis, and --redis names another; other machines join "
+            "that one by `uellm serve worker --redis-url URL`",
+            field="listen",
+        )
     models = parse_models(model or [f"demo={DEMO_MODEL}"])
     options = MeshOptions(
         models=tuple(with_adapters(models, adapter or ())),
@@ -89,7 +103,8 @@ def up(
         slots=slots,
         max_tokens=max_model_len,
         kv_tokens=kv_tokens,
-        host=host,
+        host=listen or host,
+        listens=bool(listen),
         port=port,
         redis_url=redis,
     )
@@ -97,6 +112,32 @@ def up(
     progress = tree.Progress()
     mesh = Mesh(options, progress)
     raise typer.Exit(run(tree.keep_up(mesh, progress), mesh.kill))
+
+
+def join(
+    host: Annotated[
+        str, typer.Argument(help="Where `uellm up --listen` runs: a name or an address.")
+    ],
+    token: Annotated[str, typer.Option(help="What it printed.")],
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")] = 1,
+    devices: Annotated[
+        str, typer.Option(help="What each worker may use: cpu, cuda:0,cuda:1, … By default all.")
+    ] = "",
+    address: Annotated[
+        str, typer.Option(help="This machine's, as the mesh reaches it; by default found out.")
+    ] = "",
+    allow_download: Annotated[
+        bool, typer.Option(help="Fetch hub models that are not in the local cache.")
+    ] = False,
+) -> None:
+    """Make this machine's devices part of a mesh elsewhere, until Ctrl-C."""
+    from uellm.cli import tree
+    from uellm.cli.loops import run
+    from uellm.mesh.joining import Guests, JoinOptions, Token
+
+    options = JoinOptions(host, Token.parse(token), workers, devices, address, allow_download)
+    guests = Guests(options)
+    raise typer.Exit(run(tree.keep_joined(guests, tree.Progress()), guests.kill))
 
 
 def serve(

@@ -7,12 +7,14 @@ from rich.console import Console
 
 from uellm.cli import exits
 from uellm.core.errors import ConfigurationError
+from uellm.mesh.joining import Guests
 from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import MeshOptions
 from uellm.models import files
 from uellm.models.adapters import resolve_adapter
 from uellm.models.profile import read_profile
 from uellm.models.tokenizer import Tokenizer
+from uellm.placement.explain import size
 
 
 class Progress:
@@ -69,10 +71,33 @@ async def keep_up(mesh: Mesh, progress: Progress) -> int:
     return exits.FAILED
 
 
+async def keep_joined(guests: Guests, progress: Progress) -> int:
+    """Keep workers in a mesh elsewhere until it is interrupted or one has to be given up."""
+    try:
+        progress("joining")
+        async with guests.running() as devices:
+            progress.done()
+            console = Console(stderr=True, highlight=False)
+            for device in devices:
+                console.print(f"joined: {device.id}, {size(device.memory_total_bytes)}")
+            console.print(f"logs {guests.directory}", soft_wrap=True)
+            console.print("Ctrl-C drains and leaves; a second one forces")
+            await guests.watch()
+    finally:
+        progress.done()
+    return exits.FAILED
+
+
 def _choice(mesh: Mesh) -> str:
     """The option that says which model, if there are several."""
     models = mesh.options.models
     return f" --model {models[0].name}" if len(models) > 1 else ""
+
+
+def _public(url: str) -> str:
+    """A URL without its password."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
 
 
 async def _welcome(mesh: Mesh) -> None:
@@ -82,7 +107,8 @@ async def _welcome(mesh: Mesh) -> None:
             console.print(f"{model.name}: {placed.replica}  {'  '.join(placed.stages)}")
     # Not wrapped: paths and commands are there to be copied.
     for line in (
-        f"gateway {mesh.address}, Redis {mesh.redis_url}, logs {mesh.directory}",
+        *([f"join: [bold]{mesh.invitation}[/bold]"] if mesh.invitation else []),
+        f"gateway {mesh.address}, Redis {_public(mesh.redis_url)}, logs {mesh.directory}",
         f"try: [bold]uellm generate 'Count from 1 to 20.' --deadline 5s{_choice(mesh)}[/bold]",
     ):
         console.print(line, soft_wrap=True)

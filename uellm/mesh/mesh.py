@@ -14,6 +14,7 @@ from typing import Any, Self
 from uellm import logs
 from uellm.core.errors import ConfigurationError
 from uellm.embedded import EmbeddedRedis, free_port
+from uellm.mesh.joining import Token, new_secret
 from uellm.mesh.options import DRAIN_ORDER, MeshOptions
 from uellm.mesh.readiness import (
     Placement,
@@ -81,6 +82,15 @@ class Mesh:
         """Process id of the mesh's own Redis, if it has one."""
         return self._redis_server.pid if self._redis_server else None
 
+    @property
+    def invitation(self) -> str:
+        """What another machine runs to join; "" if none can."""
+        server = self._redis_server
+        if server is None or not self.options.listens:
+            return ""
+        host = self.options.host if self.options.host != "0.0.0.0" else socket.gethostname()
+        return f"uellm join {host} --token {Token(server.port, server.password)}"
+
     async def placements(self, model: str) -> list[Placement]:
         """Which layers of a model's replicas are where now."""
         deployment = (await Registry(self._redis).deployments())[model]
@@ -133,8 +143,16 @@ class Mesh:
         if not self.options.redis_url:
             self._report("starting Redis")
             # Forked by this thread: the tether holds as long as the thread that forked.
-            server = EmbeddedRedis(self.directory / "redis", wrap=tethered)
+            listens = self.options.listens
+            server = EmbeddedRedis(
+                self.directory / "redis",
+                host=self.options.host if listens else "127.0.0.1",
+                password=new_secret() if listens else "",
+                wrap=tethered,
+            )
             self._redis_server = server.start()
+            if listens:
+                self._report(f"other machines join by: {self.invitation}")
             self._tasks.append(asyncio.create_task(_keep(server)))
         self._redis = connect(self.redis_url)
         await check(self._redis, self.redis_url)

@@ -110,6 +110,7 @@ class MeshOptions:
         max_tokens: longest context granted; 0: the model's.
         kv_tokens: KV room per replica, of all sequences together; 0: all slots full.
         host: address that all services bind to.
+        listens: its own Redis is at that address too, behind a password: other hosts may join.
         port: port of the gateway.
         redis_url: Redis to use; "": one of its own.
         traced: whether every service writes its spans, to the mesh's trace directory.
@@ -125,6 +126,7 @@ class MeshOptions:
     max_tokens: int = 0
     kv_tokens: int = 0
     host: str = "127.0.0.1"
+    listens: bool = False
     port: int = 0
     redis_url: str = ""
     traced: bool = False
@@ -158,7 +160,7 @@ class MeshOptions:
             inherited: environment that they start from; settings in it reach the services.
         """
         # A Redis that other hosts share must tell their services from this host's.
-        suffix = f"-{socket.gethostname()}" if self.redis_url else ""
+        suffix = f"-{socket.gethostname()}" if self.redis_url or self.listens else ""
         specs = []
         for role in DRAIN_ORDER:
             for number in range(1, (self.workers if role == "worker" else 1) + 1):

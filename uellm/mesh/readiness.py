@@ -93,12 +93,12 @@ async def deploy(registry: Registry, options: MeshOptions, report: Report) -> No
         except grpc.aio.AioRpcError as error:
             raise error_from(error) from None
     for model in options.models:
-        await _wait_for_model(registry, model.name, report)
+        await _wait_for_model(registry, model.name, report, patient=options.listens)
 
 
 def _check_stages(options: MeshOptions, devices: int) -> None:
     """The deployer would wait for more devices, and none are going to come."""
-    if options.stages > devices:
+    if options.stages > devices and not options.listens:
         raise ConfigurationError(
             f"--stages: {options.stages}, each on a device of its own, and the {options.workers} "
             f"worker(s) have {devices}; start more with --workers, or ask for at most {devices}",
@@ -122,8 +122,15 @@ async def _wait_for_workers(stub: Any, options: MeshOptions, report: Report) -> 
         await asyncio.sleep(_POLL_SECONDS)
 
 
-async def _wait_for_model(registry: Registry, name: str, report: Report) -> None:
-    """No deadline: a large model loads for as long as it loads, and says how far it is."""
+async def _wait_for_model(registry: Registry, name: str, report: Report, *, patient: bool) -> None:
+    """No deadline: a large model loads for as long as it loads, and says how far it is.
+
+    Args:
+        registry: of the mesh.
+        name: of the model.
+        report: told what is being waited for.
+        patient: devices may come that it fits on.
+    """
     told = ""
     while True:
         deployment = (await registry.deployments()).get(name)
@@ -131,7 +138,7 @@ async def _wait_for_model(registry: Registry, name: str, report: Report) -> None
             states = [replica.state for replica in deployment.replicas]
             if states and all(state == topology_pb2.REPLICA_STATE_READY for state in states):
                 return
-            if topology_pb2.REPLICA_STATE_FAILED in states:
+            if topology_pb2.REPLICA_STATE_FAILED in states and not patient:
                 # The deployer would go on trying, but without a mesh there is no next time.
                 why, _, _ = deployment.status.partition("; next try in ")
                 raise ConfigurationError(f"{name}: {why}", field="model")

@@ -68,6 +68,8 @@ class MeshState:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / STATE_FILE
         draft = path.with_suffix(f".{self.pid}")
+        # The address of its Redis may carry a password.
+        draft.touch(mode=0o600)
         draft.write_text(json.dumps(asdict(self), indent=1) + "\n")
         draft.replace(path)
 

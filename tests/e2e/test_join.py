@@ -1,0 +1,94 @@
+"""Two lines put another machine's devices into a mesh; here it is the same machine."""
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.test_up import UELLM, Up
+from tests.support.waiting import eventually
+from uellm.mesh.joining import Token, new_secret
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+
+
+@pytest.fixture
+async def up(tmp_path: Path) -> AsyncIterator[Up]:
+    mesh = Up(tmp_path / "home")
+    yield mesh
+    if mesh.process is not None and mesh.process.returncode is None:
+        mesh.process.kill()
+        await mesh.process.wait()
+    await mesh.gone()
+
+
+async def stages(up: Up) -> list[str]:
+    _, out, _ = await up.run("health", "--json")
+    (deployment,) = json.loads(out)["deployments"]
+    (replica,) = deployment["replicas"]
+    return list(replica["stages"]) if replica["state"] == "READY" else []
+
+
+async def counted(up: Up, engine: str, last: int) -> bool:
+    """Whether the model answers, and rightly where one computes."""
+    status, out, _ = await up.run("generate", f"Count from 1 to {last}.", "--max-tokens", "64")
+    right = ", ".join(map(str, range(1, last + 1)))
+    return status == 0 and bool(out.strip()) and (engine == "instant" or out.strip() == right)
+
+
+@pytest.mark.parametrize("engine", ["instant", pytest.param("shard", marks=pytest.mark.slow)])
+async def test_a_machine_that_joins_takes_layers_and_gives_them_back(up: Up, engine: str) -> None:
+    up.environment["UELLM_WORKER_ENGINE"] = engine
+    state = await up.start("--listen", "127.0.0.1", "--stages", "2")
+    password = state.redis_url.partition("@")[0].rpartition(":")[2]
+    port = int(state.redis_url.rpartition(":")[2].partition("/")[0])
+    assert password
+    assert not any(password in " ".join(p.cmdline()) for p in up.tree)
+    assert len(await stages(up)) == 1
+
+    join = await asyncio.create_subprocess_exec(
+        UELLM, "join", "127.0.0.1", "--token", str(Token(port, password)),
+        env=up.environment, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert join.stderr is not None
+        while line := (await join.stderr.readline()).decode():
+            if line.startswith("joined: "):
+                break
+        assert "/cpu:0" in line
+        up.tree += psutil.Process(join.pid).children(recursive=True)
+
+        async def spread() -> bool:
+            return len(await stages(up)) == 2
+
+        await eventually(spread, 60)
+        assert await counted(up, engine, 20)
+        join.send_signal(signal.SIGINT)
+        assert await join.wait() == 130
+
+        async def whole() -> bool:
+            return len(await stages(up)) == 1
+
+        await eventually(whole, 60)
+        assert await counted(up, engine, 5)
+    finally:
+        if join.returncode is None:
+            join.kill()
+            await join.wait()
+
+
+async def test_a_stranger_is_told_what_is_wrong(up: Up) -> None:
+    state = await up.start("--listen", "127.0.0.1")
+    port = int(state.redis_url.rpartition(":")[2].partition("/")[0])
+    for token, says in (
+        (str(Token(port, new_secret())), "--token is not of the mesh at 127.0.0.1"),
+        (str(Token(1, new_secret())), "no mesh answers at 127.0.0.1, port 1"),
+        ("nonsense", "copy the whole line"),
+    ):
+        status, _, err = await up.run("join", "127.0.0.1", "--token", token)
+        assert status == 2, err
+        assert says in err.splitlines()[-1]

@@ -1,0 +1,46 @@
+"""What a machine is told to join by."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uellm.core.errors import ConfigurationError
+from uellm.mesh.joining import JoinOptions, Token, address_towards, new_secret
+
+
+@given(st.integers(1, 65535))
+def test_a_token_says_port_and_password(port: int) -> None:
+    token = Token(port, new_secret())
+    assert Token.parse(str(token)) == token
+    assert JoinOptions("box", token).redis_url == f"redis://:{token.secret}@box:{port}/0"
+
+
+@given(st.text(max_size=60))
+def test_what_is_no_token_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="copy the whole line"):
+        Token.parse(text)
+
+
+def test_a_token_that_lost_its_end_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="copy the whole line"):
+        Token.parse(str(Token(6379, new_secret()))[:-3])
+
+
+def test_workers_are_told_where_the_mesh_is_and_not_in_their_command(tmp_path: Path) -> None:
+    token = Token(7000, new_secret())
+    options = JoinOptions("box", token, workers=2, devices="cpu")
+    one, other = options.services("10.0.0.2", tmp_path, {"UELLM_LOG_LEVEL": "debug"})
+    assert one.service_id != other.service_id
+    assert token.secret not in " ".join(one.command)
+    assert one.environment["UELLM_REDIS_URL"] == options.redis_url
+    assert one.environment["UELLM_HOST"] == "10.0.0.2"
+    assert one.environment["UELLM_WORKER_DEVICES"] == "cpu"
+    assert one.environment["UELLM_LOG_LEVEL"] == "debug"
+
+
+def test_the_address_towards_a_host_is_one_of_this_machine() -> None:
+    assert address_towards("127.0.0.1", 9) == "127.0.0.1"
+    with pytest.raises(ConfigurationError, match="no way leads to"):
+        address_towards("no-such-host.invalid", 9)
