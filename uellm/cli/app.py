@@ -6,7 +6,18 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from uellm.cli import asking, exits, looking, policy, profiler, recorded, serving, simulate, verify
+from uellm.cli import (
+    asking,
+    exits,
+    looking,
+    plan,
+    policy,
+    profiler,
+    recorded,
+    serving,
+    simulate,
+    verify,
+)
 from uellm.core.errors import UellmError
 
 
@@ -41,6 +52,7 @@ _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         looking.models,
         looking.health,
         looking.topology,
+        plan.plan,
         verify.verify,
         looking.version,
     ),

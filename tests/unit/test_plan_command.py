@@ -1,0 +1,113 @@
+"""`uellm plan`: on clusters by name, without a GPU and without a mesh."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from uellm import clusters
+from uellm.cli.app import app
+from uellm.topology_file import load_topology
+
+SMALL = ("--model", "llama-2-7b", "--topology", "3090x4", "--max-model-len", "1024")
+
+
+def plan(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "200"})
+    return result.exit_code, result.output
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    status, out = plan(*arguments, "--json")
+    assert status == 0, out
+    facts: dict[str, Any] = json.loads(out)
+    return facts
+
+
+def test_every_cluster_is_a_topology() -> None:
+    assert len(clusters.names()) >= 8
+    sizes = {name: len(clusters.cluster(name).devices) for name in clusters.names()}
+    assert (sizes["dc64"], sizes["dc256"], sizes["mixed24"]) == (64, 256, 24)
+    assert all(device.memory_bytes > 0 for device in clusters.kinds().values())
+
+
+def test_a_plan_is_shown_with_its_proof_and_what_was_not_chosen() -> None:
+    status, out = plan(*SMALL, "--slots", "2", "--explain")
+    assert status == 0, out
+    assert "0-31 +embedding +head" in out
+    assert "helr: the best there is" in out
+    assert "best of 2" in out
+
+
+def test_json_can_be_the_previous_plan(tmp_path: Path) -> None:
+    first = planned(*SMALL, "--stages", "2")
+    assert len(first["plan"]["replicas"][0]["stages"]) == 2
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(first))
+    again = planned(*SMALL, "--stages", "2", "--previous", str(path))
+    assert again["plan"]["moves"] == []
+    gone = first["plan"]["replicas"][0]["stages"][0]["device_id"]
+    after = planned(*SMALL, "--stages", "2", "--previous", str(path), "--exclude", gone)
+    assert after["plan"]["moves"]
+
+
+def test_pins_costs_and_what_if() -> None:
+    facts = planned(
+        *SMALL, "--objective", "throughput", "--batch", "4", "--in-flight", "4",
+        "--pin", "first=box/cuda:3", "--cost", "box/cuda:0=5",
+        "--what-if", "remove=box/cuda:1", "--what-if", "add=RTX3090@other",
+    )  # fmt: skip
+    assert facts["plan"]["replicas"][0]["stages"][0]["device_id"] == "box/cuda:3"
+    fewer, more = facts["what_if"]
+    now = facts["figures"]["tokens_per_second"]
+    assert fewer["figures"]["tokens_per_second"] < now <= more["figures"]["tokens_per_second"]
+
+
+def test_what_does_not_fit_says_what_is_missing() -> None:
+    status, out = plan("--model", "llama-2-70b", "--topology", "laptops", "--max-model-len", "512")
+    assert status == 1
+    assert "are missing" in out
+
+
+def test_a_trace_says_what_it_needs(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    rows = [f"{i / 10},200,150" for i in range(1200)]
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n" + "\n".join(rows) + "\n")
+    status, out = plan("--model", "llama-2-7b", "--topology", "3090x4", "--trace", str(path))
+    assert status == 0, out
+    assert "99% of this trace's minutes (10 requests/s of up to 200 + 150 tokens)" in out
+    assert "1 more RTX3090 would do" in out
+
+
+def test_a_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plan.png"
+    status, out = plan(*SMALL, "--stages", "3", "--plot", str(path))
+    assert status == 0, out
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--model", "llama-2-7b", "--topology", "nowhere"), "3090x4"),
+        (("--model", "nobody", "--topology", "dgx1"), "llama-2-7b"),
+        ((*SMALL, "--objective", "best"), "objective"),
+        ((*SMALL, "--what-if", "more"), "add=KIND@HOST"),
+        ((*SMALL, "--cost", "x"), "DEVICE=NUMBER"),
+        ((*SMALL, "--previous", "/dev/null"), "uellm plan --json"),
+    ],
+)
+def test_what_is_wrong_is_named(arguments: tuple[str, ...], says: str) -> None:
+    status, out = plan(*arguments)
+    assert status == 2, out
+    assert says in out
+
+
+def test_clusters_are_files_that_can_be_copied(tmp_path: Path) -> None:
+    source = Path(clusters.__file__).parent / "mixed12.yaml"
+    copied = tmp_path / "mine.yaml"
+    copied.write_text(source.read_text())
+    assert load_topology(copied) == clusters.cluster("mixed12")

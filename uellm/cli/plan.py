@@ -1,0 +1,119 @@
+"""Command: plan. Where a model would go, without a GPU and without a mesh."""
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from uellm.cli.asking import Json
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(metavar="DIR|config.json|NAME", help="Its weights are not read."),
+    ],
+    topology: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|NAME|discovered",
+            help="A topology file, a cluster by name (3090x4, dgx1, mixed12, …), or what the mesh "
+            "has found.",
+        ),
+    ] = "discovered",
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="lr: least latency; he: least cost; helr: least cost that keeps --slo; "
+            "throughput; goodput: replicas all over the cluster."
+        ),
+    ] = "helr",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float16",
+    replicas: Annotated[int, typer.Option(min=1, help="Copies.")] = 1,
+    stages: Annotated[int, typer.Option(min=0, help="Stages per copy; 0: what is best.")] = 0,
+    slots: Annotated[int, typer.Option(min=1, help="Most sequences at once per copy.")] = 8,
+    max_model_len: Annotated[int, typer.Option(min=0, help="Longest context; 0: the model's.")] = 0,
+    batch: Annotated[
+        int, typer.Option(min=0, help="Sequences computed together; 0: the slots.")
+    ] = 0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a request.")] = 512,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Of a request, 90 % quantile.")] = 128,
+    in_flight: Annotated[int, typer.Option(min=1, help="Batches under way at once.")] = 1,
+    rate: Annotated[float, typer.Option(min=0, help="Requests per second; 0: all there is.")] = 0.0,
+    slo: Annotated[
+        float, typer.Option(min=0, help="Seconds that a batch may take; 0: no matter.")
+    ] = 0.0,
+    previous: Annotated[
+        Path | None, typer.Option(metavar="PLAN.json", help="Where it is now, of --json.")
+    ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DEVICE", help="Must be used; first=DEVICE, last=DEVICE; repeatable."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Device, worker or host not to use; repeatable."),
+    ] = None,
+    cost: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DEVICE=COST", help="What using a device costs; repeatable."),
+    ] = None,
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="add=T4@host-b,remove=host-c", help="What that would change; repeatable."
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.csv", help="A load to plan for; what is missing for it."),
+    ] = None,
+    redis: Annotated[
+        str, typer.Option(envvar="UELLM_REDIS_URL", help="The mesh's, for `discovered`.")
+    ] = "",
+    explain: Annotated[bool, typer.Option("--explain", help="And why not otherwise.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw devices and layers.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show where a model's layers would go on a cluster, how fast, and how good at least."""
+    import asyncio
+
+    from uellm.cli import planning
+    from uellm.cli.drawing import check_plot
+    from uellm.cli.mesh_address import redis_url
+    from uellm.placement.views import Objective, PlanRequest, Workload
+
+    if plot is not None:
+        check_plot(plot)
+    if topology == planning.DISCOVERED:
+        found = asyncio.run(planning.discover(redis_url(redis)))
+    else:
+        found = planning.find_topology(topology)
+    workload = Workload(
+        replicas=replicas,
+        stages=stages,
+        slots=slots,
+        max_tokens=max_model_len,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        in_flight=in_flight,
+        requests_per_second=rate,
+        slo_seconds=slo,
+    )
+    if trace is not None:
+        workload = planning.of_trace(trace, workload)
+    request = PlanRequest(
+        topology=found,
+        model=planning.find_model(model, dtype),
+        workload=workload,
+        objective=cast("Objective", objective),
+        previous=planning.read_plan(previous) if previous is not None else None,
+        pins=tuple(planning.read_pin(text) for text in pin or ()),
+        excluded=frozenset(exclude or ()),
+        costs=dict(planning.read_cost(text) for text in cost or ()),
+    )
+    asked = planning.Asked(request, explain, as_json, plot, what_if or (), trace)
+    raise typer.Exit(planning.run(asked))

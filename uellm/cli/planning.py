@@ -1,0 +1,357 @@
+"""`uellm plan`, behind its options."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from uellm import clusters
+from uellm.cli import exits
+from uellm.convert import topology_from_proto
+from uellm.core.errors import InvalidArgumentError, UnavailableError
+from uellm.core.model import ModelProfile
+from uellm.models import files
+from uellm.models.profile import read_profile
+from uellm.models.shapes import SHAPES, profile_of_shape, read_shape
+from uellm.placement.explain import size
+from uellm.placement.solver import solve
+from uellm.placement.topology import Topology
+from uellm.placement.views import Pin, Plan, PlannedReplica, PlannedStage, PlanRequest, Workload
+from uellm.placement.what_if import Figures, changed, enough, figures, parse_change
+from uellm.rpc import CALL_SECONDS, channel, error_from
+from uellm.simulator.traces import read_trace
+from uellm.streams.connection import check, connect
+from uellm.streams.registry import Registry
+from uellm.topology_file import load_topology
+from uellm.v1 import deployer_pb2, deployer_pb2_grpc
+
+DISCOVERED = "discovered"
+SERVED_SHARE = 0.99
+WINDOW_SECONDS = 60.0
+"""The load of a trace is that of its busiest windows of this length."""
+_MOST_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What was asked on the command line."""
+
+    request: PlanRequest
+    explain: bool
+    as_json: bool
+    plot: Path | None
+    what_if: Sequence[str]
+    trace: Path | None
+
+
+def find_topology(name: str) -> Topology:
+    """A cluster by file or name.
+
+    Raises:
+        InvalidArgumentError: if there is none, or its file cannot be read.
+    """
+    path = Path(name)
+    return load_topology(path) if path.is_file() else clusters.cluster(name)
+
+
+async def discover(redis_url: str) -> Topology:
+    """What the mesh's deployer knows.
+
+    Raises:
+        UnavailableError: if there is no deployer.
+    """
+    redis = connect(redis_url)
+    try:
+        await check(redis, redis_url)
+        found = await Registry(redis).find("deployer")
+    finally:
+        await redis.aclose()
+    if not found:
+        raise UnavailableError("there is no deployer; start one with `uellm serve deployer`")
+    async with channel(found[0].address) as way:
+        stub: Any = deployer_pb2_grpc.DeployerServiceStub(way)
+        try:
+            answer = await stub.GetTopology(deployer_pb2.GetTopologyRequest(), timeout=CALL_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise error_from(error) from None
+    return topology_from_proto(answer.topology)
+
+
+def find_model(name: str, dtype: str) -> ModelProfile:
+    """A model by directory, config.json, or a well-known name; no weights are read.
+
+    Raises:
+        ModelFilesError: if its files do not say what it needs.
+        InvalidArgumentError: if there is none of the name.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        has_weights = any(path.glob("*.safetensors*"))
+        return read_profile(path, dtype) if has_weights else read_shape(path / files.CONFIG, dtype)
+    if path.is_file():
+        return read_shape(path, dtype)
+    shape = SHAPES.get(name.lower())
+    if shape is None:
+        raise InvalidArgumentError(
+            f"model: {name!r} is no directory, no config.json, and none of {', '.join(SHAPES)}",
+            field="model",
+        )
+    return profile_of_shape(shape, dtype, name)
+
+
+def read_pin(text: str) -> Pin:
+    """``DEVICE``, ``first=DEVICE`` or ``last=DEVICE``."""
+    end, found, device = text.partition("=")
+    if not found:
+        return Pin(text)
+    if end == "first":
+        return Pin(device, "first")
+    if end == "last":
+        return Pin(device, "last")
+    raise InvalidArgumentError(f"pin: {text!r} is not DEVICE, first=DEVICE or last=DEVICE")
+
+
+def read_cost(text: str) -> tuple[str, float]:
+    """``DEVICE=COST``."""
+    device, found, value = text.rpartition("=")
+    try:
+        return device, float(value if found and device else "")
+    except ValueError:
+        raise InvalidArgumentError(f"cost: {text!r} is not DEVICE=NUMBER", field="cost") from None
+
+
+def read_plan(path: Path) -> Plan:
+    """Where a model is, as ``--json`` wrote it.
+
+    Raises:
+        InvalidArgumentError: if it is no plan.
+    """
+    try:
+        raw = json.loads(path.read_text())["plan"]
+        return Plan(
+            replicas=tuple(
+                PlannedReplica(tuple(PlannedStage(**stage) for stage in replica["stages"]))
+                for replica in raw["replicas"]
+            ),
+            slots=int(raw["slots"]),
+            max_tokens=int(raw["max_tokens"]),
+            objective=str(raw["objective"]),
+            explanation="",
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidArgumentError(
+            f"previous: {path} is no plan that `uellm plan --json` wrote ({error!r})",
+            field="previous",
+        ) from None
+
+
+def of_trace(path: Path, workload: Workload) -> Workload:
+    """The load of a trace: lengths that 90 % stay below, and the rate of its busiest minute."""
+    requests = read_trace(path)
+    prompts = [request.prompt_tokens for request in requests]
+    outputs = [request.output_tokens for request in requests]
+    at = np.array([request.arrival for request in requests])
+    windows = np.bincount((at // WINDOW_SECONDS).astype(np.int64))
+    length = min(WINDOW_SECONDS, max(float(at[-1] - at[0]), 1e-9))
+    return replace(
+        workload,
+        prompt_tokens=max(round(float(np.quantile(prompts, 0.9))), 1),
+        output_tokens=max(round(float(np.quantile(outputs, 0.9))), 1),
+        requests_per_second=float(np.quantile(windows, SERVED_SHARE, method="higher")) / length,
+        batch=workload.batch or 8,
+    )
+
+
+def run(asked: Asked) -> int:
+    """Plan, and say what came of it."""
+    plan, seconds = _solved(asked.request)
+    plan = replace(plan, solve_seconds=seconds)
+    tokens = asked.request.workload.output_tokens
+    before = figures(plan, tokens)
+    others = []
+    for text in asked.what_if:
+        change = parse_change(text)
+        topology = changed(asked.request.topology, change, clusters.kinds())
+        other = solve(replace(asked.request, topology=topology, previous=plan))
+        others.append((str(change), other, figures(other, tokens)))
+    advice = _advice(asked) if asked.trace is not None else []
+    if asked.plot is not None:
+        from uellm.cli.plan_drawing import draw
+
+        draw(asked.plot, asked.request.topology, plan)
+    if asked.as_json:
+        facts = {
+            "plan": _finite(asdict(plan)),
+            "figures": _finite(asdict(before)),
+            "what_if": [
+                {"change": name, "figures": _finite(asdict(found)), "plan": _finite(asdict(other))}
+                for name, other, found in others
+            ],
+            "enough": advice,
+        }
+        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+    else:
+        _print(asked, plan, before)
+        _print_others(before, [(name, found) for name, _, found in others])
+        for line in advice:
+            Console().print(line, soft_wrap=True)
+    return exits.OK if plan.replicas and not plan.infeasible_reason else exits.FAILED
+
+
+def _solved(request: PlanRequest) -> tuple[Plan, float]:
+    began = time.perf_counter()
+    plan = solve(request)
+    return plan, time.perf_counter() - began
+
+
+def _advice(asked: Asked) -> list[str]:
+    """What a trace needs that is not there, in the user's terms."""
+    request = replace(asked.request, objective="goodput")
+    workload = request.workload
+    needed = workload.requests_per_second * workload.output_tokens
+    share = f"{SERVED_SHARE:.0%} of this trace's minutes"
+    has = figures(solve(request), workload.output_tokens)
+    rate = (
+        f"{workload.requests_per_second:.3g} requests/s of up to {workload.prompt_tokens} + "
+        f"{workload.output_tokens} tokens"
+    )
+    if has.tokens_per_second >= needed:
+        return [
+            f"{share} ({rate}) are served: {has.tokens_per_second:.4g} tokens/s, {needed:.4g} "
+            "needed"
+        ]
+    kinds = clusters.kinds()
+    here = {device.name for device in request.topology.devices}
+    tried = [name for name, device in kinds.items() if device.name in here] or list(kinds)
+
+    def does(kind: str, count: int) -> Figures | None:
+        change = parse_change(",".join(f"add={kind}@new-{i}" for i in range(count)))
+        topology = changed(request.topology, change, kinds)
+        found = figures(solve(replace(request, topology=topology)), workload.output_tokens)
+        return found if found.tokens_per_second >= needed else None
+
+    lines = [
+        f"{share} ({rate}) need {needed:.4g} tokens/s, and here are {has.tokens_per_second:.4g}"
+    ]
+    for each in enough(tried, does):
+        lines.append(
+            f"{each.count} more {each.kind} would do: {each.figures.tokens_per_second:.4g} tokens/s"
+        )
+    if len(lines) == 1:
+        lines.append(f"no 16 more of {', '.join(tried)} would do")
+    return lines
+
+
+def _print(asked: Asked, plan: Plan, found: Figures) -> None:
+    console = Console()
+    names = {device.id: device.name for device in asked.request.topology.devices}
+    if plan.infeasible_reason:
+        console.print(f"cannot be placed: {plan.infeasible_reason}", soft_wrap=True)
+    for index, replica in enumerate(plan.replicas):
+        table = Table(box=None, title=f"replica {index}", title_justify="left")
+        for column in ("layers", "device", "", "memory", "prefill", "a step", "to the next"):
+            table.add_column(column, no_wrap=True)
+        for stage in replica.stages:
+            ends = f"{' +embedding' if stage.has_embed else ''}{' +head' if stage.has_head else ''}"
+            table.add_row(
+                f"{stage.first_layer}-{stage.last_layer}{ends}",
+                stage.device_id,
+                names.get(stage.device_id, ""),
+                size(stage.memory_bytes),
+                _milliseconds(stage.prefill_seconds),
+                _milliseconds(stage.decode_seconds),
+                _milliseconds(stage.send_seconds) if not stage.has_head else "",
+            )
+        console.print(table)
+        if (predicted := replica.prediction) is not None:
+            console.print(
+                f"first token after {_milliseconds(predicted.prefill_seconds)}, then "
+                f"{_milliseconds(predicted.decode_seconds)} a token, "
+                f"{predicted.total_seconds:.3g} s in all; "
+                f"{predicted.tokens_per_second:.4g} tokens/s, bound by "
+                f"{predicted.bottleneck}",
+                soft_wrap=True,
+            )
+    if plan.replicas:
+        console.print(
+            f"{found.devices} of {len(names)} devices, {plan.slots} sequences of up to "
+            f"{plan.max_tokens} tokens; links take {found.link_share:.0%} of a batch's time",
+            soft_wrap=True,
+        )
+    if plan.certificate is not None:
+        proof = plan.certificate
+        exact = proof.ratio <= 1 + 1e-9
+        how = "the best there is" if exact else f"at most {proof.ratio:.4g}x from the best"
+        console.print(
+            f"{plan.objective}: {how}, by {plan.solver} in {plan.solve_seconds:.2f} s "
+            f"({proof.proof})",
+            soft_wrap=True,
+        )
+    if plan.moves:
+        moved = sum(move.weight_bytes for move in plan.moves)
+        layers = sum(move.last_layer - move.first_layer + 1 for move in plan.moves)
+        console.print(f"moves {layers} layers, {size(moved)}")
+    if asked.explain:
+        _print_candidates(console, plan)
+
+
+def _print_candidates(console: Console, plan: Plan) -> None:
+    table = Table("instead", "devices", "a batch", "tokens/s", "why not", box=None)
+    for each in plan.candidates[:_MOST_SHOWN]:
+        split = " ".join(
+            f"{device}:{count}"
+            for device, count in zip(each.device_ids, each.num_layers, strict=False)
+        )
+        table.add_row(
+            each.name,
+            split if len(split) <= 60 else f"{len(each.device_ids)} devices",
+            f"{each.total_seconds:.3g} s" if isfinite(each.total_seconds) else "-",
+            f"{each.tokens_per_second:.4g}" if each.tokens_per_second else "-",
+            each.ruled_out,
+        )
+    console.print(table if plan.candidates else "no other plan was looked at")
+
+
+def _print_others(before: Figures, others: Sequence[tuple[str, Figures]]) -> None:
+    if not others:
+        return
+    table = Table("what if", "replicas", "a batch", "tokens/s", "against now", box=None)
+    for name, found in others:
+        ratio = (
+            f"{found.tokens_per_second / before.tokens_per_second - 1:+.0%} tokens/s, "
+            f"{found.total_seconds / before.total_seconds - 1:+.0%} time"
+            if before.tokens_per_second and found.tokens_per_second
+            else "it cannot be placed then"
+            if not found.replicas
+            else "it can be placed then"
+        )
+        table.add_row(
+            name,
+            str(found.replicas),
+            f"{found.total_seconds:.3g} s" if isfinite(found.total_seconds) else "-",
+            f"{found.tokens_per_second:.4g}",
+            ratio,
+        )
+    Console().print(table)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

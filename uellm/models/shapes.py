@@ -1,0 +1,130 @@
+"""What a model needs, from its config alone: for plans before there are weights.
+
+Of decoders with gated or plain MLPs, with or without experts; anything else is read from a
+checkpoint (``uellm.models.profile``), which this agrees with to a few norms.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from uellm.core.errors import ModelFilesError
+from uellm.core.model import LayerProfile, ModelProfile
+from uellm.models.profile import dtype_bytes
+
+_PLAIN_MLP = {"gpt2", "gpt_neox", "opt", "starcoder2", "phi", "gptj", "falcon"}
+
+
+def _shape(
+    layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int, **more: Any
+) -> Mapping[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "vocab_size": vocab,
+        "max_position_embeddings": 4096,
+        **more,
+    }
+
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "llama-2-7b": _shape(32, 4096, 32, 32, 11008, 32000),
+    "llama-2-13b": _shape(40, 5120, 40, 40, 13824, 32000),
+    "llama-2-70b": _shape(80, 8192, 64, 8, 28672, 32000),
+    "llama-3-8b": _shape(32, 4096, 32, 8, 14336, 128256, max_position_embeddings=8192),
+    "llama-3-70b": _shape(80, 8192, 64, 8, 28672, 128256, max_position_embeddings=8192),
+    "llama-3-405b": _shape(126, 16384, 128, 8, 53248, 128256, max_position_embeddings=8192),
+    "chatglm2-6b": _shape(28, 4096, 32, 2, 13696, 65024, max_position_embeddings=8192),
+    "mistral-7b": _shape(32, 4096, 32, 8, 14336, 32000, max_position_embeddings=8192),
+    "mixtral-8x7b": _shape(
+        *(32, 4096, 32, 8, 14336, 32000),
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=8192,
+    ),
+    "qwen2.5-0.5b": _shape(
+        24, 896, 14, 2, 4864, 151936, tie_word_embeddings=True, max_position_embeddings=8192
+    ),
+    "qwen2.5-32b": _shape(64, 5120, 40, 8, 27648, 152064, max_position_embeddings=8192),
+}
+"""Of well-known models, by name."""
+
+
+def read_shape(path: Path, dtype: str) -> ModelProfile:
+    """What a model needs by its ``config.json``.
+
+    Raises:
+        InvalidArgumentError: for a dtype that is not offered.
+        ModelFilesError: naming the file and what it lacks.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelFilesError(f"{path}: {error}; name a model's config.json") from None
+    if not isinstance(content, dict):
+        raise ModelFilesError(f"{path}: not an object; name a model's config.json")
+    return profile_of_shape(content, dtype, str(path))
+
+
+def profile_of_shape(config: Mapping[str, Any], dtype: str, source: str) -> ModelProfile:
+    """What a model of a shape needs.
+
+    Args:
+        config: as of transformers.
+        dtype: compute dtype.
+        source: where it was read, for messages.
+
+    Raises:
+        InvalidArgumentError: for a dtype that is not offered.
+        ModelFilesError: naming what is missing.
+    """
+    size = dtype_bytes(dtype)
+
+    def number(*names: str, default: int | None = None) -> int:
+        for name in names:
+            value = config.get(name)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+        if default is None:
+            raise ModelFilesError(f"{source} has no {names[0]}; it describes no decoder")
+        return default
+
+    layers = number("num_hidden_layers", "n_layer")
+    hidden = number("hidden_size", "n_embd")
+    heads = number("num_attention_heads", "n_head")
+    kv_heads = number("num_key_value_heads", default=heads)
+    head_dim = number("head_dim", default=hidden // heads)
+    mlp = number("moe_intermediate_size", "intermediate_size", "n_inner", default=4 * hidden)
+    experts = number("num_local_experts", "num_experts", default=1)
+    used = number("num_experts_per_tok", default=1) if experts > 1 else 1
+    vocab = number("vocab_size")
+    plain = config.get("model_type") in _PLAIN_MLP
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    expert = (2 if plain else 3) * hidden * mlp
+    router = hidden * experts if experts > 1 else 0
+    weights = attention + experts * expert + router + 2 * hidden
+    met = attention + used * expert + router
+    tied = bool(config.get("tie_word_embeddings", plain))
+    return ModelProfile(
+        layers=(
+            LayerProfile(
+                weight_bytes=weights * size,
+                kv_bytes_per_token=2 * kv_heads * head_dim * size,
+                flops_per_token=2.0 * met,
+            ),
+        )
+        * layers,
+        embed_bytes=vocab * hidden * size,
+        head_bytes=(vocab + 1) * hidden * size,
+        tied=tied,
+        activation_bytes_per_token=hidden * size,
+        max_tokens=number("max_position_embeddings", "n_positions", "n_ctx"),
+        vocab_size=vocab,
+        hidden_size=hidden,
+        architecture=str((config.get("architectures") or [""])[0]),
+        stored_dtype=dtype,
+    )

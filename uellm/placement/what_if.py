@@ -1,0 +1,204 @@
+"""Other clusters than there are: devices that come or go, and what that would be worth. Pure."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from uellm.core.errors import InvalidArgumentError
+from uellm.placement.topology import Device, Topology
+from uellm.placement.views import Plan
+
+MOST_ADDED = 64
+_ADD = re.compile(r"add=(?:(?P<count>\d+)x)?(?P<kind>[^@,;\s]+)@(?P<host>[\w.:-]+)")
+_REMOVE = re.compile(r"remove=(?P<name>[^,\s]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A cluster that might be.
+
+    Attributes:
+        added: kinds and the hosts they come to, one for each device.
+        removed: ids of devices, workers or hosts.
+    """
+
+    added: tuple[tuple[str, str], ...] = ()
+    removed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        plus = [f"+{kind}@{host}" for kind, host in self.added]
+        return " ".join([*plus, *(f"-{name}" for name in self.removed)])
+
+
+def parse_change(text: str) -> Change:
+    """``add=KIND@HOST``, ``add=2xKIND@HOST`` and ``remove=HOST``, separated by commas.
+
+    Raises:
+        InvalidArgumentError: naming the part that is none of these.
+    """
+    added: list[tuple[str, str]] = []
+    removed: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        if match := _ADD.fullmatch(part):
+            added += [(match["kind"], match["host"])] * int(match["count"] or 1)
+        elif match := _REMOVE.fullmatch(part):
+            removed.append(match["name"])
+        else:
+            raise InvalidArgumentError(
+                f"what-if: {part!r} is neither add=KIND@HOST nor remove=HOST", field="what-if"
+            )
+    if len(added) > MOST_ADDED:
+        raise InvalidArgumentError(
+            f"what-if: {len(added)} devices are added; the limit is {MOST_ADDED}", field="what-if"
+        )
+    return Change(tuple(added), tuple(removed))
+
+
+def changed(topology: Topology, change: Change, kinds: Mapping[str, Device]) -> Topology:
+    """The cluster after a change.
+
+    A device that comes to a host that is there hangs where that host's others do; a new host is
+    in the rack that most others are in, behind the links that the topology says for such a way.
+
+    Args:
+        topology: before.
+        change: what comes and goes.
+        kinds: what devices of a kind are like. Those of the topology can be named too, by their
+            names or ids.
+
+    Raises:
+        InvalidArgumentError: if a kind is not known, or there is nothing of that name to remove.
+    """
+    devices = list(topology.devices)
+    for name in change.removed:
+        left = [d for d in devices if name not in (d.id, d.worker, d.host)]
+        if len(left) == len(devices):
+            hosts = ", ".join(sorted({device.host for device in devices}))
+            raise InvalidArgumentError(
+                f"what-if: there is no device, worker or host {name!r}; hosts: {hosts}",
+                field="what-if",
+            )
+        devices = left
+    for kind, host in change.added:
+        devices.append(_new(devices, topology.devices, kind, host, kinds))
+    ids = {device.id for device in devices}
+    links = tuple(link for link in topology.links if link.src in ids and link.dst in ids)
+    return replace(topology, devices=tuple(devices), links=links)
+
+
+def _new(
+    devices: Sequence[Device],
+    before: Sequence[Device],
+    kind: str,
+    host: str,
+    kinds: Mapping[str, Device],
+) -> Device:
+    own = {name: device for device in before for name in (device.name, device.id) if name}
+    like = kinds.get(kind) or own.get(kind)
+    if like is None:
+        known = ", ".join([*kinds, *sorted({d.name for d in before if d.name})])
+        raise InvalidArgumentError(
+            f"what-if: no kind of device {kind!r}; known: {known}", field="what-if"
+        )
+    beside = next((device for device in devices if device.host == host), None)
+    racks = [device.place[0] for device in devices]
+    rack = max(set(racks), key=racks.count) if racks else ""
+    path = beside.place if beside is not None else (rack, host)
+    worker = beside.worker if beside is not None else host
+    taken = {device.id for device in devices}
+    number = next(n for n in range(len(taken) + 1) if f"{worker}/{like.kind}:{n}" not in taken)
+    return replace(
+        like,
+        id=f"{worker}/{like.kind}:{number}",
+        worker=worker,
+        host=host,
+        path=path,
+        num_stages=0,
+        healthy=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a plan comes to, over all its replicas.
+
+    Attributes:
+        replicas: how many.
+        devices: that it uses.
+        total_seconds: of a batch, on the slowest replica; inf without one.
+        tokens_per_second: of all replicas together.
+        link_share: of a batch's time that goes into links, on the slowest replica.
+    """
+
+    replicas: int
+    devices: int
+    total_seconds: float
+    tokens_per_second: float
+    link_share: float
+
+
+def figures(plan: Plan, output_tokens: int) -> Figures:
+    """What a plan comes to.
+
+    Args:
+        plan: with predictions.
+        output_tokens: of a batch's sequences.
+    """
+    predicted = [r for r in plan.replicas if r.prediction is not None]
+    slowest = max(
+        predicted, key=lambda r: r.prediction.total_seconds if r.prediction else 0.0, default=None
+    )
+    total, share = float("inf"), 0.0
+    if slowest is not None and slowest.prediction is not None:
+        total = slowest.prediction.total_seconds
+        sends = sum(stage.send_seconds for stage in slowest.stages)
+        share = min(sends * max(output_tokens - 1, 1) / total, 1.0) if total > 0 else 0.0
+    return Figures(
+        len(plan.replicas),
+        len({stage.device_id for replica in plan.replicas for stage in replica.stages}),
+        total,
+        sum(r.prediction.tokens_per_second for r in predicted if r.prediction is not None),
+        share,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Enough:
+    """The fewest devices of a kind that would do.
+
+    Attributes:
+        kind: of device.
+        count: how many more.
+        figures: of the plan with them.
+    """
+
+    kind: str
+    count: int
+    figures: Figures
+
+
+def enough(
+    kinds: Iterable[str], does: Callable[[str, int], Figures | None], most: int = 16
+) -> list[Enough]:
+    """For each kind, the fewest devices with which a load is served; kinds that never do left out.
+
+    Args:
+        kinds: to try.
+        does: what the plan with so many of a kind comes to, or None if it does not serve the load.
+        most: devices that are tried.
+    """
+    found = []
+    for kind in kinds:
+        low, high = 0, 1
+        served = does(kind, high)
+        while served is None and high < most:
+            low, high = high, min(2 * high, most)
+            served = does(kind, high)
+        if served is None:
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            fewer = does(kind, middle)
+            low, high, served = (middle, high, served) if fewer is None else (low, middle, fewer)
+        found.append(Enough(kind, high, served))
+    return sorted(found, key=lambda each: (each.count, each.kind))
