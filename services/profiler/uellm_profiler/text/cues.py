@@ -136,6 +136,8 @@ _WH = frozenset(("what", "who", "when", "where", "which", "whose", "whom"))
 _YES_NO = frozenset(
     ("is", "are", "was", "were", "do", "does", "did", "can", "could", "will", "would", "should")
 )
+_OPENING, _CLOSING = 400, 200
+"""Characters of what is asked that are searched for words, from its beginning and its end."""
 _OPTION = re.compile(r"(?m)^\s*(?:\(?[A-Ja-j][.):]|\d{1,2}[.)]|[-*•])\s")
 _DIGITS = re.compile(r"\d+")
 _CAPITALS = re.compile(r"[A-Z]")
@@ -161,6 +163,8 @@ def cues_of(
         prompt_tokens: the same in tokens.
     """
     low = asked.lower()
+    if len(low) > _OPENING + _CLOSING:
+        low = f"{low[:_OPENING]} … {low[-_CLOSING:]}"
     amounts = [_amount(pattern, low) for pattern in (*_AMOUNTS, _ITEMS)]
     kinds = [1.0 if pattern.search(low) else 0.0 for pattern in _KIND]
     form = _form(asked, rest, asked_words, len(rest_words), characters, prompt_tokens)
