@@ -69,8 +69,8 @@ class ServiceSettings(BaseSettings):
         4096,
         ge=0,
         description="Recorded decisions are kept in about so many entries per model, for `uellm "
-        "why`; an entry has those of a quarter of a second, about 10 KB under load. Schedulers "
-        "and workers write them; 0: they do not.",
+        "why`. Under load its scheduler writes four a second, each replica's worker one, of about "
+        "10 KB; 0: nothing is recorded.",
     )
 
     @classmethod

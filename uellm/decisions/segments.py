@@ -91,9 +91,9 @@ class SegmentWriter:
             return place
         place = self._places.get(id(value))
         if place is None:
+            self._written.append(self._entries.bytes_of(kind, value))
             place = self._places[id(value)] = self._counts[kind]
             self._counts[kind] += 1
-            self._written.append(self._entries.bytes_of(kind, value))
             self._kept.append(value)
         return place
 

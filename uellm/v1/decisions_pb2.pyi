@@ -504,7 +504,8 @@ class RecordedInFlight(_message.Message):
     alone: _builtins.bool
     tenant: _builtins.str
     accepted_at: _builtins.float
-    request: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___RecordedQueued: ...
     def __init__(
         self,
         *,
@@ -516,15 +517,13 @@ class RecordedInFlight(_message.Message):
         alone: _builtins.bool = ...,
         tenant: _builtins.str = ...,
         accepted_at: _builtins.float = ...,
-        request: _builtins.int | None = ...,
+        request: Global___RecordedQueued | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_request", b"_request", "request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request", b"_request", "accepted_at", b"accepted_at", "alone", b"alone", "dispatched_at", b"dispatched_at", "output_p50", b"output_p50", "output_p90", b"output_p90", "prompt_tokens", b"prompt_tokens", "request", b"request", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "alone", b"alone", "dispatched_at", b"dispatched_at", "output_p50", b"output_p50", "output_p90", b"output_p90", "prompt_tokens", b"prompt_tokens", "request", b"request", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__request: _TypeAlias = _typing.Literal["request"]  # noqa: Y015
-    _WhichOneofArgType__request: _TypeAlias = _typing.Literal["_request", b"_request"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__request) -> _WhichOneofReturnType__request | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RecordedInFlight: _TypeAlias = RecordedInFlight  # noqa: Y015
 

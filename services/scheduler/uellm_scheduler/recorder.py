@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from uellm import logs
 from uellm.decisions.records import DispatchPolicyUsed, DispatchRecord, dispatch_record
 from uellm.decisions.segments import Entries, SegmentWriter
 from uellm.policy.choice import DISPATCH, PolicyChoice
@@ -13,6 +14,7 @@ from uellm.policy.views import DispatchDecision, QueuedView, QueueView, ReplicaV
 from uellm.streams.decisions import DecisionLog, DecisionWriter
 from uellm_scheduler.settings import SchedulerSettings
 
+_log = logs.logger("recorder")
 GATHER_SECONDS = 0.25
 """The decisions of so long go into one segment."""
 SHARE = 0.025
@@ -43,6 +45,7 @@ class Recorder:
         self._policy = DispatchPolicyUsed("")
         # The order of a long queue takes milliseconds to look at: one in a segment is enough.
         self._order_at = 0.0
+        self._warned = False
         self._saved, self._gathered_at = SAVED_SECONDS, time.monotonic()
 
     @property
@@ -113,12 +116,22 @@ class Recorder:
                 self._waiting.clear()
                 break
             with self._spending():
-                segment.add(self._waiting.popleft())
+                self._add(segment, self._waiting.popleft())
             await asyncio.sleep(0)
         if segment.records:
             with self._spending():
                 message = segment.message()
             self._writer.offer(message)
+
+    def _add(self, segment: SegmentWriter, record: DispatchRecord) -> None:
+        """Add a record; what cannot be recorded must not keep the scheduler from its work."""
+        try:
+            segment.add(record)
+        except (TypeError, ValueError) as error:
+            self._writer.dropped += 1
+            if not self._warned:
+                self._warned = True
+                _log.warning("decisions cannot be recorded", error=str(error))
 
     @contextmanager
     def _spending(self) -> Iterator[None]:

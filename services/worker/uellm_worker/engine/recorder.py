@@ -9,7 +9,7 @@ from uellm.decisions.segments import Entries, SegmentWriter
 from uellm.policy.views import EngineView, StepDecision
 from uellm.v1.decisions_pb2 import DecisionSegment
 
-GATHER_SECONDS = 0.25
+GATHER_SECONDS = 1.0
 """The decisions of so long go into one segment."""
 SHARE = 0.01
 """Share of its time that an engine spends on recording, at most."""
@@ -85,7 +85,11 @@ class StepRecorder:
             record = replace(record, engine=replace(engine, running=(), waiting=()), truncated=True)
         if not self._segment.records:
             self._opened_at = time.perf_counter()
-        self._segment.add(record)
+        try:
+            self._segment.add(record)
+        except (TypeError, ValueError):
+            # What cannot be recorded must not keep the engine from its work.
+            self._dropped += 1
         self._saved -= time.thread_time() - began
 
     def _lets_in(self, engine: EngineView, decision: StepDecision) -> bool:
