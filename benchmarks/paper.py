@@ -33,7 +33,7 @@ from uellm.simulator.experiments import pair_of
 from uellm.simulator.mesh import Execution, Mesh, MeshSettings
 from uellm.simulator.metrics import Metrics, measure
 from uellm.simulator.platforms import Platform, find_platform
-from uellm.simulator.predictors import PREDICTORS, profiles
+from uellm.simulator.predictors import PREDICTORS, profiler
 from uellm.simulator.requests import Request
 from uellm.simulator.workloads import MOST_TOKENS, Lengths
 
@@ -165,7 +165,7 @@ def _serve(
     settings: Settings, name: str, execution: Execution, requests: Sequence[Request], seed: int
 ) -> Metrics:
     pair = pair_of(name)
-    known = profiles(settings.predictor, requests, np.random.default_rng([seed, 1]))
+    known = profiler(settings.predictor, requests, np.random.default_rng([seed, 1]))
     # An only engine that keeps first come, first served is not to be kept short of requests.
     dispatch = pair.make_dispatch(_UNBOUND if pair.dispatch == "fcfs" else DispatchSettings())
     mesh = Mesh(settings.platform, dispatch, pair.make_step, MeshSettings(execution=execution))
