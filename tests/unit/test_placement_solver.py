@@ -14,7 +14,7 @@ from uellm.placement.baselines import BASELINES
 from uellm.placement.chain import chain_of
 from uellm.placement.costs import Costs, costs_of
 from uellm.placement.objectives import SLACK
-from uellm.placement.prediction import shortages
+from uellm.placement.prediction import Layout, predict, shortages
 from uellm.placement.solver import solve
 from uellm.placement.speed import HOP_SECONDS
 from uellm.placement.topology import Device, Topology
@@ -448,16 +448,45 @@ def test_measured_layers_override_flops_and_bandwidth() -> None:
     assert costs.decode[:, 0].tolist() == pytest.approx([0.5, 0.01])
 
 
-def test_layers_of_different_sizes_are_cut_by_their_own() -> None:
-    model = small_model(layers=6)
-    large = replace(model.layers[0], weight_bytes=1200 * MIB, flops_per_token=1200.0 * MIB)
-    mixed = replace(model, layers=(large, *model.layers[1:]))
-    topology = Topology((device("a/cuda:0", 2300 * MIB), device("b/cuda:0", 2500 * MIB)))
-    request = PlanRequest(topology, mixed, Workload(batch=1), "lr")
-    plan = solve(request)
-    check_valid(plan, request)
-    assert plan.replicas
-    check_certificate(plan)
+def different_layers(seed: int) -> PlanRequest:
+    """A request whose model has layers of all sizes."""
+    request = random_request(seed, 2 + seed % 3, "lr")
+    rng = random.Random(seed)  # noqa: S311 - repeatable
+    layers = []
+    for layer in request.model.layers:
+        weight = rng.choice([100, 300, 900]) * MIB
+        flops = weight * rng.choice([0.3, 1.0])  # As of experts, of which a token meets some.
+        layers.append(replace(layer, weight_bytes=weight, flops_per_token=flops))
+    return replace(request, model=replace(request.model, layers=tuple(layers)))
+
+
+def test_layers_of_different_sizes_are_bounded_and_cut_by_their_own() -> None:
+    close = total = 0
+    for seed in range(120):
+        request = different_layers(seed)
+        costs = costs_of(request)
+        chain = chain_of(costs)
+        best = float("inf")
+        for count in range(1, len(costs.devices) + 1):
+            for order in permutations(range(len(costs.devices)), count):
+                if not chain.allows(order):
+                    continue
+                for cut in cuts(costs.num_layers, count) if count <= costs.num_layers else ():
+                    layout = Layout(order, cut)
+                    if not shortages(costs, layout):
+                        best = min(best, predict(costs, layout).total_seconds)
+        plan = solve(request)
+        assert not plan.replicas or best < float("inf")
+        if plan.replicas:
+            check_valid(plan, request)
+            check_certificate(plan)
+            assert plan.certificate is not None
+            assert plan.certificate.bound <= best * (1 + CLOSE), seed
+            seconds, _, _ = facts(plan, costs)
+            assert seconds >= best * (1 - CLOSE)
+            close += seconds <= best * 1.05
+        total += best < float("inf")
+    assert close >= 0.9 * total > 50
 
 
 def test_links_are_what_the_topology_says_pair_by_pair() -> None:

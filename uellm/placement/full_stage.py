@@ -20,7 +20,7 @@ from uellm.placement.flow import max_flow
 
 _PROBES = 60
 _CLOSE = 1e-4
-_MOST_STATES = 20_000
+_MOST_STATES = 2_000
 _MOST_REGIONS = 4
 _MOST_ABREAST = 4
 
@@ -221,73 +221,97 @@ def _regions(capacity: Array, rate: float) -> list[list[int]]:
 
 
 class _Region:
-    """The most layers that stages of some devices hold at a rate, by numbers of each kind."""
+    """Devices that links join which are fast enough: pools of kinds, each with stages of its own.
+
+    Kinds are pooled as long as the combinations of their numbers are few enough to look at all.
+    """
 
     def __init__(self, servers: Sequence[Server], members: Sequence[int], rate: float) -> None:
         self.members = list(members)
-        kinds = sorted({servers[i].kind for i in members})
-        self._pools = [[i for i in members if servers[i].kind == kind] for kind in kinds]
-        shape = [len(pool) + 1 for pool in self._pools]
-        if int(np.prod(shape)) > _MOST_STATES:
-            # Too many kinds for all combinations: each device is a stage of its own.
-            self._pools = [[i] for i in members]
-            self._combined = False
-            shape = []
-        else:
-            self._combined = True
-        self._rates = [servers[pool[0]].rates for pool in self._pools]
-        self._rate = rate
-        if self._combined:
-            self._states = np.array(list(product(*(range(size) for size in shape))))
-            self._layers = self._stage_layers()
+        by_kind: dict[str, list[int]] = {}
+        for member in members:
+            by_kind.setdefault(servers[member].kind, []).append(member)
+        pools: list[list[list[int]]] = []
+        states = _MOST_STATES + 1
+        for kind in sorted(by_kind, key=lambda kind: (-len(by_kind[kind]), kind)):
+            states *= len(by_kind[kind]) + 1
+            if states > _MOST_STATES:
+                pools.append([])
+                states = len(by_kind[kind]) + 1
+            pools[-1].append(by_kind[kind])
+        self._pools = [_Pool(servers, kinds, rate) for kinds in pools]
+        self.most_layers = sum(pool.most_layers for pool in self._pools)
 
-    @cached_property
+    def stages(self, first: int, last: int) -> list[Stage]:
+        """Stages with the most layers, the outer two of so many devices at least."""
+        options = []
+        for a, begin in enumerate(self._pools):
+            for b, end in enumerate(self._pools):
+                rest = [pool for i, pool in enumerate(self._pools) if i not in (a, b)]
+                middle = [stage for pool in rest for stage in pool.stages(1, 1)]
+                if a == b:
+                    whole = begin.stages(first, last)
+                    options.append([*whole[:1], *middle, *whole[1:]] if whole else [])
+                else:
+                    ends = begin.stages(first, 1), end.stages(1, last)
+                    options.append([*ends[0], *middle, *ends[1]] if all(ends) else [])
+        return max(options, key=lambda stages: sum(stage.num_layers for stage in stages))
+
+
+class _Pool:
+    """The most layers that stages of some kinds hold at a rate, by numbers of each kind."""
+
+    def __init__(
+        self, servers: Sequence[Server], kinds: Sequence[Sequence[int]], rate: float
+    ) -> None:
+        self._kinds = kinds
+        self._rate = rate
+        self._rates = [servers[members[0]].rates for members in kinds]
+        self._states = np.array(list(product(*(range(len(members) + 1) for members in kinds))))
+        self._layers = self._stage_layers()
+        self._lean = self._without_waste()
+
+    @property
     def most_layers(self) -> int:
         """Of all its devices."""
-        if not self._combined:
-            return sum(self._alone(rates) for rates in self._rates)
         return int(self._table[0][-1])
 
     def stages(self, first: int, last: int) -> list[Stage]:
         """Stages with the most layers, the outer two of so many devices at least."""
-        if not self._combined:
-            return [
-                Stage((pool[0],), self._alone(rates))
-                for pool, rates in zip(self._pools, self._rates, strict=True)
-                if self._alone(rates)
-            ]
         if first == last == 1:
             return self._built(self._unpacked(len(self._states) - 1))
         sizes = self._states.sum(axis=1)
         best, _ = self._table
-        top = 0
-        chosen: tuple[int, ...] = ()
         whole = self._states[-1]
-        one_only = (sizes >= max(first, last)) & (self._layers > 0)
-        for a in np.flatnonzero((sizes >= first) & (self._layers > 0)):
+        alone = np.where(sizes >= max(first, last), self._layers, 0)
+        top = int(alone.max())
+        chosen: tuple[int, ...] = (int(alone.argmax()),) if top else ()
+        ends = self._ends(last)
+        for a in self._ends(first):
             rest = whole - self._states[a]
-            ends = np.flatnonzero(
-                (sizes >= last) & (self._layers > 0) & (self._states <= rest).all(axis=1)
-            )
-            if one_only[a] and self._layers[a] > top:
-                top, chosen = int(self._layers[a]), (int(a),)
-            if not len(ends):
+            fit = ends[(self._states[ends] <= rest).all(axis=1)]
+            if not len(fit):
                 continue
-            left = self._index(rest - self._states[ends])
-            total = self._layers[a] + self._layers[ends] + best[left]
+            left = self._index(rest - self._states[fit])
+            total = self._layers[a] + self._layers[fit] + best[left]
             at = int(total.argmax())
             if total[at] > top:
                 top = int(total[at])
-                middle = self._unpacked(int(left[at]))
-                chosen = (int(a), *middle, int(ends[at]))
+                chosen = (int(a), *self._unpacked(int(left[at])), int(fit[at]))
         return self._built(chosen)
+
+    def _ends(self, width: int) -> Integers:
+        """States that are worth being an outer stage."""
+        sizes = self._states.sum(axis=1)
+        worth = (self._lean & (sizes >= width)) | (sizes == width)
+        return np.flatnonzero(worth & (self._layers > 0))
 
     @cached_property
     def _table(self) -> tuple[Integers, Integers]:
         """[states] most layers of stages of so many devices, and the last of these stages."""
         best = np.zeros(len(self._states), dtype=np.int64)
         choice = np.full(len(self._states), -1)
-        patterns = np.flatnonzero(self._layers > 0)
+        patterns = np.flatnonzero(self._lean)
         for state in range(1, len(self._states)):
             left = self._states[state] - self._states[patterns]
             fit = (left >= 0).all(axis=1)
@@ -300,8 +324,8 @@ class _Region:
     def _index(self, counts: Integers) -> Integers:
         """Numbers of states."""
         number = np.zeros(len(counts), dtype=np.int64)
-        for kind, pool in enumerate(self._pools):
-            number = number * (len(pool) + 1) + counts[:, kind]
+        for kind, members in enumerate(self._kinds):
+            number = number * (len(members) + 1) + counts[:, kind]
         return number
 
     def _stage_layers(self) -> Integers:
@@ -315,6 +339,16 @@ class _Region:
         most[0] = 0
         return most
 
+    def _without_waste(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        """[states] stages that would hold fewer layers with any one device less."""
+        lean = self._layers > 0
+        for kind in range(len(self._kinds)):
+            has = np.flatnonzero(self._states[:, kind] > 0)
+            fewer = self._states[has].copy()
+            fewer[:, kind] -= 1
+            lean[has] &= self._layers[self._index(fewer)] < self._layers[has]
+        return lean
+
     def _unpacked(self, state: int) -> list[int]:
         """The stages behind the best of a state."""
         _, choice = self._table
@@ -326,7 +360,7 @@ class _Region:
 
     def _built(self, chosen: Sequence[int]) -> list[Stage]:
         """Numbers of devices made devices."""
-        pools = [list(pool) for pool in self._pools]
+        pools = [list(members) for members in self._kinds]
         stages = []
         for state in chosen:
             servers = [
@@ -336,6 +370,3 @@ class _Region:
             ]
             stages.append(Stage(tuple(servers), int(self._layers[state])))
         return stages
-
-    def _alone(self, rates: Sequence[float]) -> int:
-        return sum(each >= self._rate * (1 - 1e-12) for each in rates)

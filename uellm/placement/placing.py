@@ -7,7 +7,7 @@ import numpy as np
 
 from uellm.placement.baselines import BASELINES
 from uellm.placement.chain import Chain, Route, chain_of
-from uellm.placement.costs import Costs
+from uellm.placement.costs import Costs, Integers
 from uellm.placement.fixed_order import best_cut
 from uellm.placement.judge import Judge
 from uellm.placement.objectives import SLACK, Choice, Problem, cheapest, fastest
@@ -148,13 +148,48 @@ def _recut(costs: Costs, chain: Chain, known: dict[str, Layout]) -> list[Layout]
 
 
 def _loose(costs: Costs, wish: Wish, limit: float) -> Certificate | None:
-    """A bound where layers differ: all are taken to be like the least of them."""
-    least = float(costs.layer_bytes.min())
-    chain = replace(chain_of(costs, wish.pins, max(least, 1.0)), layer=costs.layer.min(axis=1))
+    """A bound where layers differ, by equal layers that are worth no more than they are."""
+    throughput = wish.objective in ("throughput", "goodput")
+    chain = _least_layers(costs, wish) if throughput else _even_layers(costs, wish)
     choice = _choose(Problem(chain, costs.price, wish.stages, wish.budget), costs, wish, limit)
     if choice is None:
         return None
-    return replace(choice.certificate, proof=f"least layer; {choice.certificate.proof}")
+    return replace(choice.certificate, proof=f"layers taken as equal; {choice.certificate.proof}")
+
+
+def _least_layers(costs: Costs, wish: Wish) -> Chain:
+    """All layers as small and as fast as the least of them."""
+    size = max(float(costs.layer_bytes.min()), 1.0)
+    return replace(chain_of(costs, wish.pins, size), layer=costs.layer.min(axis=1))
+
+
+def _even_layers(costs: Costs, wish: Wish) -> Chain:
+    """As many units of work as layers, each on each device as cheap as where it is cheapest there.
+
+    A device holds at most a unit more than whole ones fit. One that holds less than a unit is taken
+    to hold one; what that can add to the truth is taken off again.
+    """
+    work = costs.layer.mean(axis=0)
+    work = work * (costs.num_layers / work.sum()) if work.sum() > 0 else np.ones(costs.num_layers)
+    work = np.maximum(work, 1e-12)
+    per_unit = (costs.layer / work).min(axis=1)
+    chain = chain_of(costs, wish.pins, max(float((costs.layer_bytes / work).min()), 1.0))
+    one = chain_of(costs, wish.pins, max(float(costs.layer_bytes.min()), 1.0))
+    below = max(0.0, 1.0 - float(work.min()))
+    return replace(
+        chain,
+        layer=per_unit,
+        fixed=-below * (per_unit - per_unit.min()),
+        middle_cap=_one_more(chain.middle_cap, one.middle_cap),
+        first_cap=_one_more(chain.first_cap, one.first_cap),
+        last_cap=_one_more(chain.last_cap, one.last_cap),
+        only_cap=_one_more(chain.only_cap, one.only_cap),
+    )
+
+
+def _one_more(units: Integers, layers: Integers) -> Integers:
+    """A unit more, on devices that hold any layer at all."""
+    return np.where(layers > 0, units + 1, 0)
 
 
 def _valued(
