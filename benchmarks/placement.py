@@ -17,8 +17,10 @@ from collections.abc import Callable
 from configparser import ConfigParser
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.clusters import MODELS, geometric, mixed, named
 from uellm.placement.baselines import BASELINES
@@ -30,7 +32,10 @@ from uellm.placement.topology import Topology
 from uellm.placement.views import Objective, Plan, PlanRequest, Workload
 
 LOAD = Workload(batch=4, in_flight=32, prompt_tokens=512, output_tokens=128)
+# Helix's clusters serve a model of 80 layers and width 8192; its files count megabytes a second.
+_HELIX_LAYERS = 80
 _TOKEN_BYTES = 2 * 8192
+_UNITS = {"mbps": 1e6, "gbps": 1e9, "": 1.0}
 _REPEATS = 3
 
 
@@ -180,35 +185,57 @@ def _per_position(plan: Plan) -> dict[str, float]:
 
 
 def _helix(directory: Path) -> dict[str, dict[str, float]]:
-    """Helix's clusters with its tables: full-stage routing, and the best chain found."""
-    tables = json.loads((directory / "helix_tables.json").read_text())["single24"]
-    kinds = [kind for kind, table in tables.items() for _ in range(table["count"])]
-    single = np.full((24, 24), 1.25e9 / _TOKEN_BYTES)
-    cluster = ConfigParser()
-    cluster.read(directory / "helix_3cluster24.ini")
-    placed = [cluster[f"ComputeNode-{i}"]["type"] for i in range(24)]
-    apart = np.zeros((24, 24))
+    """Helix's clusters with its tables: full-stage routing, and the best chain found.
+
+    A table is a cluster of its own, on ten-gigabit Ethernet; a file with nodes and links takes the
+    kinds of the table that has them all.
+    """
+    tables = json.loads((directory / "helix_tables.json").read_text())
+    found = {}
+    for name, table in tables.items():
+        kinds = [kind for kind, facts in table.items() for _ in range(facts["count"])]
+        capacity = np.full((len(kinds), len(kinds)), 1.25e9 / _TOKEN_BYTES)
+        found[f"Helix {name}, its tables"] = _full_stage(kinds, table, capacity)
+    for path in sorted(directory.glob("*cluster*.ini")):
+        cluster = ConfigParser()
+        cluster.read(path)
+        kinds, capacity = _cluster(cluster)
+        table = next((each for each in tables.values() if set(kinds) <= set(each)), None)
+        if table is not None:
+            name = path.stem.removeprefix("helix_")
+            found[f"Helix {name}, its tables"] = _full_stage(kinds, table, capacity)
+    return found
+
+
+def _cluster(cluster: ConfigParser) -> tuple[list[str], NDArray[np.float64]]:
+    """Kinds of a cluster's nodes, and tokens per second of its links, both ways alike."""
+    nodes = [section for section in cluster.sections() if section.startswith("ComputeNode-")]
+    kinds = [cluster[f"ComputeNode-{i}"]["type"] for i in range(len(nodes))]
+    capacity = np.zeros((len(kinds), len(kinds)))
     for section in cluster.sections():
         if match := re.fullmatch(r"Link-(\d+)-(\d+)", section):
             a, b = int(match[1]), int(match[2])
-            megabytes = float(cluster[section]["bandwidth"].split()[0])
-            apart[a, b] = apart[b, a] = megabytes * 1e6 / _TOKEN_BYTES
-    found = {}
-    for name, nodes, capacity in (("single24", kinds, single), ("3cluster24", placed, apart)):
-        servers = [
-            Server(f"{kind}:{i}", kind, tuple(tables[kind]["tput"])) for i, kind in enumerate(nodes)
-        ]
-        began = time.perf_counter()
-        plan = plan_full_stage(servers, 80, capacity)
-        seconds = time.perf_counter() - began
-        if plan is None:
-            raise AssertionError("unreachable: the devices hold the model")
-        found[f"Helix {name}, its tables"] = {
-            "tokens_per_second": round(plan.tokens_per_second, 2),
-            "chain_tokens_per_second": round(plan.chain_tokens_per_second, 2),
-            "solve_seconds": round(seconds, 3),
-        }
-    return found
+            number, _, unit = cluster[section]["bandwidth"].partition("*")
+            rate = float(number) * _UNITS[unit.strip()] / _TOKEN_BYTES
+            capacity[a, b] = max(capacity[a, b], rate)
+            capacity[b, a] = max(capacity[b, a], rate)
+    return kinds, capacity
+
+
+def _full_stage(
+    kinds: list[str], table: dict[str, Any], capacity: NDArray[np.float64]
+) -> dict[str, float]:
+    servers = [
+        Server(f"{kind}:{i}", kind, tuple(table[kind]["tput"])) for i, kind in enumerate(kinds)
+    ]
+    began = time.perf_counter()
+    plan = plan_full_stage(servers, _HELIX_LAYERS, capacity)
+    seconds = time.perf_counter() - began
+    return {
+        "tokens_per_second": round(plan.tokens_per_second, 2) if plan else 0.0,
+        "chain_tokens_per_second": round(plan.chain_tokens_per_second, 2) if plan else 0.0,
+        "solve_seconds": round(seconds, 3),
+    }
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ from itertools import product
 import numpy as np
 import pytest
 
+from tests.support.clusters import random_request
+from uellm.placement.costs import costs_of
 from uellm.placement.flow import max_flow
-from uellm.placement.full_stage import Server, Stage, plan_full_stage, rating
+from uellm.placement.full_stage import Server, Stage, plan_full_stage, rating, servers_of
 
 
 def test_a_flow_is_the_smallest_cut() -> None:
@@ -88,3 +90,28 @@ def test_enough_devices_stand_abreast_where_a_link_is_slow() -> None:
 
 def test_what_does_not_fit_has_no_plan() -> None:
     assert plan_full_stage(servers(("a", 2, (9.0,))), 3, np.full((2, 2), 1e9)) is None
+
+
+def test_many_kinds_are_pooled_and_reach_what_a_chain_does() -> None:
+    rng = random.Random(2)  # noqa: S311 - repeatable
+    kinds = []
+    for name in "abcdefgh":
+        top = rng.uniform(50, 500)
+        kinds.append((name, rng.randrange(3, 9), tuple(top / (k + 1) for k in range(6))))
+    every = servers(*kinds)
+    plan = plan_full_stage(every, 60, np.full((len(every), len(every)), 1e9))
+    assert plan is not None
+    assert sum(stage.num_layers for stage in plan.stages) == 60
+    used = [i for stage in plan.stages for i in stage.servers]
+    assert len(set(used)) == len(used)
+    assert plan.tokens_per_second >= plan.chain_tokens_per_second * (1 - 1e-3)
+    # What all devices do together, each always busy, is the most there is.
+    assert plan.tokens_per_second <= sum(server.rates[0] for server in every) / 60
+
+
+def test_a_request_can_be_planned_in_full_stages() -> None:
+    costs = costs_of(random_request(4, 6))
+    every, capacity = servers_of(costs)
+    plan = plan_full_stage(every, costs.num_layers, capacity)
+    assert plan is not None
+    assert plan.tokens_per_second >= plan.chain_tokens_per_second * (1 - 1e-3) > 0

@@ -372,6 +372,16 @@ def device(name: str, memory: int, **more: float) -> Device:
     return Device(name, worker, worker, "cuda", memory, **more)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_of_equal_devices_those_that_hold_nothing_come_first(objective: Objective) -> None:
+    names = [f"w{i}/cuda:0" for i in range(4)]
+    busy = tuple(replace(device(name, 8000 * MIB), num_stages=1) for name in names[:3])
+    topology = Topology((*busy, device(names[3], 8000 * MIB)))
+    workload = Workload(batch=2, requests_per_second=1e-3)
+    (copy,) = solve(PlanRequest(topology, small_model(), workload, objective)).replicas
+    assert [stage.device_id for stage in copy.stages] == [names[3]]
+
+
 def test_an_offered_rate_is_served_by_no_more_replicas_than_it_needs() -> None:
     topology = Topology(tuple(device(f"w{i}/cuda:0", 8192 * MIB) for i in range(4)))
     workload = Workload(batch=2, requests_per_second=1e-3)

@@ -33,7 +33,7 @@ class Costs:
     """A model under a workload on some devices; n devices, L layers.
 
     Attributes:
-        devices: those that may be used, by id.
+        devices: those that may be used, the least used first.
         need: the model, and the sequences that it has room for.
         batch: sequences computed together.
         prompt_tokens: of a sequence.
@@ -170,7 +170,7 @@ def costs_of(request: PlanRequest, slots: int | None = None) -> Costs:
 
 
 def usable_devices(request: PlanRequest) -> tuple[Device, ...]:
-    """The healthy devices that the request does not exclude, by id.
+    """The healthy devices that the request does not exclude: the least used first, then by id.
 
     Raises:
         InvalidArgumentError: if it pins, prices or excludes what is not there.
@@ -189,7 +189,8 @@ def usable_devices(request: PlanRequest) -> tuple[Device, ...]:
     found = tuple(
         sorted(
             (d for d in every if d.healthy and not request.excluded & {d.id, d.worker, d.host}),
-            key=lambda device: device.id,
+            # Of equal choices the first is taken: devices that hold nothing yet come first.
+            key=lambda device: (device.num_stages, device.id),
         )
     )
     left = {device.id for device in found}

@@ -15,7 +15,7 @@ from statistics import median
 
 import numpy as np
 
-from uellm.placement.costs import Array, Integers
+from uellm.placement.costs import Array, Costs, Integers
 from uellm.placement.flow import max_flow
 
 _PROBES = 60
@@ -89,6 +89,22 @@ def plan_full_stage(
     if not best[1]:
         return None
     return FullStage(best[1], best[0], chain_rate(servers, num_layers, capacity))
+
+
+def servers_of(costs: Costs) -> tuple[list[Server], Array]:
+    """A request's devices by their rates, and its links by what they carry; ends cost nothing."""
+    tokens = costs.batch * costs.output_tokens
+    work = np.cumsum(np.sort(costs.layer, axis=1)[:, ::-1], axis=1)
+    size = int(costs.layer_bytes.max())
+    servers = []
+    for index, device in enumerate(costs.devices):
+        room = int(costs.room[index]) - costs.need.fixed(first=True, last=True)
+        most = min(max(room, 0) // max(size, 1), costs.num_layers)
+        rates = tuple(float(tokens / seconds) for seconds in work[index, :most])
+        servers.append(Server(device.id, f"{device.name} {rates}", rates))
+    with np.errstate(divide="ignore"):
+        capacity: Array = tokens / costs.busy
+    return servers, capacity
 
 
 def chain_rate(servers: Sequence[Server], num_layers: int, capacity: Array) -> float:
