@@ -162,8 +162,29 @@ async def test_the_cpu_is_measured_once_for_all_workers_of_a_host(tmp_path: Path
     assert shared.name.endswith(", 1 core")
 
 
-async def test_a_measurement_that_fails_is_said(tmp_path: Path) -> None:
-    devices = Devices("w", "cpu", 1000)
+async def test_where_nothing_can_be_kept_each_worker_measures(tmp_path: Path) -> None:
+    devices = Devices("w", "cpu", 1000, threads=1)
     (tmp_path / "file").touch()
     await devices.measure(tmp_path / "file")
-    assert devices.describe()[0].notes[0].startswith("speed: not measured")
+    assert devices.describe()[0].flops_per_second > 1e8
+
+
+async def test_a_measurement_that_fails_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = Devices("w", "cpu", 1000)
+    monkeypatch.setattr("uellm_worker.cpu_speed.sys.executable", "/nowhere/python")
+    await devices.measure(tmp_path)
+    (device,) = devices.describe()
+    assert device.notes[0].startswith("speed: not measured")
+    assert device.healthy
+
+
+def test_copies_are_timed_by_size() -> None:
+    torch = pytest.importorskip("torch")
+    from uellm_worker.engine.copy_probe import time_copies  # noqa: PLC0415
+
+    place = torch.device("cpu")
+    samples = time_copies(place, place, 0.05, sizes=(4096, 1 << 20))
+    assert [sample.bytes for sample in samples] == [4096, 1 << 20]
+    assert all(sample.seconds > 0 for sample in samples)

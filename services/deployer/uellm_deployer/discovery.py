@@ -146,7 +146,8 @@ class Discovery:
             InvalidArgumentError: if the topology file says what cannot be.
         """
         messages = [device for worker in self._live() for device in self.said(worker)]
-        topology = self.knowledge.topology(
+        knowledge = self.knowledge
+        topology = knowledge.topology(
             [device_from_proto(message) for message in messages], subject.digest, subject.dtype
         )
         answer = topology_pb2.Topology(default_links=self._file.default_links)
@@ -155,7 +156,7 @@ class Discovery:
             message.memory_bytes_per_second = device.memory_bytes_per_second
             message.launch_seconds = device.launch_seconds
             message.slowdown = device.slowdown
-            block = self.knowledge.block(device, subject.digest, subject.dtype)
+            block = knowledge.block(device, subject.digest, subject.dtype)
             if block is not None:
                 message.measured_at.CopyFrom(timestamp(block.measured_at))
             answer.devices.append(message)

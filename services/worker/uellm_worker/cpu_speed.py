@@ -5,6 +5,7 @@ threads of numpy's BLAS are chosen when it is loaded, and stay. What was found i
 an hour, so that the workers of a host measure one after another, and once.
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -42,21 +43,25 @@ class CpuSpeed:
 def cpu_speed(threads: int, file: Path, now: float) -> CpuSpeed:
     """As it was measured less than an hour ago, or else is measured now; blocks.
 
+    Where nothing can be kept, each worker measures for itself.
+
     Args:
         threads: to compute with.
         file: where results are kept.
         now: seconds since the epoch, by the host's clock.
 
     Raises:
-        OSError: if the file cannot be used.
-        subprocess.SubprocessError: if the measurement fails.
+        OSError: if the measurement cannot be started.
+        subprocess.SubprocessError: if it fails.
         ValueError: likewise.
     """
-    import fcntl  # noqa: PLC0415 - not on Windows, where this cannot be kept
-
     key = f"{platform.node()} {platform.machine()} {threads}"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+") as shared:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        opened = file.open("a+")
+    except OSError:
+        return CpuSpeed(*_measure_apart(threads), now)
+    with opened as shared:
         fcntl.flock(shared, fcntl.LOCK_EX)
         shared.seek(0)
         kept = _parse(shared.read())
