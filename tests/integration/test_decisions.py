@@ -222,6 +222,28 @@ async def test_without_time_to_record_decisions_are_dropped_and_counted(
     await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_what_cannot_be_recorded_keeps_nobody_from_work(redis: Any, redis_url: str) -> None:
+    log = DecisionLog(redis, MODEL)
+    recording = recorder.Recorder(log, SchedulerSettings(redis_url=redis_url))
+    task = asyncio.create_task(recording.run())
+    for decision in (
+        DispatchDecision(reconsider_at="soon"),  # type: ignore[arg-type]
+        DispatchDecision(order=(None,)),  # type: ignore[arg-type]
+        DispatchDecision(order=("a",)),
+    ):
+        find: dict[str, Any] = {}
+        queue = QueueView(())
+        recording.note(PolicyChoice("edf"), queue, (), 1.0, decision, find.__getitem__)
+
+    async def told() -> bool:
+        found = [each async for each in log.all()]
+        return [(len(each.dispatches), each.dropped) for each in found] == [(1, 2)]
+
+    await eventually(told)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_a_write_that_fails_is_counted_and_the_next_goes_through(
     redis: Any, redis_url: str
 ) -> None:

@@ -87,6 +87,8 @@ class SegmentWriter:
         if kind is str:
             place = self._texts.get(value)
             if place is None:
+                if not isinstance(value, str):
+                    raise TypeError(f"{value!r} is no text")
                 place = self._texts[value] = len(self._texts)
             return place
         place = self._places.get(id(value))

@@ -127,7 +127,7 @@ class Recorder:
         """Add a record; what cannot be recorded must not keep the scheduler from its work."""
         try:
             segment.add(record)
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             self._writer.dropped += 1
             if not self._warned:
                 self._warned = True

@@ -87,7 +87,7 @@ class StepRecorder:
             self._opened_at = time.perf_counter()
         try:
             self._segment.add(record)
-        except (TypeError, ValueError):
+        except Exception:
             # What cannot be recorded must not keep the engine from its work.
             self._dropped += 1
         self._saved -= time.thread_time() - began
