@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import paper
@@ -58,6 +58,7 @@ def test_a_stress_test_takes_half_of_the_batches_once_more() -> None:
     assert tested.violations == plain.violations
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(COUNT, COUNT, COUNT), min_size=1, max_size=60), st.booleans())
 def test_shares_are_shares_and_no_run_is_shorter_than_its_longest_answer(
     lengths: list[tuple[int, int, int]], alike: bool

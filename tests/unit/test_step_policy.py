@@ -243,6 +243,7 @@ def test_a_cap_in_knees_keeps_batches_small() -> None:
 PAIRS = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(PAIRS, st.lists(st.integers(0, 7), max_size=4))
 def test_what_fits_is_what_a_simulation_finds(
     pairs: list[tuple[int, int]], removed: list[int]
