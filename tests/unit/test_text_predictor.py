@@ -304,7 +304,7 @@ def test_what_varies_in_nothing_can_be_learnt_from(cap: int) -> None:
     [prediction] = predictor.predict_batch([asked])
     assert prediction.lengths.at(0.5) >= cap
     if cap == 40:
-        assert prediction.lengths.at(0.9) == pytest.approx(40, rel=0.2)
+        assert 40 <= prediction.lengths.at(0.9) < 48
 
 
 def test_half_a_character_is_no_problem() -> None:

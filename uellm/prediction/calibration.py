@@ -27,6 +27,7 @@ STEP = 0.02
 DEFAULT_WEIGHT = 6.0
 """How many errors the default counts as."""
 _POINTS = 32
+_ROUNDING = 1e-9
 _PAST = 4096
 _LATE = 384
 _FURTHEST = 4.0
@@ -76,7 +77,7 @@ class Calibration:
 
     def observe(self, error: float, censored: bool) -> None:
         """Take one error; if censored, the true one is at least that."""
-        hits = (error <= self.quantiles()).astype(np.float64)
+        hits = (error <= self.quantiles() + _ROUNDING).astype(np.float64)
         if censored:
             hits = self._hits_beyond(error)
         wanted = np.array(LEVELS)

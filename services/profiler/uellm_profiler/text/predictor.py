@@ -26,6 +26,7 @@ from uellm_profiler.text.served import Book
 
 _PRIOR = "prior_"
 _LONGEST_LOG = 16.0
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -175,11 +176,13 @@ class TextPredictor:
         assert self._model is not None  # noqa: S101
         relative, spreads = self._model.with_known(seen, *self._model.by_text(seen, keys))
         served = {key: self._book.find(key) for key in set(keys)}
-        lines = np.array([served[key].line for key in keys])
-        errors = np.array([served[key].calibration.quantiles() for key in keys])
+        known = {key: (each.line, each.calibration.quantiles()) for key, each in served.items()}
+        lines = np.array([known[key][0] for key in keys])
+        errors = np.array([known[key][1] for key in keys])
         relative_quantiles = relative[:, None] + spreads[:, None] * errors
         logs = lines[:, :1] + lines[:, 1:] * relative_quantiles
-        lengths: Floats = np.exp(np.minimum(logs, _LONGEST_LOG))
+        # Where answers are all of one length, the quantiles are that, and not a rounding less.
+        lengths: Floats = np.exp(np.minimum(logs, _LONGEST_LOG)) * (1.0 + _ROUNDING)
         return lengths
 
 

@@ -21,6 +21,8 @@ PRIOR_WEIGHT = 10.0
 """How many observations the line that is expected counts as; it is not forgotten."""
 MOST_SERVED = 1024
 _LEAST_SLOPE = 0.05
+_EXEMPLARS = 64
+"""Of those that were taught last, so many say what is expected of a new one."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -98,7 +100,8 @@ class Book:
 
     def _expected(self, key: Key) -> Served:
         akin = [served for (model, _, _), served in self._served.items() if model == key[0]]
-        lines = np.array([served.line for served in akin or self._served.values()])
+        latest = (akin or list(self._served.values()))[-_EXEMPLARS:]
+        lines = np.array([served.line for served in latest])
         if not len(lines):
             return Served((np.log(150.0), 1.0), Calibration(1.5))
         intercept, slope = (float(value) for value in lines.mean(axis=0))
