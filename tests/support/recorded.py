@@ -29,7 +29,7 @@ from uellm.policy.views import (
 from uellm.simulator.mesh import Mesh, MeshSettings, Outcome
 from uellm.simulator.mesh import Record as Ended
 from uellm.simulator.platforms import Platform
-from uellm.simulator.predictors import profiles
+from uellm.simulator.predictors import profiler
 from uellm.simulator.requests import Request
 from uellm.v1.decisions_pb2 import DecisionSegment
 
@@ -117,7 +117,7 @@ def recorded_run(
         lambda: _RecordingStep(step, writer, f"replica-{next(numbers)}"),
         MeshSettings(replicas=replicas, refusable=refusable),
     )
-    run = mesh.run(requests, profiles("b80", requests, np.random.default_rng(3)))
+    run = mesh.run(requests, profiler("b80", requests, np.random.default_rng(3)))
     packed = writer.message().SerializeToString()
     records = read_segment(DecisionSegment.FromString(packed)).records
     return RecordedRun(run.records, records, len(packed))
