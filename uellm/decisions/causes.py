@@ -94,9 +94,10 @@ def _answer(facts: Facts, story: Story, lost_seconds: float) -> Iterator[Cause]:
         return
     steps = max(promise.output_tokens_p50 - 1, 1)
     pace = (promise.finish_p50 - promise.start_p50) / steps
-    if not pace and story.promised is not None:
-        fastest = fastest_of(story.promised.replicas)
-        pace = fastest.step if fastest is not None else 0.0
+    fastest = fastest_of(story.promised.replicas) if story.promised is not None else None
+    if fastest is not None:
+        # Start and finish are medians of their own, whose difference need not be the answer's time.
+        pace = fastest.step
     more = facts.output_tokens - promise.output_tokens_p50
     if more:
         side = "longer" if more > 0 else "shorter"
