@@ -481,3 +481,23 @@ async def test_without_redis_it_says_so() -> None:
     with pytest.raises(ConfigurationError, match="no Redis at"):
         async with scheduler("redis://127.0.0.1:1/0"):
             pass
+
+
+async def test_an_only_replica_is_sent_what_there_is_and_one_of_two_is_not(
+    mesh: Mesh, redis_url: str
+) -> None:
+    await mesh.deploy("r0", "r1", slots=1)
+    await mesh.leader.route("r1", 1, "FORMING")
+    async with scheduler(redis_url, policy="cslo-odbs"):
+        ids = [await mesh.accept() for _ in range(12)]
+        for request_id in ids:
+            await mesh.promised(request_id)
+        sent = await mesh.read("r0")
+        assert 1 <= len(sent) < 12
+        # The other one takes its part of the rest when it is back.
+        await mesh.route("r1", 2, slots=1)
+        assert len(await mesh.received("r1", 3)) == 3
+        await mesh.deploy("r0", slots=1)
+        await mesh.leader.route("r1", 2, "DRAINING")
+        left = 12 - len(sent) - 3
+        assert len(await mesh.received("r0", left)) == left

@@ -409,6 +409,9 @@ def test_the_only_replica_is_sent_what_there_is() -> None:
     assert len(sent(cslo(ahead_alone=9).dispatch(QueueView(waiting), [view], NOW))) == 9
     other = replace(view, replica="r1")
     assert sent(cslo(ahead_alone=9).dispatch(QueueView(waiting), [view, other], NOW)) == []
+    # Nor while another one is to come: what was sent ahead would not be there for it.
+    awaiting = replace(view, others_to_come=True)
+    assert sent(cslo(ahead_alone=9).dispatch(QueueView(waiting), [awaiting], NOW)) == []
 
 
 def test_slots_beyond_the_knee_are_left_alone() -> None:

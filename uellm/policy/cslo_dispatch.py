@@ -222,7 +222,8 @@ class CsloOdbsDispatch(Dispatcher):
         def urgent(request: QueuedView) -> bool:
             return fastest is not None and self._urgent(request, fastest, now)
 
-        if len(replicas) == 1 and self._options.ahead_alone:
+        only = len(replicas) == 1 and not replicas[0].others_to_come
+        if only and self._options.ahead_alone:
             ahead = max(self._settings.lookahead_requests, self._options.ahead_alone)
             unbound = replace(self._settings, lookahead_requests=ahead, kv_headroom=inf)
             return place(order, [plain_room(replicas[0], unbound)], passes)

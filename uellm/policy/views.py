@@ -122,6 +122,7 @@ class ReplicaView:
         reported_at: when the replica last reported; 0 if it has not.
         cached: prompt tokens that its KV cache is expected to hold already, by request id.
         cost: what its steps take, where that is known.
+        others_to_come: the model has more replicas, which take no requests at present.
     """
 
     replica: str
@@ -134,6 +135,7 @@ class ReplicaView:
     reported_at: float = 0.0
     cached: Mapping[str, int] = field(default_factory=dict)
     cost: StepCost | None = None
+    others_to_come: bool = False
 
 
 @dataclass(frozen=True, slots=True)

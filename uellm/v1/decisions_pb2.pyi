@@ -596,6 +596,7 @@ class RecordedReplica(_message.Message):
     REPORTED_AT_FIELD_NUMBER: _builtins.int
     CACHED_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    OTHERS_TO_COME_FIELD_NUMBER: _builtins.int
     replica: _builtins.int
     epoch: _builtins.int
     slots: _builtins.int
@@ -603,6 +604,7 @@ class RecordedReplica(_message.Message):
     prefill_seconds_per_token: _builtins.float
     decode_step_seconds: _builtins.float
     reported_at: _builtins.float
+    others_to_come: _builtins.bool
     @_builtins.property
     def in_flight(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -622,10 +624,11 @@ class RecordedReplica(_message.Message):
         reported_at: _builtins.float = ...,
         cached: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
         cost: Global___RecordedStepCost | None = ...,
+        others_to_come: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "cost", b"cost", "decode_step_seconds", b"decode_step_seconds", "epoch", b"epoch", "in_flight", b"in_flight", "kv_tokens_total", b"kv_tokens_total", "prefill_seconds_per_token", b"prefill_seconds_per_token", "replica", b"replica", "reported_at", b"reported_at", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "cost", b"cost", "decode_step_seconds", b"decode_step_seconds", "epoch", b"epoch", "in_flight", b"in_flight", "kv_tokens_total", b"kv_tokens_total", "others_to_come", b"others_to_come", "prefill_seconds_per_token", b"prefill_seconds_per_token", "replica", b"replica", "reported_at", b"reported_at", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

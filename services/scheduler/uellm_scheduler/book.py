@@ -175,20 +175,27 @@ class Book:
             horizon=horizon,
         )
 
-    def replica_views(self, routes: Mapping[str, ReplicaRoute]) -> list[ReplicaView]:
-        """The replicas that take requests, as a policy sees them."""
+    def replica_views(
+        self, routes: Mapping[str, ReplicaRoute], wanted: int = 0
+    ) -> list[ReplicaView]:
+        """The replicas that take requests, as a policy sees them.
+
+        Args:
+            routes: of all replicas.
+            wanted: how many replicas the model is to have.
+        """
         sent: dict[str, list[InFlightView]] = {}
         for ticket in self.in_flight.values():
             if ticket.in_flight is not None:
                 sent.setdefault(ticket.replica, []).append(ticket.in_flight)
-        return [
-            _replica_view(route, sent.get(route.replica, []))
-            for route in routes.values()
-            if route.state == "READY"
-        ]
+        ready = [route for route in routes.values() if route.state == "READY"]
+        more = wanted > len(ready)
+        return [_replica_view(route, sent.get(route.replica, []), more) for route in ready]
 
 
-def _replica_view(route: ReplicaRoute, in_flight: Iterable[InFlightView]) -> ReplicaView:
+def _replica_view(
+    route: ReplicaRoute, in_flight: Iterable[InFlightView], others_to_come: bool
+) -> ReplicaView:
     report = route.report
     return ReplicaView(
         replica=route.replica,
@@ -200,4 +207,5 @@ def _replica_view(route: ReplicaRoute, in_flight: Iterable[InFlightView]) -> Rep
         decode_step_seconds=report.decode_step_seconds,
         reported_at=route.reported_at,
         cost=cost_from_proto(report.cost) if report.HasField("cost") else None,
+        others_to_come=others_to_come,
     )

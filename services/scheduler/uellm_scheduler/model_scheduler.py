@@ -177,7 +177,7 @@ class ModelScheduler:
 
     async def _decide(self, effects: Effects, inbox: Inbox) -> None:
         book, now, began = self.book, self._context.clock.now(), time.monotonic()
-        replicas = book.replica_views(self.routes)
+        replicas = book.replica_views(self.routes, len(self.replicas))
         full = began >= self._full_round_at
         revise = full and began >= self._revise_at
         room = sum(max(0, view.slots - len(view.in_flight)) for view in replicas)
@@ -211,7 +211,8 @@ class ModelScheduler:
         view = QueuedView("estimate", slo_from_proto(slo, now), profile_from_proto(profile))
         waiting = [ticket.view for ticket in self.book.waiting.values()]
         queue = QueueView([*waiting, view], unpromised=frozenset({view.request_id}))
-        decision = self.in_force.policy.dispatch(queue, self.book.replica_views(self.routes), now)
+        replicas = self.book.replica_views(self.routes, len(self.replicas))
+        decision = self.in_force.policy.dispatch(queue, replicas, now)
         try:
             return decision.promises[view.request_id]
         except KeyError:
