@@ -82,7 +82,7 @@ def cheapest(problem: Problem, limit: float = np.inf) -> Choice | None:
 def _least_seconds(problem: Problem) -> Found | None:
     if problem.stages:
         return with_count(problem.chain, problem.stages, problem.budget, problem.seeds)
-    return search(problem.chain, problem.budget, problem.seeds)
+    return search(problem.chain, problem.budget, problem.seeds, close=True)
 
 
 def _in_seconds(found: Found) -> Certificate:
@@ -137,7 +137,7 @@ class _Sets:
 
 def _by_price(problem: Problem, limit: float) -> Choice | None:
     fast = _least_seconds(problem)
-    if fast is None:
+    if fast is None or fast.route.seconds > limit:
         return None
     prices = _Prices(problem, limit, fast)
     if not problem.stages:

@@ -13,6 +13,7 @@ from uellm.placement.judge import Judge
 from uellm.placement.objectives import SLACK, Choice, Problem, cheapest, fastest
 from uellm.placement.pace import Pipeline, quickest
 from uellm.placement.prediction import Layout, predict
+from uellm.placement.search import holds
 from uellm.placement.views import Candidate, Certificate, Objective, Pin, PlanRequest
 
 # Where layers differ, sizes to take them for, from the mean to the largest.
@@ -85,6 +86,8 @@ def place(costs: Costs, wish: Wish) -> Placed | None:
         sizes = np.linspace(costs.layer_bytes.mean(), costs.layer_bytes.max(), _SIZES).tolist()
     for layer_bytes in sizes:
         chain = chain_of(costs, wish.pins, layer_bytes)
+        if not holds(chain, wish.stages):
+            continue
         problem = Problem(chain, costs.price, wish.stages, wish.budget, seeds)
         limit = _limit(problem, wish)
         choice = None if limit is None else _choose(problem, costs, wish, limit)

@@ -48,6 +48,7 @@ def search(
     budget: float,
     seeds: Iterable[Sequence[int]] = (),
     enough: float = -np.inf,
+    close: bool = False,
 ) -> Found | None:
     """Find the fastest chain; None if none was found.
 
@@ -56,18 +57,30 @@ def search(
         budget: nominal seconds, counted in work, where no exact method is fast enough.
         seeds: orders to start from as well.
         enough: seconds that need not be improved upon.
+        close: whether CP-SAT may close the gap that is left.
     """
-    if chain.size == 0:
-        return None
-    if chain.size <= held_karp.MOST_DEVICES:
+    if 0 < chain.size <= held_karp.MOST_DEVICES:
         return _by_sets(chain)
     tree = hierarchy(chain)
-    result = solve_tree(chain, tree)
+    result = solve_tree(chain, tree) if chain.size else None
     if result is None:
         return None
     if tree.exact and result.route is not None:
         return Found(result.route, result.bound, "tree", "dynamic program over the tree: exact")
-    return _by_search(chain, budget, [result.order, *seeds], result.bound, enough)
+    found = _by_search(chain, budget, [result.order, *seeds], result.bound, enough)
+    if found is None or not close or found.proven or found.route.seconds <= enough:
+        return found
+    return _closed(chain, found, budget)
+
+
+def _closed(chain: Chain, found: Found, budget: float) -> Found:
+    """What CP-SAT makes of it, where it is installed and the cluster is small enough for it."""
+    if chain.size > cpsat.MOST_DEVICES or not cpsat.available():
+        return found
+    closed = cpsat.solve_cpsat(chain, found.route, budget)
+    if closed.bound <= found.bound:
+        return replace(found, route=closed.route)
+    return Found(closed.route, closed.bound, "cp-sat", "CP-SAT")
 
 
 def _by_sets(chain: Chain) -> Found | None:
@@ -97,14 +110,7 @@ def _by_search(
     )
     if not routes:
         return None
-    found = Found(routes[0], bound, "polish", proof)
-    small = chain.size <= cpsat.MOST_DEVICES and cpsat.available()
-    if found.proven or found.route.seconds <= enough or not small:
-        return found
-    closed = cpsat.solve_cpsat(chain, found.route, budget)
-    if closed.bound <= bound:
-        return replace(found, route=closed.route)
-    return Found(closed.route, closed.bound, "cp-sat", "CP-SAT")
+    return Found(routes[0], bound, "polish", proof)
 
 
 def _improved(polisher: Polisher, starts: Iterable[Sequence[int]]) -> list[Route]:
@@ -177,18 +183,34 @@ def _scale(chain: Chain) -> float:
     )
 
 
+def holds(chain: Chain, stages: int = 0) -> bool:
+    """Whether some chain holds the layers, whatever it takes: memory, ends and workers alone.
+
+    Args:
+        chain: the problem.
+        stages: devices that it must have; 0: any number. Whatever is between the fewest and the
+            most that hold the layers is taken to do so.
+    """
+    ones = np.ones(chain.size)
+    fewest = least_cost(chain, ones)
+    if not stages or not np.isfinite(fewest):
+        return bool(np.isfinite(fewest))
+    return fewest <= stages <= -least_cost(chain, -ones)
+
+
 def least_cost(chain: Chain, price: Array) -> float:
-    """The least cost of devices that hold the layers, whatever their order and speed: a bound."""
-    n = chain.size
-    zero = np.zeros(n)
+    """The least cost of devices that hold the layers, whatever they take: a bound; inf: none do."""
+    if not chain.size:
+        return float("inf")
+    zero = np.zeros(chain.size)
+    # With equal links everywhere workers are all there is to a tree: it is exact.
     bare = replace(
         chain,
         layer=zero,
         fixed=price,
         first=zero,
         last=zero,
-        link=np.zeros((n, n)),
-        group=np.arange(n),
+        link=np.zeros((chain.size, chain.size)),
     )
     result = solve_tree(bare, hierarchy(bare))
     return result.bound if result else float("inf")

@@ -11,10 +11,10 @@ from uellm.placement.explain import explain_plan, last_that
 from uellm.placement.goodput import spread
 from uellm.placement.judge import Judge
 from uellm.placement.memory import USABLE
-from uellm.placement.objectives import Problem, fastest
 from uellm.placement.placing import Placed, fastest_seconds, place, wish_of
 from uellm.placement.prediction import planned
 from uellm.placement.replan import moves, settle
+from uellm.placement.search import holds
 from uellm.placement.views import OBJECTIVES, Certificate, Plan, PlanRequest
 
 _QUICK = 0.2
@@ -162,6 +162,8 @@ def _most_slots(request: PlanRequest, wanted: int) -> int:
     """The most slots with which all replicas fit; 0: not even one."""
 
     def fits(slots: int) -> bool:
+        if wanted == 1:
+            return _fits(request, costs_of(request, slots))
         quick = replace(request, objective="he", budget_seconds=_QUICK, previous=None)
         return len(_place_all(quick, costs_of(quick, slots)).placed) == wanted
 
@@ -192,5 +194,4 @@ def _fits(request: PlanRequest, costs: Costs) -> bool:
     if not costs.devices:
         return False
     wish = wish_of(request, costs)
-    chain = chain_of(costs, wish.pins)
-    return fastest(Problem(chain, costs.price, wish.stages, _QUICK)) is not None
+    return holds(chain_of(costs, wish.pins), wish.stages)
