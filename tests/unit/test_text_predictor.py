@@ -305,6 +305,7 @@ def test_what_varies_in_nothing_can_be_learnt_from(cap: int) -> None:
     assert prediction.lengths.at(0.5) >= cap
     if cap == 40:
         assert 40 <= prediction.lengths.at(0.9) < 48
+        assert prediction.lengths.at(0.5) == 40
 
 
 def test_half_a_character_is_no_problem() -> None:

@@ -26,7 +26,7 @@ from uellm_profiler.text.served import Book
 
 _PRIOR = "prior_"
 _LONGEST_LOG = 16.0
-_ROUNDING = 1e-6
+_DECIMALS = 3
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,8 @@ class TextPredictor:
         errors = np.array([known[key][1] for key in keys])
         relative_quantiles = relative[:, None] + spreads[:, None] * errors
         logs = lines[:, :1] + lines[:, 1:] * relative_quantiles
-        # Where answers are all of one length, the quantiles are that, and not a rounding less.
-        lengths: Floats = np.exp(np.minimum(logs, _LONGEST_LOG)) * (1.0 + _ROUNDING)
+        # Where answers are all of one length, the quantiles are that, and not a rounding beside it.
+        lengths: Floats = np.round(np.exp(np.minimum(logs, _LONGEST_LOG)), _DECIMALS)
         return lengths
 
 
