@@ -16,7 +16,7 @@ import numpy as np
 from uellm.core.errors import InvalidArgumentError
 from uellm.policy import registry
 from uellm.policy.views import DispatchPolicy, DispatchSettings, StepPolicy
-from uellm.simulator.mesh import Mesh, MeshSettings, Record
+from uellm.simulator.mesh import Mesh, MeshSettings, Record, Run
 from uellm.simulator.metrics import Metrics, highest_rate, measure
 from uellm.simulator.platforms import Platform
 from uellm.simulator.predictors import profiler
@@ -208,6 +208,11 @@ class Result:
 
 
 def simulate(setup: Setup, cell: Cell) -> Result:
+    """The numbers of one cell; errors are those of ``serve``."""
+    return Result(cell, measure(serve(setup, cell)))
+
+
+def serve(setup: Setup, cell: Cell) -> Run:
     """Run one cell.
 
     Raises:
@@ -222,7 +227,7 @@ def simulate(setup: Setup, cell: Cell) -> Result:
         pair.make_step,
         setup.mesh,
     )
-    return Result(cell, measure(mesh.run(requests, profiles)))
+    return mesh.run(requests, profiles)
 
 
 def simulate_all(setup: Setup, cells: Iterable[Cell], jobs: int) -> Iterator[Result]:

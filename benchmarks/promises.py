@@ -1,0 +1,232 @@
+"""How first promises are kept: coverage, odds, sharpness, by policy, load and class.
+
+Runs the policies and the track record of the live service on the simulator. A case passes where
+the promised 90 % quantile of the finish covers 88 to 92 % of each class, and the odds of each bin
+of at least 400 requests are within 5 points of what came true.
+
+    python -m benchmarks.promises --requests 20000 --seeds 10 --json --plot reliability.png
+
+Sharpness is the pinball loss of the 90 % quantile over that of the class's own quantile, known
+from the whole run: below 1, a promise says more than its class.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from uellm.simulator.experiments import Cell, Setup, serve
+from uellm.simulator.mesh import Outcome, Record
+from uellm.simulator.platforms import find_platform
+
+LEVEL = 0.9
+COVERED = (0.88, 0.92)
+MOST_OFF = 0.05
+LEAST_IN_BIN = 400
+BINS = 10
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is simulated."""
+
+    platform: str
+    workload: str
+    policy: str
+    predictor: str
+    load: float
+    cv: float
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """How the promises of one class were kept, over all seeds.
+
+    Attributes:
+        requests: how many finished.
+        p50: share that finished by the promised median.
+        p90: likewise by the 90 % quantile.
+        start_p90: the same of first tokens.
+        width: mean seconds from median to quantile, over the mean time taken.
+        sharpness: see the module.
+    """
+
+    requests: int
+    p50: float
+    p90: float
+    start_p90: float
+    width: float
+    sharpness: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Requests that were told about the same odds."""
+
+    requests: int
+    said: float
+    came_true: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a case."""
+
+    case: Case
+    classes: dict[str, Kept]
+    bins: list[Bin]
+
+    @property
+    def passes(self) -> bool:
+        """Whether every class and every bin of size is where it should be."""
+        return all(COVERED[0] <= kept.p90 <= COVERED[1] for kept in self.classes.values()) and all(
+            abs(each.said - each.came_true) <= MOST_OFF for each in self.bins
+        )
+
+
+def measure(case: Case, requests: int, seeds: int) -> Result:
+    """Simulate a case."""
+    setup = Setup(find_platform(case.platform), case.workload, case.predictor, requests, case.cv)
+    records: list[Record] = []
+    for seed in range(seeds):
+        records += serve(setup, Cell(case.policy, case.load, seed)).records
+    kinds = sorted({record.request.kind for record in records})
+    return Result(
+        case,
+        {kind: _kept([r for r in records if r.request.kind == kind]) for kind in kinds},
+        _bins(records),
+    )
+
+
+def _kept(records: Sequence[Record]) -> Kept:
+    rows = [
+        (
+            record.finished_at - record.promised_at,
+            record.promise.finish_p50 - record.promised_at,
+            record.promise.finish_p90 - record.promised_at,
+            record.first_token_at <= record.promise.start_p90,
+        )
+        for record in records
+        if record.promise is not None
+        and record.outcome is Outcome.FINISHED
+        and record.first_token_at is not None
+    ]
+    took, median, high, started = np.array(rows, dtype=np.float64).T
+    baseline = _pinball(took - float(np.quantile(took, LEVEL)))
+    return Kept(
+        requests=len(rows),
+        p50=float(np.mean(took <= median)),
+        p90=float(np.mean(took <= high)),
+        start_p90=float(np.mean(started)),
+        width=float(np.mean(high - median) / np.mean(took)),
+        sharpness=_pinball(took - high) / max(baseline, 1e-12),
+    )
+
+
+def _pinball(late: Floats) -> float:
+    return float(np.mean(np.maximum(LEVEL * late, (LEVEL - 1) * late)))
+
+
+def _bins(records: Sequence[Record]) -> list[Bin]:
+    told = [
+        (record.promise.p_meet, record.punctual)
+        for record in records
+        if record.promise is not None and record.promise.p_meet is not None
+    ]
+    if not told:
+        return []
+    said, true = np.array(told, dtype=np.float64).T
+    places = np.minimum((said * BINS).astype(int), BINS - 1)
+    return [
+        Bin(int(some.sum()), float(said[some].mean()), float(true[some].mean()))
+        for place in range(BINS)
+        if (some := places == place).sum() >= LEAST_IN_BIN
+    ]
+
+
+def _cases(options: argparse.Namespace) -> Iterator[Case]:
+    for names in product(
+        options.platforms.split(","),
+        options.workloads.split(","),
+        options.policies.split(","),
+        options.predictors.split(","),
+        options.loads.split(","),
+        options.cvs.split(","),
+    ):
+        *texts, load, cv = names
+        yield Case(*texts, float(load), float(cv))
+
+
+def _show(result: Result) -> None:
+    case = result.case
+    mark = "ok " if result.passes else "off"
+    print(
+        f"{mark} {case.platform} {case.workload} {case.policy} {case.predictor} "
+        f"load {case.load:g} cv {case.cv:g}"
+    )
+    for kind, kept in result.classes.items():
+        print(
+            f"      {kind:12} p50 {kept.p50:.3f} p90 {kept.p90:.3f} start p90 "
+            f"{kept.start_p90:.3f} width {kept.width:.2f} sharpness {kept.sharpness:.2f}"
+        )
+    bins = "  ".join(f"{b.said:.2f}>{b.came_true:.2f} ({b.requests})" for b in result.bins)
+    print(f"      odds {bins}", flush=True)
+
+
+def _draw(path: Path, results: Sequence[Result]) -> None:
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, uellm[simulate]
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    for result in results:
+        case = result.case
+        axes.plot(
+            [each.said for each in result.bins],
+            [each.came_true for each in result.bins],
+            marker="o",
+            label=f"{case.platform} {case.workload} {case.policy} {case.load:g} cv {case.cv:g}",
+        )
+    axes.set(xlabel="promised probability", ylabel="share in time", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(fontsize=6)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Measure, and say how many cases pass."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--platforms", default="a100,r3090")
+    parser.add_argument("--workloads", default="tier")
+    parser.add_argument("--policies", default="cslo-odbs,fcfs,edf")
+    parser.add_argument("--predictors", default="prior")
+    parser.add_argument("--loads", default="0.5,0.8,1.0,1.2")
+    parser.add_argument("--cvs", default="1,3")
+    parser.add_argument("--requests", type=int, default=5000, help="of a run")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--plot", type=Path, help="a .png for the reliability diagram")
+    options = parser.parse_args()
+    results = []
+    for case in _cases(options):
+        results.append(measure(case, options.requests, options.seeds))
+        if not options.json:
+            _show(results[-1])
+    if options.plot is not None:
+        _draw(options.plot, results)
+    if options.json:
+        facts = [{**asdict(result), "passes": result.passes} for result in results]
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+    else:
+        print(f"{sum(result.passes for result in results)} of {len(results)} cases pass")
+
+
+if __name__ == "__main__":
+    main()
