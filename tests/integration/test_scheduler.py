@@ -13,6 +13,8 @@ from tests.support.scheduling import LEASE_SECONDS, MODEL, Mesh, scheduler
 from tests.support.waiting import eventually
 from uellm.core.errors import AbortedError, ConfigurationError
 from uellm.embedded import EmbeddedRedis
+from uellm.policy.track_record import TrackRecord
+from uellm.prediction.states import unpack
 from uellm.streams.connection import connect
 from uellm.streams.messages import Append, Start
 from uellm.streams.scheduler_queue import SchedulerQueue
@@ -501,3 +503,27 @@ async def test_an_only_replica_is_sent_what_there_is_and_one_of_two_is_not(
         await mesh.leader.route("r1", 2, "DRAINING")
         left = 12 - len(sent) - 3
         assert len(await mesh.received("r0", left)) == left
+
+
+async def test_promises_are_learnt_from_and_the_next_owner_goes_on(
+    mesh: Mesh, redis: Any, redis_url: str
+) -> None:
+    """The kept record has the times of Redis: what was promised, and when tokens were logged."""
+    await mesh.deploy("r0", slots=4)
+    queue = SchedulerQueue(redis, MODEL)
+    async with scheduler(redis_url):
+        request_id = await mesh.accept(deadline=60)
+        await mesh.promised(request_id)
+        (entry,) = await mesh.received("r0", 1)
+        await mesh.finish("r0", entry, output=3)
+        packed = await eventually(queue.track_record)
+    heir = TrackRecord()
+    heir.load(unpack(packed))
+    state = heir.state()
+    assert len(state["all.took"]) == 1
+    first, last = state["all.took"][0]
+    assert 0 < first <= last < 60
+    assert not state["all.late"][0]
+    await queue.keep_track_record(b"broken")
+    async with scheduler(redis_url):
+        assert (await mesh.promised(await mesh.accept(deadline=60))).revision == 1

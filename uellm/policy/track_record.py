@@ -132,10 +132,12 @@ class TrackRecord:
 
     Args:
         hearing_seconds: how long after it happened something may be heard of.
+        hears_first_tokens: as they come; else only when their requests have ended.
     """
 
-    def __init__(self, hearing_seconds: float = 0.0) -> None:
+    def __init__(self, hearing_seconds: float = 0.0, *, hears_first_tokens: bool = True) -> None:
         self._hearing = hearing_seconds
+        self._targets = (START, FINISH) if hears_first_tokens else (FINISH,)
         self._kinds: dict[int, Outcomes] = {}
         self._all = Outcomes()
         self._levels: dict[int, Floats] = {}
@@ -226,7 +228,7 @@ class TrackRecord:
         self._levels.setdefault(entry.kind, _as_promised())
         self._odds.setdefault(entry.kind, Odds())
         self._kinds.setdefault(entry.kind, Outcomes())
-        for target in (START, FINISH):
+        for target in self._targets:
             limit = float((forecast.ttft if target == START else forecast.deadline)[0])
             if limit < inf:
                 self._expect(now + max(limit, 0.0), request_id, target, -1)

@@ -82,6 +82,11 @@ class Keys:
         return f"{self.prefix}policy"
 
     @property
+    def track_record(self) -> str:
+        """String: how the model's promises were kept, npz; nothing is lost with it but skill."""
+        return f"{self.prefix}track_record"
+
+    @property
     def decisions(self) -> str:
         """Stream of DecisionSegments, trimmed; nothing depends on it."""
         return f"{self.prefix}decisions"

@@ -1,6 +1,7 @@
 """A scheduler's side of a model's queues."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from redis.exceptions import OutOfMemoryError
@@ -63,6 +64,15 @@ class SchedulerQueue(ModelQueue):
                 reason="QUEUE_MEMORY",
                 retry_after_seconds=5.0,
             ) from None
+
+    async def track_record(self) -> bytes:
+        """How the model's promises were kept, as an owner left it; empty: none did."""
+        return bytes(await self._redis.get(self.keys.track_record) or b"")
+
+    async def keep_track_record(self, packed: bytes) -> None:
+        """Keep it for the next owner; a Redis that is full keeps the one that it has."""
+        with suppress(OutOfMemoryError):
+            await self._redis.set(self.keys.track_record, packed)
 
     async def ensure_requests_group(self) -> None:
         """Create the schedulers' group, at 0: work accepted before it existed is not skipped."""

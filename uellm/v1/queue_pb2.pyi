@@ -471,6 +471,8 @@ class CompletionEvent(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_MS_FIELD_NUMBER: _builtins.int
+    FINISHED_MS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     model: _builtins.str
@@ -495,6 +497,10 @@ class CompletionEvent(_message.Message):
     """The replica that ran it; empty if none did."""
     features: _builtins.bytes
     """What the profiler's predictor saw of the prompt."""
+    first_token_ms: _builtins.int
+    """When its first token was logged, by Redis TIME, in ms; 0: none was."""
+    finished_ms: _builtins.int
+    """When it ended, likewise."""
     def __init__(
         self,
         *,
@@ -510,10 +516,12 @@ class CompletionEvent(_message.Message):
         tenant: _builtins.str = ...,
         replica: _builtins.str = ...,
         features: _builtins.bytes = ...,
+        first_token_ms: _builtins.int = ...,
+        finished_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "censored", b"censored", "features", b"features", "finish_reason", b"finish_reason", "model", b"model", "output_tokens", b"output_tokens", "plan_epoch", b"plan_epoch", "prompt_tokens", b"prompt_tokens", "replica", b"replica", "request_id", b"request_id", "sampling_regime", b"sampling_regime", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "censored", b"censored", "features", b"features", "finish_reason", b"finish_reason", "finished_ms", b"finished_ms", "first_token_ms", b"first_token_ms", "model", b"model", "output_tokens", b"output_tokens", "plan_epoch", b"plan_epoch", "prompt_tokens", b"prompt_tokens", "replica", b"replica", "request_id", b"request_id", "sampling_regime", b"sampling_regime", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from uellm.convert import cost_from_proto, profile_from_proto, seconds, slo_from_proto
-from uellm.policy.views import InFlightView, QueuedView, QueueView, ReplicaView
+from uellm.policy.views import Experience, InFlightView, QueuedView, QueueView, ReplicaView
 from uellm.streams.messages import QueuedEntry, Record, ReplicaRoute
 from uellm.v1 import common_pb2, queue_pb2
 
@@ -156,10 +157,22 @@ class Book:
         return self.waiting[request_id].view
 
     def unpromised(self) -> list[str]:
-        """Ids of waiting requests that have no promise."""
-        return [request_id for request_id, ticket in self.waiting.items() if not ticket.promise]
+        """Ids of requests that have no promise, those included that were sent without one."""
+        everybody = chain(self.waiting.values(), self.in_flight.values())
+        return [ticket.request_id for ticket in everybody if not ticket.promise]
 
-    def queue_view(self, now: float, *, revise: bool, horizon: int | None) -> QueueView:
+    def ticket(self, request_id: str) -> Ticket | None:
+        """A request that waits or was sent."""
+        return self.waiting.get(request_id) or self.in_flight.get(request_id)
+
+    def queue_view(
+        self,
+        now: float,
+        *,
+        revise: bool,
+        horizon: int | None,
+        experience: Experience | None = None,
+    ) -> QueueView:
         """The waiting requests as a policy sees them; with ``revise`` it may revise promises."""
         promised = {}
         if revise:
@@ -173,6 +186,7 @@ class Book:
             unpromised=frozenset(self.unpromised()),
             promised=promised,
             horizon=horizon,
+            experience=experience,
         )
 
     def replica_views(

@@ -65,7 +65,7 @@ class Effects:
         """Record promises and tell their gateways."""
         messages: dict[str, common_pb2.Promise] = {}
         for request_id, promise in promises.items():
-            ticket = self._book.waiting.get(request_id)
+            ticket = self._book.ticket(request_id)
             if ticket is not None:
                 revision = ticket.promise.revision + 1 if ticket.promise else 1
                 ticket.promise = promise_to_proto(promise, revision)

@@ -6,6 +6,7 @@ from contextlib import suppress
 from uellm.streams.connection import BLOCK_MS
 from uellm.streams.messages import QueuedEntry
 from uellm.streams.scheduler_queue import SchedulerQueue
+from uellm.v1 import queue_pb2
 from uellm_scheduler.book import Book
 
 READ_COUNT = 1000
@@ -24,7 +25,7 @@ class Inbox:
         self._consumer = consumer
         self._place = place
         self._queued: list[QueuedEntry] = []
-        self._ended: list[str] = []
+        self._ended: list[queue_pb2.CompletionEvent] = []
         self._something = asyncio.Event()
         self._something.set()
 
@@ -41,7 +42,7 @@ class Inbox:
         while True:
             place, events = await self._queue.read_completions(self._place, READ_COUNT, BLOCK_MS)
             if place != self._place:
-                self._ended += [event.request_id for event in events]
+                self._ended += events
                 # Entries without any event are routes. One that comes together with events goes
                 # unnoticed here, and is found when the routes are next read.
                 self.routed = self.routed or not events
@@ -58,12 +59,13 @@ class Inbox:
             async with asyncio.timeout(timeout_seconds):
                 await self._something.wait()
 
-    def empty_into(self, book: Book) -> None:
-        """Bring the book up to date."""
+    def empty_into(self, book: Book) -> list[queue_pb2.CompletionEvent]:
+        """Bring the book up to date; returns what ended."""
         self._something.clear()
         queued, ended = self._queued, self._ended
         self._queued, self._ended = [], []
         for entry in queued:
             book.queue(entry)
-        for request_id in ended:
-            book.end(request_id)
+        for event in ended:
+            book.end(event.request_id)
+        return ended

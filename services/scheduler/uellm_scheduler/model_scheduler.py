@@ -21,6 +21,7 @@ from uellm.v1 import common_pb2, queue_pb2
 from uellm_scheduler.book import REVISE_SECONDS, Book
 from uellm_scheduler.effects import Effects
 from uellm_scheduler.inbox import Inbox
+from uellm_scheduler.keeping import Keeping
 from uellm_scheduler.policy import PolicyInForce, choice_of
 from uellm_scheduler.recorder import Recorder
 from uellm_scheduler.recovery import recover
@@ -73,6 +74,7 @@ class ModelScheduler:
         self._queue = queue
         self.in_force = PolicyInForce(settings)
         self._recorder = Recorder(DecisionLog(context.redis, queue.model), settings)
+        self._keeping = Keeping(queue)
         self._inbox: Inbox | None = None
         self._away = False
         # Goes on after a recovery, so that no two batches of a term have one name.
@@ -104,6 +106,7 @@ class ModelScheduler:
         consumer = self._settings.identity
         self.book, place = await recover(self._queue, self.token, consumer)
         self._away = False
+        await self._keeping.load()
         book = self.book
         inbox = self._inbox = Inbox(self._queue, consumer, place)
         term = await self._queue.term()
@@ -124,7 +127,8 @@ class ModelScheduler:
             readers.create_task(self._recorder.run())
             while True:
                 await inbox.wait(self._pause(upkeep))
-                inbox.empty_into(book)
+                self._keeping.heard(inbox.empty_into(book))
+                await self._keeping.save()
                 if upkeep.reaping.seconds_left == 0:
                     self.in_force.follow(await self._queue.policy())
                 await upkeep.tend(self._context.clock.now())
@@ -133,7 +137,7 @@ class ModelScheduler:
                     await upkeep.tend(self._context.clock.now())
                 if self.withdrawn and book.waiting:
                     await self._give_up_waiting(effects)
-                if book.waiting:
+                if book.waiting or book.unpromised():
                     await self._decide(effects, inbox)
 
     def _pause(self, upkeep: Upkeep) -> float:
@@ -182,7 +186,10 @@ class ModelScheduler:
         revise = full and began >= self._revise_at
         room = sum(max(0, view.slots - len(view.in_flight)) for view in replicas)
         horizon = None if full else max(HORIZON, 2 * room)
-        queue = book.queue_view(now, revise=revise, horizon=horizon)
+        self._keeping.record.advance(now)
+        queue = book.queue_view(
+            now, revise=revise, horizon=horizon, experience=self._keeping.record
+        )
         decision = self.in_force.policy.dispatch(queue, replicas, now)
         self._recorder.note(self.in_force.choice, queue, replicas, now, decision, book.view)
         seconds = time.monotonic() - began
@@ -192,6 +199,7 @@ class ModelScheduler:
             self._revise_at = began + max(REVISE_SECONDS, seconds / FULL_ROUND_SHARE)
         self.order = decision.order
         self._reconsider_at = decision.reconsider_at
+        self._keeping.promised(decision.promises.keys() & queue.unpromised, now)
         if not await effects.carry_out(decision.promises, decision.dispatches, now):
             inbox.routed = True
             inbox.wake()
@@ -210,7 +218,11 @@ class ModelScheduler:
         now = self._context.clock.now()
         view = QueuedView("estimate", slo_from_proto(slo, now), profile_from_proto(profile))
         waiting = [ticket.view for ticket in self.book.waiting.values()]
-        queue = QueueView([*waiting, view], unpromised=frozenset({view.request_id}))
+        queue = QueueView(
+            [*waiting, view],
+            unpromised=frozenset({view.request_id}),
+            experience=self._keeping.record,
+        )
         replicas = self.book.replica_views(self.routes, len(self.replicas))
         decision = self.in_force.policy.dispatch(queue, replicas, now)
         try:

@@ -103,7 +103,7 @@ local STANDING = { 'state', 'generation', 'tokens', 'tenant', 'queue_entry', 'ba
 
 -- The one way to a terminal state. Acknowledges first: that succeeds whatever else fails.
 -- `finished` is a serialised Finished, `completion` a serialised CompletionEvent; the token
--- count is added to both here, where it is known exactly.
+-- count is added to both here, where it is known exactly, and to the latter when it began and ended.
 local function finish(id, r, state, finished, completion, retention_seconds)
   leave_batch(r)
   leave_queue(r)
@@ -111,7 +111,9 @@ local function finish(id, r, state, finished, completion, retention_seconds)
   local tokens = tonumber(r.tokens)
   finished = finished .. field_bytes(2, field_varint(2, tokens))
   local key = record_key(id)
-  redis.call('HSET', key, 'state', state, 'finished', finished, 'finished_ms', now_ms(),
+  local ended_ms = now_ms()
+  local first_ms = tonumber(redis.call('HGET', key, 'first_token_ms')) or 0
+  redis.call('HSET', key, 'state', state, 'finished', finished, 'finished_ms', ended_ms,
     'queue_entry', '', 'batch_entry', '', 'generation', tonumber(r.generation) + 1)
   redis.call('HDEL', key, 'payload')
   redis.call('EXPIRE', key, retention_seconds)
@@ -127,7 +129,8 @@ local function finish(id, r, state, finished, completion, retention_seconds)
   end
   push_event(r.subs, id, 0, FINISHED, finished)
   redis.call('XADD', P .. 'completions', 'MAXLEN', '~', '20000', '*',
-    'payload', completion .. field_varint(6, tokens))
+    'payload', completion .. field_varint(6, tokens) .. field_varint(13, first_ms)
+      .. field_varint(14, ended_ms))
 end
 
 -- True if the holder of `generation` itself ended it so: a call that is repeated, not lost.

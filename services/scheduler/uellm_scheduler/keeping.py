@@ -1,0 +1,73 @@
+"""What a model's owner learns of its promises, and hands on to the next."""
+
+from collections.abc import Iterable
+
+from uellm import logs
+from uellm.core.errors import InvalidArgumentError
+from uellm.policy.track_record import TrackRecord
+from uellm.prediction.states import pack, unpack
+from uellm.streams.scheduler_queue import SchedulerQueue
+from uellm.v1 import common_pb2, queue_pb2
+from uellm_scheduler.upkeep import Timer
+
+SAVE_SECONDS = 10.0
+"""An owner that dies takes with it what it learnt of promises for so long."""
+HEARING_SECONDS = 1.0
+"""So long after it happened an end may be heard of."""
+ANSWERED = frozenset({common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH})
+
+_log = logs.logger("keeping")
+
+
+class Keeping:
+    """The track record of one model's promises, and its way to Redis and back.
+
+    Args:
+        queue: the model's.
+
+    Attributes:
+        record: what was learnt.
+    """
+
+    def __init__(self, queue: SchedulerQueue) -> None:
+        self.record = TrackRecord(HEARING_SECONDS, hears_first_tokens=False)
+        self._queue = queue
+        self._saving = Timer(SAVE_SECONDS)
+        self._changed = False
+        self._loaded = False
+
+    async def load(self) -> None:
+        """Go on from what the owner before kept; what cannot be read is learnt anew."""
+        if self._loaded:
+            return
+        packed = await self._queue.track_record()
+        self._loaded = True
+        if not packed:
+            return
+        try:
+            self.record.load(unpack(packed))
+        except (InvalidArgumentError, ValueError) as error:
+            _log.warning("promises are learnt anew", model=self._queue.model, error=str(error))
+
+    def heard(self, ended: Iterable[queue_pb2.CompletionEvent]) -> None:
+        """Requests ended."""
+        for event in ended:
+            at = event.finished_ms / 1000
+            if event.first_token_ms:
+                self.record.first_token(event.request_id, event.first_token_ms / 1000)
+            if event.finish_reason in ANSWERED:
+                self.record.finished(event.request_id, at)
+            else:
+                self.record.gone(event.request_id, at)
+            self._changed = True
+
+    def promised(self, request_ids: Iterable[str], now: float) -> None:
+        """Requests were given their first promise."""
+        for request_id in request_ids:
+            self.record.promised(request_id, now)
+
+    async def save(self) -> None:
+        """Keep what was learnt, if it is time and there is news."""
+        if self._changed and self._saving.due():
+            self._changed = False
+            await self._queue.keep_track_record(pack(self.record.state()))
