@@ -80,25 +80,34 @@ def main() -> None:
     options = parser.parse_args()
     clusters = named()
     if options.random:
-        for count in (10, 14, 16, 32, 64, 128, 256):
-            clusters[f"random wide area, {count}"] = (geometric(count, count), "13B (Llama 2)")
-        for count in (16, 32, 128):
-            clusters[f"mixed racks, {count}"] = (mixed(count), "70B (Llama 2)")
+        clusters |= _random()
     rows = []
-    for name, (topology, model) in clusters.items():
-        if options.only in name:
-            for objective in ("lr", "throughput"):
-                rows.append(_measure(name, topology, model, objective))
-                if not options.json:
-                    _show(rows[-1])
-    ablation = _ablation(*clusters["4x3090 PCIe, 2 NUMA nodes"]) if not options.only else {}
-    helix = _helix(options.data / "gpu") if options.data else {}
+    for name in (name for name in clusters if options.only in name):
+        for objective in ("lr", "throughput"):
+            rows.append(_measure(name, *clusters[name], objective))
+            if not options.json:
+                _show(rows[-1])
+    figures: dict[str, dict[str, float]] = {}
+    if not options.only:
+        for name in ("4x3090 PCIe, 2 NUMA nodes", "24 mixed (Helix)"):
+            figures |= _ablation(name, *clusters[name])
+    if options.data:
+        figures |= _helix(options.data / "gpu")
     if options.json:
-        rows_out = [asdict(row) for row in rows]
-        print(json.dumps({"modelled": rows_out, "ablation": ablation, "helix": helix}, indent=1))
+        print(json.dumps({"modelled": [asdict(row) for row in rows], **figures}, indent=1))
         return
-    for name, figures in {**ablation, **helix}.items():
-        print(f"{name}: {figures}")
+    for name, found in figures.items():
+        print(f"{name}: {found}")
+
+
+def _random() -> dict[str, tuple[Topology, str]]:
+    """Clusters of ten to 256 devices: sites on a plane, and mixed racks."""
+    sites = {
+        f"random wide area, {count}": (geometric(count, count), "13B (Llama 2)")
+        for count in (10, 14, 16, 32, 64, 128, 256)
+    }
+    racks = {f"mixed racks, {count}": (mixed(count), "70B (Llama 2)") for count in (16, 32, 128)}
+    return sites | racks
 
 
 def _timed(work: Callable[[], Plan]) -> tuple[Plan, float]:
@@ -160,17 +169,18 @@ def _show(row: Row) -> None:
     )
 
 
-def _ablation(topology: Topology, model: str) -> dict[str, dict[str, float]]:
-    """The paper's: its objectives, and one to four devices in a row; batch 1."""
+def _ablation(cluster: str, topology: Topology, model: str) -> dict[str, dict[str, float]]:
+    """The paper's: its objectives, and so many devices in a row; batch 1."""
     load = Workload(batch=1, prompt_tokens=512, output_tokens=128)
     request = PlanRequest(topology, MODELS[model], load)
     found: dict[str, dict[str, float]] = {}
     for name in ("lr", "helr", "he"):
         plan = solve(replace(request, objective=name))
-        found[f"ablation, modelled: {name.upper()}"] = _per_position(plan)
-    for stages in range(1, 5):
+        found[f"ablation on {cluster}, modelled: {name.upper()}"] = _per_position(plan)
+    fewest = int(found[f"ablation on {cluster}, modelled: HE"]["devices"])
+    for stages in range(fewest, fewest + 4):
         plan = solve(replace(request, objective="lr", workload=replace(load, stages=stages)))
-        found[f"ablation, modelled: {stages} device(s)"] = _per_position(plan)
+        found[f"ablation on {cluster}, modelled: {stages} device(s)"] = _per_position(plan)
     return found
 
 

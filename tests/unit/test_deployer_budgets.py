@@ -14,6 +14,7 @@ from uellm_deployer.workers import Worker
 from tests.support.checkpoints import write_checkpoint
 from uellm.core.errors import FailedPreconditionError, InvalidArgumentError
 from uellm.placement.even import EvenPlacer
+from uellm.placement.solver import SolverPlacer
 from uellm.placement.topology import Device
 from uellm.placement.views import PlannedReplica, PlannedStage
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
@@ -158,3 +159,24 @@ def test_models_are_a_list_in_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert DeployerSettings.load().models == ("a=/x", "org/b")
     monkeypatch.setenv("UELLM_DEPLOYER_MODELS", '["a=/x"]')
     assert DeployerSettings.load().models == ("a=/x",)
+
+
+async def test_the_solver_places_where_the_even_split_does(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "m", layers=4)
+    model = await resolve(
+        deployer_pb2.PlanRequest(model=common_pb2.ModelRef(name="m", source=str(source)))
+    )
+    devices = [Device(f"{w}/sim:{i}", w, w, "simulated", 1 << 30) for w in "ab" for i in (0, 1)]
+    request = deployer_pb2.PlanRequest(stages=3, slots=2)
+    planned = plan(SolverPlacer(), model, request, devices, 1)
+    (copy,) = planned.plan.replicas
+    assert copy.prediction is not None
+    assert planned.plan.certificate is not None
+    assert planned.plan.certificate.ratio == pytest.approx(1)
+    workers = {name: Worker(name, f"{name}:1", 1, [], 0.0) for name in "ab"}
+    stages = assignments(planned, copy, model, "m-0", 7, workers)
+    assert [stage.stage_count for stage in stages] == [2, 2]
+    held = planned_of(stages, planned.profile)
+    assert [(s.device_id, s.memory_bytes) for s in held.stages] == [
+        (s.device_id, s.memory_bytes) for s in copy.stages
+    ]
