@@ -73,7 +73,10 @@ def main() -> None:
             found["drift"] = {
                 name: drift(name, state, test, options.changes) for name, state in states.items()
             }
-    print(json.dumps(found, indent=2)) if options.json else show(found)
+    if options.json:
+        print(json.dumps(_without_nan(found), indent=2))
+    else:
+        show(found)
 
 
 def learnt(name: str, examples: Sequence[Example], **settings: object) -> Predictor:
@@ -207,6 +210,13 @@ def speed(made: Predictor, asked: Sequence[Example]) -> dict[str, float]:
         "alone_ms_p50": 1e3 * float(np.quantile(alone, 0.5)),
         "alone_ms_p99": 1e3 * float(np.quantile(alone, 0.99)),
     }
+
+
+def _without_nan(found: Any) -> Any:
+    """The same for JSON, which knows no NaN."""
+    if isinstance(found, dict):
+        return {name: _without_nan(value) for name, value in found.items()}
+    return None if found != found else found  # noqa: PLR0124 - NaN alone is not itself
 
 
 def show(found: dict[str, Any]) -> None:
