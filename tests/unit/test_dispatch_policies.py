@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,8 @@ from uellm.policy.due import PATIENCE_SECONDS
 from uellm.policy.edf import EdfDispatch
 from uellm.policy.estimate import peak_tokens
 from uellm.policy.fcfs import FcfsDispatch, FcfsStep
+from uellm.policy.forecast import Forecasts
+from uellm.policy.track_record import Prospects
 from uellm.policy.views import (
     DispatchDecision,
     DispatchPolicy,
@@ -270,6 +273,49 @@ def test_a_refusal_without_a_chance_says_what_would_have_one() -> None:
     promise = again.promises["q"]
     assert promise.p_meet is not None
     assert promise.p_meet >= 0.85
+
+
+def test_a_first_token_that_comes_too_late_is_refused_or_expires_too() -> None:
+    asked = queued("q", None, ttft_at=NOW + 0.015, refusable=True)
+    queue = QueueView([asked], unpromised=frozenset({"q"}))
+    (refusal,) = EdfDispatch().dispatch(queue, [replica()], NOW).refusals
+    assert not refusal.expired
+    assert "slo.ttft" in refusal.message
+    assert refusal.promise is not None
+    waits = QueueView([replace(asked, slo=replace(asked.slo, ttft_at=NOW + 5))])
+    busy = replica(slots=1, in_flight=3)
+    assert EdfDispatch().dispatch(waits, [busy], NOW).reconsider_at == NOW + 5
+    (refusal,) = EdfDispatch().dispatch(waits, [busy], NOW + 5).refusals
+    assert refusal.expired
+    assert "slo.ttft" in refusal.message
+
+
+def test_who_has_next_to_no_chance_is_refused_with_a_time_to_try_again() -> None:
+    class Sober:
+        """Knows that nobody is in time."""
+
+        def prospects(self, forecasts: Forecasts, now: float) -> Prospects:
+            count = len(forecasts)
+            times = np.full((count, 2, 2), now + 30.0)
+            return Prospects(times, np.full(count, 0.01), np.full(count, 0.01))
+
+    views = {True: queued("q", 10, refusable=True), False: queued("q", 10)}
+    for refusable, view in views.items():
+        queue = QueueView([view], unpromised=frozenset({"q"}), experience=Sober())
+        decision = EdfDispatch().dispatch(queue, [replica()], NOW)
+        assert bool(decision.refusals) == refusable
+        assert sent(decision) == ([] if refusable else ["q"])
+    (refusal,) = (
+        EdfDispatch()
+        .dispatch(
+            QueueView([views[True]], unpromised=frozenset({"q"}), experience=Sober()),
+            [replica()],
+            NOW,
+        )
+        .refusals
+    )
+    assert refusal.retry_after_seconds == pytest.approx(20)
+    assert "try again in 20 s" in refusal.message
 
 
 def test_a_request_is_not_refused_later_than_at_first_sight_until_it_expires() -> None:

@@ -31,6 +31,13 @@ class SchedulerSettings(ServiceSettings):
         description="How far the predicted KV peaks (90 % quantile) of what a replica is sent may "
         "add up beyond its KV room (1: not beyond).",
     )
+    least_chance: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="A request whose caller prefers a refusal to being late is refused when it is "
+        "less likely than this to be in time. 0: only when it cannot be.",
+    )
     most_strikes: int = Field(
         3,
         ge=1,
@@ -53,7 +60,7 @@ class SchedulerSettings(ServiceSettings):
     @property
     def dispatch_settings(self) -> DispatchSettings:
         """What policies are made with."""
-        return DispatchSettings(self.lookahead_requests, self.kv_headroom)
+        return DispatchSettings(self.lookahead_requests, self.kv_headroom, self.least_chance)
 
     @property
     def lease_ms(self) -> int:
