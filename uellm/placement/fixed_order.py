@@ -11,16 +11,16 @@ from uellm.placement.costs import Array, Costs
 def best_cut(
     costs: Costs,
     order: Sequence[int],
-    pace: float = np.inf,
     extra: Sequence[Array] | None = None,
+    pace: float = np.inf,
 ) -> tuple[int, ...] | None:
     """How many layers each device of an order takes, for the least seconds; None if none fit.
 
     Args:
         costs: of the model; its layers may differ.
         order: devices in stage order; each takes at least one layer.
-        pace: longest time of a stage.
         extra: [L], for each device in order: seconds for each layer, as a price of moving it there.
+        pace: longest time of a stage.
     """
     num_layers, stages = costs.num_layers, len(order)
     if stages > num_layers:

@@ -13,6 +13,10 @@ from uellm.placement.views import Move, Plan, PlannedReplica
 
 LEAST_GAIN = 0.05
 COOL_DOWN_SECONDS = 60.0
+# Devices that an old order is offered, the fastest of those that it does not have.
+_MOST_OFFERED = 4
+# Paces that an old order is cut for, by that of the fresh plan; where throughput is sought.
+_PACES = (1.0, 1.2, np.inf)
 
 
 def moves(
@@ -48,7 +52,11 @@ def worth_it(
 
 
 def nearby(
-    costs: Costs, judge: Judge, previous: PlannedReplica, seconds_per_byte: float
+    costs: Costs,
+    judge: Judge,
+    previous: PlannedReplica,
+    seconds_per_byte: float,
+    paces: Sequence[float] = (np.inf,),
 ) -> list[Layout]:
     """Layouts that keep the old order, less what is lost, and one device more or less.
 
@@ -71,14 +79,15 @@ def nearby(
             cost[first : last + 1] = 0.0
         return cost
 
-    pace = np.inf
+    spare = sorted(set(range(len(costs.devices))) - set(order))
+    spare.sort(key=lambda device: float(costs.layer[device].mean()))
     found = []
-    for each in _neighbours(order, len(costs.devices)):
+    for each in _neighbours(order, spare[:_MOST_OFFERED]):
         if not each or not judge.chain.allows(each):
             continue
-        layers = best_cut(costs, each, pace, [price(device) for device in each])
-        if layers is not None:
-            found.append(Layout(tuple(each), layers))
+        prices = [price(device) for device in each]
+        cuts = dict.fromkeys(best_cut(costs, each, prices, pace) for pace in paces)
+        found += [Layout(tuple(each), layers) for layers in cuts if layers is not None]
     return found
 
 
@@ -112,16 +121,20 @@ def settle(
         cost = judge.cost(layout) if judge.objective in ("he", "helr") else 0.0
         return cost, seconds + seconds_per_byte * moved, moved
 
-    options = [fresh, *nearby(costs, judge, previous, seconds_per_byte)]
+    paces: tuple[float, ...] = (np.inf,)
+    if judge.objective in ("throughput", "goodput"):
+        fastest = predict(costs, fresh).bottleneck_seconds
+        paces = tuple(factor * fastest * (1 + 1e-9) for factor in _PACES)
+    options = [fresh, *nearby(costs, judge, previous, seconds_per_byte, paces)]
     fine = [layout for layout in options if not judge.violation(layout)]
     return min(fine, key=total, default=fresh)
 
 
-def _neighbours(order: list[int], size: int) -> Iterator[list[int]]:
+def _neighbours(order: list[int], spare: Sequence[int]) -> Iterator[list[int]]:
     """An order, with one device less, and with one more anywhere."""
     yield order
     yield from (order[:i] + order[i + 1 :] for i in range(len(order)))
-    for device in sorted(set(range(size)) - set(order)):
+    for device in spare:
         yield from ([*order[:i], device, *order[i:]] for i in range(len(order) + 1))
 
 
