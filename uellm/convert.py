@@ -9,6 +9,7 @@ from uellm.core.cost import StepCost
 from uellm.core.model import LayerProfile, ModelProfile
 from uellm.core.request import Priority, Promise, QuantileFunction, ResourceProfile, Slo
 from uellm.placement.topology import Device, Link, LinkSpeed, Topology
+from uellm.placement.views import PlannedReplica, PlannedStage, Prediction
 from uellm.v1 import common_pb2, topology_pb2
 
 
@@ -310,3 +311,38 @@ def topology_from_proto(message: topology_pb2.Topology) -> Topology:
             for link in message.default_links
         },
     )
+
+
+_STAGE = (
+    *("device_id", "first_layer", "last_layer", "has_embed", "has_head", "memory_bytes"),
+    *("kv_bytes", "prefill_seconds", "decode_seconds", "send_seconds"),
+)
+_PREDICTION = (
+    *("prefill_seconds", "decode_seconds", "total_seconds", "bottleneck_seconds", "bottleneck"),
+    "tokens_per_second",
+)
+
+
+def planned_to_proto(replica: PlannedReplica) -> topology_pb2.PlannedReplica:
+    """A planned replica for the wire."""
+    message = topology_pb2.PlannedReplica(
+        stages=[
+            topology_pb2.PlannedStage(**{name: getattr(stage, name) for name in _STAGE})
+            for stage in replica.stages
+        ]
+    )
+    if (found := replica.prediction) is not None:
+        for name in _PREDICTION:
+            setattr(message.prediction, name, getattr(found, name))
+    return message
+
+
+def planned_from_proto(message: topology_pb2.PlannedReplica) -> PlannedReplica:
+    """A planned replica from the wire."""
+    stages = tuple(
+        PlannedStage(**{name: getattr(stage, name) for name in _STAGE}) for stage in message.stages
+    )
+    prediction = None
+    if message.HasField("prediction"):
+        prediction = Prediction(**{n: getattr(message.prediction, n) for n in _PREDICTION})
+    return PlannedReplica(stages, prediction)

@@ -120,6 +120,26 @@ async def test_different_devices_are_measured_before_a_model_is_placed(mesh: Mes
     assert len(slow.probes) == num_probes
 
 
+@pytest.mark.parametrize(("objective", "shares"), [("lr", {1, 5}), ("even", {3})])
+async def test_layers_go_by_what_was_measured_unless_shares_are_to_be_even(
+    objective: str, shares: set[int], mesh: Mesh
+) -> None:
+    await mesh.add_deployer(objective=objective)
+    await add(mesh, MeasuredWorker("w1", "slow"), MeasuredWorker("w2", "fast", speed=4.0))
+    await mesh.apply(stages=2)
+    deployment = await mesh.ready()
+    assert deployment.objective == objective
+    (replica,) = deployment.replicas
+    counts = {s.device_ids[0]: s.last_layer - s.first_layer + 1 for s in replica.stages}
+    assert set(counts.values()) == shares
+    assert counts["w2/cpu:0"] == max(shares)
+    stages = replica.planned.stages
+    assert [stage.device_id for stage in stages] == [s.device_ids[0] for s in replica.stages]
+    if objective == "lr":
+        assert replica.planned.prediction.tokens_per_second > 0
+        assert all(stage.decode_seconds > 0 for stage in stages)
+
+
 async def both_known(mesh: Mesh) -> bool:
     return set(devices(await topology(mesh, 1))) == {"w1", "w2"}
 

@@ -13,8 +13,6 @@ from uellm_deployer.workers import Worker
 
 from tests.support.checkpoints import write_checkpoint
 from uellm.core.errors import FailedPreconditionError, InvalidArgumentError
-from uellm.placement.even import EvenPlacer
-from uellm.placement.solver import SolverPlacer
 from uellm.placement.topology import Device
 from uellm.placement.views import PlannedReplica, PlannedStage
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
@@ -84,7 +82,7 @@ async def test_accelerators_are_taken_before_cpus(tmp_path: Path) -> None:
 
     def where(devices: list[Device], **wanted: object) -> tuple[list[str], str]:
         request = deployer_pb2.PlanRequest(slots=1, **wanted)
-        made = plan(EvenPlacer(), model, request, devices, 1)
+        made = plan(model, request, devices, 1)
         return [stage.device_id for stage in made.plan.replicas[0].stages], made.dtype
 
     assert where([gpu, cpu]) == (["g/cuda:0"], "bfloat16")
@@ -100,7 +98,7 @@ async def test_simulated_devices_compute_in_single_precision(tmp_path: Path) -> 
         deployer_pb2.PlanRequest(model=common_pb2.ModelRef(name="m", source=str(source)))
     )
     device = Device("s/sim:0", "s", "s", "simulated", 1 << 30)
-    assert plan(EvenPlacer(), model, deployer_pb2.PlanRequest(), [device], 1).dtype == "float32"
+    assert plan(model, deployer_pb2.PlanRequest(), [device], 1).dtype == "float32"
 
 
 async def test_neighbours_on_a_worker_become_one_stage_and_no_worker_has_two(
@@ -113,7 +111,7 @@ async def test_neighbours_on_a_worker_become_one_stage_and_no_worker_has_two(
     names = ("a/sim:0", "a/sim:1", "b/sim:0")
     devices = [Device(name, name[0], name[0], "simulated", 1 << 30) for name in names]
     request = deployer_pb2.PlanRequest(stages=3, slots=1)
-    planned = plan(EvenPlacer(), model, request, devices, 1)
+    planned = plan(model, request, devices, 1)
     workers = {name: Worker(name, f"{name}:1", 1, [], 0.0) for name in "ab"}
     (copy,) = planned.plan.replicas
     first, last = assignments(planned, copy, model, "m-0", 7, workers)
@@ -148,7 +146,7 @@ def test_models_are_named_in_settings(text: str, name: str, source: str) -> None
 
 def test_a_model_is_named_after_its_source(tmp_path: Path) -> None:
     request = deployer_pb2.PlanRequest(model=common_pb2.ModelRef(source="org/tiny/"))
-    wanted = checked(request, default_slots=6)
+    wanted = checked(request, 6)
     assert (wanted.model.name, wanted.replicas, wanted.slots) == ("tiny", 1, 6)
     with pytest.raises(InvalidArgumentError, match="is no name"):
         checked(deployer_pb2.PlanRequest(model=common_pb2.ModelRef(source="/a/b c")), 6)
@@ -167,8 +165,8 @@ async def test_the_solver_places_where_the_even_split_does(tmp_path: Path) -> No
         deployer_pb2.PlanRequest(model=common_pb2.ModelRef(name="m", source=str(source)))
     )
     devices = [Device(f"{w}/sim:{i}", w, w, "simulated", 1 << 30) for w in "ab" for i in (0, 1)]
-    request = deployer_pb2.PlanRequest(stages=3, slots=2)
-    planned = plan(SolverPlacer(), model, request, devices, 1)
+    request = deployer_pb2.PlanRequest(stages=3, slots=2, objective="lr")
+    planned = plan(model, request, devices, 1)
     (copy,) = planned.plan.replicas
     assert copy.prediction is not None
     assert planned.plan.certificate is not None

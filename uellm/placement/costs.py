@@ -223,8 +223,13 @@ def _need(model: ModelProfile, workload: Workload, slots: int | None) -> Need:
         sequences = workload.batch * workload.in_flight
         context = max(context, min(workload.max_tokens, model.max_tokens))
         return Need(model, sequences, context)
-    context = min(workload.max_tokens or model.max_tokens, model.max_tokens)
-    return Need(model, max(1, workload.slots if slots is None else slots), context)
+    context = min(
+        workload.max_tokens or model.max_tokens,
+        model.max_tokens,
+        workload.kv_tokens or model.max_tokens,
+    )
+    count = max(1, workload.slots if slots is None else slots)
+    return Need(model, count, context, workload.kv_tokens)
 
 
 def _layer_times(

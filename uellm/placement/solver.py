@@ -20,17 +20,6 @@ from uellm.placement.views import OBJECTIVES, Certificate, Plan, PlanRequest
 _QUICK = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class SolverPlacer:
-    """``solve`` as a placer; the request says what is sought."""
-
-    name: str = "solver"
-
-    def place(self, request: PlanRequest) -> Plan:
-        """See ``uellm.placement.views.Placer``."""
-        return solve(request)
-
-
 def solve(request: PlanRequest) -> Plan:
     """Where a model goes. Pure and deterministic.
 
@@ -64,6 +53,7 @@ def solve(request: PlanRequest) -> Plan:
         objective=request.objective,
         explanation=explain_plan(replicas, costs.need, request, found.certificate),
         infeasible_reason=reason,
+        kv_tokens=costs.need.cached_tokens,
         certificate=found.certificate,
         solver=found.placed[0].solver if found.placed else "",
         candidates=found.placed[0].candidates if found.placed else (),

@@ -52,6 +52,30 @@ STAGE_STATE_FAILED: StageState.ValueType  # 4
 """Its child is gone, or lost its peers."""
 Global___StageState: _TypeAlias = StageState  # noqa: Y015
 
+class _PinEnd:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PinEndEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PinEnd.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PIN_END_UNSPECIFIED: _PinEnd.ValueType  # 0
+    """Anywhere."""
+    PIN_END_FIRST: _PinEnd.ValueType  # 1
+    """It holds the first layers."""
+    PIN_END_LAST: _PinEnd.ValueType  # 2
+    """It holds the last layers."""
+
+class PinEnd(_PinEnd, metaclass=_PinEndEnumTypeWrapper):
+    """Where in a replica's order a pinned device is."""
+
+PIN_END_UNSPECIFIED: PinEnd.ValueType  # 0
+"""Anywhere."""
+PIN_END_FIRST: PinEnd.ValueType  # 1
+"""It holds the first layers."""
+PIN_END_LAST: PinEnd.ValueType  # 2
+"""It holds the last layers."""
+Global___PinEnd: _TypeAlias = PinEnd  # noqa: Y015
+
 @_typing.final
 class RegisterWorkerRequest(_message.Message):
     """A worker and its devices."""
@@ -239,6 +263,32 @@ class HeartbeatResponse(_message.Message):
 Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
 
 @_typing.final
+class DevicePin(_message.Message):
+    """A device that a placement must use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    """Which."""
+    end: Global___PinEnd.ValueType
+    """Where."""
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        end: Global___PinEnd.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "end", b"end"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DevicePin: _TypeAlias = DevicePin  # noqa: Y015
+
+@_typing.final
 class PlanRequest(_message.Message):
     """A model to place."""
 
@@ -252,10 +302,16 @@ class PlanRequest(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     KV_TOKENS_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
+    SLO_SECONDS_FIELD_NUMBER: _builtins.int
+    PINS_FIELD_NUMBER: _builtins.int
+    EXCLUDED_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     replicas: _builtins.int
     """Copies; 0: one."""
     stages: _builtins.int
-    """Stages per copy; 0: as few as fit."""
+    """Stages per copy; 0: as many as the objective is best with."""
     dtype: _builtins.str
     """Compute dtype; empty: float32 on CPU, bfloat16 elsewhere."""
     slots: _builtins.int
@@ -264,6 +320,14 @@ class PlanRequest(_message.Message):
     """Longest context to grant; 0: the model's."""
     kv_tokens: _builtins.int
     """KV room per copy, in tokens of all sequences together; 0: the longest context for every slot."""
+    objective: _builtins.str
+    """What is sought: helr, he, lr, throughput or even; empty: the deployer's default."""
+    slo_seconds: _builtins.float
+    """Longest time that a full batch may take from prompt to last token; 0: no matter."""
+    prompt_tokens: _builtins.int
+    """Prompt tokens of a request, as expected: 90 % quantile; 0: the default."""
+    output_tokens: _builtins.int
+    """Output tokens of a request, as expected: 90 % quantile; 0: the default."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelRef:
         """Directory or hub id."""
@@ -271,6 +335,14 @@ class PlanRequest(_message.Message):
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ModelRef]:
         """LoRA adapters that requests may name, each a directory or hub id in peft's format."""
+
+    @_builtins.property
+    def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___DevicePin]:
+        """Devices that must be used."""
+
+    @_builtins.property
+    def excluded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of devices, workers or hosts that must not be used."""
 
     def __init__(
         self,
@@ -283,10 +355,16 @@ class PlanRequest(_message.Message):
         max_tokens: _builtins.int = ...,
         adapters: _abc.Iterable[_common_pb2.ModelRef] | None = ...,
         kv_tokens: _builtins.int = ...,
+        objective: _builtins.str = ...,
+        slo_seconds: _builtins.float = ...,
+        pins: _abc.Iterable[Global___DevicePin] | None = ...,
+        excluded: _abc.Iterable[_builtins.str] | None = ...,
+        prompt_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "kv_tokens", b"kv_tokens", "max_tokens", b"max_tokens", "model", b"model", "replicas", b"replicas", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "excluded", b"excluded", "kv_tokens", b"kv_tokens", "max_tokens", b"max_tokens", "model", b"model", "objective", b"objective", "output_tokens", b"output_tokens", "pins", b"pins", "prompt_tokens", b"prompt_tokens", "replicas", b"replicas", "slo_seconds", b"slo_seconds", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -840,6 +840,10 @@ class PlannedStage(_message.Message):
     HAS_EMBED_FIELD_NUMBER: _builtins.int
     HAS_HEAD_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    PREFILL_SECONDS_FIELD_NUMBER: _builtins.int
+    DECODE_SECONDS_FIELD_NUMBER: _builtins.int
+    SEND_SECONDS_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """Where."""
     first_layer: _builtins.int
@@ -852,6 +856,14 @@ class PlannedStage(_message.Message):
     """Holds final norm and head."""
     memory_bytes: _builtins.int
     """Weights, KV and workspace."""
+    kv_bytes: _builtins.int
+    """KV cache and recurrent states alone."""
+    prefill_seconds: _builtins.float
+    """Predicted, for a batch's prompts."""
+    decode_seconds: _builtins.float
+    """Predicted, for one step of a batch."""
+    send_seconds: _builtins.float
+    """Predicted, for one step's activations to the next stage."""
     def __init__(
         self,
         *,
@@ -861,14 +873,60 @@ class PlannedStage(_message.Message):
         has_embed: _builtins.bool = ...,
         has_head: _builtins.bool = ...,
         memory_bytes: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+        prefill_seconds: _builtins.float = ...,
+        decode_seconds: _builtins.float = ...,
+        send_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "first_layer", b"first_layer", "has_embed", b"has_embed", "has_head", b"has_head", "last_layer", b"last_layer", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_seconds", b"decode_seconds", "device_id", b"device_id", "first_layer", b"first_layer", "has_embed", b"has_embed", "has_head", b"has_head", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "memory_bytes", b"memory_bytes", "prefill_seconds", b"prefill_seconds", "send_seconds", b"send_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlannedStage: _TypeAlias = PlannedStage  # noqa: Y015
+
+@_typing.final
+class PlacementPrediction(_message.Message):
+    """How fast a replica is expected to be with full batches of the expected load."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_SECONDS_FIELD_NUMBER: _builtins.int
+    DECODE_SECONDS_FIELD_NUMBER: _builtins.int
+    TOTAL_SECONDS_FIELD_NUMBER: _builtins.int
+    BOTTLENECK_SECONDS_FIELD_NUMBER: _builtins.int
+    BOTTLENECK_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    prefill_seconds: _builtins.float
+    """From prompt to first token, links included."""
+    decode_seconds: _builtins.float
+    """One step through all stages, links included."""
+    total_seconds: _builtins.float
+    """From prompt to last token."""
+    bottleneck_seconds: _builtins.float
+    """The least time between the ends of two batches."""
+    bottleneck: _builtins.str
+    """What sets it: a device, a link as "a -> b", or "in_flight"."""
+    tokens_per_second: _builtins.float
+    """Output tokens."""
+    def __init__(
+        self,
+        *,
+        prefill_seconds: _builtins.float = ...,
+        decode_seconds: _builtins.float = ...,
+        total_seconds: _builtins.float = ...,
+        bottleneck_seconds: _builtins.float = ...,
+        bottleneck: _builtins.str = ...,
+        tokens_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottleneck", b"bottleneck", "bottleneck_seconds", b"bottleneck_seconds", "decode_seconds", b"decode_seconds", "prefill_seconds", b"prefill_seconds", "tokens_per_second", b"tokens_per_second", "total_seconds", b"total_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementPrediction: _TypeAlias = PlacementPrediction  # noqa: Y015
 
 @_typing.final
 class PlannedReplica(_message.Message):
@@ -877,22 +935,62 @@ class PlannedReplica(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STAGES_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedStage]:
         """In order."""
+
+    @_builtins.property
+    def prediction(self) -> Global___PlacementPrediction:
+        """How fast it will be."""
 
     def __init__(
         self,
         *,
         stages: _abc.Iterable[Global___PlannedStage] | None = ...,
+        prediction: Global___PlacementPrediction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prediction", b"prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prediction", b"prediction", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlannedReplica: _TypeAlias = PlannedReplica  # noqa: Y015
+
+@_typing.final
+class PlanCertificate(_message.Message):
+    """How far a plan is from the best one there can be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    quantity: _builtins.str
+    """What is compared: seconds, cost, or tokens per second."""
+    value: _builtins.float
+    """The plan's."""
+    bound: _builtins.float
+    """No plan can be better than this."""
+    proof: _builtins.str
+    """What the bound rests on, in a few words."""
+    def __init__(
+        self,
+        *,
+        quantity: _builtins.str = ...,
+        value: _builtins.float = ...,
+        bound: _builtins.float = ...,
+        proof: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "proof", b"proof", "quantity", b"quantity", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanCertificate: _TypeAlias = PlanCertificate  # noqa: Y015
 
 @_typing.final
 class Plan(_message.Message):
@@ -908,6 +1006,8 @@ class Plan(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    SOLVER_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     """Of which model."""
     objective: _builtins.str
@@ -922,9 +1022,15 @@ class Plan(_message.Message):
     """KV cache per replica and stage that its memory leaves, capped by slots and context."""
     max_tokens: _builtins.int
     """Longest context granted."""
+    solver: _builtins.str
+    """What found it."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedReplica]:
         """Its copies."""
+
+    @_builtins.property
+    def certificate(self) -> Global___PlanCertificate:
+        """How good it is at least; unset where nothing was optimised."""
 
     def __init__(
         self,
@@ -937,10 +1043,12 @@ class Plan(_message.Message):
         dtype: _builtins.str = ...,
         slots: _builtins.int = ...,
         max_tokens: _builtins.int = ...,
+        solver: _builtins.str = ...,
+        certificate: Global___PlanCertificate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "dtype", b"dtype", "explanation", b"explanation", "infeasible_reason", b"infeasible_reason", "max_tokens", b"max_tokens", "objective", b"objective", "replicas", b"replicas", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "deployment", b"deployment", "dtype", b"dtype", "explanation", b"explanation", "infeasible_reason", b"infeasible_reason", "max_tokens", b"max_tokens", "objective", b"objective", "replicas", b"replicas", "slots", b"slots", "solver", b"solver"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -956,6 +1064,7 @@ class Replica(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
+    PLANNED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its id, stable over generations."""
     epoch: _builtins.int
@@ -966,6 +1075,10 @@ class Replica(_message.Message):
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardAssignment]:
         """In stage order."""
 
+    @_builtins.property
+    def planned(self) -> Global___PlannedReplica:
+        """The same as planned, by device, with what was predicted of it."""
+
     def __init__(
         self,
         *,
@@ -973,10 +1086,11 @@ class Replica(_message.Message):
         epoch: _builtins.int = ...,
         state: Global___ReplicaState.ValueType = ...,
         stages: _abc.Iterable[Global___ShardAssignment] | None = ...,
+        planned: Global___PlannedReplica | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["planned", b"planned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "id", b"id", "stages", b"stages", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "id", b"id", "planned", b"planned", "stages", b"stages", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1001,6 +1115,7 @@ class Deployment(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     WANTED_KV_TOKENS_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The served name."""
     status: _builtins.str
@@ -1019,6 +1134,8 @@ class Deployment(_message.Message):
     """Most sequences that run at once per copy."""
     wanted_kv_tokens: _builtins.int
     """KV room wanted per copy, in tokens; 0: the longest context for every slot."""
+    objective: _builtins.str
+    """What its placement seeks."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelRef:
         """What to load."""
@@ -1051,10 +1168,11 @@ class Deployment(_message.Message):
         slots: _builtins.int = ...,
         adapters: _abc.Iterable[_common_pb2.ModelRef] | None = ...,
         wanted_kv_tokens: _builtins.int = ...,
+        objective: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "max_tokens", b"max_tokens", "model", b"model", "name", b"name", "profile", b"profile", "replicas", b"replicas", "slots", b"slots", "status", b"status", "version", b"version", "wanted_kv_tokens", b"wanted_kv_tokens", "wanted_replicas", b"wanted_replicas", "wanted_stages", b"wanted_stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "max_tokens", b"max_tokens", "model", b"model", "name", b"name", "objective", b"objective", "profile", b"profile", "replicas", b"replicas", "slots", b"slots", "status", b"status", "version", b"version", "wanted_kv_tokens", b"wanted_kv_tokens", "wanted_replicas", b"wanted_replicas", "wanted_stages", b"wanted_stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

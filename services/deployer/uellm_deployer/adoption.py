@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from uellm.convert import device_shards, model_from_proto
+from uellm.convert import device_shards, model_from_proto, planned_from_proto
 from uellm.core.model import ModelProfile
 from uellm.placement.memory import Need
 from uellm.placement.views import PlannedReplica, PlannedStage
@@ -44,7 +44,11 @@ def adopt(
                 phase=Phase.READY if serves and matches else Phase.IDLE,
                 epoch=epoch,
                 assignments=stages,
-                planned=planned_of(stages, profile) if profile is not None else None,
+                planned=planned_from_proto(message.planned)
+                if message.HasField("planned")
+                else planned_of(stages, profile)
+                if profile is not None
+                else None,
                 trusted_at=now,
                 since=now,
                 patience_seconds=patience_seconds,

@@ -12,6 +12,7 @@ from uellm.models import files
 from uellm.models.adapters import check_names, parse_adapter, resolve_adapter, with_adapters
 from uellm.models.adapters import digest as adapter_digest
 from uellm.models.profile import DTYPE_BYTES, read_profile
+from uellm.placement.placers import placer_of
 from uellm.streams.keys import MODEL_NAME
 from uellm.v1 import common_pb2, deployer_pb2
 
@@ -131,7 +132,9 @@ def adapters_by_model(
     return found
 
 
-def checked(request: deployer_pb2.PlanRequest, default_slots: int) -> deployer_pb2.PlanRequest:
+def checked(
+    request: deployer_pb2.PlanRequest, default_slots: int, default_objective: str = "helr"
+) -> deployer_pb2.PlanRequest:
     """A request with its name and defaults filled in.
 
     Raises:
@@ -163,6 +166,12 @@ def checked(request: deployer_pb2.PlanRequest, default_slots: int) -> deployer_p
     ):
         if value > most:
             raise InvalidArgumentError(f"{name}: {value}; the limit is {most}", field=name)
+    if not 0 <= wanted.slo_seconds < float("inf"):
+        raise InvalidArgumentError(
+            f"slo_seconds: {wanted.slo_seconds} is not a number from 0 on", field="slo_seconds"
+        )
+    wanted.objective = wanted.objective or default_objective
+    placer_of(wanted.objective)
     adapters = check_names(request.adapters)
     del wanted.adapters[:]
     wanted.adapters.extend(adapters)

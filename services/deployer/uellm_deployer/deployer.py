@@ -11,7 +11,6 @@ from uellm.leadership import Leadership
 from uellm.logs import logger
 from uellm.models import files
 from uellm.models.adapters import ADAPTER
-from uellm.placement.even import EvenPlacer
 from uellm.service import Context
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
 from uellm_deployer import planning, reconcile
@@ -56,7 +55,6 @@ class Deployer:
         self._leadership = leadership
         self._store = Store(context)
         self._links = Links(context, self._wake)
-        self._placer = EvenPlacer()
         self._discovery = Discovery(
             settings,
             Measurements(context.redis),
@@ -83,7 +81,6 @@ class Deployer:
             store=self._store,
             workers=self.workers,
             former=Former(self._links, self.workers, self._settings),
-            placer=self._placer,
             discovery=self._discovery,
             planning=self._planning,
             replicas=lambda: [r for d in self._deployments.values() for r in d.replicas],
@@ -167,6 +164,7 @@ class Deployer:
                 adapters=adapters,
             ),
             settings.slots,
+            settings.objective,
         )
         await self._store.want(request)
 
@@ -271,14 +269,13 @@ class Deployer:
             InvalidArgumentError: if the request is wrong.
             ModelFilesError: if the model's files are.
         """
-        request = checked(request, self._settings.slots)
+        request = checked(request, self._settings.slots, self._settings.objective)
         model = await resolve(request)
         now = time.monotonic()
         live = self.workers.live(now, self._settings.worker_silence_seconds)
         devices = devices_for(None, self._tools.replicas(), live)
         planned = await asyncio.to_thread(
             planning.plan,
-            self._placer,
             model,
             request,
             devices,
@@ -315,7 +312,7 @@ class Deployer:
             InvalidArgumentError: if the request is wrong.
             ModelFilesError: if the model's files are.
         """
-        request = checked(request, self._settings.slots)
+        request = checked(request, self._settings.slots, self._settings.objective)
         try:
             model = await resolve(request)
         except ModelFilesError as error:

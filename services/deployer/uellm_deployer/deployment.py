@@ -314,6 +314,7 @@ class Deployment:
             dtype=running[0].dtype if running else self.request.dtype,
             slots=min((stage.slots for stage in running), default=0),
             adapters=running[0].adapters if running else self._adapters(),
+            objective=self.request.objective,
         )
 
     def _adapters(self) -> Sequence[common_pb2.ModelRef]:

@@ -118,7 +118,6 @@ async def _plan(
         for group in groups if avoided else groups[1:]:
             planned = await asyncio.to_thread(
                 planning.plan,
-                tools.placer,
                 model,
                 deployment.request,
                 group,

@@ -1,22 +1,30 @@
 """From a request and the workers that are there to a plan, and from a plan to assignments."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
-from uellm.convert import cost_to_proto
+from uellm.convert import cost_to_proto, planned_to_proto
 from uellm.core.errors import FailedPreconditionError
 from uellm.core.model import ModelProfile
 from uellm.placement.discovery import Knowledge
+from uellm.placement.placers import EVEN, placer_of
 from uellm.placement.speed import first_guess
 from uellm.placement.topology import Device
-from uellm.placement.views import Placer, Plan, PlannedReplica, PlanRequest, Workload
+from uellm.placement.views import Pin, Plan, PlannedReplica, PlanRequest, Workload
 from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.workers import Worker
 
 NOTHING = Knowledge()
 """Where nothing was measured."""
+MOVE_SECONDS_PER_BYTE = 1e-11
+"""Price of loading: a gigabyte takes about a second, and what was loaded serves many batches."""
+_ENDS: Mapping[int, Literal["any", "first", "last"]] = {
+    deployer_pb2.PIN_END_FIRST: "first",
+    deployer_pb2.PIN_END_LAST: "last",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,6 @@ class Planned:
 
 
 def plan(
-    placer: Placer,
     model: ResolvedModel,
     request: deployer_pb2.PlanRequest,
     devices: Sequence[Device],
@@ -45,7 +52,7 @@ def plan(
     previous: Plan | None = None,
     knowledge: Knowledge = NOTHING,
 ) -> Planned:
-    """Place a model.
+    """Place a model as its objective says.
 
     Accelerators alone are tried before CPUs are taken too: a CPU among them would set the pace.
     Without a dtype in the request it is float32 where a CPU computes, else bfloat16.
@@ -53,10 +60,10 @@ def plan(
     Raises:
         ModelFilesError: if the model's files do not say what it needs.
     """
-    workload = Workload(
-        replicas, request.stages, request.slots, request.max_tokens, request.kv_tokens
-    )
-    accelerators = [device for device in devices if device.kind != "cpu"]
+    placer = placer_of(request.objective or EVEN)
+    workload = workload_of(request, replicas)
+    pinned = {pin.device_id for pin in request.pins}
+    accelerators = [d for d in devices if d.kind != "cpu" or d.id in pinned]
     groups = [devices] if len(accelerators) in (0, len(devices)) else [accelerators, devices]
     made = []
     for group in groups:
@@ -67,7 +74,13 @@ def plan(
             topology,
             profile,
             workload,
+            objective=request.objective,  # type: ignore[arg-type]  # placer_of has checked it
             previous=previous,
+            move_seconds_per_byte=MOVE_SECONDS_PER_BYTE if previous else 0.0,
+            pins=tuple(Pin(p.device_id, _ENDS.get(p.end, "any")) for p in request.pins),
+            # Who is away needs no keeping away.
+            excluded=frozenset(request.excluded)
+            & {name for d in group for name in (d.id, d.worker, d.host)},
             layer_times=knowledge.layer_times(group, model.ref.digest, dtype, workload),
         )
         devices_by_id = {device.id: device for device in topology.devices}
@@ -80,6 +93,24 @@ def plan(
     ]
     feasible = [one for one in made if not one.plan.infeasible_reason]
     return (whole or feasible or made[-1:])[0]
+
+
+def workload_of(request: deployer_pb2.PlanRequest, replicas: int) -> Workload:
+    """What is wanted of a model, and the load that is expected."""
+    expected = {
+        name: value
+        for name in ("prompt_tokens", "output_tokens")
+        if (value := getattr(request, name))
+    }
+    return Workload(
+        replicas,
+        request.stages,
+        request.slots,
+        request.max_tokens,
+        request.kv_tokens,
+        slo_seconds=request.slo_seconds,
+        **expected,
+    )
 
 
 def dtype_for(devices: Sequence[Device]) -> str:
@@ -183,28 +214,20 @@ def first_report(
 
 def plan_to_proto(name: str, planned: Planned) -> topology_pb2.Plan:
     """A plan for the wire."""
+    proof = planned.plan.certificate
     return topology_pb2.Plan(
         deployment=name,
-        replicas=[
-            topology_pb2.PlannedReplica(
-                stages=[
-                    topology_pb2.PlannedStage(
-                        device_id=stage.device_id,
-                        first_layer=stage.first_layer,
-                        last_layer=stage.last_layer,
-                        has_embed=stage.has_embed,
-                        has_head=stage.has_head,
-                        memory_bytes=stage.memory_bytes,
-                    )
-                    for stage in replica.stages
-                ]
-            )
-            for replica in planned.plan.replicas
-        ],
+        replicas=[planned_to_proto(replica) for replica in planned.plan.replicas],
         objective=planned.plan.objective,
         explanation=planned.plan.explanation,
         infeasible_reason=planned.plan.infeasible_reason,
         dtype=planned.dtype,
         slots=planned.plan.slots,
         max_tokens=planned.plan.max_tokens,
+        solver=planned.plan.solver,
+        certificate=topology_pb2.PlanCertificate(
+            quantity=proof.quantity, value=proof.value, bound=proof.bound, proof=proof.proof
+        )
+        if proof is not None
+        else None,
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from uellm.convert import device_shards
+from uellm.convert import device_shards, planned_to_proto
 from uellm.placement.views import PlannedReplica
 from uellm.v1 import topology_pb2
 
@@ -87,7 +87,11 @@ class Replica:
         if self.failed and self.phase is Phase.IDLE:
             state = topology_pb2.REPLICA_STATE_FAILED
         return topology_pb2.Replica(
-            id=self.id, epoch=self.epoch, state=state, stages=self.assignments
+            id=self.id,
+            epoch=self.epoch,
+            state=state,
+            stages=self.assignments,
+            planned=planned_to_proto(self.planned) if self.planned is not None else None,
         )
 
 

@@ -25,7 +25,15 @@ class DeployerSettings(ServiceSettings):
         "NAME=SOURCE, or MODEL:NAME=SOURCE where there are several models.",
     )
     replicas: int = Field(1, ge=1, description="Copies of each of them.")
-    stages: int = Field(0, ge=0, description="Stages per copy; 0: as few as fit.")
+    stages: int = Field(
+        0, ge=0, description="Stages per copy; 0: as many as the objective is best with."
+    )
+    objective: Literal["helr", "he", "lr", "throughput", "even"] = Field(
+        "helr",
+        description="What placements seek unless a request says: helr, the fewest devices that "
+        "keep the SLO; he, the fewest that fit; lr, the least latency; throughput; even, equal "
+        "shares.",
+    )
     slots: int = Field(
         8, ge=1, description="Most sequences that run at once per copy, unless a request says."
     )

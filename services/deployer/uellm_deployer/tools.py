@@ -5,7 +5,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from uellm.placement.views import Placer
 from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former
 from uellm_deployer.replica import Replica
@@ -23,7 +22,6 @@ class Tools:
         store: Redis.
         workers: who is there.
         former: calls to them.
-        placer: decides where layers go.
         discovery: how fast devices and the ways between them are.
         planning: held while a plan is made and noted, so that no two plan the same memory.
         replicas: all replicas of all deployments.
@@ -38,7 +36,6 @@ class Tools:
     store: Store
     workers: Workers
     former: Former
-    placer: Placer
     discovery: Discovery
     planning: asyncio.Lock
     replicas: Callable[[], list[Replica]]

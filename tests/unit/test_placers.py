@@ -1,0 +1,123 @@
+"""What the deployer places by: the objective, and an even split where that is as good."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.clusters import MIB, random_topology, small_model
+from uellm.core.errors import InvalidArgumentError
+from uellm.placement.even import EvenPlacer
+from uellm.placement.placers import LIVE_OBJECTIVES, ObjectivePlacer, gain, placer_of, rated
+from uellm.placement.topology import Device, Topology
+from uellm.placement.views import Objective, Pin, Plan, PlanRequest, Workload
+
+MODEL = small_model()
+WANTED = Workload(slots=2, max_tokens=64, prompt_tokens=32, output_tokens=16)
+
+
+def devices(*speeds: float, memory: int = 4000 * MIB) -> Topology:
+    """One device for each speed, of a worker and host of its own."""
+    return Topology(
+        tuple(
+            Device(
+                *(f"w{n}/cpu:0", f"w{n}", f"h{n}", "cpu", memory),
+                flops_per_second=1e12 * speed,
+                memory_bytes_per_second=1e11 * speed,
+            )
+            for n, speed in enumerate(speeds)
+        )
+    )
+
+
+def layers(plan: Plan) -> list[tuple[str, int]]:
+    return [
+        (stage.device_id[:2], stage.last_layer - stage.first_layer + 1)
+        for stage in plan.replicas[0].stages
+    ]
+
+
+@pytest.mark.parametrize("objective", ["helr", "he", "lr", "throughput"])
+@pytest.mark.parametrize("stages", [0, 1, 2, 3])
+def test_on_equal_devices_an_even_split_stays(objective: Objective, stages: int) -> None:
+    request = PlanRequest(devices(1, 1.02, 1), MODEL, replace(WANTED, stages=stages), objective)
+    found, even = placer_of(objective).place(request), EvenPlacer().place(request)
+    assert layers(found) == layers(even)
+    assert (found.slots, found.max_tokens, found.kv_tokens) == (even.slots, 64, even.kv_tokens)
+    assert found.objective == objective
+    assert found.replicas[0].prediction is not None
+
+
+def test_a_faster_device_gets_more_and_alone_if_it_can() -> None:
+    request = PlanRequest(devices(1, 4), MODEL, replace(WANTED, stages=2), "lr")
+    assert layers(placer_of("lr").place(request)) in (
+        [("w1", 5), ("w0", 1)],
+        [("w0", 1), ("w1", 5)],
+    )
+    assert layers(placer_of("even").place(request)) == [("w0", 3), ("w1", 3)]
+    alone = replace(request, workload=WANTED, objective="helr")
+    assert layers(placer_of("helr").place(alone)) == [("w1", 6)]
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["helr", "he", "lr", "throughput"]))
+@settings(max_examples=40, deadline=None)
+def test_it_is_never_worse_than_an_even_split(seed: int, objective: Objective) -> None:
+    rng = random.Random(seed)  # noqa: S311 - repeatable
+    topology = random_topology(rng, rng.randrange(2, 6), shared=rng.random() < 0.5)
+    stages = rng.randrange(0, 3)
+    workload = Workload(stages=stages, slots=rng.randrange(1, 9), max_tokens=512, output_tokens=20)
+    request = PlanRequest(topology, MODEL, workload, objective)
+    found, even = ObjectivePlacer().place(request), EvenPlacer().place(request)
+    assert len(found.replicas) >= len(even.replicas)
+    if not even.replicas:
+        return
+    assert found.slots >= even.slots
+    if found.slots == even.slots and objective in ("lr", "throughput"):
+        before = rated(even, request)
+        assert before is not None
+        assert gain(found, before, request) >= -1e-9
+
+
+def test_kv_room_is_granted_as_it_is_asked_for() -> None:
+    request = PlanRequest(devices(1, 3), MODEL, Workload(slots=6, kv_tokens=100), "lr")
+    for plan in (ObjectivePlacer().place(request), EvenPlacer().place(request)):
+        assert (plan.slots, plan.max_tokens, plan.kv_tokens) == (6, 100, 100)
+
+
+def test_pins_and_exclusions_are_kept_on_equal_devices_too() -> None:
+    request = PlanRequest(devices(1, 1, 1), MODEL, WANTED, "helr", pins=(Pin("w2/cpu:0"),))
+    assert layers(ObjectivePlacer().place(request)) == [("w2", 6)]
+    away = replace(request, pins=(), excluded=frozenset({"w0", "h1"}))
+    assert layers(ObjectivePlacer().place(away)) == [("w2", 6)]
+
+
+def test_a_device_that_computes_for_others_is_slower_for_this_one() -> None:
+    fast, slow = devices(1.5, 1).devices
+    request = PlanRequest(Topology((fast, slow)), MODEL, WANTED, "lr")
+    assert layers(ObjectivePlacer().place(request)) == [("w0", 6)]
+    busy = Topology((replace(fast, num_stages=1), slow))
+    assert layers(ObjectivePlacer().place(replace(request, topology=busy))) == [("w1", 6)]
+
+
+def test_a_lost_device_is_replaced_and_the_others_keep_their_layers() -> None:
+    request = PlanRequest(devices(1, 1, 1), MODEL, replace(WANTED, stages=2), "helr")
+    before = ObjectivePlacer().place(request)
+    left = Topology(request.topology.devices[1:])
+    after = ObjectivePlacer().place(
+        replace(request, topology=left, previous=before, move_seconds_per_byte=1e-11)
+    )
+    assert layers(before) == [("w0", 3), ("w1", 3)]
+    assert layers(after) == [("w2", 3), ("w1", 3)]
+    assert [(move.device_id, move.first_layer, move.last_layer) for move in after.moves] == [
+        ("w2/cpu:0", 0, 2)
+    ]
+
+
+def test_goodput_is_not_for_one_deployment() -> None:
+    assert "goodput" not in LIVE_OBJECTIVES
+    with pytest.raises(InvalidArgumentError, match="say how many copies with replicas"):
+        placer_of("goodput")
+    with pytest.raises(InvalidArgumentError, match="helr, he, lr, throughput, even"):
+        placer_of("fastest")

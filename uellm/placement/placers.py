@@ -1,0 +1,160 @@
+"""The placers of a running mesh, by the objective that a deployment names."""
+
+from dataclasses import dataclass, replace
+
+from uellm.core.errors import InvalidArgumentError
+from uellm.placement.costs import costs_of
+from uellm.placement.even import EvenPlacer
+from uellm.placement.explain import explain_plan
+from uellm.placement.prediction import layout_of, planned
+from uellm.placement.replan import LEAST_GAIN, moves
+from uellm.placement.solver import solve
+from uellm.placement.topology import Topology
+from uellm.placement.views import OBJECTIVES, Placer, Plan, PlannedReplica, PlanRequest
+
+EVEN = "even"
+LIVE_OBJECTIVES = (*(name for name in OBJECTIVES if name != "goodput"), EVEN)
+"""What a deployment may seek. Goodput decides on the number of copies, which is wanted of it."""
+
+
+def placer_of(objective: str) -> Placer:
+    """The placer for an objective of ``LIVE_OBJECTIVES``.
+
+    Raises:
+        InvalidArgumentError: if there is none of the name.
+    """
+    if objective not in LIVE_OBJECTIVES:
+        raise InvalidArgumentError(
+            f"objective: {objective!r} is none of {', '.join(LIVE_OBJECTIVES)}"
+            + ("; say how many copies with replicas" if objective == "goodput" else ""),
+            field="objective",
+        )
+    return EvenPlacer() if objective == EVEN else ObjectivePlacer()
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectivePlacer:
+    """What the objective asks for, and an even split where nothing known speaks against it.
+
+    Differences between devices that are smaller than ``least_gain`` are taken for noise of the
+    measurements: a split that followed them would be no faster, and set a worse pace.
+
+    Attributes:
+        least_gain: what the solver's plan must bring over the even one, as a share.
+    """
+
+    least_gain: float = LEAST_GAIN
+    name: str = "solver"
+
+    def place(self, request: PlanRequest) -> Plan:
+        """Plan; see ``uellm.placement.views.Placer``."""
+        request = replace(request, topology=_shared(request.topology))
+        sought = solve(request)
+        even = _even(request)
+        if even is None or self._better(sought, even, request):
+            return sought
+        return _proven(even, sought)
+
+    def _better(self, sought: Plan, even: Plan, request: PlanRequest) -> bool:
+        copies = (len(sought.replicas), len(even.replicas))
+        if 0 in copies or copies[0] != copies[1]:
+            return copies[0] > copies[1]
+        if sought.slots != even.slots:
+            return sought.slots > even.slots
+        one, other = (_value(plan, request) for plan in (sought, even))
+        if one[0] != other[0]:
+            # Cheaper; or dearer, because the even split would be too slow.
+            return True
+        return one[1] < other[1] * (1 - self.least_gain)
+
+
+def gain(plan: Plan, before: Plan, request: PlanRequest) -> float:
+    """What a plan brings over another one, as a share of it: 0.05 for five per cent.
+
+    Both of one model and load. A saving of cost is a gain at ``he`` and ``helr``; where that is
+    the same, and for all other objectives, time is.
+    """
+    (cost, took), (cost_before, took_before) = (_value(each, request) for each in (plan, before))
+    if cost != cost_before:
+        return 1 - cost / cost_before if cost_before else 0.0
+    return 1 - took / took_before if took_before else 0.0
+
+
+def rated(plan: Plan, request: PlanRequest) -> Plan | None:
+    """A plan with what is predicted of it now; None if one of its devices is not there."""
+    costs = costs_of(request, plan.slots)
+    replicas: list[PlannedReplica] = []
+    for replica in plan.replicas:
+        layout = layout_of(costs, replica)
+        if layout is None:
+            return None
+        replicas.append(planned(costs, layout))
+    return replace(plan, replicas=tuple(replicas))
+
+
+def _even(request: PlanRequest) -> Plan | None:
+    """The even split as the objective sees it; None if it does not keep what is asked for."""
+    allowed = tuple(
+        replace(device, healthy=False)
+        if request.excluded & {device.id, device.worker, device.host}
+        else device
+        for device in request.topology.devices
+    )
+    bare = replace(request, topology=replace(request.topology, devices=allowed))
+    plan = rated(EvenPlacer().place(bare), request)
+    if plan is None or not all(_keeps(replica, request) for replica in plan.replicas):
+        return None
+    costs = costs_of(request, plan.slots)
+    return replace(
+        plan,
+        objective=request.objective,
+        explanation=explain_plan(plan.replicas, costs.need, request, None),
+        moves=moves(request.model, plan.replicas, request.previous),
+    )
+
+
+def _proven(plan: Plan, sought: Plan) -> Plan:
+    """A plan with what was proven in looking for a better one."""
+    proof, found = sought.certificate, plan.replicas[0].prediction if plan.replicas else None
+    if proof is None or found is None or plan.slots != sought.slots or len(plan.replicas) != 1:
+        return plan
+    values = {"seconds": found.total_seconds, "tokens per second": found.tokens_per_second}
+    # Plans of other costs are not taken for equal.
+    proof = replace(proof, value=values.get(proof.quantity, proof.value))
+    return replace(plan, certificate=proof, candidates=sought.candidates)
+
+
+def _keeps(replica: PlannedReplica, request: PlanRequest) -> bool:
+    """Whether a replica keeps pins and SLO."""
+    ids = [stage.device_id for stage in replica.stages]
+    places = {"any": ids, "first": ids[:1], "last": ids[-1:]}
+    slo = request.workload.slo_seconds
+    total = replica.prediction.total_seconds if replica.prediction else 0.0
+    return (not slo or total <= slo) and all(
+        pin.device_id in places[pin.end] for pin in request.pins
+    )
+
+
+def _value(plan: Plan, request: PlanRequest) -> tuple[float, float]:
+    """Cost where the objective minds it, and seconds, the price of moving included."""
+    price = {
+        device.id: request.costs.get(device.id, device.cost) for device in request.topology.devices
+    }
+    cost = seconds = 0.0
+    for replica in plan.replicas:
+        cost += sum(price[stage.device_id] for stage in replica.stages)
+        if (found := replica.prediction) is not None:
+            paced = request.objective in ("throughput", "goodput")
+            seconds += found.bottleneck_seconds if paced else found.total_seconds
+    moved = sum(move.weight_bytes for move in plan.moves) if request.previous else 0
+    seconds += moved * request.move_seconds_per_byte
+    return (cost if request.objective in ("he", "helr") else 0.0), seconds
+
+
+def _shared(topology: Topology) -> Topology:
+    """Devices that compute for other replicas too have a share of their time for this one."""
+    devices = tuple(
+        replace(device, slowdown=device.slowdown * (1 + device.num_stages))
+        for device in topology.devices
+    )
+    return replace(topology, devices=devices)
