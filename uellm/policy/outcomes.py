@@ -95,7 +95,7 @@ class _Fit:
         return shift
 
     def quantile(self, weights: Floats, levels: Floats) -> Floats:
-        """Residuals at levels, one of each row of weights."""
+        """Residuals at levels; rows are those of the weights."""
         weights = weights[:, self.rows]
         if self.ended.all():
             reached = np.cumsum(weights, axis=1)
@@ -106,6 +106,10 @@ class _Fit:
             survival = np.cumprod(stays, axis=1)
             before = np.column_stack([np.ones(len(survival)), survival[:, :-1]])
             cdf = 1.0 - (survival + before) / 2
+        found = [self._at(cdf, level) for level in levels.T]
+        return np.column_stack(found)
+
+    def _at(self, cdf: Floats, levels: Floats) -> Floats:
         above = np.clip((cdf < levels[:, None]).sum(axis=1), 1, len(self.values) - 1)
         row = np.arange(len(levels))
         low, high = cdf[row, above - 1], cdf[row, above]
@@ -263,20 +267,20 @@ class Outcomes:
             forecasts: of the requests.
             weights: see ``weights``.
             target: START or FINISH.
-            levels: one for each request.
+            levels: some for each request, shape (requests, levels).
             now: in seconds.
             late: of those that are late; otherwise of those that are in time.
         """
         fit = self._fitted(now)[target][late]
-        shift = fit.shift(features_of(forecasts))
+        shift = fit.shift(features_of(forecasts))[:, None]
         values = fit.quantile(weights, levels)
         if late:
-            late_seconds: Floats = late_reference(forecasts) * np.exp(shift + values)
+            late_seconds: Floats = late_reference(forecasts)[:, None] * np.exp(shift + values)
             return late_seconds
         expected = forecasts.start if target == START else forecasts.finish
         spread = np.ones(len(forecasts)) if target == START else forecasts.spread
         spread = np.hypot(spread, UNTAUGHT_SPREAD / np.sqrt(1.0 + self.kept**2 / 8))
-        seconds: Floats = expected * np.exp(shift + spread * values)
+        seconds: Floats = expected[:, None] * np.exp(shift + spread[:, None] * values)
         return seconds
 
     # ---- fitting -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 
 from uellm.policy.columns import Floats
 from uellm.policy.forecast import Forecasts
+from uellm.policy.odds import Odds
 from uellm.policy.outcomes import FEW, FINISH, PUNCTUAL_GUESS, START, Outcomes, State
 
 LEVELS = (0.5, 0.9)
@@ -25,9 +26,6 @@ RATE = 0.02
 LAG = 0.3
 """The same, for all promises together that are still open: faster, and it would swing."""
 LEAST_LEVEL, MOST_LEVEL = 0.02, 0.995
-BIAS_RATE, SLOPE_RATE = 0.05, 0.01
-"""By how much of an error the odds of being in time are corrected."""
-LEAST_SHARE = 0.002
 UNSURE = 0.05
 """A forecast by itself is never surer than this, for nobody is refused on a guess."""
 SURE_LEVEL = 0.985
@@ -64,37 +62,6 @@ class _Basis:
     forecast: Forecasts
     times: Floats
     said: float
-
-
-@dataclass(slots=True)
-class Odds:
-    """A correction of probabilities: logistic regression of what came true on what was said.
-
-    Attributes:
-        bias: of the logit.
-        slope: likewise.
-    """
-
-    bias: float = 0.0
-    slope: float = 1.0
-
-    def corrected(self, share: Floats) -> Floats:
-        """What comes true of what is said."""
-        found: Floats = 1.0 / (1.0 + np.exp(-self.bias - self.slope * _logit(share)))
-        return found
-
-    def learn(self, said: float, came_true: bool) -> None:
-        """Take in one outcome, by a step of gradient descent."""
-        logit = float(_logit(np.array([said]))[0])
-        error = came_true - 1.0 / (1.0 + np.exp(-self.bias - self.slope * logit))
-        self.bias += BIAS_RATE * error
-        self.slope = min(max(self.slope + SLOPE_RATE * error * logit, 0.2), 2.0)
-
-
-def _logit(share: Floats) -> Floats:
-    sure = np.clip(share, LEAST_SHARE, 1.0 - LEAST_SHARE)
-    logit: Floats = np.log(sure / (1.0 - sure))
-    return logit
 
 
 @dataclass(slots=True)
@@ -143,7 +110,7 @@ class TrackRecord:
         self._levels: dict[int, Floats] = {}
         self._odds: dict[int, Odds] = {}
         self._open: dict[str, _Open] = {}
-        self._asked: dict[str, _Basis] = {}
+        self._asked: dict[str, tuple[Forecasts, Prospects, int]] = {}
         self._unjudged: dict[int, int] = {}
         self._due: list[tuple[float, int, str, int, int]] = []
         self._numbers = count()
@@ -158,11 +125,9 @@ class TrackRecord:
             rows = np.flatnonzero(forecasts.kind == kind)
             found = self._of_kind(int(kind), forecasts.some(rows), now)
             times[rows], p_meet[rows], said[rows] = found.times, found.p_meet, found.said
-        for row, request_id in enumerate(forecasts.ids):
-            if request_id not in self._open:
-                alone = forecasts.some(np.array([row]))
-                self._asked[request_id] = _Basis(alone, times[row], float(said[row]))
-        return Prospects(times, p_meet, said)
+        found = Prospects(times, p_meet, said)
+        self._asked |= {name: (forecasts, found, row) for row, name in enumerate(forecasts.ids)}
+        return found
 
     def _of_kind(self, kind: int, forecasts: Forecasts, now: float) -> Prospects:
         outcomes = self._kinds.get(kind)
@@ -181,32 +146,30 @@ class TrackRecord:
             other = forecasts.deadline if target == START else forecasts.ttft
             # Who is late missed this limit, if it is the only one.
             floor = np.where(np.isfinite(other) | ~np.isfinite(limit), 0.0, limit)
-            for place in range(len(LEVELS)):
-                level = np.full(len(forecasts), levels[target, place])
-                if level[0] < SURE_LEVEL:
-                    # Who will be in time as surely as is promised is not promised to be late.
-                    level = np.where(LEVELS[place] <= punctual, np.minimum(level, punctual), level)
-                early = outcomes.seconds(
+            wanted = _wanted(levels[target], punctual)
+            sure = punctual[:, None]
+            found = outcomes.seconds(
+                forecasts,
+                weights,
+                target,
+                np.minimum(wanted / np.maximum(sure, 1e-9), 1.0),
+                now,
+                late=False,
+            )
+            latest = np.maximum(np.minimum(limit, forecasts.deadline), 0.0)
+            found = np.minimum(found, latest[:, None])
+            beyond = wanted > sure
+            if beyond.any():
+                late = outcomes.seconds(
                     forecasts,
                     weights,
                     target,
-                    np.minimum(level / np.maximum(punctual, 1e-9), 1.0),
+                    np.clip((wanted - sure) / np.maximum(1 - sure, 1e-9), 0.0, 1.0),
                     now,
-                    late=False,
+                    late=True,
                 )
-                found = np.minimum(early, np.maximum(np.minimum(limit, forecasts.deadline), 0.0))
-                beyond = level > punctual
-                if beyond.any():
-                    late = outcomes.seconds(
-                        forecasts,
-                        weights,
-                        target,
-                        np.clip((level - punctual) / np.maximum(1 - punctual, 1e-9), 0.0, 1.0),
-                        now,
-                        late=True,
-                    )
-                    found = np.where(beyond, np.maximum(late, floor), found)
-                seconds[:, target, place] = found
+                found = np.where(beyond, np.maximum(late, floor[:, None]), found)
+            seconds[:, target] = found
         seconds = np.maximum.accumulate(seconds, axis=2)
         seconds[:, START] = np.minimum(seconds[:, START], seconds[:, FINISH])
         return Prospects(now + seconds, np.where(asked, punctual, nan), said)
@@ -219,9 +182,13 @@ class TrackRecord:
 
     def promised(self, request_id: str, now: float) -> None:
         """A request was given its first promise, as it was last asked for."""
-        basis = self._asked.pop(request_id, None)
-        if basis is None or request_id in self._open or len(self._open) >= MOST_OPEN:
+        asked = self._asked.pop(request_id, None)
+        if asked is None or request_id in self._open or len(self._open) >= MOST_OPEN:
             return
+        forecasts, found, row = asked
+        basis = _Basis(
+            forecasts.some(np.array([row])), found.times[row].copy(), float(found.said[row])
+        )
         entry = self._open[request_id] = _Open(basis, now)
         forecast = basis.forecast
         self._unjudged[entry.kind] = self._unjudged.get(entry.kind, 0) + 1
@@ -368,6 +335,19 @@ def _part(state: State, name: str) -> State:
     return {
         key.removeprefix(prefix): array for key, array in state.items() if key.startswith(prefix)
     }
+
+
+def _wanted(levels: Floats, punctual: Floats) -> Floats:
+    """The levels that are asked for, by request.
+
+    Who will be in time as surely as is promised is not promised to be late.
+    """
+    wanted = np.tile(levels, (len(punctual), 1))
+    for place, promised in enumerate(LEVELS):
+        if levels[place] < SURE_LEVEL:
+            capped = np.minimum(wanted[:, place], punctual)
+            wanted[:, place] = np.where(promised <= punctual, capped, wanted[:, place])
+    return wanted
 
 
 def _as_promised() -> Floats:
