@@ -5,9 +5,11 @@
 DIR holds prompts with lengths, as ``benchmarks.profiler_data`` says. A fifth of the prompts is kept
 from all that learns, or, with ``--train``, all of DIR is. ``accuracy``: every backend and every
 baseline on instructions that none has seen; the backends have learnt from all models at once, the
-baselines from the one that is predicted. ``new-model``: a model of which 200 outcomes are known,
-other models' answers to the same prompts being known, and alone. ``drift``: coverage of the 90 %
-quantile 300 to 1,000 outcomes after the model or the task changed. ``speed``: one core.
+baselines from the one that is predicted. ``online``: from nothing, each outcome learnt after it was
+predicted, fits taken at once; outcomes 2,000 to 4,000. ``new-model``: a model of which
+200 outcomes are known, other models' answers to the same prompts being known, and alone. ``drift``:
+coverage of the 90 % quantile 300 to 1,000 outcomes after the model or the task changed. ``speed``:
+one core.
 """
 
 import argparse
@@ -30,11 +32,13 @@ from uellm.prediction.interface import Predictor
 from uellm.prediction.metrics import scores
 from uellm.prediction.registry import predictor
 
-PARTS = ("accuracy", "new-model", "drift", "speed")
+PARTS = ("accuracy", "online", "new-model", "drift", "speed")
 KNOWN = 200
 """Outcomes of a new model that are known."""
 SETTLED, AFTER = 300, 1000
 WINDOW = 200
+LEARNING, JUDGED = 2000, 4000
+"""Outcomes that are learnt from before others are judged, and where those end."""
 _BEFORE = 500
 _FEWEST_ROWS = 1200
 
@@ -59,6 +63,12 @@ def main() -> None:
         found: dict[str, Any] = {}
         if "accuracy" in parts and trained:
             found["accuracy"] = accuracy(trained, train, test)
+        if "online" in parts:
+            found["online"] = {
+                model: {name: online(name, data.of(model)) for name in backends}
+                for model in (DAVINCI, VICUNA)
+                if len(data.of(model)) > LEARNING
+            }
         if "new-model" in parts:
             found["new-model"] = {
                 name: new_models(backends, getattr(data, name), options.models)
@@ -113,6 +123,21 @@ def accuracy(trained: dict[str, Predictor], train: Data, test: Data) -> dict[str
                 "seconds_per_request": outcome.seconds_per_request
             }
     return found
+
+
+def online(name: str, examples: Sequence[Example]) -> dict[str, Any]:
+    """Scores of a predictor that begins with nothing and learns as it predicts."""
+    stream = random.Random(1).sample(examples, min(JUDGED, len(examples)))
+    made = predictor(name)
+    said = []
+    for example in stream:
+        [prediction] = made.predict_batch([example.request()])
+        said.append(prediction.lengths)
+        made.observe(example.facts(prediction.features))
+        if (work := made.refit()) is not None:
+            made.adopt(work())
+    true = [example.output_tokens for example in stream]
+    return asdict(scores(said[LEARNING:], true[LEARNING:]))
 
 
 def new_models(
