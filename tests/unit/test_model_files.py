@@ -66,7 +66,7 @@ def test_an_index_that_names_an_absent_or_odd_shard_is_refused(tmp_path: Path) -
         ({"auto_map": {"AutoModelForCausalLM": "m.M"}}, "auto_map"),
         ({"quantization_config": {"bits": 4}}, "quant_method = '(none)'"),
         ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
-        ({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}, "LlamaForCausalLM"),
+        ({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}, "nearest that are served"),
         ({"architectures": []}, "(none)"),
         ({"model_type": "mistral"}, "mistral"),
     ],
