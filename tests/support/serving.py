@@ -8,6 +8,7 @@ from typing import Any
 from tests.support import worker as workers
 from tests.support.scheduling import Mesh, scheduler
 from tests.support.waiting import eventually
+from uellm.policy.registry import DEFAULT_POLICY
 from uellm.streams.messages import Record
 from uellm.v1.common_pb2 import Sampling
 
@@ -17,7 +18,7 @@ STEP_SECONDS = 0.01
 
 @asynccontextmanager
 async def serving(
-    mesh: Mesh, redis_url: str, directory: Path, policy: str, **settings: Any
+    mesh: Mesh, redis_url: str, directory: Path, policy: str = DEFAULT_POLICY, **settings: Any
 ) -> AsyncIterator[None]:
     """A scheduler, and a worker whose engine has one slot and steps of 10 ms."""
     surroundings = workers.Mesh(mesh.redis, redis_url, workers.write_servable_model(directory))

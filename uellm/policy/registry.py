@@ -34,8 +34,8 @@ from uellm.policy.static import (
 from uellm.policy.static_dispatch import StaticDispatch
 from uellm.policy.views import DispatchPolicy, DispatchSettings, StepPolicy
 
-DEFAULT_DISPATCH_POLICY = EdfDispatch.name
-DEFAULT_STEP_POLICY = FcfsStep.name
+DEFAULT_POLICY = CsloOdbsStep.name
+"""At both levels."""
 DISPATCH_GROUP = "uellm.dispatch_policies"
 STEP_GROUP = "uellm.step_policies"
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from uellm.config import ServiceSettings
-from uellm.policy.registry import DEFAULT_DISPATCH_POLICY
+from uellm.policy.registry import DEFAULT_POLICY
 from uellm.policy.views import DispatchSettings
 
 
@@ -15,7 +15,7 @@ class SchedulerSettings(ServiceSettings):
     role: ClassVar[str] = "scheduler"
 
     policy: str = Field(
-        DEFAULT_DISPATCH_POLICY,
+        DEFAULT_POLICY,
         description="Dispatch policy of models for which none was chosen while running: one of "
         "`uellm policy list`, which installed packages add to.",
     )

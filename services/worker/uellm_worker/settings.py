@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from uellm.config import ServiceSettings
-from uellm.policy.registry import DEFAULT_STEP_POLICY
+from uellm.policy.registry import DEFAULT_POLICY
 
 
 class WorkerSettings(ServiceSettings):
@@ -51,7 +51,7 @@ class WorkerSettings(ServiceSettings):
         False, description="Fetch a hub model that this host's cache lacks when it is placed here."
     )
     step_policy: str = Field(
-        DEFAULT_STEP_POLICY,
+        DEFAULT_POLICY,
         description="Step policy of the engines led here, where none was chosen for the model "
         "while running: one of `uellm policy list`.",
     )

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from uellm.core.errors import AbortedError, FailedPreconditionError
 from uellm.models.tokenizer import Tokenizer
-from uellm.policy.registry import DEFAULT_STEP_POLICY
+from uellm.policy.registry import DEFAULT_POLICY
 from uellm.v1 import common_pb2, engine_pb2, topology_pb2, worker_pb2
 from uellm_worker.children import EngineChild
 from uellm_worker.cores import granted_cores
@@ -69,7 +69,7 @@ class Stages:
         *,
         threads: int,
         data_host: str,
-        step_policy: str = DEFAULT_STEP_POLICY,
+        step_policy: str = DEFAULT_POLICY,
         execution: str = "continuous",
         record_every_steps: int = 0,
         now: Callable[[], float] = time.time,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from uellm.convert import cost_from_proto
 from uellm.core.cost import DEFAULT_COST
 from uellm.core.errors import ConfigurationError, InvalidArgumentError, ModelFilesError
-from uellm.policy.registry import DEFAULT_STEP_POLICY, step_policy
+from uellm.policy.registry import DEFAULT_POLICY, step_policy
 from uellm.v1.engine_pb2 import (
     Alive,
     CommitShard,
@@ -190,7 +190,7 @@ class Child:
             self._recorder = StepRecorder(assignment.replica, commit.record_every_steps)
             self._loop = EngineLoop(
                 self._member,
-                step_policy(commit.policy or DEFAULT_STEP_POLICY),
+                step_policy(commit.policy or DEFAULT_POLICY),
                 capacity,
                 self._prepared.vocabulary,
                 epoch=assignment.generation,
