@@ -34,6 +34,7 @@ from uellm.decisions.records import StepRecord
 from uellm.decisions.replay import replay
 from uellm.decisions.segments import read_segment
 from uellm.embedded import EmbeddedRedis
+from uellm.policy.registry import DEFAULT_POLICY
 from uellm.streams.decisions import DecisionLog
 from uellm.streams.leader_queue import LeaderQueue
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2, worker_pb2
@@ -137,7 +138,7 @@ async def test_decisions_of_the_engine_are_recorded(slow_worker: RunningWorker, 
         return [r for r in records if isinstance(r, StepRecord) and r.decision.admit == (ids[1],)]
 
     (record,) = await eventually(second_admitted)
-    assert (record.replica, record.policy.name, record.waiting) == (REPLICA, "fcfs", 1)
+    assert (record.replica, record.policy.name, record.waiting) == (REPLICA, DEFAULT_POLICY, 1)
     accepted = (await mesh.ended(ids[1])).accepted_at
     assert accepted <= record.now <= accepted + 60
     assert replay([record]).different == 0
@@ -754,7 +755,7 @@ async def test_the_policy_changes_in_engines_that_run(
         await mesh.ended(request_id)
         assert await mesh.logged(request_id) == mesh.oracle(i, 200)
     await mesh.scheduler.set_policy(None)
-    await eventually(lambda: decides(mesh, "fcfs"))
+    await eventually(lambda: decides(mesh, DEFAULT_POLICY))
 
 
 async def test_a_new_leader_begins_with_the_policy_that_was_chosen(

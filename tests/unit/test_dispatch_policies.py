@@ -16,6 +16,7 @@ from uellm.core.cost import StepCost
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import LEVELS, Priority, QuantileFunction, ResourceProfile, Slo
 from uellm.policy import registry
+from uellm.policy.cslo_dispatch import CsloOdbsDispatch
 from uellm.policy.due import PATIENCE_SECONDS
 from uellm.policy.edf import EdfDispatch
 from uellm.policy.estimate import peak_tokens
@@ -359,6 +360,19 @@ def test_a_suspect_has_a_replica_emptied_and_to_itself() -> None:
     alone = replace(alone, in_flight=(InFlightView("suspect", NOW, 10, 20, 40, alone=True),))
     decision = EdfDispatch().dispatch(QueueView(others), [alone], NOW)
     assert decision.dispatches == ()
+
+
+def test_a_suspect_is_not_kept_waiting_by_what_could_be_sent_ahead() -> None:
+    """It has the latest deadline of all, and goes first; then no more than a few are sent."""
+    suspect = queued("suspect", 500, strikes=1)
+    others = [queued(f"q{i}", 50) for i in range(40)]
+    policy, view = CsloOdbsDispatch(), replica(slots=4)
+    assert len(sent(policy.dispatch(QueueView(others), [view], NOW))) == 40
+    assert sent(policy.dispatch(QueueView([*others, suspect]), [view], NOW)) == ["suspect"]
+    busy = replica(slots=4, in_flight=1)
+    decision = policy.dispatch(QueueView([*others, suspect]), [busy], NOW)
+    assert decision.dispatches == ()
+    assert decision.order[0] == "suspect"
 
 
 def test_an_answer_that_would_not_fit_waits_for_room() -> None:

@@ -15,7 +15,7 @@ from uellm.policy.views import QueuedView
 
 __all__ = ["Columns", "ColumnsCache", "Floats", "Ids", "Places"]
 
-_COLUMNS = 12
+_COLUMNS = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,12 @@ class Columns:
         """Requests of one number have one class, and ask for the same: see ``kind_of``."""
         return self._column(11)
 
+    @property
+    def struck(self) -> npt.NDArray[np.bool_]:
+        """Suspects: their replica died while they began."""
+        struck: npt.NDArray[np.bool_] = self.numbers[12] > 0
+        return struck
+
     def _column(self, index: int) -> Floats:
         column: Floats = self.numbers[index]
         return column
@@ -139,6 +145,7 @@ def _row(view: QueuedView) -> tuple[float, ...]:
         view.refusable,
         max(view.profile.output_tokens.mean - resume, 1.0),
         kind_of(view),
+        view.strikes,
     )
 
 

@@ -87,7 +87,11 @@ class CsloOdbsDispatch(Dispatcher):
         replicas: Sequence[ReplicaView],
         now: float,
     ) -> Places:
-        """Tenants take turns, who cannot be in time with the others yields, and elders do not."""
+        """Tenants take turns, who cannot be in time with the others yields, and elders do not.
+
+        Suspects come first: they had begun already, and whoever is passed while a replica is
+        emptied for them waits longest.
+        """
         fastest = fastest_of(replicas)
         if fastest is None or not len(order):
             return order
@@ -101,7 +105,8 @@ class CsloOdbsDispatch(Dispatcher):
         elder = self._elder(order, columns, replicas, now)
         if elder is not None:
             order = np.concatenate([[elder], order[order != elder]])
-        return order
+        struck = columns.struck[order]
+        return np.concatenate([order[struck], order[~struck]]) if struck.any() else order
 
     def _turns(
         self,
@@ -207,7 +212,12 @@ class CsloOdbsDispatch(Dispatcher):
     # ---- placing -------------------------------------------------------------------------------
 
     def placed(
-        self, order: Iterable[QueuedView], replicas: Sequence[ReplicaView], now: float
+        self,
+        order: Iterable[QueuedView],
+        replicas: Sequence[ReplicaView],
+        now: float,
+        *,
+        suspects: bool = False,
     ) -> Placed:
         """See ``Dispatcher``. A few that fit nowhere are passed over, but none that is overdue."""
         fastest = fastest_of(replicas)
@@ -223,7 +233,8 @@ class CsloOdbsDispatch(Dispatcher):
             return fastest is not None and self._urgent(request, fastest, now)
 
         only = len(replicas) == 1 and not replicas[0].others_to_come
-        if only and self._options.ahead_alone:
+        # A suspect runs alone, and would wait until all that was sent ahead has ended.
+        if only and self._options.ahead_alone and not suspects:
             ahead = max(self._settings.lookahead_requests, self._options.ahead_alone)
             unbound = replace(self._settings, lookahead_requests=ahead, kv_headroom=inf)
             return place(order, [plain_room(replicas[0], unbound)], passes)

@@ -116,9 +116,15 @@ class Dispatcher(ABC):
         return None
 
     def placed(
-        self, order: Iterable[QueuedView], replicas: Sequence[ReplicaView], now: float
+        self,
+        order: Iterable[QueuedView],
+        replicas: Sequence[ReplicaView],
+        now: float,
+        *,
+        suspects: bool = False,
     ) -> Placed:
-        """What to send, and its places in the order."""
+        """What to send, and its places in the order; ``suspects``: there are some in the order."""
+        del suspects
         return place(order, [self.room(view, now) for view in replicas])
 
     def room(self, view: ReplicaView, now: float) -> Room:
@@ -175,7 +181,9 @@ class Dispatcher(ABC):
             order = _without(order, unlikely)
             hopeless += unlikely
         views = columns.views
-        dispatches, gone = self.placed((views[i] for i in order), replicas, now)
+        dispatches, gone = self.placed(
+            (views[i] for i in order), replicas, now, suspects=bool(columns.struck[order].any())
+        )
         rest = np.delete(order, gone) if gone else order
         expiring = np.where(
             columns.refusable, np.minimum(columns.deadline, columns.first_token), inf

@@ -32,13 +32,19 @@ class StaticDispatch(Dispatcher):
         return overdue_first(keys, columns, now, self._batching.max_wait_seconds)
 
     def placed(
-        self, order: Iterable[QueuedView], replicas: Sequence[ReplicaView], now: float
+        self,
+        order: Iterable[QueuedView],
+        replicas: Sequence[ReplicaView],
+        now: float,
+        *,
+        suspects: bool = False,
     ) -> Placed:
         """See ``Dispatcher``. Suspects are no part of any batch."""
+        del suspects
         window = list(islice(order, WINDOW))
         rooms = [self.room(view, now) for view in replicas]
-        suspects = Suspects(rooms)
-        gone = [i for i, r in enumerate(window) if r.strikes and suspects.place(r)]
+        isolation = Suspects(rooms)
+        gone = [i for i, r in enumerate(window) if r.strikes and isolation.place(r)]
         places = {request.request_id: i for i, request in enumerate(window)}
         candidates = [queued_candidate(request) for request in window if not request.strikes]
         for room in sorted(rooms, key=lambda r: (r.view.decode_step_seconds, r.view.replica)):
