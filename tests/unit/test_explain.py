@@ -262,3 +262,26 @@ def test_without_the_one_in_the_slot_it_would_have_been_let_in() -> None:
     assert [phase.name for phase in told.phases] == ["queue", "engine", "prefill", "decode"]
     assert told.counterfactuals[0].seconds_earlier == pytest.approx(4.0)
     assert {cause.kind for cause in told.causes} >= {"waited_in_engine", "ahead_engine"}
+
+
+def test_a_slot_that_the_engine_did_not_give_is_not_told_again_and_again() -> None:
+    """A static batch runs: the policy lets ``me`` in before every step, and nobody gets in."""
+    me, other = sequence("me"), decoding("other")
+    decided = step([other], [me])
+    decided = replace(decided, decision=replace(decided.decision, admit=("me",)))
+    lets_in = [replace(decided, now=NOW + at) for at in range(4)]
+    runs = replace(step([decoding("me")], []), now=NOW + 4)
+    facts = Facts(
+        request_id="me",
+        tenant="local",
+        state="DONE",
+        profile=me.profile,
+        slo=me.slo,
+        dispatched_at=NOW,
+        first_token_at=NOW + 3.5,
+        finished_at=NOW + 5,
+        output_tokens=20,
+    )
+    told = explain(facts, [*lets_in, runs], NOW + 6)
+    assert [event.at for event in told.events if event.kind == "admitted"] == [NOW + 3]
+    assert next(phase for phase in told.phases if phase.name == "engine").seconds == 3

@@ -81,9 +81,8 @@ def _slots_lost(facts: Facts, story: Story) -> list[float]:
 
 
 def _admitted_after(story: Story, record: StepRecord, facts: Facts) -> float | None:
-    later = (r.now for r in story.steps if r.now > record.now)
-    admitted = {r.now for r in story.steps if facts.request_id in r.decision.admit}
-    return next((at for at in later if at in admitted), facts.finished_at)
+    later = (each.now for each in story.admissions if each.now > record.now)
+    return next(later, facts.finished_at)
 
 
 def _answer(facts: Facts, story: Story, lost_seconds: float) -> Iterator[Cause]:

@@ -44,6 +44,30 @@ class Story:
         ends = [self.refused] if self.refused is not None else []
         return sorted([*self.waited, *self.sent, *ends], key=lambda record: record.now)
 
+    @property
+    def admissions(self) -> list[StepRecord]:
+        """Decisions that gave it a slot, less those that came to nothing.
+
+        Where an engine lets nobody in (a static batch runs, room is lacking), the policy says the
+        same again before the next step.
+        """
+        me = self.request_id
+        return [
+            record
+            for at, record in enumerate(self.steps)
+            if me in record.decision.admit and not self._waits_on(record, self.steps[at + 1 :])
+        ]
+
+    def _waits_on(self, record: StepRecord, later: Iterable[StepRecord]) -> bool:
+        """Whether the engine's next record still has it waiting, as if nothing had happened."""
+        before = sequence_in(record.engine.waiting, self.request_id)
+        after = next((each for each in later if each.replica == record.replica), None)
+        return (
+            before is not None
+            and after is not None
+            and sequence_in(after.engine.waiting, self.request_id) == before
+        )
+
     def take(self, record: Record) -> None:
         """Note a record, if the request is in it."""
         if isinstance(record, StepRecord):

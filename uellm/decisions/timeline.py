@@ -25,9 +25,8 @@ def admitted_at(facts: Facts, story: Story) -> float | None:
     since = facts.dispatched_at or 0.0
     times = [
         record.now
-        for record in story.steps
-        if facts.request_id in record.decision.admit
-        and since - CLOCKS_SECONDS <= record.now <= until
+        for record in story.admissions
+        if since - CLOCKS_SECONDS <= record.now <= until
     ]
     return max(times[-1], since) if times else None
 
@@ -131,6 +130,7 @@ def _in_engine(facts: Facts, story: Story, names: Names) -> Iterator[Event]:
     waits = False
     me = facts.request_id
     sent = min([r.now for r in story.sent] or [0.0])
+    admissions = {(record.replica, record.now) for record in story.admissions}
     for record in story.steps:
         decision, at = record.decision, max(record.now, sent)
         if me in decision.preempt:
@@ -138,7 +138,7 @@ def _in_engine(facts: Facts, story: Story, names: Names) -> Iterator[Event]:
             why = f" for {', '.join(urgent)}" if urgent else ": the KV room ran out"
             yield Event(at, "preempted", f"lost its slot{why}; to be computed anew")
             waits = True
-        elif me in decision.admit:
+        elif (record.replica, record.now) in admissions:
             yield Event(at, "admitted", f"got a slot of {record.replica}")
             waits = False
         elif me in decision.hand_back:
