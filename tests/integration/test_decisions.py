@@ -72,6 +72,10 @@ async def test_decisions_are_recorded_exported_and_replayed(
     assert (result.exit_code, answer["different"], answer["truncated"]) == (exits.OK, 0, 0)
     assert answer["dispatch_decisions"] == len(await recorded(redis))
 
+    # Nothing to write is no reason to empty the file.
+    with pytest.raises(NotFoundError, match="no recorded decisions of 'other'"):
+        await replaying.export(redis_url, "other", file, None)
+
     result = CliRunner().invoke(app, ["replay", str(file), "--policy", "fcfs"])
     assert result.exit_code == exits.OK
     assert "came out otherwise" in result.stdout
@@ -85,6 +89,23 @@ async def test_decisions_are_recorded_exported_and_replayed(
     result = CliRunner().invoke(app, ["replay", str(file)])
     assert result.exit_code == exits.FAILED
     assert "reconsider_at" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "holds no decisions"),
+        (b"{", "line 1: not written by `uellm decisions`"),
+        (b"\xff\xfe\x00", "line 1: not written by `uellm decisions`"),
+        (b"[]", "version: 0"),
+    ],
+)
+def test_a_file_without_decisions_is_said(tmp_path: Path, content: bytes, why: str) -> None:
+    file = tmp_path / "decisions.jsonl"
+    file.write_bytes(content)
+    result = CliRunner().invoke(app, ["replay", str(file)])
+    assert result.exit_code == exits.USAGE
+    assert why in result.stderr
 
 
 def waiting(record: Record) -> Any:

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,8 +39,11 @@ async def export(redis_url: str, model: str, out: Path, since_seconds: float | N
         if since_seconds is not None:
             seconds, microseconds = await redis.time()
             since = int((seconds - since_seconds) * 1000 + microseconds / 1000)
-        with _opened(out, "w") as lines:
+        with ExitStack() as opened:
             async for segment in DecisionLog(redis, model).all(max(since, 0)):
+                if not segments:
+                    # Not before there is something to write: what the file holds may be needed.
+                    lines = opened.enter_context(_opened(out, "w"))
                 fields = json_format.MessageToDict(segment, preserving_proto_field_name=True)
                 lines.write(json.dumps(fields, separators=(",", ":")) + "\n")
                 segments += 1
@@ -68,6 +71,11 @@ def replay(file: Path, policy: str, settings: Sequence[str], *, as_json: bool) -
     as_recorded = instead == Instead()
     releases: set[str] = set()
     result = decide_again(_records(file, releases), instead)
+    if not releases:
+        raise InvalidArgumentError(
+            f"{file}: holds no decisions; `uellm decisions MODEL --out FILE` writes some",
+            field="FILE",
+        )
     if as_json:
         sys.stdout.write(json.dumps(_fields(result, as_recorded=as_recorded), indent=1) + "\n")
     else:
@@ -97,7 +105,7 @@ def _records(file: Path, releases: set[str]) -> Iterator[Record]:
         for number, line in enumerate(lines, 1):
             try:
                 segment = json_format.Parse(line, DecisionSegment())
-            except (json_format.ParseError, UnicodeDecodeError) as error:
+            except (json_format.ParseError, UnicodeError) as error:
                 raise InvalidArgumentError(
                     f"{file}, line {number}: not written by `uellm decisions` ({error})",
                     field="FILE",
@@ -118,7 +126,8 @@ def _opened(path: Path, mode: str) -> Iterator[TextIO]:
         yield sys.stdin if mode == "r" else sys.stdout
         return
     try:
-        file = path.open(mode)
+        # What is no text is no JSON either, and is told by its line.
+        file = path.open(mode, encoding="utf-8", errors="replace")
     except OSError as error:
         raise InvalidArgumentError(f"{path}: {error.strerror}", field="FILE") from None
     with file:

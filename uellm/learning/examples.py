@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def read_examples(path: Path) -> Iterator[Example | Problem]:
                         yield example_of(line)
                     except ValueError as error:
                         yield Problem(f"{path}:{number}", str(error))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InvalidArgumentError(f"data: {path}: {error}", field="data") from error
 
 
@@ -92,7 +93,8 @@ def example_of(line: bytes) -> Example:
         ValueError: naming the field, what it is, and what it should be.
     """
     try:
-        fields = json.loads(line)
+        # Decoded here: json guesses at UTF-16 and 32 where it is left to.
+        fields = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(fields, dict):

@@ -6,6 +6,7 @@ whole predictor, the old or the new.
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -116,7 +117,7 @@ def load_predictor(directory: Path) -> Predictor:
     try:
         with (directory / manifest.state).open("rb") as file:
             made.load(dict(np.load(file, allow_pickle=False)))
-    except (OSError, ValueError, BadZipFile, EOFError) as error:
+    except (OSError, ValueError, BadZipFile, EOFError, zlib.error) as error:
         raise ConfigurationError(
             f"profiler: {directory / manifest.state} is damaged ({error}); train it again",
             field="profiler",
