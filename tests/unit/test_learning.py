@@ -106,6 +106,7 @@ def test_a_line_says_what_it_says_and_the_rest_is_assumed(tmp_path: Path) -> Non
     ("line", "problem"),
     [
         ("{", "not JSON"),
+        ("\ufeff{", "not JSON: Expecting property name"),
         ("[1]", "a list, not an object"),
         ('{"output_tokens": 3}', "prompt: missing"),
         ('{"prompt": 5, "output_tokens": 3}', "prompt: 5 is not text"),
@@ -253,3 +254,22 @@ def test_missing_data_is_said(tmp_path: Path) -> None:
     assert "none.jsonl" in done.stderr
     empty = run("train", "--data", write(tmp_path / "e.jsonl", []), "--out", tmp_path / "out")
     assert "no examples to learn from" in empty.stderr
+
+
+def test_a_file_whose_compression_is_damaged_is_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl.gz", synthetic(500, 0))
+    content = bytearray(path.read_bytes())
+    content[2000:2100] = bytes(byte ^ 0x5A for byte in content[2000:2100])
+    path.write_bytes(content)
+    done = run("train", "--data", path, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert f"data: {path}: " in done.stderr
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_training(tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", synthetic(10, 0))
+    for out in (data, "/proc/predictor"):
+        done = run("train", "--backend", "prior", "--data", data, "--out", out)
+        assert done.exit_code == 2
+        assert f"out: {out}: " in done.stderr
+        assert "learning" not in done.stderr

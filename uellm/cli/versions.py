@@ -30,7 +30,8 @@ async def show(redis_url: str, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps([_facts(version) for version in versions], indent=2) + "\n")
         return exits.OK
-    table = Table("version", "predictor", "serves since", "loss", "before it", "answers", "why")
+    columns = ("version", "predictor", "serves since", "loss", "before it", "answers", "why")
+    table = Table(*columns, box=None)
     for version in versions:
         challenged = version.outcomes > 0
         table.add_row(

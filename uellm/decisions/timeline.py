@@ -24,9 +24,7 @@ def admitted_at(facts: Facts, story: Story) -> float | None:
     until = facts.first_token_at or facts.finished_at or inf
     since = facts.dispatched_at or 0.0
     times = [
-        record.now
-        for record in story.admissions
-        if since - CLOCKS_SECONDS <= record.now <= until
+        record.now for record in story.admissions if since - CLOCKS_SECONDS <= record.now <= until
     ]
     return max(times[-1], since) if times else None
 

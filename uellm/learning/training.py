@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Protocol, runtime_checkable
 
@@ -80,6 +81,7 @@ def train(
     if not examples:
         raise InvalidArgumentError("data: no examples to learn from", field="data")
     made = predictor(backend, settings)
+    _check_writable(directory)
     source = digest(examples)
     done = 0
     manifest = None if force else Manifest.read(directory)
@@ -109,6 +111,18 @@ def train(
         made.adopt(work())
     keep(done, complete=True)
     return made
+
+
+def _check_writable(directory: Path) -> None:
+    """Now, not after hours of training."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"out: {directory}: {error.strerror}; name a directory that can be written", field="out"
+        ) from None
 
 
 def _done_before(
