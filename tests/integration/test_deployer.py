@@ -125,6 +125,7 @@ class Mesh:
             good = all(
                 replica.state == READY
                 and replica.epoch > above
+                and replica.id in routes
                 and routes[replica.id].epoch == replica.epoch
                 and routes[replica.id].state == "READY"
                 for replica in found.replicas

@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from tests.integration.test_deployer import MODEL, REPLICA, Mesh
 from tests.support.checkpoints import write_checkpoint
 from tests.support.waiting import eventually
-from tests.support.workers import RecordingWorker
+from tests.support.workers import GIB, RecordingWorker
 from uellm.core.cost import StepCost, chunk_pairs
 from uellm.core.errors import FailedPreconditionError
 from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2, worker_pb2
@@ -30,8 +30,10 @@ class MeasuredWorker(RecordingWorker):
         fails: probes fail.
     """
 
-    def __init__(self, name: str, kind: str, speed: float = 1.0) -> None:
-        super().__init__(name)
+    def __init__(
+        self, name: str, kind: str, speed: float = 1.0, memory_bytes: int = 2 * GIB
+    ) -> None:
+        super().__init__(name, memory_bytes)
         self.kind = kind
         self.speed = speed
         self.probes: list[worker_pb2.ProbeBlockRequest] = []

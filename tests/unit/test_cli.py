@@ -32,7 +32,7 @@ from uellm.v1 import common_pb2, inference_pb2
 COMMANDS = [
     *("demo", "up", "serve", "generate", "chat", "cancel"),
     *("models", "health", "topology", "verify", "version", "simulate", "profiler"),
-    *("why", "decisions", "replay"),
+    *("why", "decisions", "replay", "deploy", "undeploy", "status"),
 ]
 NOON = 1_700_000_000.0
 

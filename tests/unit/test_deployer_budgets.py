@@ -66,7 +66,7 @@ def test_pending_loads_are_reserved_and_ones_own_are_free(
     expected: int,
 ) -> None:
     me = replica("me", Phase.IDLE, 300)
-    (device,) = devices_for(me, [me, *others], [worker(kind, *stages)])
+    (device,) = devices_for([me], [me, *others], [worker(kind, *stages)])
     assert device.memory_bytes == expected
     assert device.num_stages == sum(other.phase is not Phase.IDLE for other in others)
 

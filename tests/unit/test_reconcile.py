@@ -205,10 +205,38 @@ def test_a_stage_on_several_devices_counts_as_so_many() -> None:
 
 
 def test_replicas_beyond_those_wanted_end_once() -> None:
-    extra = replica(Phase.READY, "a", index=1)
-    assert one(Wanted(1, 1), [extra], worker("a", ("m-1", 5, SERVING))) == End("m-1")
+    kept, extra = replica(Phase.READY, "b"), replica(Phase.READY, "a", index=1)
+    there = worker("a", ("m-1", 5, SERVING)), worker("b", HELD)
+    assert one(Wanted(1, 1), [kept, extra], *there) == End("m-1")
     extra.phase = Phase.ENDING
-    assert one(Wanted(1, 1), [extra], worker("a")) is None
+    assert one(Wanted(1, 1), [kept, extra], *there) is None
+
+
+def test_of_too_many_those_that_serve_are_kept() -> None:
+    lost, serves = replica(Phase.IDLE), replica(Phase.READY, "a", index=1)
+    assert one(Wanted(1, 1), [lost, serves], worker("a", ("m-1", 5, SERVING))) == End("m-0")
+
+
+def test_a_replica_that_takes_over_counts_once_it_serves() -> None:
+    old, new = replica(Phase.READY, "a"), replica(Phase.FORMING, "b", index=1)
+    new.replaces = old.id
+    there = worker("a", HELD), worker("b", ("m-1", 5, SERVING))
+    assert one(Wanted(1, 1), [old, new], *there) is None
+    assert one(Wanted(1, 1), [old, new], worker("a", HELD)) == Abort("m-1", "worker b is not there")
+    new.phase, new.replaces, old.superseded = Phase.READY, "", True
+    assert one(Wanted(1, 1), [old, new], *there) == End("m-0")
+
+
+def test_what_was_to_take_over_and_cannot_ends_and_the_old_one_stays() -> None:
+    old, new = replica(Phase.READY, "a"), replica(Phase.IDLE, index=1)
+    new.replaces = old.id
+    assert one(Wanted(1, 1), [old, new], worker("a", HELD)) == End("m-1")
+
+
+def test_a_replica_that_is_to_move_is_watched_all_the_same() -> None:
+    moving = replica(Phase.MOVING, "a")
+    assert one(Wanted(1, 1), [moving], worker("a", HELD)) is None
+    assert isinstance(one(Wanted(1, 1), [moving]), Suspend)
 
 
 def test_orphans_are_older_unknown_or_elsewhere() -> None:

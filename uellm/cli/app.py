@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from uellm.cli import (
     asking,
+    deploying,
     exits,
     looking,
     plan,
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run": (serving.demo, serving.up, serving.join, serving.serve),
+    "Deploy": (deploying.deploy, deploying.undeploy, deploying.status),
     "Ask": (asking.generate, asking.chat, asking.cancel),
     "Look": (
         looking.models,

@@ -9,15 +9,16 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from uellm import clusters
 from uellm.cli import exits
+from uellm.cli.deployer_calls import deployer
+from uellm.cli.placements import milliseconds
 from uellm.convert import topology_from_proto
-from uellm.core.errors import InvalidArgumentError, UnavailableError
+from uellm.core.errors import InvalidArgumentError
 from uellm.core.model import ModelProfile
 from uellm.models import files
 from uellm.models.profile import read_profile
@@ -27,12 +28,10 @@ from uellm.placement.solver import solve
 from uellm.placement.topology import Topology
 from uellm.placement.views import Pin, Plan, PlannedReplica, PlannedStage, PlanRequest, Workload
 from uellm.placement.what_if import Figures, changed, enough, figures, parse_change
-from uellm.rpc import CALL_SECONDS, channel, error_from
+from uellm.rpc import CALL_SECONDS
 from uellm.simulator.traces import read_trace
-from uellm.streams.connection import check, connect
-from uellm.streams.registry import Registry
 from uellm.topology_file import load_topology
-from uellm.v1 import deployer_pb2, deployer_pb2_grpc
+from uellm.v1 import deployer_pb2
 
 DISCOVERED = "discovered"
 SERVED_SHARE = 0.99
@@ -69,20 +68,8 @@ async def discover(redis_url: str) -> Topology:
     Raises:
         UnavailableError: if there is no deployer.
     """
-    redis = connect(redis_url)
-    try:
-        await check(redis, redis_url)
-        found = await Registry(redis).find("deployer")
-    finally:
-        await redis.aclose()
-    if not found:
-        raise UnavailableError("there is no deployer; start one with `uellm serve deployer`")
-    async with channel(found[0].address) as way:
-        stub: Any = deployer_pb2_grpc.DeployerServiceStub(way)
-        try:
-            answer = await stub.GetTopology(deployer_pb2.GetTopologyRequest(), timeout=CALL_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise error_from(error) from None
+    async with deployer(redis_url) as stub:
+        answer = await stub.GetTopology(deployer_pb2.GetTopologyRequest(), timeout=CALL_SECONDS)
     return topology_from_proto(answer.topology)
 
 
@@ -267,15 +254,15 @@ def _print(asked: Asked, plan: Plan, found: Figures) -> None:
                 stage.device_id,
                 names.get(stage.device_id, ""),
                 size(stage.memory_bytes),
-                _milliseconds(stage.prefill_seconds),
-                _milliseconds(stage.decode_seconds),
-                _milliseconds(stage.send_seconds) if not stage.has_head else "",
+                milliseconds(stage.prefill_seconds),
+                milliseconds(stage.decode_seconds),
+                milliseconds(stage.send_seconds) if not stage.has_head else "",
             )
         console.print(table)
         if (predicted := replica.prediction) is not None:
             console.print(
-                f"first token after {_milliseconds(predicted.prefill_seconds)}, then "
-                f"{_milliseconds(predicted.decode_seconds)} a token, "
+                f"first token after {milliseconds(predicted.prefill_seconds)}, then "
+                f"{milliseconds(predicted.decode_seconds)} a token, "
                 f"{predicted.total_seconds:.3g} s in all; "
                 f"{predicted.tokens_per_second:.4g} tokens/s, bound by "
                 f"{predicted.bottleneck}",
@@ -342,10 +329,6 @@ def _print_others(before: Figures, others: Sequence[tuple[str, Figures]]) -> Non
             ratio,
         )
     Console().print(table)
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
 
 
 def _finite(value: Any) -> Any:

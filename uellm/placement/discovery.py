@@ -74,6 +74,7 @@ class Knowledge:
         links: between devices: measured within a worker, declared by drivers, or from a file.
         overrides: from a file; of the same ends nothing else counts.
         default_link_by_level: see ``Topology``.
+        slowdowns: what devices that run take, in units of what was predicted of them, by id.
     """
 
     blocks: Mapping[BlockKey, BlockCost] = field(default_factory=dict)
@@ -81,11 +82,23 @@ class Knowledge:
     links: Sequence[Link] = ()
     overrides: Sequence[Link] = ()
     default_link_by_level: Mapping[str, LinkSpeed] = field(default_factory=dict)
+    slowdowns: Mapping[str, float] = field(default_factory=dict)
 
     def block(self, device: Device, model: str, dtype: str) -> BlockCost | None:
         """What a layer of a model takes on a device; without it, of the shape for any model."""
         known = self.blocks.get(BlockKey(device.host, device.name, model, dtype))
         return known or self.blocks.get(BlockKey(device.host, device.name, ANY_MODEL, dtype))
+
+    def certainty(self, device: Device, model: str, dtype: str) -> int:
+        """What a device's speed for a model rests on; devices compare where this is the same.
+
+        2: the model was measured on its kind; 1: another shape was, or its speed was declared; 0:
+        it is a guess.
+        """
+        if BlockKey(device.host, device.name, model, dtype) in self.blocks:
+            return 2
+        known = self.block(device, model, dtype) is not None
+        return int(known or device.flops_per_second > 0)
 
     def topology(self, devices: Sequence[Device], model: str, dtype: str) -> Topology:
         """The devices with what is known of their speed, and the ways between them.
@@ -101,7 +114,12 @@ class Knowledge:
         described = []
         for device in devices:
             known = self.block(device, model, dtype)
-            described.append(known.describe(device) if known else device)
+            spoken = known.describe(device) if known else device
+            slow = self.slowdowns.get(device.id)
+            if slow is not None:
+                # Of its kind others may be as fast as ever.
+                spoken = replace(spoken, slowdown=max(device.slowdown, slow))
+            described.append(spoken)
         ids = {device.id for device in devices}
         settled = {(link.src, link.dst) for link in self.overrides}
         links = [

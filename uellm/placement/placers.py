@@ -68,15 +68,29 @@ class ObjectivePlacer:
         return one[1] < other[1] * (1 - self.least_gain)
 
 
+def improvement(request: PlanRequest, present: Plan) -> tuple[Plan, float]:
+    """The plan that is preferred to one that serves, and what it gains; see ``gain``.
+
+    A plan that grants less than the present one gains nothing.
+    """
+    plan = ObjectivePlacer().place(replace(request, previous=present))
+    shared = replace(request, topology=_shared(request.topology), previous=present)
+    before = rated(present, shared)
+    short = len(plan.replicas) < len(present.replicas) or plan.slots < present.slots
+    if before is None or short or plan.infeasible_reason:
+        return plan, 0.0
+    return plan, gain(plan, before, shared)
+
+
 def gain(plan: Plan, before: Plan, request: PlanRequest) -> float:
     """What a plan brings over another one, as a share of it: 0.05 for five per cent.
 
-    Both of one model and load. A saving of cost is a gain at ``he`` and ``helr``; where that is
-    the same, and for all other objectives, time is.
+    Both of one model and load. At ``he`` and ``helr`` a saving of cost is a gain; else time is: a
+    dearer plan is preferred because the cheaper one takes too long.
     """
     (cost, took), (cost_before, took_before) = (_value(each, request) for each in (plan, before))
-    if cost != cost_before:
-        return 1 - cost / cost_before if cost_before else 0.0
+    if cost < cost_before:
+        return 1 - cost / cost_before
     return 1 - took / took_before if took_before else 0.0
 
 

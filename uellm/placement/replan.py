@@ -13,6 +13,8 @@ from uellm.placement.views import Move, Plan, PlannedReplica
 
 LEAST_GAIN = 0.05
 COOL_DOWN_SECONDS = 60.0
+ALIKE = 0.01
+"""Share of time by which plans may differ and still be alike: less than predictions err."""
 # Devices that an old order is offered, the fastest of those that it does not have.
 _MOST_OFFERED = 4
 # Paces that an old order is cut for, by that of the fresh plan; where throughput is sought.
@@ -110,7 +112,10 @@ def settle(
     previous: PlannedReplica,
     seconds_per_byte: float,
 ) -> Layout:
-    """The best layout with the price of moving counted: the fresh one, or one nearby."""
+    """The best layout with the price of moving counted: the fresh one, or one nearby.
+
+    Of those that are alike, it is the one that moves the least.
+    """
 
     def total(layout: Layout) -> tuple[float, float, int]:
         moved = moved_bytes(costs, layout, previous)
@@ -126,8 +131,12 @@ def settle(
         fastest = predict(costs, fresh).bottleneck_seconds
         paces = tuple(factor * fastest * (1 + 1e-9) for factor in _PACES)
     options = [fresh, *nearby(costs, judge, previous, seconds_per_byte, paces)]
-    fine = [layout for layout in options if not judge.violation(layout)]
-    return min(fine, key=total, default=fresh)
+    fine = [(total(layout), layout) for layout in options if not judge.violation(layout)]
+    if not fine:
+        return fresh
+    cost, least, _ = min(key for key, _ in fine)
+    alike = [each for each in fine if each[0][0] == cost and each[0][1] <= least * (1 + ALIKE)]
+    return min(alike, key=lambda each: (each[0][2], each[0][1]))[1]
 
 
 def _neighbours(order: list[int], spare: Sequence[int]) -> Iterator[list[int]]:

@@ -482,6 +482,52 @@ class UndeployResponse(_message.Message):
 Global___UndeployResponse: _TypeAlias = UndeployResponse  # noqa: Y015
 
 @_typing.final
+class ApproveRequest(_message.Message):
+    """A deployment whose proposed changes are approved."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The served name."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApproveRequest: _TypeAlias = ApproveRequest  # noqa: Y015
+
+@_typing.final
+class ApproveResponse(_message.Message):
+    """They are being carried out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def deployment(self) -> _topology_pb2.Deployment:
+        """As it stands."""
+
+    def __init__(
+        self,
+        *,
+        deployment: _topology_pb2.Deployment | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApproveResponse: _TypeAlias = ApproveResponse  # noqa: Y015
+
+@_typing.final
 class DescribeRequest(_message.Message):
     """No filter yet."""
 
@@ -497,6 +543,80 @@ class DescribeRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
+
+@_typing.final
+class StageLive(_message.Message):
+    """How a part of a replica that serves keeps its time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    PREDICTED_SECONDS_FIELD_NUMBER: _builtins.int
+    MEASURED_SECONDS_FIELD_NUMBER: _builtins.int
+    RATIO_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    """The device that holds it."""
+    predicted_seconds: _builtins.float
+    """What the latest step that only decoded should have taken; 0: none was seen."""
+    measured_seconds: _builtins.float
+    """What it took."""
+    ratio: _builtins.float
+    """The latter in units of the former, smoothed; 0: none was seen."""
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        predicted_seconds: _builtins.float = ...,
+        measured_seconds: _builtins.float = ...,
+        ratio: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "measured_seconds", b"measured_seconds", "predicted_seconds", b"predicted_seconds", "ratio", b"ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageLive: _TypeAlias = StageLive  # noqa: Y015
+
+@_typing.final
+class ReplicaLive(_message.Message):
+    """How a replica that serves is doing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    replica: _builtins.str
+    """Which."""
+    running: _builtins.int
+    """Sequences in its engine, waiting there included."""
+    waiting: _builtins.int
+    """Of these, waiting for a slot."""
+    slots: _builtins.int
+    """Most sequences that run at once."""
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageLive]:
+        """By device, in stage order."""
+
+    def __init__(
+        self,
+        *,
+        replica: _builtins.str = ...,
+        stages: _abc.Iterable[Global___StageLive] | None = ...,
+        running: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        slots: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica", "running", b"running", "slots", b"slots", "stages", b"stages", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaLive: _TypeAlias = ReplicaLive  # noqa: Y015
 
 @_typing.final
 class WorkerStatus(_message.Message):
@@ -550,6 +670,7 @@ class DescribeResponse(_message.Message):
 
     DEPLOYMENTS_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def deployments(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.Deployment]:
         """By name."""
@@ -558,15 +679,20 @@ class DescribeResponse(_message.Message):
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
         """By id."""
 
+    @_builtins.property
+    def live(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaLive]:
+        """Of replicas that serve."""
+
     def __init__(
         self,
         *,
         deployments: _abc.Iterable[_topology_pb2.Deployment] | None = ...,
         workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
+        live: _abc.Iterable[Global___ReplicaLive] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployments", b"deployments", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployments", b"deployments", "live", b"live", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -70,6 +70,11 @@ class DeployerServiceStub(object):
                 request_serializer=uellm_dot_v1_dot_deployer__pb2.GetTopologyRequest.SerializeToString,
                 response_deserializer=uellm_dot_v1_dot_deployer__pb2.GetTopologyResponse.FromString,
                 _registered_method=True)
+        self.Approve = channel.unary_unary(
+                '/uellm.v1.DeployerService/Approve',
+                request_serializer=uellm_dot_v1_dot_deployer__pb2.ApproveRequest.SerializeToString,
+                response_deserializer=uellm_dot_v1_dot_deployer__pb2.ApproveResponse.FromString,
+                _registered_method=True)
         self.WatchDeployments = channel.unary_stream(
                 '/uellm.v1.DeployerService/WatchDeployments',
                 request_serializer=uellm_dot_v1_dot_deployer__pb2.WatchDeploymentsRequest.SerializeToString,
@@ -130,6 +135,13 @@ class DeployerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Approve(self, request, context):
+        """Carries out the changes of a deployment's placement that wait for approval.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchDeployments(self, request, context):
         """As Describe, again after every change.
         """
@@ -174,6 +186,11 @@ def add_DeployerServiceServicer_to_server(servicer, server):
                     servicer.GetTopology,
                     request_deserializer=uellm_dot_v1_dot_deployer__pb2.GetTopologyRequest.FromString,
                     response_serializer=uellm_dot_v1_dot_deployer__pb2.GetTopologyResponse.SerializeToString,
+            ),
+            'Approve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Approve,
+                    request_deserializer=uellm_dot_v1_dot_deployer__pb2.ApproveRequest.FromString,
+                    response_serializer=uellm_dot_v1_dot_deployer__pb2.ApproveResponse.SerializeToString,
             ),
             'WatchDeployments': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchDeployments,
@@ -371,6 +388,33 @@ class DeployerService(object):
             '/uellm.v1.DeployerService/GetTopology',
             uellm_dot_v1_dot_deployer__pb2.GetTopologyRequest.SerializeToString,
             uellm_dot_v1_dot_deployer__pb2.GetTopologyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Approve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/uellm.v1.DeployerService/Approve',
+            uellm_dot_v1_dot_deployer__pb2.ApproveRequest.SerializeToString,
+            uellm_dot_v1_dot_deployer__pb2.ApproveResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,8 @@ class DeployerServiceStub:
     """What is where now."""
     GetTopology: _grpc.UnaryUnaryMultiCallable[_deployer_pb2.GetTopologyRequest, _deployer_pb2.GetTopologyResponse]
     """What there is to place on: devices, the ways between them, and how well both are known."""
+    Approve: _grpc.UnaryUnaryMultiCallable[_deployer_pb2.ApproveRequest, _deployer_pb2.ApproveResponse]
+    """Carries out the changes of a deployment's placement that wait for approval."""
     WatchDeployments: _grpc.UnaryStreamMultiCallable[_deployer_pb2.WatchDeploymentsRequest, _deployer_pb2.WatchDeploymentsResponse]
     """As Describe, again after every change."""
 
@@ -69,6 +71,8 @@ class DeployerServiceAsyncStub(DeployerServiceStub):
     """What is where now."""
     GetTopology: _aio.UnaryUnaryMultiCallable[_deployer_pb2.GetTopologyRequest, _deployer_pb2.GetTopologyResponse]  # type: ignore[assignment]
     """What there is to place on: devices, the ways between them, and how well both are known."""
+    Approve: _aio.UnaryUnaryMultiCallable[_deployer_pb2.ApproveRequest, _deployer_pb2.ApproveResponse]  # type: ignore[assignment]
+    """Carries out the changes of a deployment's placement that wait for approval."""
     WatchDeployments: _aio.UnaryStreamMultiCallable[_deployer_pb2.WatchDeploymentsRequest, _deployer_pb2.WatchDeploymentsResponse]  # type: ignore[assignment]
     """As Describe, again after every change."""
 
@@ -130,6 +134,14 @@ class DeployerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_deployer_pb2.GetTopologyResponse, _abc.Awaitable[_deployer_pb2.GetTopologyResponse]]:
         """What there is to place on: devices, the ways between them, and how well both are known."""
+
+    @_abc_1.abstractmethod
+    def Approve(
+        self,
+        request: _deployer_pb2.ApproveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_deployer_pb2.ApproveResponse, _abc.Awaitable[_deployer_pb2.ApproveResponse]]:
+        """Carries out the changes of a deployment's placement that wait for approval."""
 
     @_abc_1.abstractmethod
     def WatchDeployments(

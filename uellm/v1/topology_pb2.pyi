@@ -75,6 +75,36 @@ REPLICA_STATE_FAILED: ReplicaState.ValueType  # 4
 """Cannot be formed; see the deployment's status."""
 Global___ReplicaState: _TypeAlias = ReplicaState  # noqa: Y015
 
+class _ChangeState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChangeStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHANGE_STATE_UNSPECIFIED: _ChangeState.ValueType  # 0
+    CHANGE_STATE_PROPOSED: _ChangeState.ValueType  # 1
+    """Waits for approval."""
+    CHANGE_STATE_UNDER_WAY: _ChangeState.ValueType  # 2
+    """Is being carried out."""
+    CHANGE_STATE_DONE: _ChangeState.ValueType  # 3
+    """Serves."""
+    CHANGE_STATE_FAILED: _ChangeState.ValueType  # 4
+    """Was given up: what was there serves on, or is formed again."""
+
+class ChangeState(_ChangeState, metaclass=_ChangeStateEnumTypeWrapper):
+    """How far a change of a placement is."""
+
+CHANGE_STATE_UNSPECIFIED: ChangeState.ValueType  # 0
+CHANGE_STATE_PROPOSED: ChangeState.ValueType  # 1
+"""Waits for approval."""
+CHANGE_STATE_UNDER_WAY: ChangeState.ValueType  # 2
+"""Is being carried out."""
+CHANGE_STATE_DONE: ChangeState.ValueType  # 3
+"""Serves."""
+CHANGE_STATE_FAILED: ChangeState.ValueType  # 4
+"""Was given up: what was there serves on, or is formed again."""
+Global___ChangeState: _TypeAlias = ChangeState  # noqa: Y015
+
 @_typing.final
 class PcieState(_message.Message):
     """How a device hangs on its host."""
@@ -1097,6 +1127,64 @@ class Replica(_message.Message):
 Global___Replica: _TypeAlias = Replica  # noqa: Y015
 
 @_typing.final
+class PlacementChange(_message.Message):
+    """A replica that serves is placed anew, because that is better than where it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    GAIN_FIELD_NUMBER: _builtins.int
+    MOVED_LAYERS_FIELD_NUMBER: _builtins.int
+    MOVED_BYTES_FIELD_NUMBER: _builtins.int
+    MAKE_BEFORE_BREAK_FIELD_NUMBER: _builtins.int
+    PLANNED_FIELD_NUMBER: _builtins.int
+    CHANGED_AT_FIELD_NUMBER: _builtins.int
+    replica: _builtins.str
+    """The replica."""
+    state: Global___ChangeState.ValueType
+    """How far it is."""
+    reason: _builtins.str
+    """Why, in plain words."""
+    gain: _builtins.float
+    """What it brings of what is sought, as a share: 0.05 for five per cent less time or cost."""
+    moved_layers: _builtins.int
+    """Layers that devices load which they did not hold."""
+    moved_bytes: _builtins.int
+    """Their weights."""
+    make_before_break: _builtins.bool
+    """The new one takes over once it serves; otherwise the old one is drained first, and requests wait."""
+    @_builtins.property
+    def planned(self) -> Global___PlannedReplica:
+        """Where it goes."""
+
+    @_builtins.property
+    def changed_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was proposed, begun, or done."""
+
+    def __init__(
+        self,
+        *,
+        replica: _builtins.str = ...,
+        state: Global___ChangeState.ValueType = ...,
+        reason: _builtins.str = ...,
+        gain: _builtins.float = ...,
+        moved_layers: _builtins.int = ...,
+        moved_bytes: _builtins.int = ...,
+        make_before_break: _builtins.bool = ...,
+        planned: Global___PlannedReplica | None = ...,
+        changed_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "planned", b"planned"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "gain", b"gain", "make_before_break", b"make_before_break", "moved_bytes", b"moved_bytes", "moved_layers", b"moved_layers", "planned", b"planned", "reason", b"reason", "replica", b"replica", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementChange: _TypeAlias = PlacementChange  # noqa: Y015
+
+@_typing.final
 class Deployment(_message.Message):
     """A served model, as the deployer publishes it: a field of hash `uellm:deployments`."""
 
@@ -1116,6 +1204,7 @@ class Deployment(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     WANTED_KV_TOKENS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The served name."""
     status: _builtins.str
@@ -1152,6 +1241,10 @@ class Deployment(_message.Message):
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ModelRef]:
         """LoRA adapters that requests may name."""
 
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlacementChange]:
+        """Of each replica the change that is proposed or under way, or the latest one."""
+
     def __init__(
         self,
         *,
@@ -1169,10 +1262,11 @@ class Deployment(_message.Message):
         adapters: _abc.Iterable[_common_pb2.ModelRef] | None = ...,
         wanted_kv_tokens: _builtins.int = ...,
         objective: _builtins.str = ...,
+        changes: _abc.Iterable[Global___PlacementChange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "max_tokens", b"max_tokens", "model", b"model", "name", b"name", "objective", b"objective", "profile", b"profile", "replicas", b"replicas", "slots", b"slots", "status", b"status", "version", b"version", "wanted_kv_tokens", b"wanted_kv_tokens", "wanted_replicas", b"wanted_replicas", "wanted_stages", b"wanted_stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "changes", b"changes", "dtype", b"dtype", "max_tokens", b"max_tokens", "model", b"model", "name", b"name", "objective", b"objective", "profile", b"profile", "replicas", b"replicas", "slots", b"slots", "status", b"status", "version", b"version", "wanted_kv_tokens", b"wanted_kv_tokens", "wanted_replicas", b"wanted_replicas", "wanted_stages", b"wanted_stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

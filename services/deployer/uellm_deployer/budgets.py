@@ -5,7 +5,7 @@ replica to be planned holds itself.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from uellm.convert import device_from_proto
 from uellm.placement.topology import Device
@@ -16,19 +16,25 @@ from uellm_deployer.workers import Worker
 
 
 def devices_for(
-    planning: Replica | None, replicas: Iterable[Replica], workers: Sequence[Worker]
+    planning: Collection[Replica],
+    replicas: Iterable[Replica],
+    workers: Sequence[Worker],
+    said: Callable[[Worker], Sequence[topology_pb2.Device]] = lambda worker: worker.devices,
 ) -> list[Device]:
     """The devices as a plan for ``planning`` may fill them.
 
     Args:
-        planning: the replica to be placed; what it holds now is free for it. None: a new one.
+        planning: the replicas to be placed; what they hold now is free for them.
         replicas: all replicas of all deployments.
         workers: those that are not lost.
+        said: a worker's devices, with what is known of them besides.
     """
     held, owed, stages = _claims(planning, replicas, workers)
     found = []
     for worker in workers:
-        for device in worker.usable:
+        for device in said(worker):
+            if not device.healthy:
+                continue
             free = device.memory_free_bytes + held[device.id] - owed[device.id]
             memory_bytes = max(0, min(free, device.memory_total_bytes))
             found.append(device_from_proto(device, memory_bytes, stages[device.id]))
@@ -36,7 +42,7 @@ def devices_for(
 
 
 def _claims(
-    planning: Replica | None, replicas: Iterable[Replica], workers: Sequence[Worker]
+    planning: Collection[Replica], replicas: Iterable[Replica], workers: Sequence[Worker]
 ) -> tuple[Counter[str], Counter[str], Counter[str]]:
     """By device: bytes that ``planning`` holds, bytes that others will still take, their stages."""
     by_id = {worker.worker: worker for worker in workers}
@@ -45,7 +51,7 @@ def _claims(
     owed: Counter[str] = Counter()
     stages: Counter[str] = Counter()
     for replica in replicas:
-        if replica.planned is None or (replica is not planning and replica.phase is Phase.IDLE):
+        if replica.planned is None or (replica not in planning and replica.phase is Phase.IDLE):
             continue
         for stage in replica.planned.stages:
             worker = by_id.get(stage.device_id.rpartition("/")[0])
@@ -53,7 +59,7 @@ def _claims(
             resident = 0
             if status is not None and status.pid:
                 resident = _resident(stage, kinds.get(stage.device_id), status)
-            if replica is planning:
+            if replica in planning:
                 held[stage.device_id] += resident
             else:
                 owed[stage.device_id] += stage.memory_bytes - resident

@@ -19,8 +19,11 @@ from uellm_deployer.catalog import adapters_by_model, checked, parse_model, reso
 from uellm_deployer.deployment import Deployment
 from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former
+from uellm_deployer.leftovers import Leftovers
 from uellm_deployer.links import Links
+from uellm_deployer.live import live
 from uellm_deployer.measurements import Measurements
+from uellm_deployer.replanning import Replanner
 from uellm_deployer.replica import Replica
 from uellm_deployer.settings import DeployerSettings
 from uellm_deployer.store import Store
@@ -30,7 +33,6 @@ from uellm_deployer.workers import Workers
 
 _log = logger("deployer")
 TURN_SECONDS = 0.25
-RELEASE_AGAIN_SECONDS = 5.0
 REASSERT_SECONDS = 2.0
 SURVEY_POLL_SECONDS = 0.05
 MEASURE_SHARE = 0.9
@@ -67,10 +69,11 @@ class Deployer:
         self._deployments: dict[str, Deployment] = {}
         self._woken = asyncio.Event()
         self._news = asyncio.Event()
-        self._released: dict[reconcile.Orphan, float] = {}
         self._reassert_at = 0.0
         self._acting_since = 0.0
         self._tools = self._make_tools()
+        self._leftovers = Leftovers(self._tools.former, context.spawn)
+        self._replanner = Replanner(self._tools, lambda: self._deployments)
         self._upkeep = Upkeep(
             self._discovery, self._store, lambda: self._deployments, context.spawn
         )
@@ -121,6 +124,7 @@ class Deployer:
                 del self._deployments[name]
         await self._reassert(now)
         await self._upkeep.turn(now)
+        self._replanner.turn(now)
         self._release_orphans(now)
         self.workers.forget(now)
         await self._links.keep(list(self.workers.all))
@@ -200,18 +204,7 @@ class Deployer:
             self._settings.worker_silence_seconds,
         )
         replicas: dict[str, Replica] = {replica.id: replica for replica in self._tools.replicas()}
-        for orphan in reconcile.orphans(replicas, situation):
-            if now - self._released.get(orphan, float("-inf")) < RELEASE_AGAIN_SECONDS:
-                continue
-            self._released[orphan] = now
-            _log.info("a stage is left over", worker=orphan.worker, replica=orphan.replica)
-            release = self._tools.former.release_stage(
-                orphan.worker, orphan.replica, orphan.generation
-            )
-            self._context.spawn(release, f"release {orphan.replica}")
-        self._released = {
-            orphan: at for orphan, at in self._released.items() if now - at < RELEASE_AGAIN_SECONDS
-        }
+        self._leftovers.release(replicas, situation)
 
     def _check(self) -> None:
         if not self._leadership.held or self._leadership.term != self._term:
@@ -272,8 +265,11 @@ class Deployer:
         request = checked(request, self._settings.slots, self._settings.objective)
         model = await resolve(request)
         now = time.monotonic()
-        live = self.workers.live(now, self._settings.worker_silence_seconds)
-        devices = devices_for(None, self._tools.replicas(), live)
+        there = self.workers.live(now, self._settings.worker_silence_seconds)
+        deployed = self._deployments.get(request.model.name)
+        # What runs under the name makes room for it.
+        own = deployed.replicas if deployed is not None else ()
+        devices = devices_for(own, self._tools.replicas(), there, self._discovery.said)
         planned = await asyncio.to_thread(
             planning.plan,
             model,
@@ -347,6 +343,24 @@ class Deployer:
         await self._store.unwant(name)
         deployment.ending = True
         self._wake()
+
+    async def approve(self, name: str) -> topology_pb2.Deployment:
+        """Carry out the changes of a deployment's placement that are proposed.
+
+        Raises:
+            NotFoundError: if it is not deployed.
+            FailedPreconditionError: if nothing is proposed.
+        """
+        deployment = self._deployments.get(name)
+        if deployment is None:
+            raise self._not_deployed(name, "name")
+        await deployment.approve()
+        self._wake()
+        return deployment.published
+
+    async def live(self) -> list[deployer_pb2.ReplicaLive]:
+        """How the replicas that serve are doing."""
+        return await live(self._deployments.values(), self._store, self._discovery.times)
 
     def _not_deployed(self, name: str, field: str) -> NotFoundError:
         return NotFoundError(

@@ -3,10 +3,11 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from uellm.convert import model_from_proto, model_to_proto
-from uellm.core.errors import UellmError
+from uellm.core.errors import FailedPreconditionError, UellmError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger
 from uellm.streams.connection import UNREACHABLE
@@ -36,6 +37,9 @@ class Deployment:
         ending: it is not wanted any more.
         ended: nothing of it is left.
         avoided: workers that could not do their part, and until when others are preferred.
+        changes: by replica, what was or is to be placed anew.
+        approved: what is proposed is to be carried out.
+        changed_at: when a change last began or ended, in monotonic seconds.
     """
 
     def __init__(self, request: deployer_pb2.PlanRequest, tools: Tools) -> None:
@@ -47,6 +51,9 @@ class Deployment:
         self.ending = False
         self.ended = False
         self.avoided: dict[str, float] = {}
+        self.changes: dict[str, topology_pb2.PlacementChange] = {}
+        self.approved = False
+        self.changed_at = float("-inf")
         self._status = ""
         self._published = topology_pb2.Deployment()
         self._publishing = asyncio.Lock()
@@ -67,6 +74,11 @@ class Deployment:
     ) -> None:
         """Go on from what another deployer published."""
         self._published.CopyFrom(published)
+        self.changes = {
+            change.replica: change
+            for change in published.changes
+            if change.state == topology_pb2.CHANGE_STATE_DONE
+        }
         if published.profile.layers:
             self.profile = model_from_proto(published.profile)
         settings = self.tools.settings
@@ -132,11 +144,11 @@ class Deployment:
 
     async def _step(self, now: float) -> None:
         if self.ending:
-            self._start("", self._end)
+            self.start("", self._end)
             return
         if self.model is None:
             if now >= self._resolve_at:
-                self._start("", self._resolve)
+                self.start("", self._resolve)
             if not self.replicas:
                 await self.publish()
                 return
@@ -154,14 +166,40 @@ class Deployment:
         await self.publish()
 
     def _add_replicas(self, now: float) -> None:
-        there = {replica.index for replica in self.replicas}
-        for index in range(self.request.replicas):
-            if index not in there:
-                patience = self.tools.settings.settle_seconds
-                self.replicas.append(
-                    Replica(f"{self.name}-{index}", index, since=now, patience_seconds=patience)
-                )
-        self.replicas.sort(key=lambda replica: replica.index)
+        for _ in range(self.request.replicas - len(reconcile.standing(self.replicas))):
+            self.add_replica(now)
+
+    def add_replica(self, now: float, *, replaces: str = "") -> Replica:
+        """One copy more, under the first number that is free."""
+        taken = {replica.index for replica in self.replicas}
+        index = next(number for number in count() if number not in taken)
+        patience = self.tools.settings.settle_seconds
+        replica = Replica(
+            f"{self.name}-{index}", index, since=now, patience_seconds=patience, replaces=replaces
+        )
+        self.replicas.append(replica)
+        self.replicas.sort(key=lambda each: each.index)
+        return replica
+
+    async def approve(self) -> None:
+        """Have what is proposed carried out.
+
+        Raises:
+            FailedPreconditionError: if nothing is.
+        """
+        proposed = [
+            change
+            for change in self.changes.values()
+            if change.state == topology_pb2.CHANGE_STATE_PROPOSED
+        ]
+        if not proposed:
+            raise FailedPreconditionError(
+                f"no change of {self.name} is proposed; `uellm status` shows changes"
+            )
+        for change in proposed:
+            change.state = topology_pb2.CHANGE_STATE_UNDER_WAY
+        self.approved = True
+        await self.publish()
 
     async def _carry_out(self, action: reconcile.Action, now: float) -> None:
         replica = next(replica for replica in self.replicas if replica.id == action.replica)
@@ -182,17 +220,17 @@ class Deployment:
                 replica.phase, replica.since, replica.message = Phase.IDLE, now, reason
                 replica.patience_seconds = self.tools.settings.recovery_seconds
             case reconcile.Form() if self.model is not None:
-                if self._start(replica.id, lambda: form(self, replica)):
+                if self.start(replica.id, lambda: form(self, replica)):
                     replica.phase = Phase.FORMING
             case reconcile.Grow() if self.model is not None:
-                self._start(replica.id, lambda: form(self, replica, grow=True))
+                self.start(replica.id, lambda: form(self, replica, grow=True))
             case reconcile.End():
                 replica.phase = Phase.ENDING
-                self._start(replica.id, lambda: self._retire(replica))
+                self.start(replica.id, lambda: self._retire(replica))
             case reconcile.Wait(message=message) if message and not replica.failed:
                 replica.message = message
 
-    def _start(self, key: str, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+    def start(self, key: str, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
         """Run ``work`` unless there is work under way for the same replica."""
         running = self._tasks.get(key)
         if running is not None and not running.done():
@@ -315,6 +353,7 @@ class Deployment:
             slots=min((stage.slots for stage in running), default=0),
             adapters=running[0].adapters if running else self._adapters(),
             objective=self.request.objective,
+            changes=[self.changes[r.id] for r in self.replicas if r.id in self.changes],
         )
 
     def _adapters(self) -> Sequence[common_pb2.ModelRef]:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ from uellm.v1 import common_pb2, deployer_pb2, queue_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.links import Links
 from uellm_deployer.measurements import Measurements
-from uellm_deployer.planning import dtype_for
+from uellm_deployer.planning import dtype_for, nominal_seconds
 from uellm_deployer.probing import HIDDEN_SIZE, Activation, Prober
 from uellm_deployer.replica import Replica
 from uellm_deployer.settings import DeployerSettings
+from uellm_deployer.stage_times import StageTime, StageTimes
 from uellm_deployer.workers import Worker, Workers
 
 _log = logger("discovery")
@@ -99,6 +100,7 @@ class Discovery:
         self._retry_at: dict[Hashable, float] = {}
         self._notes: dict[Hashable, str] = {}
         self._steps: dict[str, tuple[int, int]] = {}
+        self.times = StageTimes()
         self._version = 0
         self._last = b""
         path = settings.topology_file
@@ -137,7 +139,8 @@ class Discovery:
             link.level: LinkSpeed(link.latency_seconds, link.bytes_per_second)
             for link in self._file.default_links
         }
-        return self._measurements.knowledge(declared, overrides, defaults)
+        known = self._measurements.knowledge(declared, overrides, defaults)
+        return replace(known, slowdowns=self.times.slowdowns(time.monotonic()))
 
     def topology(self, subject: Subject) -> deployer_pb2.GetTopologyResponse:
         """All that there is to place on, unhealthy devices included.
@@ -340,23 +343,40 @@ class Discovery:
         if report.prefill_tokens or not report.decode_sequences:
             return
         assignment = replica.assignments[0]
-        devices = {device.id: device for w in self._workers.all for device in w.devices}
-        for stage, took in zip(planned.stages, report.stages, strict=True):
-            device = devices.get(stage.device_id)
-            if device is None or not took.compute_seconds:
+        devices = {device.id: device for w in self._workers.all for device in self.said(w)}
+        if any(stage.device_id not in devices for stage in planned.stages):
+            return
+        nominal = nominal_seconds(
+            replica,
+            model,
+            [device_from_proto(devices[stage.device_id]) for stage in planned.stages],
+            (report.decode_sequences, report.context_tokens),
+            self.knowledge,
+        )
+        times = []
+        for stage, took, predicted in zip(planned.stages, report.stages, nominal, strict=True):
+            device = devices[stage.device_id]
+            if not took.compute_seconds:
                 continue
             weights = [layer.weight_bytes for layer in model.layers]
             inside = sum(weights[stage.first_layer : stage.last_layer + 1])
             inside += model.head_bytes if stage.has_head else 0
             key = BlockKey(device.host, device.name, assignment.model.digest, assignment.dtype)
+            layers = inside * len(weights) / max(sum(weights), 1)
+            known = self._measurements.block(key)
+            kind = "" if known is not None or device.flops_per_second else device.name or "unknown"
+            step = (report.decode_sequences, report.context_tokens)
+            expected = predicted if known is None else known.seconds(layers, *step)
+            times.append(StageTime(device.id, kind, expected, took.compute_seconds))
             await self._measurements.see(
                 key,
-                inside * len(weights) / max(sum(weights), 1),
+                layers,
                 report.decode_sequences,
                 report.context_tokens,
                 took.compute_seconds,
                 self._now(),
             )
+        self.times.see(replica.id, times, time.monotonic())
 
     def _live(self) -> list[Worker]:
         return self._workers.live(time.monotonic(), self._settings.worker_silence_seconds)

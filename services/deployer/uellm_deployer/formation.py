@@ -53,19 +53,24 @@ class Formed(Protocol):
         ...
 
 
-async def form(deployment: Formed, replica: Replica, *, grow: bool = False) -> None:
+async def form(
+    deployment: Formed, replica: Replica, *, grow: bool = False, planned: Planned | None = None
+) -> None:
     """Bring a replica up at a new generation; on failure leave nothing behind, and say why.
 
     Args:
         deployment: whose replica it is.
         replica: to be formed; READY only with ``grow``.
         grow: look for a place with more stages first, and leave the replica alone without one.
+        planned: where it goes; None: as is best now.
     """
     tools = deployment.tools
     before = replica.assignments
     attempted = False
     try:
-        planned, copy = await _plan(deployment, replica, fresh=grow)
+        if planned is None:
+            planned = await _plan(deployment, replica, fresh=grow)
+        copy = planned.plan.replicas[0]
         if grow:
             if replica.phase is not Phase.READY or len(copy.stages) <= num_devices(before):
                 replica.grow_at = time.monotonic() + GROW_AGAIN_SECONDS
@@ -87,9 +92,7 @@ async def form(deployment: Formed, replica: Replica, *, grow: bool = False) -> N
     tools.wake()
 
 
-async def _plan(
-    deployment: Formed, replica: Replica, *, fresh: bool
-) -> tuple[Planned, PlannedReplica]:
+async def _plan(deployment: Formed, replica: Replica, *, fresh: bool) -> Planned:
     """Plan one replica and note it, so that the next plan knows of it.
 
     Raises:
@@ -107,7 +110,7 @@ async def _plan(
     async with tools.planning:
         now = time.monotonic()
         live = tools.workers.live(now, tools.settings.worker_silence_seconds)
-        devices = devices_for(replica, tools.replicas(), live)
+        devices = devices_for([replica], tools.replicas(), live, tools.discovery.said)
         stages = min(deployment.request.stages, len(devices))
         # What had fewer or more stages than it can have now is no example.
         follow = not fresh and (not stages or replica.num_devices == stages)
@@ -129,11 +132,10 @@ async def _plan(
                 break
         if planned is None or not planned.plan.replicas:
             raise InfeasibleError(planned.plan.infeasible_reason if planned else "no device")
-        copy = planned.plan.replicas[0]
         if not fresh:
             # From now on the memory is spoken for.
-            replica.planned = copy
-    return planned, copy
+            replica.planned = planned.plan.replicas[0]
+    return planned
 
 
 async def _bring_up(

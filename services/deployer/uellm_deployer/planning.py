@@ -1,5 +1,6 @@
 """From a request and the workers that are there to a plan, and from a plan to assignments."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -9,12 +10,13 @@ from uellm.convert import cost_to_proto, planned_to_proto
 from uellm.core.errors import FailedPreconditionError
 from uellm.core.model import ModelProfile
 from uellm.placement.discovery import Knowledge
-from uellm.placement.placers import EVEN, placer_of
+from uellm.placement.placers import EVEN, improvement, placer_of, rated
 from uellm.placement.speed import first_guess
 from uellm.placement.topology import Device
 from uellm.placement.views import Pin, Plan, PlannedReplica, PlanRequest, Workload
 from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
+from uellm_deployer.replica import Replica
 from uellm_deployer.workers import Worker
 
 NOTHING = Knowledge()
@@ -61,30 +63,14 @@ def plan(
         ModelFilesError: if the model's files do not say what it needs.
     """
     placer = placer_of(request.objective or EVEN)
-    workload = workload_of(request, replicas)
     pinned = {pin.device_id for pin in request.pins}
     accelerators = [d for d in devices if d.kind != "cpu" or d.id in pinned]
     groups = [devices] if len(accelerators) in (0, len(devices)) else [accelerators, devices]
     made = []
     for group in groups:
         dtype = request.dtype or dtype_for(group)
-        profile = model.profile(dtype)
-        topology = knowledge.topology(group, model.ref.digest, dtype)
-        wanted = PlanRequest(
-            topology,
-            profile,
-            workload,
-            objective=request.objective,  # type: ignore[arg-type]  # placer_of has checked it
-            previous=previous,
-            move_seconds_per_byte=MOVE_SECONDS_PER_BYTE if previous else 0.0,
-            pins=tuple(Pin(p.device_id, _ENDS.get(p.end, "any")) for p in request.pins),
-            # Who is away needs no keeping away.
-            excluded=frozenset(request.excluded)
-            & {name for d in group for name in (d.id, d.worker, d.host)},
-            layer_times=knowledge.layer_times(group, model.ref.digest, dtype, workload),
-        )
-        devices_by_id = {device.id: device for device in topology.devices}
-        made.append(Planned(placer.place(wanted), dtype, profile, devices_by_id))
+        wanted = request_for(model, request, group, dtype, replicas, previous, knowledge)
+        made.append(Planned(placer.place(wanted), dtype, wanted.model, _by_id(wanted)))
     whole = [
         one
         for one in made
@@ -93,6 +79,99 @@ def plan(
     ]
     feasible = [one for one in made if not one.plan.infeasible_reason]
     return (whole or feasible or made[-1:])[0]
+
+
+def request_for(
+    model: ResolvedModel,
+    request: deployer_pb2.PlanRequest,
+    devices: Sequence[Device],
+    dtype: str,
+    replicas: int,
+    previous: Plan | None,
+    knowledge: Knowledge,
+) -> PlanRequest:
+    """What a placer is asked.
+
+    Raises:
+        ModelFilesError: if the model's files do not say what it needs.
+    """
+    workload = workload_of(request, replicas)
+    return PlanRequest(
+        knowledge.topology(devices, model.ref.digest, dtype),
+        model.profile(dtype),
+        workload,
+        objective=request.objective,  # type: ignore[arg-type]  # placer_of checks it
+        previous=previous,
+        move_seconds_per_byte=MOVE_SECONDS_PER_BYTE if previous else 0.0,
+        pins=tuple(Pin(p.device_id, _ENDS.get(p.end, "any")) for p in request.pins),
+        # Who is away needs no keeping away.
+        excluded=frozenset(request.excluded)
+        & {name for d in devices for name in (d.id, d.worker, d.host)},
+        layer_times=knowledge.layer_times(devices, model.ref.digest, dtype, workload),
+    )
+
+
+def better(
+    model: ResolvedModel,
+    request: deployer_pb2.PlanRequest,
+    devices: Sequence[Device],
+    present: topology_pb2.Deployment,
+    replica: PlannedReplica,
+    knowledge: Knowledge,
+) -> tuple[Planned, float]:
+    """Where a replica that serves would rather be, and the gain, as a share; 0 or less: nowhere.
+
+    Args:
+        model: of the deployment.
+        request: what is wanted of it.
+        devices: as a plan may fill them.
+        present: the deployment as it serves.
+        replica: where it is.
+        knowledge: of devices and ways as they are now.
+
+    Raises:
+        ModelFilesError: if the model's files do not say what it needs.
+    """
+    before = Plan((replica,), present.slots, present.max_tokens, request.objective, "")
+    wanted = request_for(model, request, devices, present.dtype, 1, before, knowledge)
+    plan, gained = improvement(wanted, before)
+    return Planned(plan, present.dtype, wanted.model, _by_id(wanted)), gained
+
+
+def nominal_seconds(
+    replica: Replica,
+    model: ModelProfile,
+    devices: Sequence[Device],
+    step: tuple[int, int],
+    knowledge: Knowledge,
+) -> list[float]:
+    """What a step that only decodes should take on each part of a replica, if none is slowed.
+
+    Args:
+        replica: with its plan.
+        model: its needs in the dtype that it runs in.
+        devices: those of its parts.
+        step: sequences, and the tokens that they attend to together.
+        knowledge: of devices and ways.
+    """
+    assignment = replica.assignments[0]
+    sequences, context = step
+    described = knowledge.topology(devices, assignment.model.digest, assignment.dtype)
+    nominal = tuple(dataclasses.replace(device, slowdown=1.0) for device in described.devices)
+    workload = Workload(
+        slots=sequences, prompt_tokens=max(context // sequences, 1), output_tokens=1
+    )
+    wanted = PlanRequest(dataclasses.replace(described, devices=nominal), model, workload)
+    if replica.planned is None:
+        raise AssertionError("unreachable: a replica that serves was planned")
+    found = rated(Plan((replica.planned,), sequences, 0, "", ""), wanted)
+    if found is None:
+        raise AssertionError("unreachable: the devices are those of its parts")
+    return [stage.decode_seconds for stage in found.replicas[0].stages]
+
+
+def _by_id(request: PlanRequest) -> dict[str, Device]:
+    return {device.id: device for device in request.topology.devices}
 
 
 def workload_of(request: deployer_pb2.PlanRequest, replicas: int) -> Workload:

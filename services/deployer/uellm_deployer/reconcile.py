@@ -7,6 +7,7 @@ from uellm.v1 import deployer_pb2
 from uellm_deployer.replica import Phase, Replica, worker_of
 from uellm_deployer.workers import Worker
 
+_SERVING = (Phase.READY, Phase.MOVING)
 SETTLED_SECONDS = 2.0
 """A heartbeat may be older than the answer that it crosses; after this it is not."""
 
@@ -17,7 +18,7 @@ class Wanted:
 
     Attributes:
         replicas: copies.
-        stages: stages per copy; 0: as few as fit.
+        stages: stages per copy; 0: any number.
     """
 
     replicas: int
@@ -114,19 +115,35 @@ class Situation:
 def decide(wanted: Wanted, replicas: Sequence[Replica], situation: Situation) -> list[Action]:
     """What to do now, at most one thing per replica."""
     actions: list[Action] = []
+    # Those that serve are kept before those that are still to come.
+    kept = sorted(standing(replicas), key=lambda r: (r.phase not in _SERVING, r.index))
+    excess = {replica.id for replica in kept[wanted.replicas :]}
     for replica in replicas:
         if replica.phase is Phase.ENDING:
             continue
-        if replica.index >= wanted.replicas:
+        given_up = replica.replaces and replica.phase is Phase.IDLE
+        if replica.id in excess or replica.superseded or given_up:
             actions.append(End(replica.id))
         elif replica.phase is Phase.READY:
             actions += _watch(wanted, replica, situation)
+        elif replica.phase is Phase.MOVING:
+            lost = loss(replica, situation)
+            actions += [lost] if lost is not None else []
         elif replica.phase is Phase.FORMING:
             gone = _gone(replica, situation)
             actions += [Abort(replica.id, gone)] if gone else []
         else:
             actions.append(_begin(wanted, replica, replicas, situation))
     return actions
+
+
+def standing(replicas: Sequence[Replica]) -> list[Replica]:
+    """The copies that count: not those that end, nor one that is to take over from another."""
+    return [
+        replica
+        for replica in replicas
+        if replica.phase is not Phase.ENDING and not replica.superseded and not replica.replaces
+    ]
 
 
 def _watch(wanted: Wanted, replica: Replica, situation: Situation) -> list[Action]:
@@ -164,7 +181,7 @@ def _used_by_others(replica: Replica, replicas: Sequence[Replica]) -> set[str]:
     return {
         device
         for other in replicas
-        if other is not replica and other.phase in (Phase.READY, Phase.FORMING)
+        if other is not replica and other.phase in (*_SERVING, Phase.FORMING)
         for assignment in other.assignments
         for device in assignment.device_ids
     }

@@ -23,6 +23,8 @@ class Phase(Enum):
     """Nothing: it is to be formed."""
     FORMING = "forming"
     READY = "ready"
+    MOVING = "moving"
+    """It finishes what it runs, to be placed anew."""
     ENDING = "ending"
 
 
@@ -47,6 +49,8 @@ class Replica:
         failures: in a row.
         message: what it waits for, or why it failed.
         failed: it cannot be formed as things are.
+        replaces: the replica that it takes over from once it serves; "": none.
+        superseded: another one has taken over from it.
     """
 
     id: str
@@ -65,6 +69,8 @@ class Replica:
     failures: int = 0
     message: str = ""
     failed: bool = False
+    replaces: str = ""
+    superseded: bool = False
 
     @property
     def workers(self) -> list[str]:
@@ -82,6 +88,7 @@ class Replica:
             Phase.IDLE: topology_pb2.REPLICA_STATE_FORMING,
             Phase.FORMING: topology_pb2.REPLICA_STATE_FORMING,
             Phase.READY: topology_pb2.REPLICA_STATE_READY,
+            Phase.MOVING: topology_pb2.REPLICA_STATE_DRAINING,
             Phase.ENDING: topology_pb2.REPLICA_STATE_DRAINING,
         }[self.phase]
         if self.failed and self.phase is Phase.IDLE:

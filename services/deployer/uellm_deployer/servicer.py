@@ -81,6 +81,16 @@ class DeployerServicer(deployer_pb2_grpc.DeployerServiceServicer):
             answer = deployer_pb2.UndeployResponse()
         return answer  # type: ignore[no-any-return]
 
+    async def Approve(
+        self, request: deployer_pb2.ApproveRequest, context: Call
+    ) -> deployer_pb2.ApproveResponse:
+        """Carry out what is proposed."""
+        answer = await self._forwarding.unary("Approve", request, context)
+        if answer is None:
+            deployment = await self._deployer.approve(request.name)
+            answer = deployer_pb2.ApproveResponse(deployment=deployment)
+        return answer  # type: ignore[no-any-return]
+
     async def Describe(
         self, request: deployer_pb2.DescribeRequest, context: Call
     ) -> deployer_pb2.DescribeResponse:
@@ -92,6 +102,7 @@ class DeployerServicer(deployer_pb2_grpc.DeployerServiceServicer):
             answer = deployer_pb2.DescribeResponse(
                 deployments=self._deployer.deployments,
                 workers=[_status(worker) for worker in self._deployer.workers.all],
+                live=await self._deployer.live(),
             )
         return answer  # type: ignore[no-any-return]
 

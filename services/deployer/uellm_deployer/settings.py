@@ -79,6 +79,24 @@ class DeployerSettings(ServiceSettings):
     probe_age_seconds: float = Field(
         86400.0, gt=0, description="Measurements that are older are made anew before a placement."
     )
+    replan_gain: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="Share of time or cost that a better placement must gain for a replica that "
+        "serves to be placed anew.",
+    )
+    replan_cooldown_seconds: float = Field(
+        60.0, ge=0, description="How long a replica stays where it is before it is placed anew."
+    )
+    replan_seconds: float = Field(
+        5.0, gt=0, description="How often better placements are looked for, at most."
+    )
+    approve: bool = Field(
+        False,
+        description="Better placements are proposed, and carried out on `uellm deploy --approve "
+        "NAME`.",
+    )
     load_seconds: float = Field(1800.0, gt=0, description="Longest time that loading may take.")
     join_seconds: float = Field(
         60.0, gt=0, description="Longest time that joining the stages of a replica may take."

@@ -55,6 +55,8 @@ class Upkeep:
 
     async def _learn(self) -> None:
         """Hold measurements against what the steps of running replicas take."""
+        running = [r.id for d in self._deployments().values() for r in d.replicas]
+        self._discovery.times.forget(running)
         for name, deployment in list(self._deployments().items()):
             ready = {r.id: r for r in deployment.replicas if r.phase is Phase.READY}
             if deployment.profile is None or not ready:

@@ -1,0 +1,40 @@
+"""How replicas that serve are doing, as status shows it."""
+
+from collections.abc import Iterable
+
+from uellm.v1 import deployer_pb2
+from uellm_deployer.deployment import Deployment
+from uellm_deployer.replica import Phase
+from uellm_deployer.stage_times import StageTimes
+from uellm_deployer.store import Store
+
+
+async def live(
+    deployments: Iterable[Deployment], store: Store, times: StageTimes
+) -> list[deployer_pb2.ReplicaLive]:
+    """What replicas report, and their stages' times beside what was predicted of them."""
+    found = []
+    for deployment in deployments:
+        ready = [r for r in deployment.replicas if r.phase in (Phase.READY, Phase.MOVING)]
+        reports = await store.reports(deployment.name, [replica.id for replica in ready])
+        for replica in ready:
+            report = reports.get(replica.id)
+            stages = [
+                deployer_pb2.StageLive(
+                    device_id=stage.device_id,
+                    predicted_seconds=stage.predicted,
+                    measured_seconds=stage.took,
+                    ratio=times.ratio(stage.device_id),
+                )
+                for stage in times.latest(replica.id)
+            ]
+            found.append(
+                deployer_pb2.ReplicaLive(
+                    replica=replica.id,
+                    stages=stages,
+                    running=report.running if report is not None else 0,
+                    waiting=report.waiting if report is not None else 0,
+                    slots=report.slots if report is not None else 0,
+                )
+            )
+    return found

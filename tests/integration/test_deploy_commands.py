@@ -1,0 +1,130 @@
+"""`uellm deploy`, `undeploy` and `status` against a real deployer, Redis, and obeying workers."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from tests.integration.test_deployer import MODEL, REPLICA, Mesh
+from tests.integration.test_deployer_discovery import MeasuredWorker, add
+from tests.integration.test_deployer_replanning import AT_ONCE, PROPOSED, change, steps
+from tests.support.checkpoints import write_checkpoint
+from tests.support.waiting import eventually
+from uellm.cli import deployments, exits
+from uellm.core.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from uellm.v1 import deployer_pb2
+
+
+@pytest.fixture
+async def mesh(redis: Redis, redis_url: str, tmp_path: Path) -> AsyncIterator[Mesh]:
+    mesh = Mesh(redis, redis_url, write_checkpoint(tmp_path / "model", layers=6))
+    yield mesh
+    await mesh.close()
+
+
+def wanted(mesh: Mesh, **facts: object) -> deployer_pb2.PlanRequest:
+    request = deployments.plan_request(f"{mesh.source}", MODEL, adapters=(), pins=(), excluded=())
+    for field, value in ({"slots": 4, "max_tokens": 64} | facts).items():
+        setattr(request, field, value)
+    return request
+
+
+async def test_a_model_is_deployed_shown_and_undeployed(
+    mesh: Mesh, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await mesh.add_deployer(probe_seconds=5.0)
+    await add(mesh, MeasuredWorker("w1", "slow"), MeasuredWorker("w2", "fast", speed=4.0))
+    request = wanted(mesh, stages=2, objective="lr")
+    assert await deployments.deploy(redis_url, request, wait=True) == exits.OK
+    said = capsys.readouterr().out
+    assert "w1/cpu:0" in said
+    assert "lr: 4 sequences of up to 64 tokens, float32" in said
+    assert f"{MODEL} takes requests" in said
+    deployment = await mesh.ready()
+    speeds = {"w1/cpu:0": 1.0, "w2/cpu:0": 4.0}
+    ratios = [1 / speeds[stage.device_ids[0]] for stage in deployment.replicas[0].stages]
+    report = steps(mesh, deployment.replicas[0], ratios)
+
+    async def timed() -> bool:
+        await report()
+        described = await mesh.call("Describe", deployer_pb2.DescribeRequest())
+        return any(stage.measured_seconds for live in described.live for stage in live.stages)
+
+    await eventually(timed, interval=0.2)
+    assert await deployments.status(redis_url, MODEL, as_json=True) == exits.OK
+    (facts,) = json.loads(capsys.readouterr().out)["deployments"]
+    assert facts["objective"] == "lr"
+    stages = facts["replicas"][0]["planned"]["stages"]
+    for stage, live in zip(stages, facts["live"][0]["stages"], strict=True):
+        assert stage["device_id"] == live["device_id"]
+        assert int(stage["memory_bytes"]) > 0
+        assert live["measured_seconds"] > 0
+        assert live["predicted_seconds"] == pytest.approx(live["measured_seconds"], rel=0.5)
+    assert await deployments.status(redis_url, "", as_json=False) == exits.OK
+    shown = capsys.readouterr().out
+    assert f"{MODEL}: 1/1 replicas ready, lr" in shown
+    assert f"{REPLICA}: READY, generation 1, 0 running and 0 waiting" in shown
+    assert "predicted for it" in shown
+    assert await deployments.undeploy(redis_url, MODEL, wait=True) == exits.OK
+    assert f"{MODEL} is not served any more" in capsys.readouterr().out
+    assert await mesh.published() is None
+    assert await deployments.status(redis_url, "", as_json=False) == exits.OK
+    assert "no model is deployed" in capsys.readouterr().out
+
+
+async def test_what_is_deployed_again_is_planned_on_the_room_that_it_has(
+    mesh: Mesh, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await mesh.add_deployer()
+    await mesh.add_worker("w1", memory_bytes=400 << 20)
+    assert await deployments.deploy(redis_url, wanted(mesh), wait=True) == exits.OK
+    before = (await mesh.ready()).replicas[0].epoch
+    assert await deployments.deploy(redis_url, wanted(mesh, slots=2), wait=True) == exits.OK
+    after = await mesh.ready(above=before)
+    assert after.slots == 2
+    other = wanted(mesh)
+    other.model.name = "other"
+    with pytest.raises(FailedPreconditionError, match=r"other cannot be placed: .* are missing"):
+        await deployments.deploy(redis_url, other, wait=True)
+
+
+async def test_a_proposal_is_shown_and_approved(
+    mesh: Mesh, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await mesh.add_deployer(**AT_ONCE, approve=True)
+    await add(mesh, MeasuredWorker("w1", "slow"), MeasuredWorker("w0", "slower", speed=0.5))
+    assert await deployments.deploy(redis_url, wanted(mesh), wait=True) == exits.OK
+    await add(mesh, MeasuredWorker("w2", "fast", speed=4.0))
+    await eventually(lambda: change(mesh, PROPOSED))
+    capsys.readouterr()
+    assert await deployments.status(redis_url, MODEL, as_json=False) == exits.OK
+    shown = capsys.readouterr().out
+    assert "proposed: 0-5 on w2/cpu:0" in shown
+    assert "better as w2/cpu:0 can be used; moves 6 layers" in shown
+    assert f"`uellm deploy --approve {MODEL}`" in shown
+    assert await deployments.approve(redis_url, MODEL, wait=True) == exits.OK
+    assert "under way: 0-5 on w2/cpu:0" in capsys.readouterr().out
+
+
+async def test_what_cannot_be_is_said_in_one_line(mesh: Mesh, redis_url: str) -> None:
+    await mesh.add_deployer()
+    with pytest.raises(FailedPreconditionError, match="start a worker"):
+        await deployments.deploy(redis_url, wanted(mesh), wait=True)
+    await mesh.add_worker("w1")
+    with pytest.raises(InvalidArgumentError, match="say how many copies with replicas"):
+        await deployments.deploy(redis_url, wanted(mesh, objective="goodput"), wait=True)
+    with pytest.raises(InvalidArgumentError, match="'w7' is no device of the topology"):
+        request = wanted(mesh)
+        request.pins.add(device_id="w7")
+        await deployments.deploy(redis_url, request, wait=True)
+    for work in (
+        deployments.undeploy(redis_url, "nothing", wait=True),
+        deployments.status(redis_url, "nothing", as_json=True),
+        deployments.approve(redis_url, "nothing", wait=True),
+    ):
+        with pytest.raises(NotFoundError, match="'nothing' is not deployed; deployed: none"):
+            await asyncio.wait_for(work, 10)
+    assert await mesh.published() is None

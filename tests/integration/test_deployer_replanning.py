@@ -1,0 +1,214 @@
+"""What serves is placed anew when that is better; real deployer and Redis, workers as told."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from tests.integration.test_deployer import MODEL, READY, REPLICA, Mesh, layers
+from tests.integration.test_deployer_discovery import COST, MeasuredWorker, add
+from tests.support.checkpoints import write_checkpoint
+from tests.support.waiting import eventually, stays
+from uellm.core.errors import FailedPreconditionError, NotFoundError
+from uellm.streams.keys import Keys
+from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
+
+DONE, PROPOSED = topology_pb2.CHANGE_STATE_DONE, topology_pb2.CHANGE_STATE_PROPOSED
+AT_ONCE = {"probe_seconds": 5.0, "replan_seconds": 0.1, "replan_cooldown_seconds": 0.0}
+TAKES_OVER = "org/tiny-1"
+
+
+@pytest.fixture
+async def mesh(redis: Redis, redis_url: str, tmp_path: Path) -> AsyncIterator[Mesh]:
+    mesh = Mesh(redis, redis_url, write_checkpoint(tmp_path / "model", layers=6))
+    yield mesh
+    await mesh.close()
+
+
+async def change(mesh: Mesh, state: int) -> topology_pb2.PlacementChange | None:
+    deployment = await mesh.published()
+    for found in deployment.changes if deployment else ():
+        if found.state == state:
+            return found
+    return None
+
+
+async def alone(mesh: Mesh, replica: str) -> topology_pb2.Deployment | None:
+    """The deployment once it consists of one replica that serves, and the change is over."""
+    found = await mesh.published()
+    if found is None or [(r.id, r.state) for r in found.replicas] != [(replica, READY)]:
+        return None
+    return found if [c.state for c in found.changes] == [DONE] else None
+
+
+def steps(mesh: Mesh, replica: topology_pb2.Replica, ratios: list[float]) -> Callable[[], Any]:
+    """Reports of a replica whose stages take so many times what their layers should."""
+    step = 0
+
+    async def report() -> None:
+        nonlocal step
+        step += 1
+        counts = [stage.last_layer - stage.first_layer + 1 for stage in replica.stages]
+        seconds = [
+            queue_pb2.StageSeconds(compute_seconds=ratio * count * COST.seconds(2, 100))
+            for ratio, count in zip(ratios, counts, strict=True)
+        ]
+        message = queue_pb2.ReplicaReport(
+            epoch=replica.epoch, step=step, decode_sequences=2, context_tokens=100, stages=seconds
+        )
+        await mesh.queue.route(replica.id, replica.epoch, "READY", message)
+
+    return report
+
+
+async def test_a_faster_worker_takes_over_while_the_old_one_serves(mesh: Mesh) -> None:
+    await mesh.add_deployer(**AT_ONCE)
+    slow = MeasuredWorker("w1", "slow")
+    await add(mesh, slow, MeasuredWorker("w0", "slower", speed=0.5))
+    await mesh.apply()
+    before = (await mesh.ready()).replicas[0]
+    await mesh.redis.zadd(Keys(MODEL).leases, {"someone": 1})
+    fast = MeasuredWorker("w2", "fast", speed=4.0)
+    fast.hold_prepare.clear()
+    await add(mesh, fast)
+    await eventually(lambda: ("prepare", TAKES_OVER, 1) in fast.calls)
+    assert await mesh.route() == (before.epoch, "READY")
+    fast.hold_prepare.set()
+    await mesh.redis.delete(Keys(MODEL).leases)
+    after = await eventually(lambda: alone(mesh, TAKES_OVER))
+    assert layers(after) == [("w2/cpu:0", 0, 5)]
+    (done,) = after.changes
+    assert done.make_before_break
+    assert done.gain > 0.5
+    assert done.moved_layers == 6
+    assert "w2/cpu:0 can be used" in done.reason
+    assert ("release", REPLICA, before.epoch) in slow.calls
+
+
+async def test_a_slowed_device_gives_layers_away(mesh: Mesh) -> None:
+    await mesh.add_deployer(**AT_ONCE)
+    await add(mesh, MeasuredWorker("w1", "one"), MeasuredWorker("w2", "other"))
+    await mesh.apply(stages=2, objective="lr")
+    before = await mesh.ready()
+    report = steps(mesh, before.replicas[0], [1.0, 6.0])
+
+    async def moved() -> topology_pb2.Deployment | None:
+        if (found := await alone(mesh, TAKES_OVER)) is not None:
+            return found
+        await report()
+        return None
+
+    after = await eventually(moved, timeout=30.0, interval=0.2)
+    counts = {device: last - first + 1 for device, first, last in layers(after)}
+    assert counts == {"w1/cpu:0": 5, "w2/cpu:0": 1}
+    assert "w2/cpu:0 takes" in after.changes[0].reason
+    assert "times what was predicted" in after.changes[0].reason
+
+
+async def test_where_both_do_not_fit_it_is_drained_first(mesh: Mesh) -> None:
+    await mesh.add_deployer(**AT_ONCE)
+    # Room for one stage each, not for two.
+    workers = [
+        MeasuredWorker(name, kind, memory_bytes=400 << 20)
+        for name, kind in (("w1", "one"), ("w2", "other"))
+    ]
+    await add(mesh, *workers)
+    await mesh.apply(stages=2, objective="lr")
+    before = await mesh.ready()
+    await mesh.redis.zadd(Keys(MODEL).leases, {"someone": 1})
+    report = steps(mesh, before.replicas[0], [1.0, 6.0])
+
+    async def drains() -> bool:
+        if (await mesh.route())[1] == "DRAINING":
+            return True
+        await report()
+        return False
+
+    await eventually(drains, timeout=30.0, interval=0.2)
+    found = await mesh.published()
+    assert found is not None
+    assert "requests wait meanwhile" in found.status
+    assert not found.changes[0].make_before_break
+    assert not any(call[2] > before.replicas[0].epoch for w in workers for call in w.calls)
+    await mesh.redis.delete(Keys(MODEL).leases)
+    after = await eventually(lambda: alone(mesh, REPLICA))
+    assert after.replicas[0].epoch > before.replicas[0].epoch
+    assert {device: last - first for device, first, last in layers(after)} == {
+        "w1/cpu:0": 4,
+        "w2/cpu:0": 0,
+    }
+    assert after.changes[0].moved_layers == 2
+
+
+async def test_changes_are_proposed_where_they_are_to_be_approved(mesh: Mesh) -> None:
+    await mesh.add_deployer(**AT_ONCE, approve=True)
+    await add(mesh, MeasuredWorker("w1", "slow"), MeasuredWorker("w0", "slower", speed=0.5))
+    await mesh.apply()
+    await mesh.ready()
+    with pytest.raises(FailedPreconditionError, match="no change of org/tiny is proposed"):
+        await mesh.call("Approve", deployer_pb2.ApproveRequest(name=MODEL))
+    await add(mesh, MeasuredWorker("w2", "fast", speed=4.0))
+    proposed = await eventually(lambda: change(mesh, PROPOSED))
+    assert [stage.device_id for stage in proposed.planned.stages] == ["w2/cpu:0"]
+
+    async def untouched() -> bool:
+        found = await mesh.published()
+        return found is not None and layers(found) == [("w1/cpu:0", 0, 5)]
+
+    await stays(untouched, 0.5)
+    await mesh.call("Approve", deployer_pb2.ApproveRequest(name=MODEL))
+    assert layers(await eventually(lambda: alone(mesh, TAKES_OVER))) == [("w2/cpu:0", 0, 5)]
+    with pytest.raises(NotFoundError, match="is not deployed"):
+        await mesh.call("Approve", deployer_pb2.ApproveRequest(name="other"))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"replan_cooldown_seconds": 60.0},
+        {"replan_gain": 0.9},
+        {"objective": "even"},
+    ],
+)
+async def test_nothing_changes_too_soon_for_too_little_or_against_what_is_wanted(
+    told: dict[str, Any], mesh: Mesh
+) -> None:
+    await mesh.add_deployer(**(AT_ONCE | told))
+    await add(mesh, MeasuredWorker("w1", "slow"), MeasuredWorker("w0", "slower", speed=0.5))
+    await mesh.apply()
+    before = await mesh.ready()
+    fast = MeasuredWorker("w2", "fast", speed=4.0)
+    await add(mesh, fast)
+    await eventually(lambda: fast.probes)
+
+    async def untouched() -> bool:
+        found = await mesh.published()
+        return found is not None and found.replicas == before.replicas and not found.changes
+
+    await stays(untouched, 1.0)
+
+
+async def test_what_cannot_take_over_is_given_up_and_the_old_one_serves_on(mesh: Mesh) -> None:
+    await mesh.add_deployer(**AT_ONCE)
+    await add(mesh, MeasuredWorker("w1", "slow"), MeasuredWorker("w0", "slower", speed=0.5))
+    await mesh.apply()
+    before = (await mesh.ready()).replicas[0]
+    fast = MeasuredWorker("w2", "fast", speed=4.0)
+    fast.fail_prepare = [FailedPreconditionError("out of memory")] * 1000
+    await add(mesh, fast)
+    failed = await eventually(lambda: change(mesh, topology_pb2.CHANGE_STATE_FAILED))
+    assert failed.replica == REPLICA
+    assert await mesh.route() == (before.epoch, "READY")
+    with suppress(TimeoutError):
+        await asyncio.wait_for(fast.stop(), 5)
+    found = await eventually(lambda: back_to_one(mesh))
+    assert found.replicas[0].epoch == before.epoch
+
+
+async def back_to_one(mesh: Mesh) -> topology_pb2.Deployment | None:
+    found = await mesh.published()
+    return found if found and [r.id for r in found.replicas] == [REPLICA] else None

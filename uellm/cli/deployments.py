@@ -1,0 +1,205 @@
+"""`uellm deploy`, `uellm undeploy` and `uellm status`, behind their options."""
+
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+
+from uellm.cli import exits
+from uellm.cli.deployer_calls import deployer
+from uellm.cli.placements import changed, deployment_table, plan_table, predicted
+from uellm.cli.planning import read_pin
+from uellm.core.errors import FailedPreconditionError, NotFoundError
+from uellm.mesh.options import ModelSource
+from uellm.models.adapters import check_names, parse_adapter
+from uellm.rpc import CALL_SECONDS
+from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
+
+APPLY_SECONDS = 4 * CALL_SECONDS
+READY = topology_pb2.REPLICA_STATE_READY
+_ENDS = {"first": deployer_pb2.PIN_END_FIRST, "last": deployer_pb2.PIN_END_LAST}
+
+
+def plan_request(
+    model: str,
+    name: str,
+    *,
+    adapters: Sequence[str],
+    pins: Sequence[str],
+    excluded: Sequence[str],
+) -> deployer_pb2.PlanRequest:
+    """What is asked of a deployer, the plain numbers aside.
+
+    Raises:
+        UellmError: naming the option that cannot be.
+    """
+    source = ModelSource.parse(model)
+    refs = []
+    for text in adapters:
+        _, ref = parse_adapter(text)
+        refs.append(ref)
+    found = [read_pin(text) for text in pins]
+    return deployer_pb2.PlanRequest(
+        model=common_pb2.ModelRef(name=name or source.name, source=source.source),
+        adapters=check_names(refs),
+        pins=[
+            deployer_pb2.DevicePin(
+                device_id=pin.device_id, end=_ENDS.get(pin.end, deployer_pb2.PIN_END_UNSPECIFIED)
+            )
+            for pin in found
+        ],
+        excluded=excluded,
+    )
+
+
+async def deploy(redis_url: str, request: deployer_pb2.PlanRequest, *, wait: bool) -> int:
+    """Show the plan, make it so, and show how far it is.
+
+    Raises:
+        UellmError: why it cannot be.
+    """
+    console = Console()
+    name = request.model.name
+    async with deployer(redis_url) as stub:
+        try:
+            plan = (await stub.Plan(request, timeout=APPLY_SECONDS)).plan
+        except FailedPreconditionError:
+            plan = None  # Its files are not here yet: what is applied says so, or fetches them.
+        if plan is not None:
+            if plan.infeasible_reason:
+                raise FailedPreconditionError(f"{name} cannot be placed: {plan.infeasible_reason}")
+            _print_plan(console, plan)
+        applied = deployer_pb2.ApplyRequest(deployment=request)
+        await stub.Apply(applied, timeout=APPLY_SECONDS)
+        if not wait:
+            console.print(
+                f"{name} is wanted from now on; `uellm status {name}` shows how far it is"
+            )
+            return exits.OK
+        return await _follow(console, stub, name)
+
+
+async def approve(redis_url: str, name: str, *, wait: bool) -> int:
+    """Carry out the proposed changes of a deployment.
+
+    Raises:
+        UellmError: if there is none.
+    """
+    console = Console()
+    async with deployer(redis_url) as stub:
+        answer = await stub.Approve(deployer_pb2.ApproveRequest(name=name), timeout=CALL_SECONDS)
+        for change in answer.deployment.changes:
+            console.print(changed(change), soft_wrap=True, markup=False)
+        return await _follow(console, stub, name) if wait else exits.OK
+
+
+async def undeploy(redis_url: str, name: str, *, wait: bool) -> int:
+    """Stop serving a model.
+
+    Raises:
+        NotFoundError: if it is not deployed.
+    """
+    console = Console()
+    async with deployer(redis_url) as stub:
+        await stub.Undeploy(deployer_pb2.UndeployRequest(name=name), timeout=CALL_SECONDS)
+        if not wait:
+            return exits.OK
+        with console.status(f"{name}: finishes the answers that it is giving"):
+            async for deployment in _watch(stub, name):
+                if deployment is None:
+                    console.print(f"{name} is not served any more")
+                    return exits.OK
+    return exits.FAILED
+
+
+async def status(redis_url: str, name: str, *, as_json: bool) -> int:
+    """What is where, and how it does.
+
+    Raises:
+        NotFoundError: if it is not deployed.
+    """
+    async with deployer(redis_url) as stub:
+        answer = await stub.Describe(deployer_pb2.DescribeRequest(), timeout=CALL_SECONDS)
+    names = [deployment.name for deployment in answer.deployments]
+    if name and name not in names:
+        raise NotFoundError(f"{name!r} is not deployed; deployed: {', '.join(names) or 'none'}")
+    chosen = [d for d in answer.deployments if not name or d.name == name]
+    live = {each.replica: each for each in answer.live}
+    if as_json:
+        facts = [_facts(deployment, live) for deployment in chosen]
+        sys.stdout.write(json.dumps({"deployments": facts}, indent=1) + "\n")
+        return exits.OK
+    console = Console()
+    if not chosen:
+        console.print("no model is deployed; `uellm deploy MODEL` does")
+    for deployment in chosen:
+        deployment_table(console, deployment, live)
+    return exits.OK
+
+
+def _print_plan(console: Console, plan: topology_pb2.Plan) -> None:
+    for index, replica in enumerate(plan.replicas):
+        console.print(plan_table(replica, f"{plan.deployment}-{index}"))
+        if replica.HasField("prediction"):
+            console.print(predicted(replica.prediction), soft_wrap=True)
+    console.print(
+        f"{plan.objective}: {plan.slots} sequences of up to {plan.max_tokens} tokens, {plan.dtype}",
+        soft_wrap=True,
+    )
+
+
+async def _follow(console: Console, stub: Any, name: str) -> int:
+    """Show what a deployment waits for, until it takes requests.
+
+    Raises:
+        FailedPreconditionError: if it cannot be formed as things are.
+    """
+    with console.status(f"{name}: is placed") as line:
+        async for deployment in _watch(stub, name):
+            if deployment is None:
+                raise NotFoundError(f"{name} was undeployed meanwhile")
+            states = [replica.state for replica in deployment.replicas]
+            under_way = any(
+                change.state == topology_pb2.CHANGE_STATE_UNDER_WAY for change in deployment.changes
+            )
+            if (
+                len(states) >= deployment.wanted_replicas
+                and set(states) == {READY}
+                and not under_way
+            ):
+                if deployment.status:
+                    console.print(f"{name}: {deployment.status}", soft_wrap=True, markup=False)
+                console.print(f"{name} takes requests")
+                return exits.OK
+            if topology_pb2.REPLICA_STATE_FAILED in states:
+                raise FailedPreconditionError(
+                    f"{name}: {deployment.status}; it goes on being tried: `uellm status {name}` "
+                    f"shows it, `uellm undeploy {name}` ends it"
+                )
+            line.update(f"{name}: {deployment.status or 'is placed'}")
+    return exits.FAILED
+
+
+async def _watch(stub: Any, name: str) -> AsyncIterator[topology_pb2.Deployment | None]:
+    """A deployment after every change; None while there is none."""
+    async for answer in stub.WatchDeployments(deployer_pb2.WatchDeploymentsRequest()):
+        yield next((found for found in answer.deployments if found.name == name), None)
+
+
+def _facts(
+    deployment: topology_pb2.Deployment, live: dict[str, deployer_pb2.ReplicaLive]
+) -> dict[str, Any]:
+    """For programs; the model's layers are of no use to them."""
+    bare = topology_pb2.Deployment()
+    bare.CopyFrom(deployment)
+    bare.ClearField("profile")
+    facts: dict[str, Any] = MessageToDict(bare, preserving_proto_field_name=True)
+    facts["live"] = [
+        MessageToDict(live[replica.id], preserving_proto_field_name=True)
+        for replica in deployment.replicas
+        if replica.id in live
+    ]
+    return facts

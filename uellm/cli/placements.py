@@ -1,0 +1,112 @@
+"""Placements in tables and words: plans, and what runs beside what was planned."""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from uellm.placement.explain import size
+from uellm.v1 import deployer_pb2, topology_pb2
+
+_CHANGES = {
+    topology_pb2.CHANGE_STATE_PROPOSED: "proposed",
+    topology_pb2.CHANGE_STATE_UNDER_WAY: "under way",
+    topology_pb2.CHANGE_STATE_DONE: "done",
+    topology_pb2.CHANGE_STATE_FAILED: "given up",
+}
+
+
+def plan_table(replica: topology_pb2.PlannedReplica, title: str) -> Table:
+    """Where a replica's layers would go."""
+    table = Table(box=None, title=title, title_justify="left")
+    for column in ("layers", "device", "memory", "prefill", "a step", "to the next"):
+        table.add_column(column, no_wrap=True)
+    for stage in replica.stages:
+        table.add_row(
+            f"{stage.first_layer}-{stage.last_layer}",
+            stage.device_id,
+            size(stage.memory_bytes),
+            milliseconds(stage.prefill_seconds),
+            milliseconds(stage.decode_seconds),
+            "" if stage.has_head else milliseconds(stage.send_seconds),
+        )
+    return table
+
+
+def predicted(found: topology_pb2.PlacementPrediction) -> str:
+    """How fast a replica will be, with full batches."""
+    return (
+        f"first token after {milliseconds(found.prefill_seconds)}, then "
+        f"{milliseconds(found.decode_seconds)} a token; with full batches "
+        f"{found.tokens_per_second:.4g} tokens/s, bound by {found.bottleneck}"
+    )
+
+
+def changed(change: topology_pb2.PlacementChange) -> str:
+    """A change of a placement in a line."""
+    how = "" if change.make_before_break else ", requests wait meanwhile"
+    where = ", ".join(
+        f"{stage.first_layer}-{stage.last_layer} on {stage.device_id}"
+        for stage in change.planned.stages
+    )
+    return (
+        f"{change.replica}: {_CHANGES.get(change.state, 'not known')}: {where}: {change.gain:.0%} "
+        f"better as {change.reason}; moves {change.moved_layers} layers, "
+        f"{size(change.moved_bytes)}{how}"
+    )
+
+
+def deployment_table(
+    console: Console,
+    deployment: topology_pb2.Deployment,
+    live: Mapping[str, deployer_pb2.ReplicaLive],
+) -> None:
+    """A deployment with its replicas, and what their stages take beside what they should."""
+    ready = sum(r.state == topology_pb2.REPLICA_STATE_READY for r in deployment.replicas)
+    console.print(
+        f"{deployment.name}: {ready}/{deployment.wanted_replicas} replicas ready, "
+        f"{deployment.objective or 'even'}, {deployment.slots} sequences of up to "
+        f"{deployment.max_tokens} tokens, {deployment.dtype}",
+        soft_wrap=True,
+        markup=False,
+    )
+    for replica in deployment.replicas:
+        console.print(_replica_table(replica, live.get(replica.id)))
+        if replica.planned.HasField("prediction"):
+            console.print("  " + predicted(replica.planned.prediction), soft_wrap=True)
+    if deployment.status:
+        console.print(f"  {deployment.status}", soft_wrap=True, markup=False)
+    for change in deployment.changes:
+        console.print(f"  {changed(change)}", soft_wrap=True, markup=False)
+        if change.state == topology_pb2.CHANGE_STATE_PROPOSED:
+            console.print(f"  `uellm deploy --approve {deployment.name}` carries it out")
+
+
+def _replica_table(replica: topology_pb2.Replica, live: deployer_pb2.ReplicaLive | None) -> Table:
+    state = topology_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_")
+    load = f", {live.running} running and {live.waiting} waiting" if live is not None else ""
+    table = Table(
+        box=None,
+        title=f"  {replica.id}: {state}, generation {replica.epoch}{load}",
+        title_justify="left",
+    )
+    for column in ("layers", "device", "memory", "latest step", "predicted for it", "smoothed"):
+        table.add_column(column, no_wrap=True)
+    seen = {stage.device_id: stage for stage in live.stages} if live is not None else {}
+    for stage in replica.planned.stages:
+        found = seen.get(stage.device_id)
+        timed = found is not None and found.measured_seconds > 0
+        table.add_row(
+            f"  {stage.first_layer}-{stage.last_layer}",
+            stage.device_id,
+            size(stage.memory_bytes),
+            milliseconds(found.measured_seconds) if found is not None and timed else "-",
+            milliseconds(found.predicted_seconds) if found is not None and timed else "-",
+            f"{found.ratio:.2f}x" if found is not None and timed else "-",
+        )
+    return table
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds for people, as milliseconds."""
+    return f"{seconds * 1e3:.3g} ms"
