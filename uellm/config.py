@@ -27,7 +27,7 @@ from uellm.core.errors import ConfigurationError
 
 ROLES = ("gateway", "profiler", "scheduler", "deployer", "worker")
 # Read by the command line, not by a service.
-CLIENT_VARIABLES = {"CONFIG", "HOME", "SERVER"}
+CLIENT_VARIABLES = {"CONFIG", "HOME", "JOIN_TOKEN", "SERVER"}
 
 
 class ServiceSettings(BaseSettings):

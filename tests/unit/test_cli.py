@@ -10,6 +10,7 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from redis.exceptions import ConnectionError as RedisConnectionError
 from typer.testing import CliRunner
 
 from tests.support.checkpoints import write_checkpoint
@@ -230,3 +231,13 @@ def test_policies_are_listed_with_their_settings() -> None:
     for arguments in (["policy", "list"], ["policy", "list", "s3"]):
         shown = CliRunner().invoke(app, arguments)
         assert (shown.exit_code, "…" in shown.output) == (0, False)
+
+
+def test_a_redis_that_goes_away_is_no_fault_of_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("UELLM_HOME", str(tmp_path))
+    assert exits.report_fault(RedisConnectionError("closed by server")) == exits.UNREACHABLE
+    assert "Redis went away meanwhile (closed by server)" in capsys.readouterr().err
+    assert exits.report_fault(ZeroDivisionError("oh")) == exits.FAILED
+    assert "oh" in (tmp_path / "fault.txt").read_text()

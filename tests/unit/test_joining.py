@@ -1,11 +1,14 @@
 """What a machine is told to join by."""
 
+import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from uellm.cli.tree import Progress
 from uellm.core.errors import ConfigurationError
 from uellm.mesh.joining import JoinOptions, Token, address_towards, new_secret
 
@@ -44,3 +47,30 @@ def test_the_address_towards_a_host_is_one_of_this_machine() -> None:
     assert address_towards("127.0.0.1", 9) == "127.0.0.1"
     with pytest.raises(ConfigurationError, match="no way leads to"):
         address_towards("no-such-host.invalid", 9)
+
+
+@pytest.mark.parametrize("host", ["", "box:6379", "::1", "redis://box", "a b", "me@box"])
+def test_a_host_is_a_name_or_an_address(host: str) -> None:
+    token = Token(7000, new_secret())
+    with pytest.raises(ConfigurationError, match="no name or IPv4 address of a machine"):
+        JoinOptions(host, token)
+    if host:
+        with pytest.raises(ConfigurationError, match="--address: "):
+            JoinOptions("box", token, address=host)
+
+
+def test_how_to_join_stays_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said next takes the place of what was being waited for, but not of this."""
+
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    progress = Progress()
+    progress("starting Redis")
+    progress.note(line := f"other machines join by: uellm join box --token {'x' * 200}")
+    progress("demo: waits for devices")
+    progress.done()
+    assert f"{line}\n" in terminal.getvalue()

@@ -42,8 +42,16 @@ def report_fault(error: Exception) -> int:
     """Keep the trace of an error that nobody foresaw, and say where; returns the exit status."""
     import traceback
 
+    from redis.exceptions import RedisError
+
     from uellm.mesh.state import home
 
+    if isinstance(error, RedisError):
+        # It answered when the command began, or there would have been another message.
+        text = (
+            f"the mesh's Redis went away meanwhile ({error}); try again once `uellm health` is well"
+        )
+        return complain(UnavailableError(text))
     path = home() / "fault.txt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

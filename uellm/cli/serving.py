@@ -110,7 +110,7 @@ def up(
     )
     tree.check(options, allow_download=allow_download)
     progress = tree.Progress()
-    mesh = Mesh(options, progress)
+    mesh = Mesh(options, progress, announce=progress.note)
     raise typer.Exit(run(tree.keep_up(mesh, progress), mesh.kill))
 
 
@@ -118,7 +118,13 @@ def join(
     host: Annotated[
         str, typer.Argument(help="Where `uellm up --listen` runs: a name or an address.")
     ],
-    token: Annotated[str, typer.Option(help="What it printed.")],
+    token: Annotated[
+        str,
+        typer.Option(
+            envvar="UELLM_JOIN_TOKEN",
+            help="What it printed; in the variable, other users of this machine do not see it.",
+        ),
+    ],
     workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")] = 1,
     devices: Annotated[
         str, typer.Option(help="What each worker may use: cpu, cuda:0,cuda:1, … By default all.")

@@ -33,6 +33,13 @@ class Progress:
             self._status.update(words)
             self._status.start()
 
+    def note(self, words: str) -> None:
+        """Say what has to be still there when the next is said."""
+        if self._status is None:
+            self(words)
+        else:
+            self._console.print(words, soft_wrap=True, highlight=False)
+
     def done(self) -> None:
         """Nothing is being waited for any more."""
         if self._status is not None:

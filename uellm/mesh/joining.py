@@ -9,6 +9,7 @@ import base64
 import binascii
 import contextlib
 import os
+import re
 import secrets
 import socket
 import sys
@@ -22,19 +23,25 @@ from typing import Any, Self
 import grpc
 from redis.exceptions import AuthenticationError, RedisError
 
+from uellm import logs
 from uellm.core.errors import ConfigurationError, UnavailableError
 from uellm.embedded import redis_url
 from uellm.mesh.state import home, runs
 from uellm.mesh.supervision import ServiceSpec, Supervised
 from uellm.rpc import CALL_SECONDS, channel
-from uellm.streams.connection import connect
+from uellm.streams.connection import UNREACHABLE, RedisClient, connect
 from uellm.streams.registry import Registry
 from uellm.v1 import deployer_pb2, deployer_pb2_grpc, topology_pb2
 
 SECRET_BYTES = 18
 DRAIN_SECONDS = 25.0
 START_SECONDS = 120.0
+LOST_SECONDS = 300.0
+"""A mesh that has not answered for so long is not waited for any more."""
 _POLL_SECONDS = 0.1
+_PING_SECONDS = 1.0
+_HOST = re.compile(r"[^\s:/@?#\[\]]+")
+_log = logs.logger("mesh")
 
 
 def new_secret() -> str:
@@ -89,6 +96,9 @@ class JoinOptions:
         devices: what each may use, as UELLM_WORKER_DEVICES takes it; "": all it finds.
         address: of this machine, as the mesh reaches it; "": the one that leads to ``host``.
         allow_download: fetch models that this host's cache lacks.
+
+    Raises:
+        ConfigurationError: if ``host`` or ``address`` is neither a name nor an IPv4 address.
     """
 
     host: str
@@ -97,6 +107,15 @@ class JoinOptions:
     devices: str = ""
     address: str = ""
     allow_download: bool = False
+
+    def __post_init__(self) -> None:
+        for field, text in (("host", self.host), ("--address", self.address or self.host)):
+            if not _HOST.fullmatch(text):
+                raise ConfigurationError(
+                    f"{field}: {text!r} is no name or IPv4 address of a machine; the port is in "
+                    "the token",
+                    field=field,
+                )
 
     @property
     def redis_url(self) -> str:
@@ -177,7 +196,10 @@ class Guests:
             await self._redis.aclose()
 
     async def watch(self) -> None:
-        """Return never; raise when a worker had to be given up."""
+        """Return never; raise when a worker had to be given up, or the mesh."""
+        # Beside the workers: it is ended with them.
+        lost = until_lost(self._redis, self._options.host)
+        self._tasks.append(asyncio.create_task(lost, name="mesh"))
         done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             task.result()
@@ -212,7 +234,14 @@ class Guests:
             for task in self._tasks:
                 if task.done():
                     task.result()
-            workers = [w for w in await self._workers() if w.worker in names]
+            try:
+                workers = [w for w in await self._workers() if w.worker in names]
+            except UNREACHABLE as error:
+                host = self._options.host
+                raise UnavailableError(
+                    f"the mesh at {host} went away while this machine joined ({error}); join again "
+                    "with what `uellm up --listen` prints there"
+                ) from None
             if len(workers) == len(names):
                 return [device for worker in workers for device in worker.devices]
             await asyncio.sleep(_POLL_SECONDS)
@@ -231,6 +260,38 @@ class Guests:
                     )
                     return list(described.workers)
         return []
+
+
+async def until_lost(redis: RedisClient, host: str, seconds: float = LOST_SECONDS) -> None:
+    """Return never; say when a mesh does not answer, and when it does again.
+
+    Args:
+        redis: of the mesh.
+        host: where it runs.
+        seconds: how long it is waited for.
+
+    Raises:
+        UnavailableError: if it has not answered for so long.
+    """
+    answered, away = time.monotonic(), False
+    while True:
+        try:
+            await redis.ping()
+        except (RedisError, OSError) as error:
+            silent = time.monotonic() - answered
+            if silent > seconds:
+                raise UnavailableError(
+                    f"the mesh at {host} has not answered for {silent:.0f} s ({error}); start it "
+                    "there, and run here what `uellm up --listen` prints then"
+                ) from None
+            if not away:
+                _log.warning("the mesh does not answer; trying on", host=host, error=str(error))
+            away = True
+        else:
+            if away:
+                _log.warning("the mesh answers again", host=host)
+            answered, away = time.monotonic(), False
+        await asyncio.sleep(min(_PING_SECONDS, seconds / 4))
 
 
 def address_towards(host: str, port: int) -> str:

@@ -43,6 +43,7 @@ class Mesh:
         options: what it consists of.
         report: told about progress, in words for people.
         trace_directory: where services write their spans; None: with their logs.
+        announce: told how others join, which is not to be lost among the progress; None: as that.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Mesh:
         options: MeshOptions,
         report: Report = lambda _: None,
         trace_directory: Path | None = None,
+        announce: Report | None = None,
     ) -> None:
         # Fixed from here on: a gateway that is started again is found where it was.
         self.options = replace(options, port=options.port or free_port())
@@ -57,6 +59,7 @@ class Mesh:
         self.directory = runs(home()) / run
         self.trace_directory = trace_directory or self.directory / "spans"
         self._report = report
+        self._announce = announce or report
         self._redis_server: EmbeddedRedis | None = None
         self._services: list[Supervised] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -152,7 +155,7 @@ class Mesh:
             )
             self._redis_server = server.start()
             if listens:
-                self._report(f"other machines join by: {self.invitation}")
+                self._announce(f"other machines join by: {self.invitation}")
             self._tasks.append(asyncio.create_task(_keep(server)))
         self._redis = connect(self.redis_url)
         await check(self._redis, self.redis_url)

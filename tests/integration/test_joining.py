@@ -1,0 +1,60 @@
+"""A machine whose mesh goes away: while it joins, and after."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.waiting import eventually
+from uellm.core.errors import UnavailableError
+from uellm.embedded import EmbeddedRedis
+from uellm.mesh.joining import Token, new_secret, until_lost
+from uellm.mesh.tether import tethered
+from uellm.streams.connection import connect
+
+pytestmark = pytest.mark.timeout(60)
+
+
+async def test_a_mesh_that_goes_away_while_it_is_joined_is_said_in_a_line(tmp_path: Path) -> None:
+    secret = new_secret()
+    with EmbeddedRedis(password=secret, wrap=tethered) as server:
+        join = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", "from uellm.cli import main; main()", "join", "127.0.0.1",
+            env={
+                **os.environ,
+                "UELLM_HOME": str(tmp_path),
+                "UELLM_JOIN_TOKEN": str(Token(server.port, secret)),
+                "UELLM_WORKER_ENGINE": "instant",
+            },
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            await eventually(lambda: _has_a_worker(join.pid), 30)
+            server.stop()
+            assert join.stderr is not None
+            said = (await join.stderr.read()).decode().splitlines()
+            assert await join.wait() == 3
+        finally:
+            if join.returncode is None:
+                join.kill()
+                await join.wait()
+    assert "the mesh at 127.0.0.1 went away while this machine joined" in said[-1]
+
+
+def _has_a_worker(pid: int) -> bool:
+    return bool(psutil.Process(pid).children())
+
+
+async def test_a_mesh_is_lost_only_once_it_has_not_answered_for_long() -> None:
+    with EmbeddedRedis(wrap=tethered) as server:
+        redis = connect(server.url)
+        watch = asyncio.create_task(until_lost(redis, "box", 0.2))
+        done, _ = await asyncio.wait([watch], timeout=0.5)
+        assert not done
+        server.stop()
+        with pytest.raises(UnavailableError, match="the mesh at box has not answered for"):
+            await watch
+        await redis.aclose()
