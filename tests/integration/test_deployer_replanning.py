@@ -17,6 +17,7 @@ from uellm.core.errors import FailedPreconditionError, NotFoundError
 from uellm.streams.keys import Keys
 from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
 
+DRAINING = topology_pb2.REPLICA_STATE_DRAINING
 DONE, PROPOSED = topology_pb2.CHANGE_STATE_DONE, topology_pb2.CHANGE_STATE_PROPOSED
 AT_ONCE = {"probe_seconds": 5.0, "replan_seconds": 0.1, "replan_cooldown_seconds": 0.0}
 TAKES_OVER = "org/tiny-1"
@@ -123,7 +124,8 @@ async def test_where_both_do_not_fit_it_is_drained_first(mesh: Mesh) -> None:
     report = steps(mesh, before.replicas[0], [1.0, 6.0])
 
     async def drains() -> bool:
-        if (await mesh.route())[1] == "DRAINING":
+        deployment = await mesh.published()
+        if deployment is not None and deployment.replicas[0].state == DRAINING:
             return True
         await report()
         return False
@@ -142,6 +144,33 @@ async def test_where_both_do_not_fit_it_is_drained_first(mesh: Mesh) -> None:
         "w2/cpu:0": 0,
     }
     assert after.changes[0].moved_layers == 2
+
+
+async def test_what_is_wanted_elsewhere_goes_there_without_a_break(mesh: Mesh) -> None:
+    await mesh.add_deployer(replan_seconds=0.1)
+    await mesh.add_worker("w1")
+    await mesh.add_worker("w2")
+    await mesh.apply()
+    before = await mesh.ready()
+    ((device, *_),) = layers(before)
+    released = ("release", REPLICA, before.replicas[0].epoch)
+    await mesh.apply(excluded=[device.partition("/")[0]])
+    after = await eventually(lambda: alone(mesh, TAKES_OVER))
+    assert {device, layers(after)[0][0]} == {"w1/cpu:0", "w2/cpu:0"}
+    assert after.changes[0].make_before_break
+    calls = {name: worker.calls for name, worker in mesh.workers.items()}
+    assert released in calls[device.partition("/")[0]]
+    # And back, by name; a wish that is kept already changes nothing.
+    await mesh.apply(pins=[deployer_pb2.DevicePin(device_id=device)])
+    back = await eventually(lambda: alone(mesh, REPLICA))
+    assert layers(back) == [(device, 0, 5)]
+    await mesh.apply(pins=[deployer_pb2.DevicePin(device_id=device)], objective="lr")
+
+    async def untouched() -> bool:
+        found = await mesh.published()
+        return found is not None and found.objective == "lr" and found.replicas == back.replicas
+
+    await stays(untouched, 0.5)
 
 
 async def test_changes_are_proposed_where_they_are_to_be_approved(mesh: Mesh) -> None:

@@ -71,19 +71,22 @@ class ObjectivePlacer:
 def improvement(request: PlanRequest, present: Plan) -> tuple[Plan, float]:
     """The plan that is preferred to one that serves, and what it gains; see ``gain``.
 
-    A plan that grants less than the present one gains nothing.
+    A plan that grants less than the present one gains nothing; one that keeps what the present one
+    does not (SLO, pins, exclusions) gains all.
     """
     plan = ObjectivePlacer().place(replace(request, previous=present))
     shared = replace(request, topology=_shared(request.topology), previous=present)
     before = rated(present, shared)
     short = len(plan.replicas) < len(present.replicas) or plan.slots < present.slots
-    if before is None or short or plan.infeasible_reason:
+    if short or plan.infeasible_reason:
         return plan, 0.0
+    if before is None or not all(_keeps(replica, request) for replica in before.replicas):
+        return plan, 1.0
     return plan, gain(plan, before, shared)
 
 
 def gain(plan: Plan, before: Plan, request: PlanRequest) -> float:
-    """What a plan brings over another one, as a share of it: 0.05 for five per cent.
+    """What a plan brings over another one, as a share of it: 0.05 for five per cent less.
 
     Both of one model and load. At ``he`` and ``helr`` a saving of cost is a gain; else time is: a
     dearer plan is preferred because the cheaper one takes too long.
@@ -95,7 +98,7 @@ def gain(plan: Plan, before: Plan, request: PlanRequest) -> float:
 
 
 def rated(plan: Plan, request: PlanRequest) -> Plan | None:
-    """A plan with what is predicted of it now; None if one of its devices is not there."""
+    """A plan with what is predicted of it now; None if one of its devices may not be used."""
     costs = costs_of(request, plan.slots)
     replicas: list[PlannedReplica] = []
     for replica in plan.replicas:

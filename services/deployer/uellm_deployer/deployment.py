@@ -10,6 +10,7 @@ from uellm.convert import model_from_proto, model_to_proto
 from uellm.core.errors import FailedPreconditionError, UellmError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger
+from uellm.placement.placers import EVEN
 from uellm.streams.connection import UNREACHABLE
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
 from uellm_deployer import reconcile
@@ -22,6 +23,7 @@ from uellm_deployer.tools import Tools
 _log = logger("deployment")
 RESOLVE_AGAIN_SECONDS = 5.0
 POLL_SECONDS = 0.1
+_OF_PLACE = ("objective", "slo_seconds", "pins", "excluded", "prompt_tokens", "output_tokens")
 STABLE_SECONDS = 30.0
 """A replica that served for so long has not failed because of how it was formed."""
 
@@ -92,10 +94,7 @@ class Deployment:
             await self._update(request, model)
 
     async def _update(self, request: deployer_pb2.PlanRequest, model: ResolvedModel | None) -> None:
-        same = deployer_pb2.PlanRequest()
-        same.CopyFrom(self.request)
-        same.replicas = request.replicas
-        changed = same != request or (
+        changed = _bare(self.request) != _bare(request) or (
             model is not None
             and self.model is not None
             and (model.ref, model.adapter_refs) != (self.model.ref, self.model.adapter_refs)
@@ -104,6 +103,10 @@ class Deployment:
             await self._cancel("")
             for replica in self.replicas:
                 await self._suspend(replica, "forms again: it is wanted after all")
+        if self.request.objective != request.objective == EVEN:
+            changed = True
+        # Another wish for the place alone: what serves goes on until there is a better one.
+        self.approved = not changed and self.request != request
         self.request, self.ending = request, False
         self.model = model or (None if changed else self.model)
         if changed:
@@ -379,3 +382,12 @@ class Deployment:
     def published(self) -> topology_pb2.Deployment:
         """As it was last published."""
         return self._published
+
+
+def _bare(request: deployer_pb2.PlanRequest) -> deployer_pb2.PlanRequest:
+    """A request without the number of copies and what is wished of their place."""
+    bare = deployer_pb2.PlanRequest()
+    bare.CopyFrom(request)
+    for name in ("replicas", *_OF_PLACE):
+        bare.ClearField(name)  # type: ignore[arg-type]  # the names of fields
+    return bare

@@ -200,7 +200,9 @@ class Replanner:
         return topology_pb2.PlacementChange(
             replica=replica.id,
             state=topology_pb2.CHANGE_STATE_PROPOSED,
-            reason=self._reason(replica, {stage.device_id for stage in copy.stages}),
+            reason="it is wanted elsewhere"
+            if gained >= 1
+            else self._reason(replica, {stage.device_id for stage in copy.stages}),
             gain=gained,
             moved_layers=layers,
             moved_bytes=moved_bytes,
