@@ -12,11 +12,12 @@ from typing import Any
 
 import grpc
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 from uellm_profiler.serving import MOST_WAITING, Serving
-from uellm_profiler.store import PREFIX
+from uellm_profiler.store import PREFIX, Store
 
 from tests.contract.test_profiler import learnt, profile_request, stub_of, teach
-from tests.support.predictors import DUE, UNFITTED, Guess
+from tests.support.predictors import DUE, UNFITTED, Guess, Slow
 from tests.support.scheduling import MODEL, Mesh, profiler
 from tests.support.waiting import eventually
 from uellm.core.errors import ConfigurationError, InvalidArgumentError, ResourceExhaustedError
@@ -25,6 +26,7 @@ from uellm.learning.store import save_predictor
 from uellm.prediction import registry
 from uellm.prediction.interface import GREEDY, CompletionFacts, PredictionRequest
 from uellm.prediction.prior import Prior
+from uellm.prediction.states import unpack
 from uellm.rpc import error_from
 from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.v1 import profiler_pb2
@@ -41,8 +43,12 @@ async def mesh(redis: Any) -> Mesh:
 
 @pytest.fixture
 def guess(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The predictor of the tests, as a package would offer it."""
-    points = EntryPoints([EntryPoint("guess", "tests.support.predictors:Guess", registry.GROUP)])
+    """The predictors of the tests, as a package would offer them."""
+    named = {"guess": "Guess", "unfit": "unfit", "slow": "Slow"}
+    points = EntryPoints(
+        EntryPoint(name, f"tests.support.predictors:{attribute}", registry.GROUP)
+        for name, attribute in named.items()
+    )
     monkeypatch.setattr(registry, "entry_points", points.select)
 
 
@@ -222,6 +228,55 @@ async def test_a_learner_that_is_stopped_keeps_all_that_it_learnt(
         await learnt(stub, 30)
         await service.drain()
     assert await _kept(mesh)
+
+
+async def test_what_it_is_learning_while_it_is_stopped_is_kept_once_and_whole(
+    mesh: Mesh, redis_url: str, guess: None
+) -> None:
+    Slow.observing.clear()
+    Slow.may.clear()
+    async with profiler(redis_url, predictor="slow") as service:
+        await teach(mesh, 5, output_tokens=40)
+        await eventually(Slow.observing.is_set)
+        draining = asyncio.create_task(service.drain())
+        done, _ = await asyncio.wait([draining], timeout=0.3)
+        assert not done
+        Slow.may.set()
+        await draining
+    past = unpack(await mesh.redis.hget(f"{PREFIX}past", "state"))
+    places = json.loads(await mesh.redis.hget(f"{PREFIX}past", "places"))
+    unread = await mesh.redis.xrange(mesh.gateway.keys.completions, f"({places[MODEL]}")
+    assert len(past["lengths"]) + len(unread) == 5
+    assert len(past["lengths"]) > 0
+
+
+async def test_a_fit_that_fails_leaves_what_serves(mesh: Mesh, redis_url: str, guess: None) -> None:
+    options = {"predictor": "unfit", "challenge_outcomes": CHALLENGE}
+    async with profiler(redis_url, **options) as service, stub_of(service) as stub:
+        for taught in (DUE, 2 * DUE, 3 * DUE):
+            await teach(mesh, DUE, output_tokens=50)
+            await learnt(stub, taught)
+        assert await median(stub) == UNFITTED
+        assert len(await versions(stub)) == 1
+
+
+async def test_a_version_that_could_not_be_kept_is_kept_later(
+    mesh: Mesh, redis_url: str, guess: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, refused = Store.keep, []
+
+    async def away_once(self: Store, *arguments: Any) -> None:
+        if len(await self.versions()) == 1 and not refused and arguments[-1] is not None:
+            refused.append(arguments[-1].number)
+            raise RedisConnectionError("away")
+        await keep(self, *arguments)
+
+    monkeypatch.setattr(Store, "keep", away_once)
+    async with guessing(redis_url) as stub:
+        await eventually(lambda: versions(stub))
+        await fitted(mesh, stub, 50)
+        assert refused == [2]
+        assert [version.number for version in await versions(stub)] == [1, 2]
 
 
 async def test_a_profiler_begins_with_what_was_trained(

@@ -1,6 +1,7 @@
 """A predictor whose fits are as good or bad as a test likes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from threading import Event
 from typing import Any, ClassVar
 
 import numpy as np
@@ -89,3 +90,24 @@ class Guess:
             raise InvalidArgumentError("state: not one of guess", field="state")
         self._value, self._fitted_at = float(state["value"]), int(state["at"])
         self._lengths = [float(length) for length in state["lengths"]]
+
+
+def unfit(settings: Mapping[str, Any] | None = None) -> Guess:
+    """One whose fits fail."""
+
+    def fail(lengths: Sequence[float]) -> float:
+        raise ArithmeticError(f"no fit to {len(lengths)} lengths")
+
+    return Guess(settings, fail)
+
+
+class Slow(Guess):
+    """Observes an outcome only once it is let."""
+
+    name = "slow"
+    observing, may = Event(), Event()
+
+    def observe(self, facts: CompletionFacts) -> None:
+        self.observing.set()
+        assert self.may.wait(20)
+        super().observe(facts)

@@ -106,6 +106,10 @@ class Contest:
         """
         return None if self.challenged or self._resting > 0 else self.champion.refit()
 
+    def rest(self) -> None:
+        """Let a challenge's outcomes pass before the next fit is due: the last came to nothing."""
+        self._resting = self._outcomes
+
     def challenge(self, fitted: State) -> None:
         """Have a new fit judged: as the champion would be with it."""
         challenger = self._make()
@@ -150,6 +154,6 @@ class Contest:
         if promoted:
             self.champion = self._challenger
         else:
-            self._resting = self._outcomes
+            self.rest()
         self._challenger = None
         return Verdict(promoted, self._scored, champion, challenger)

@@ -54,10 +54,9 @@ class ProfilerApplication:
 
     async def drain(self) -> None:
         """Let another profiler learn; calls in progress are awaited by the runner."""
-        self._learning.cancel()
-        await asyncio.gather(self._learning, return_exceptions=True)
         with contextlib.suppress(*UNREACHABLE):
             await self._learner.settle()
+        self._learning.cancel()
         self._renewing.cancel()
         with contextlib.suppress(*UNREACHABLE):
             await self._learner.leadership.release()

@@ -116,8 +116,11 @@ class Learner:
         self._begin = begin
         self._make = make
         self._term = 0
+        self._turning = asyncio.Lock()
+        self._settled = False
         self._contest = self._new_contest()
         self._number = self._revision = 0
+        self._unkept: profiler_pb2.PredictorVersion | None = None
         self._places: dict[str, str] = {}
         self._fitting: asyncio.Task[State] | None = None
         self._keep_at = self._keep_past_at = 0.0
@@ -125,8 +128,12 @@ class Learner:
 
     async def turn(self) -> None:
         """Learn from what finished, or stand by."""
+        async with self._turning:
+            await self._turn()
+
+    async def _turn(self) -> None:
         leadership = self.leadership
-        if not leadership.held:
+        if not leadership.held or self._settled:
             await asyncio.sleep(STANDING_BY_SECONDS)
             return
         try:
@@ -144,22 +151,30 @@ class Learner:
 
     def _due(self) -> bool:
         now = time.monotonic()
-        return (self._changed and now >= self._keep_at) or (
-            self._past_changed and now >= self._keep_past_at
+        return (
+            self._unkept is not None
+            or (self._changed and now >= self._keep_at)
+            or (self._past_changed and now >= self._keep_past_at)
         )
 
     async def settle(self) -> None:
-        """Keep all that was learnt, for whoever learns next."""
-        if self.leadership.held and self.leadership.term == self._term and self._past_changed:
-            with contextlib.suppress(AbortedError):
-                await self._keep(whole=True)
+        """Keep all that was learnt, for whoever learns next; learn no more.
+
+        A turn that is under way ends first: broken off, its thread would go on learning from what
+        the next learner reads again, beside what is kept.
+        """
+        async with self._turning:
+            self._settled = True
+            if self.leadership.held and self.leadership.term == self._term and self._past_changed:
+                with contextlib.suppress(AbortedError):
+                    await self._keep(whole=True)
 
     def _new_contest(self) -> Contest:
         return Contest(self._make, outcomes=self._settings.challenge_outcomes)
 
     async def _take_up(self) -> None:
         """Go on where the learner before this one was."""
-        self._contest, self._fitting = self._new_contest(), None
+        self._contest, self._fitting, self._unkept = self._new_contest(), None, None
         kind = kind_of(self._contest.champion)
         past = None
         try:
@@ -226,13 +241,19 @@ class Learner:
                 self._fitting = asyncio.create_task(_fitted(refit), name="fitting")
         elif self._fitting.done():
             fitting, self._fitting = self._fitting, None
+            if (error := fitting.exception()) is not None:
+                # What serves goes on serving; another is due after as many outcomes as a challenge.
+                _log.error("a fit failed", exc_info=error)
+                self._contest.rest()
+                return
             await asyncio.to_thread(self._contest.challenge, fitting.result())
 
     async def _begin_version(self, reason: str, verdict: Verdict | None = None) -> None:
         """Keep what serves from now on as a version of its own."""
         self._number += 1
         champion = self._contest.champion
-        version = profiler_pb2.PredictorVersion(
+        # Until it is: Redis may be away now, and it serves already.
+        self._unkept = profiler_pb2.PredictorVersion(
             number=self._number,
             predictor=champion.name,
             predictor_version=champion.version,
@@ -242,21 +263,19 @@ class Learner:
             loss=verdict.challenger_loss if verdict else 0.0,
             loss_before=verdict.champion_loss if verdict else 0.0,
         )
-        await self._keep(version)
         _log.info("another version serves", version=self._number, reason=reason)
+        await self._keep()
 
-    async def _keep(
-        self, version: profiler_pb2.PredictorVersion | None = None, *, whole: bool = False
-    ) -> None:
+    async def _keep(self, *, whole: bool = False) -> None:
         began = time.monotonic()
-        champion = self._contest.champion
+        champion, version = self._contest.champion, self._unkept
         kind, past = kind_of(champion), None
         if version is not None or whole or began >= self._keep_past_at:
             past = Past(kind, champion.state(), dict(self._places))
         self._revision += 1
         learnt = Learnt(kind, self._number, self._revision, champion.serving_state())
         await self._store.keep(self.leadership.token, learnt, past, version)
-        self._changed = False
+        self._changed, self._unkept = False, None
         seconds = self._settings.keep_seconds
         rest = max(seconds, (time.monotonic() - began) / KEEPING_SHARE)
         self._keep_at = began + rest
