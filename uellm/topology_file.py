@@ -37,7 +37,9 @@ def read_topology(path: Path) -> topology_pb2.Topology:
     try:
         json_format.ParseDict(content or {}, message)
     except (json_format.ParseError, AttributeError, TypeError) as error:
-        raise _wrong(path, f"{error}; see protos/uellm/v1/topology.proto") from None
+        raise _wrong(
+            path, f"{' '.join(str(error).split())}; see protos/uellm/v1/topology.proto"
+        ) from None
     for device in message.devices:
         if not device.id:
             raise _wrong(path, "devices: one has no id, <worker>/<kind>:<index>")

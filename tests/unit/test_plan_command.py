@@ -81,6 +81,26 @@ def test_a_trace_says_what_it_needs(tmp_path: Path) -> None:
     assert "1 more RTX3090 would do" in out
 
 
+@pytest.mark.parametrize(("arrivals", "rate"), [((0.0,), "1"), ((5.0, 5.0), "2"), ((0, 4), "0.5")])
+def test_a_trace_of_a_moment_is_the_load_of_a_second(
+    tmp_path: Path, arrivals: tuple[float, ...], rate: str
+) -> None:
+    path = tmp_path / "trace.csv"
+    rows = "".join(f"{at},200,150\n" for at in arrivals)
+    path.write_text(f"arrival_s,prompt_tokens,output_tokens\n{rows}")
+    status, out = plan(*SMALL[:4], "--trace", str(path))
+    assert status == 0, out
+    assert f"({rate} requests/s of up to 200 + 150 tokens)" in out
+
+
+def test_a_trace_in_other_units_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,2,2\n1e18,2,2\n")
+    status, out = plan(*SMALL[:4], "--trace", str(path))
+    assert status == 2
+    assert "arrival_s: 1e+18 s from first to last; at most a year" in out
+
+
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "plan.png"
@@ -98,12 +118,28 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
         ((*SMALL, "--what-if", "more"), "add=KIND@HOST"),
         ((*SMALL, "--cost", "x"), "DEVICE=NUMBER"),
         ((*SMALL, "--previous", "/dev/null"), "uellm plan --json"),
+        ((*SMALL, "--stages", "5"), "stages: 5; at most 4, with 4 devices for 32 layers"),
+        ((*SMALL, "--stages", "4", "--exclude", "box/cuda:0"), "at most 3, with 3 devices"),
+        ((*SMALL, "--prompt-tokens", "1024"), "prompt-tokens: 1024 and 1 of the answer"),
+        ((*SMALL, "--prompt-tokens", "1000", "--output-tokens", "25"), "a context of 1024"),
+        ((*SMALL[:4], "--max-model-len", "4097"), "max-model-len: 4097; at most 4096"),
+        ((*SMALL, "--what-if", "add=999999999xT4@new"), "999999999 devices are added"),
+        ((*SMALL, "--what-if", "add=0xT4@new"), "no kind of device '0xT4'"),
     ],
 )
 def test_what_is_wrong_is_named(arguments: tuple[str, ...], says: str) -> None:
     status, out = plan(*arguments)
     assert status == 2, out
     assert says in out
+
+
+def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("machines: []\n")
+    status, out = plan("--model", "llama-2-7b", "--topology", str(path))
+    assert status == 2
+    assert 'no field named "machines"' in out
+    assert out.count("\n") == 1
 
 
 def test_clusters_are_files_that_can_be_copied(tmp_path: Path) -> None:

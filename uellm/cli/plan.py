@@ -36,8 +36,13 @@ def plan(
     batch: Annotated[
         int, typer.Option(min=0, help="Sequences computed together; 0: the slots.")
     ] = 0,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a request.")] = 512,
-    output_tokens: Annotated[int, typer.Option(min=1, help="Of a request, 90 % quantile.")] = 128,
+    prompt_tokens: Annotated[
+        int,
+        typer.Option(min=0, help="Of a request; 0: 512, or what the context has room for."),
+    ] = 0,
+    output_tokens: Annotated[
+        int, typer.Option(min=0, help="Of a request, 90 % quantile; 0: 128, or likewise.")
+    ] = 0,
     in_flight: Annotated[int, typer.Option(min=1, help="Batches under way at once.")] = 1,
     rate: Annotated[float, typer.Option(min=0, help="Requests per second; 0: all there is.")] = 0.0,
     slo: Annotated[
@@ -91,6 +96,10 @@ def plan(
         found = asyncio.run(planning.discover(redis_url(redis)))
     else:
         found = planning.find_topology(topology)
+    profile = planning.find_model(model, dtype)
+    prompt_tokens, output_tokens = planning.lengths(
+        profile, max_model_len, prompt_tokens, output_tokens
+    )
     workload = Workload(
         replicas=replicas,
         stages=stages,
@@ -107,7 +116,7 @@ def plan(
         workload = planning.of_trace(trace, workload)
     request = PlanRequest(
         topology=found,
-        model=planning.find_model(model, dtype),
+        model=profile,
         workload=workload,
         objective=cast("Objective", objective),
         previous=planning.read_plan(previous) if previous is not None else None,

@@ -37,6 +37,7 @@ DISCOVERED = "discovered"
 SERVED_SHARE = 0.99
 WINDOW_SECONDS = 60.0
 """The load of a trace is that of its busiest windows of this length."""
+_LONGEST_TRACE_SECONDS = 366 * 86400.0
 _MOST_SHOWN = 8
 
 
@@ -95,6 +96,50 @@ def find_model(name: str, dtype: str) -> ModelProfile:
     return profile_of_shape(shape, dtype, name)
 
 
+def lengths(
+    model: ModelProfile, max_model_len: int, prompt_tokens: int, output_tokens: int
+) -> tuple[int, int]:
+    """Tokens of a request and of its answer; 0: as many as are usual, in the room there is."""
+    context = max_model_len or model.max_tokens
+    prompt = prompt_tokens or max(min(512, context * 4 // 5 - output_tokens), 1)
+    return prompt, output_tokens or max(min(128, context - prompt), 1)
+
+
+def check(request: PlanRequest) -> None:
+    """Refuse what a mesh would make the best of: a plan for something else than was asked for.
+
+    Raises:
+        InvalidArgumentError: naming the option, the limit and the remedy.
+    """
+    workload, model = request.workload, request.model
+    if workload.max_tokens > model.max_tokens:
+        raise InvalidArgumentError(
+            f"max-model-len: {workload.max_tokens}; at most {model.max_tokens}, the model's own "
+            "length",
+            field="max-model-len",
+        )
+    context = workload.max_tokens or model.max_tokens
+    asked = workload.prompt_tokens + workload.output_tokens
+    if asked > context:
+        raise InvalidArgumentError(
+            f"prompt-tokens: {workload.prompt_tokens} and {workload.output_tokens} of the answer "
+            f"do not fit into a context of {context}; give fewer, or another model",
+            field="prompt-tokens",
+        )
+    left = [
+        device
+        for device in request.topology.devices
+        if not {device.id, device.worker, device.host} & request.excluded
+    ]
+    most = min(len(left), len(model.layers))
+    if workload.stages > most:
+        raise InvalidArgumentError(
+            f"stages: {workload.stages}; at most {most}, with {len(left)} devices for "
+            f"{len(model.layers)} layers",
+            field="stages",
+        )
+
+
 def read_pin(text: str) -> Pin:
     """``DEVICE``, ``first=DEVICE`` or ``last=DEVICE``."""
     end, found, device = text.partition("=")
@@ -142,13 +187,25 @@ def read_plan(path: Path) -> Plan:
 
 
 def of_trace(path: Path, workload: Workload) -> Workload:
-    """The load of a trace: lengths that 90 % stay below, and the rate of its busiest minute."""
+    """The load of a trace: lengths that 90 % stay below, and the rate of its busiest minute.
+
+    Raises:
+        InvalidArgumentError: if it cannot be read, or is longer than a year.
+    """
     requests = read_trace(path)
     prompts = [request.prompt_tokens for request in requests]
     outputs = [request.output_tokens for request in requests]
     at = np.array([request.arrival for request in requests])
+    seconds = float(at[-1])
+    if seconds > _LONGEST_TRACE_SECONDS:
+        raise InvalidArgumentError(
+            f"trace: {path}: arrival_s: {seconds:.3g} s from first to last; at most a year, and in "
+            "seconds",
+            field="trace",
+        )
     windows = np.bincount((at // WINDOW_SECONDS).astype(np.int64))
-    length = min(WINDOW_SECONDS, max(float(at[-1] - at[0]), 1e-9))
+    # What arrives in a moment is a load for a second at least.
+    length = min(WINDOW_SECONDS, max(seconds, 1.0))
     return replace(
         workload,
         prompt_tokens=max(round(float(np.quantile(prompts, 0.9))), 1),
@@ -160,6 +217,7 @@ def of_trace(path: Path, workload: Workload) -> Workload:
 
 def run(asked: Asked) -> int:
     """Plan, and say what came of it."""
+    check(asked.request)
     plan, seconds = _solved(asked.request)
     plan = replace(plan, solve_seconds=seconds)
     tokens = asked.request.workload.output_tokens

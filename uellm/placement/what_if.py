@@ -9,7 +9,7 @@ from uellm.placement.topology import Device, Topology
 from uellm.placement.views import Plan
 
 MOST_ADDED = 64
-_ADD = re.compile(r"add=(?:(?P<count>\d+)x)?(?P<kind>[^@,;\s]+)@(?P<host>[\w.:-]+)")
+_ADD = re.compile(r"add=(?:(?P<count>[1-9]\d{0,8})x)?(?P<kind>[^@,;\s]+)@(?P<host>[\w.:-]+)")
 _REMOVE = re.compile(r"remove=(?P<name>[^,\s]+)")
 
 
@@ -38,18 +38,21 @@ def parse_change(text: str) -> Change:
     """
     added: list[tuple[str, str]] = []
     removed: list[str] = []
+    count = 0
     for part in (part.strip() for part in text.split(",")):
         if match := _ADD.fullmatch(part):
-            added += [(match["kind"], match["host"])] * int(match["count"] or 1)
+            more = int(match["count"] or 1)
+            count += more
+            added += [(match["kind"], match["host"])] * min(more, MOST_ADDED)
         elif match := _REMOVE.fullmatch(part):
             removed.append(match["name"])
         else:
             raise InvalidArgumentError(
                 f"what-if: {part!r} is neither add=KIND@HOST nor remove=HOST", field="what-if"
             )
-    if len(added) > MOST_ADDED:
+    if count > MOST_ADDED:
         raise InvalidArgumentError(
-            f"what-if: {len(added)} devices are added; the limit is {MOST_ADDED}", field="what-if"
+            f"what-if: {count} devices are added; the limit is {MOST_ADDED}", field="what-if"
         )
     return Change(tuple(added), tuple(removed))
 
