@@ -9,9 +9,9 @@ alternates, so that what the machine does meanwhile does to all of them. Goodput
 that a policy serves with 95 % in time, interpolated; refused, expired and late requests are misses.
 The interval of the ratio is a bootstrap's over the pairs.
 
-The same requests then run through the simulator, with a step cost fitted to the engine's own
-reports and with the lengths that were predicted live: what it says besides what was measured is
-its error.
+The same requests then run through the simulator, with the step cost that the engine has learnt of
+itself and with the lengths that were predicted live: what it says besides what was measured is its
+error.
 """
 
 import argparse
@@ -20,10 +20,11 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -32,9 +33,9 @@ import numpy as np
 from benchmarks.load import wait_ready
 from benchmarks.tiers import Answered, Clock, Job, draw, drive
 from uellm.client import Client
+from uellm.convert import cost_from_proto
 from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import DEMO_MODEL, MeshOptions, ModelSource
-from uellm.policy.latency import LatencyModel, chunk_pairs
 from uellm.policy.views import DispatchSettings
 from uellm.rpc import channel
 from uellm.simulator import mesh as simulated
@@ -42,10 +43,11 @@ from uellm.simulator.calibration import calibration
 from uellm.simulator.experiments import pair_of
 from uellm.simulator.metrics import KindMetrics, by_kind
 from uellm.simulator.platforms import Platform
+from uellm.simulator.predictors import Foretold
 from uellm.streams.connection import connect
 from uellm.streams.registry import Registry
 from uellm.streams.scheduler_queue import SchedulerQueue
-from uellm.v1 import scheduler_pb2, scheduler_pb2_grpc
+from uellm.v1 import queue_pb2, scheduler_pb2, scheduler_pb2_grpc
 
 MODEL = "demo"
 SHARE = 0.95
@@ -54,6 +56,7 @@ GOAL = 1.2
 TIMELY_LOAD = 0.7
 """Up to this load the simulator is held to its goals: a mean latency within 15 %, 5 points."""
 BOOTSTRAPS = 10_000
+SETTLED_SECONDS = 2.5
 WARM_UP, SATURATED = 150, 400
 CHUNK_TOKENS = 512
 
@@ -100,44 +103,14 @@ class Run:
     simulated_latency_mean: float
 
 
-@dataclass(slots=True)
-class Observer:
-    """Fits a step cost to the reports of the only replica."""
-
-    model: LatencyModel = field(default_factory=LatencyModel)
-    kv_tokens: int = 0
-    slots: int = 0
-
-    async def watch(self, queue: SchedulerQueue, replica: str) -> None:
-        """Look at every report, as far as one can keep up; until cancelled."""
-        step = -1
-        while True:
-            report = (await queue.routes([replica]))[replica].report
-            if report.step != step and report.step_seconds > 0:
-                step = report.step
-                prefill, decodes = report.prefill_tokens, report.decode_sequences
-                self.model.observe(
-                    prefill + decodes,
-                    report.context_tokens,
-                    chunk_pairs(0, prefill),
-                    report.step_seconds,
-                )
-                self.kv_tokens, self.slots = report.kv_tokens_total, report.slots
-            await asyncio.sleep(0.005)
-
-    @property
-    def platform(self) -> Platform:
-        """The replica, for the simulator."""
-        return Platform("live", self.model.cost, self.kv_tokens, self.slots, CHUNK_TOKENS)
-
-
 class Live:
     """A mesh that is measured."""
 
-    def __init__(self, mesh: Mesh, client: Client, observer: Observer) -> None:
+    def __init__(self, mesh: Mesh, client: Client, queue: SchedulerQueue, replica: str) -> None:
         self._mesh = mesh
         self._client = client
-        self._observer = observer
+        self._queue = queue
+        self._replica = replica
         self._clock = Clock(time.time())
 
     async def set_policy(self, name: str) -> None:
@@ -147,6 +120,8 @@ class Live:
             await stub.SetPolicy(
                 scheduler_pb2.SetPolicyRequest(model=MODEL, policy=name), timeout=10
             )
+        # Workers look for it once a second.
+        await asyncio.sleep(SETTLED_SECONDS)
 
     async def drive(self, jobs: Sequence[Job]) -> list[Answered]:
         """Send jobs and wait for all of them."""
@@ -174,15 +149,15 @@ class Live:
         low, high = len(ends) // 10, len(ends) * 8 // 10
         return (high - low) / (ends[high] - ends[low])
 
-    @property
-    def platform(self) -> Platform:
-        """As fitted so far."""
-        return self._observer.platform
+    async def report(self) -> queue_pb2.ReplicaReport:
+        """What the only replica said last."""
+        return (await self._queue.routes([self._replica]))[self._replica].report
 
-    @property
-    def fit_error(self) -> float | None:
-        """Mean relative error of the step cost on the latest steps."""
-        return self._observer.model.mean_error
+    async def platform(self) -> Platform:
+        """The replica for the simulator, its step cost as it has learnt it."""
+        report = await self.report()
+        cost = cost_from_proto(report.cost)
+        return Platform("live", cost, report.kv_tokens_total, report.slots, CHUNK_TOKENS)
 
 
 @asynccontextmanager
@@ -200,16 +175,9 @@ async def live_mesh(settings: Settings) -> AsyncIterator[Live]:
         await wait_ready(mesh.address, MODEL)
         redis = connect(mesh.redis_url)
         (replica,) = (await Registry(redis).deployments())[MODEL].replicas
-        observer = Observer()
-        watching = asyncio.create_task(
-            observer.watch(SchedulerQueue(redis, MODEL), replica.id), name="observer"
-        )
         try:
-            yield Live(mesh, client, observer)
+            yield Live(mesh, client, SchedulerQueue(redis, MODEL), replica.id)
         finally:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
             await redis.aclose()
 
 
@@ -226,7 +194,7 @@ def simulate(policy: str, done: Sequence[Answered], live: Platform) -> simulated
     pair = pair_of(policy)
     profiles = {one.record.request.request_id: one.profile for one in done}
     mesh = simulated.Mesh(live, pair.make_dispatch(DispatchSettings()), pair.make_step)
-    return mesh.run(requests, profiles)
+    return mesh.run(requests, Foretold(profiles))
 
 
 def summarise(policy: str, load: float, pair: int, done: Sequence[Answered], live: Platform) -> Run:
@@ -282,7 +250,7 @@ async def measure(settings: Settings) -> dict[str, Any]:
                         continue
                     await live.set_policy(policy)
                     done = await live.drive(jobs)
-                    run = summarise(policy, load, pair, done, live.platform)
+                    run = summarise(policy, load, pair, done, await live.platform())
                     runs.append(run)
                     _progress(run)
                     if run.attainment < settings.stop_below:
@@ -293,8 +261,8 @@ async def measure(settings: Settings) -> dict[str, Any]:
             "settings": asdict(settings),
             "step_seconds": step_seconds,
             "saturated_requests_per_second": rate,
-            "platform": asdict(live.platform),
-            "fit_error": live.fit_error,
+            "platform": asdict(await live.platform()),
+            "fit_error": (await live.report()).cost.mean_error,
             "runs": [asdict(run) for run in runs],
             "goodput": goodputs(runs, settings),
             "simulator": simulator_errors(runs),
@@ -322,7 +290,7 @@ def goodputs(runs: Sequence[Run], settings: Settings) -> dict[str, Any]:
             curve = [(r.load, r.attainment) for r in runs if (r.policy, r.pair) == (policy, pair)]
             found.setdefault(policy, []).append(goodput(sorted(curve)))
     base = np.array(found[settings.policies[-1]])
-    ratios = {}
+    ratios: dict[str, dict[str, Any]] = {}
     rng = np.random.default_rng(0)
     picks = rng.integers(0, len(base), (BOOTSTRAPS, len(base)))
     for policy in settings.policies[:-1]:
@@ -365,7 +333,7 @@ def _progress(run: Run) -> None:
         f"{run.attainment:6.1%} in time, mean {run.latency_mean:.2f} s "
         f"(simulated {run.simulated_attainment:6.1%}, {run.simulated_latency_mean:.2f} s)",
         flush=True,
-        file=os.sys.stderr,
+        file=sys.stderr,
     )
 
 
