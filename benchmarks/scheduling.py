@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import grpc
 import numpy as np
 
 from benchmarks.load import wait_ready
@@ -115,11 +116,18 @@ class Live:
 
     async def set_policy(self, name: str) -> None:
         """Change the policy at both levels."""
+        request = scheduler_pb2.SetPolicyRequest(model=MODEL, policy=name)
         async with channel(await self._mesh.address_of("scheduler")) as connection:
             stub = scheduler_pb2_grpc.SchedulerServiceStub(connection)
-            await stub.SetPolicy(
-                scheduler_pb2.SetPolicyRequest(model=MODEL, policy=name), timeout=10
-            )
+            while True:
+                try:
+                    await stub.SetPolicy(request, timeout=10)
+                    break
+                except grpc.aio.AioRpcError as error:
+                    # At first no scheduler owns the model yet.
+                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                        raise
+                    await asyncio.sleep(0.1)
         # Workers look for it once a second.
         await asyncio.sleep(SETTLED_SECONDS)
 

@@ -283,6 +283,22 @@ async def test_what_has_no_chance_is_refused_with_a_time_that_has(
         assert feasible - record.accepted_at > 40
 
 
+async def test_who_is_refused_for_what_is_ahead_is_told_when_to_try_again(
+    mesh: Mesh, redis_url: str
+) -> None:
+    await mesh.deploy("r0", slots=1, step_seconds=0.1)
+    async with scheduler(redis_url, lookahead_requests=0, least_chance=0.5, policy="fcfs"):
+        ahead = [await mesh.accept(output=200) for _ in range(4)]
+        await mesh.promised(ahead[-1])
+        refused = await mesh.accept(deadline=5, refusable=True, output=5)
+        record = await mesh.ended(refused)
+    assert record.finished is not None
+    assert record.finished.reason == common_pb2.FINISH_REASON_REFUSED
+    failure = record.finished.failure
+    assert failure.retry_after.ToNanoseconds() / 1e9 > 5
+    assert "try again in" in failure.message
+
+
 async def test_a_cancelled_request_leaves_the_queue(mesh: Mesh, redis_url: str) -> None:
     await mesh.deploy("r0", slots=1)
     async with scheduler(redis_url, lookahead_requests=0):

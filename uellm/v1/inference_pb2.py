@@ -22,83 +22,84 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from uellm.v1 import common_pb2 as uellm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18uellm/v1/inference.proto\x12\x08uellm.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15uellm/v1/common.proto\"G\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x05image\x18\x02 \x01(\x0b\x32\x0f.uellm.v1.ImageH\x00\x42\x06\n\x04part\")\n\x05Image\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"C\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12&\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x15.uellm.v1.ContentPart\"/\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.uellm.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xcd\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x1e\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0e.uellm.v1.ChatH\x00\x12\'\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.uellm.v1.TokenIdsH\x00\x12$\n\x08sampling\x18\x06 \x01(\x0b\x32\x12.uellm.v1.Sampling\x12\x1a\n\x03slo\x18\x07 \x01(\x0b\x32\r.uellm.v1.Slo\x12-\n\ron_infeasible\x18\x08 \x01(\x0e\x32\x16.uellm.v1.OnInfeasible\x12\x17\n\x0fidempotency_key\x18\t \x01(\t\x12-\n\ron_disconnect\x18\n \x01(\x0e\x32\x16.uellm.v1.OnDisconnectB\x08\n\x06prompt\"y\n\x08\x41\x63\x63\x65pted\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07profile\x18\x02 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12\x10\n\x08\x65xisting\x18\x03 \x01(\x08\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"^\n\x06Tokens\x12\x0e\n\x06offset\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.uellm.v1.TokenLogprobs\"*\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xfd\x01\n\x08\x46inished\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.uellm.v1.FinishReason\x12\x1e\n\x05usage\x18\x02 \x01(\x0b\x32\x0f.uellm.v1.Usage\x12\"\n\x07timings\x18\x03 \x01(\x0b\x32\x11.uellm.v1.Timings\x12!\n\x03slo\x18\x04 \x01(\x0b\x32\x14.uellm.v1.SloVerdict\x12\x0c\n\x04stop\x18\x05 \x01(\t\x12\"\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x11.uellm.v1.Failure\x12\x0f\n\x07replica\x18\x07 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x08 \x01(\r\x12\r\n\x05\x62\x61tch\x18\t \x01(\t\"\xd8\x01\n\x0fGenerationEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12&\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x0b\x32\x12.uellm.v1.AcceptedH\x00\x12$\n\x07promise\x18\x04 \x01(\x0b\x32\x11.uellm.v1.PromiseH\x00\x12\"\n\x06tokens\x18\x05 \x01(\x0b\x32\x10.uellm.v1.TokensH\x00\x12&\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x12.uellm.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"<\n\x10GenerateResponse\x12(\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x19.uellm.v1.GenerationEvent\";\n\rSubmitRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.uellm.v1.GenerateRequest\"\x82\x01\n\x0eSubmitResponse\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07profile\x18\x03 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\"7\n\x0cWatchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bnext_offset\x18\x02 \x01(\r\"9\n\rWatchResponse\x12(\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x19.uellm.v1.GenerationEvent\" \n\nGetRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xa0\x02\n\x0bGetResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.uellm.v1.RequestState\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x07promise\x18\x05 \x01(\x0b\x32\x11.uellm.v1.Promise\x12*\n\x07profile\x18\x06 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12 \n\x06tokens\x18\x07 \x01(\x0b\x32\x10.uellm.v1.Tokens\x12$\n\x08\x66inished\x18\x08 \x01(\x0b\x32\x12.uellm.v1.Finished\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"7\n\x0e\x43\x61ncelResponse\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.uellm.v1.RequestState\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x91\x01\n\x0e\x45xplainedPhase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x08\x62\x65gan_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x1d\n\x10\x65xpected_seconds\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_expected_seconds\"T\n\x0e\x45xplainedEvent\x12&\n\x02\x61t\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"`\n\x0e\x45xplainedCause\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08requests\x18\x04 \x03(\tB\n\n\x08_seconds\"x\n\x0e\x43ounterfactual\x12\x0f\n\x07without\x18\x01 \x03(\t\x12\x17\n\x0fseconds_earlier\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t\x12.\n\ndecided_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc4\x03\n\x0f\x45xplainResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.uellm.v1.RequestState\x12\x0f\n\x07summary\x18\x04 \x01(\t\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07profile\x18\x06 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12\"\n\x07promise\x18\x07 \x01(\x0b\x32\x11.uellm.v1.Promise\x12\x15\n\routput_tokens\x18\x08 \x01(\r\x12(\n\x06phases\x18\t \x03(\x0b\x32\x18.uellm.v1.ExplainedPhase\x12(\n\x06\x65vents\x18\n \x03(\x0b\x32\x18.uellm.v1.ExplainedEvent\x12(\n\x06\x63\x61uses\x18\x0b \x03(\x0b\x32\x18.uellm.v1.ExplainedCause\x12\x31\n\x0f\x63ounterfactuals\x18\x0c \x03(\x0b\x32\x18.uellm.v1.Counterfactual\x12\r\n\x05notes\x18\r \x03(\t\"=\n\x0f\x45stimateRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.uellm.v1.GenerateRequest\"b\n\x10\x45stimateResponse\x12*\n\x07profile\x18\x01 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12\"\n\x07promise\x18\x02 \x01(\x0b\x32\x11.uellm.v1.Promise\"\x13\n\x11ListModelsRequest\"\xd6\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x16\n\x0eready_replicas\x18\x03 \x01(\r\x12\x10\n\x08replicas\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x1f\n\x03ref\x18\x06 \x01(\x0b\x32\x12.uellm.v1.ModelRef\x12\x0e\n\x06status\x18\x07 \x01(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x08 \x03(\t\x12\x14\n\x0cstored_dtype\x18\t \x01(\t\x12\r\n\x05\x64type\x18\n \x01(\t\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.uellm.v1.Model*c\n\x0cOnDisconnect\x12\x1d\n\x19ON_DISCONNECT_UNSPECIFIED\x10\x00\x12\x18\n\x14ON_DISCONNECT_CANCEL\x10\x01\x12\x1a\n\x16ON_DISCONNECT_CONTINUE\x10\x02\x32\x8d\x04\n\x10InferenceService\x12\x43\n\x08Generate\x12\x19.uellm.v1.GenerateRequest\x1a\x1a.uellm.v1.GenerateResponse0\x01\x12;\n\x06Submit\x12\x17.uellm.v1.SubmitRequest\x1a\x18.uellm.v1.SubmitResponse\x12:\n\x05Watch\x12\x16.uellm.v1.WatchRequest\x1a\x17.uellm.v1.WatchResponse0\x01\x12\x32\n\x03Get\x12\x14.uellm.v1.GetRequest\x1a\x15.uellm.v1.GetResponse\x12;\n\x06\x43\x61ncel\x12\x17.uellm.v1.CancelRequest\x1a\x18.uellm.v1.CancelResponse\x12\x41\n\x08\x45stimate\x12\x19.uellm.v1.EstimateRequest\x1a\x1a.uellm.v1.EstimateResponse\x12>\n\x07\x45xplain\x12\x18.uellm.v1.ExplainRequest\x1a\x19.uellm.v1.ExplainResponse\x12G\n\nListModels\x12\x1b.uellm.v1.ListModelsRequest\x1a\x1c.uellm.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18uellm/v1/inference.proto\x12\x08uellm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15uellm/v1/common.proto\"G\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x05image\x18\x02 \x01(\x0b\x32\x0f.uellm.v1.ImageH\x00\x42\x06\n\x04part\")\n\x05Image\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"C\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12&\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x15.uellm.v1.ContentPart\"/\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.uellm.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xcd\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x1e\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0e.uellm.v1.ChatH\x00\x12\'\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.uellm.v1.TokenIdsH\x00\x12$\n\x08sampling\x18\x06 \x01(\x0b\x32\x12.uellm.v1.Sampling\x12\x1a\n\x03slo\x18\x07 \x01(\x0b\x32\r.uellm.v1.Slo\x12-\n\ron_infeasible\x18\x08 \x01(\x0e\x32\x16.uellm.v1.OnInfeasible\x12\x17\n\x0fidempotency_key\x18\t \x01(\t\x12-\n\ron_disconnect\x18\n \x01(\x0e\x32\x16.uellm.v1.OnDisconnectB\x08\n\x06prompt\"y\n\x08\x41\x63\x63\x65pted\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07profile\x18\x02 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12\x10\n\x08\x65xisting\x18\x03 \x01(\x08\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"^\n\x06Tokens\x12\x0e\n\x06offset\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.uellm.v1.TokenLogprobs\"Z\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x0bretry_after\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xfd\x01\n\x08\x46inished\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.uellm.v1.FinishReason\x12\x1e\n\x05usage\x18\x02 \x01(\x0b\x32\x0f.uellm.v1.Usage\x12\"\n\x07timings\x18\x03 \x01(\x0b\x32\x11.uellm.v1.Timings\x12!\n\x03slo\x18\x04 \x01(\x0b\x32\x14.uellm.v1.SloVerdict\x12\x0c\n\x04stop\x18\x05 \x01(\t\x12\"\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x11.uellm.v1.Failure\x12\x0f\n\x07replica\x18\x07 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x08 \x01(\r\x12\r\n\x05\x62\x61tch\x18\t \x01(\t\"\xd8\x01\n\x0fGenerationEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12&\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x0b\x32\x12.uellm.v1.AcceptedH\x00\x12$\n\x07promise\x18\x04 \x01(\x0b\x32\x11.uellm.v1.PromiseH\x00\x12\"\n\x06tokens\x18\x05 \x01(\x0b\x32\x10.uellm.v1.TokensH\x00\x12&\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x12.uellm.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"<\n\x10GenerateResponse\x12(\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x19.uellm.v1.GenerationEvent\";\n\rSubmitRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.uellm.v1.GenerateRequest\"\x82\x01\n\x0eSubmitResponse\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07profile\x18\x03 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\"7\n\x0cWatchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bnext_offset\x18\x02 \x01(\r\"9\n\rWatchResponse\x12(\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x19.uellm.v1.GenerationEvent\" \n\nGetRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xa0\x02\n\x0bGetResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.uellm.v1.RequestState\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x07promise\x18\x05 \x01(\x0b\x32\x11.uellm.v1.Promise\x12*\n\x07profile\x18\x06 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12 \n\x06tokens\x18\x07 \x01(\x0b\x32\x10.uellm.v1.Tokens\x12$\n\x08\x66inished\x18\x08 \x01(\x0b\x32\x12.uellm.v1.Finished\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"7\n\x0e\x43\x61ncelResponse\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.uellm.v1.RequestState\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x91\x01\n\x0e\x45xplainedPhase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x08\x62\x65gan_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x1d\n\x10\x65xpected_seconds\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_expected_seconds\"T\n\x0e\x45xplainedEvent\x12&\n\x02\x61t\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"`\n\x0e\x45xplainedCause\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08requests\x18\x04 \x03(\tB\n\n\x08_seconds\"x\n\x0e\x43ounterfactual\x12\x0f\n\x07without\x18\x01 \x03(\t\x12\x17\n\x0fseconds_earlier\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t\x12.\n\ndecided_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc4\x03\n\x0f\x45xplainResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.uellm.v1.RequestState\x12\x0f\n\x07summary\x18\x04 \x01(\t\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07profile\x18\x06 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12\"\n\x07promise\x18\x07 \x01(\x0b\x32\x11.uellm.v1.Promise\x12\x15\n\routput_tokens\x18\x08 \x01(\r\x12(\n\x06phases\x18\t \x03(\x0b\x32\x18.uellm.v1.ExplainedPhase\x12(\n\x06\x65vents\x18\n \x03(\x0b\x32\x18.uellm.v1.ExplainedEvent\x12(\n\x06\x63\x61uses\x18\x0b \x03(\x0b\x32\x18.uellm.v1.ExplainedCause\x12\x31\n\x0f\x63ounterfactuals\x18\x0c \x03(\x0b\x32\x18.uellm.v1.Counterfactual\x12\r\n\x05notes\x18\r \x03(\t\"=\n\x0f\x45stimateRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.uellm.v1.GenerateRequest\"b\n\x10\x45stimateResponse\x12*\n\x07profile\x18\x01 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12\"\n\x07promise\x18\x02 \x01(\x0b\x32\x11.uellm.v1.Promise\"\x13\n\x11ListModelsRequest\"\xd6\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x16\n\x0eready_replicas\x18\x03 \x01(\r\x12\x10\n\x08replicas\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x1f\n\x03ref\x18\x06 \x01(\x0b\x32\x12.uellm.v1.ModelRef\x12\x0e\n\x06status\x18\x07 \x01(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x08 \x03(\t\x12\x14\n\x0cstored_dtype\x18\t \x01(\t\x12\r\n\x05\x64type\x18\n \x01(\t\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.uellm.v1.Model*c\n\x0cOnDisconnect\x12\x1d\n\x19ON_DISCONNECT_UNSPECIFIED\x10\x00\x12\x18\n\x14ON_DISCONNECT_CANCEL\x10\x01\x12\x1a\n\x16ON_DISCONNECT_CONTINUE\x10\x02\x32\x8d\x04\n\x10InferenceService\x12\x43\n\x08Generate\x12\x19.uellm.v1.GenerateRequest\x1a\x1a.uellm.v1.GenerateResponse0\x01\x12;\n\x06Submit\x12\x17.uellm.v1.SubmitRequest\x1a\x18.uellm.v1.SubmitResponse\x12:\n\x05Watch\x12\x16.uellm.v1.WatchRequest\x1a\x17.uellm.v1.WatchResponse0\x01\x12\x32\n\x03Get\x12\x14.uellm.v1.GetRequest\x1a\x15.uellm.v1.GetResponse\x12;\n\x06\x43\x61ncel\x12\x17.uellm.v1.CancelRequest\x1a\x18.uellm.v1.CancelResponse\x12\x41\n\x08\x45stimate\x12\x19.uellm.v1.EstimateRequest\x1a\x1a.uellm.v1.EstimateResponse\x12>\n\x07\x45xplain\x12\x18.uellm.v1.ExplainRequest\x1a\x19.uellm.v1.ExplainResponse\x12G\n\nListModels\x12\x1b.uellm.v1.ListModelsRequest\x1a\x1c.uellm.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'uellm.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ONDISCONNECT']._serialized_start=3694
-  _globals['_ONDISCONNECT']._serialized_end=3793
-  _globals['_CONTENTPART']._serialized_start=94
-  _globals['_CONTENTPART']._serialized_end=165
-  _globals['_IMAGE']._serialized_start=167
-  _globals['_IMAGE']._serialized_end=208
-  _globals['_CHATMESSAGE']._serialized_start=210
-  _globals['_CHATMESSAGE']._serialized_end=277
-  _globals['_CHAT']._serialized_start=279
-  _globals['_CHAT']._serialized_end=326
-  _globals['_TOKENIDS']._serialized_start=328
-  _globals['_TOKENIDS']._serialized_end=351
-  _globals['_GENERATEREQUEST']._serialized_start=354
-  _globals['_GENERATEREQUEST']._serialized_end=687
-  _globals['_ACCEPTED']._serialized_start=689
-  _globals['_ACCEPTED']._serialized_end=810
-  _globals['_TOKENLOGPROBS']._serialized_start=812
-  _globals['_TOKENLOGPROBS']._serialized_end=883
-  _globals['_TOKENS']._serialized_start=885
-  _globals['_TOKENS']._serialized_end=979
-  _globals['_FAILURE']._serialized_start=981
-  _globals['_FAILURE']._serialized_end=1023
-  _globals['_FINISHED']._serialized_start=1026
-  _globals['_FINISHED']._serialized_end=1279
-  _globals['_GENERATIONEVENT']._serialized_start=1282
-  _globals['_GENERATIONEVENT']._serialized_end=1498
-  _globals['_GENERATERESPONSE']._serialized_start=1500
-  _globals['_GENERATERESPONSE']._serialized_end=1560
-  _globals['_SUBMITREQUEST']._serialized_start=1562
-  _globals['_SUBMITREQUEST']._serialized_end=1621
-  _globals['_SUBMITRESPONSE']._serialized_start=1624
-  _globals['_SUBMITRESPONSE']._serialized_end=1754
-  _globals['_WATCHREQUEST']._serialized_start=1756
-  _globals['_WATCHREQUEST']._serialized_end=1811
-  _globals['_WATCHRESPONSE']._serialized_start=1813
-  _globals['_WATCHRESPONSE']._serialized_end=1870
-  _globals['_GETREQUEST']._serialized_start=1872
-  _globals['_GETREQUEST']._serialized_end=1904
-  _globals['_GETRESPONSE']._serialized_start=1907
-  _globals['_GETRESPONSE']._serialized_end=2195
-  _globals['_CANCELREQUEST']._serialized_start=2197
-  _globals['_CANCELREQUEST']._serialized_end=2232
-  _globals['_CANCELRESPONSE']._serialized_start=2234
-  _globals['_CANCELRESPONSE']._serialized_end=2289
-  _globals['_EXPLAINREQUEST']._serialized_start=2291
-  _globals['_EXPLAINREQUEST']._serialized_end=2327
-  _globals['_EXPLAINEDPHASE']._serialized_start=2330
-  _globals['_EXPLAINEDPHASE']._serialized_end=2475
-  _globals['_EXPLAINEDEVENT']._serialized_start=2477
-  _globals['_EXPLAINEDEVENT']._serialized_end=2561
-  _globals['_EXPLAINEDCAUSE']._serialized_start=2563
-  _globals['_EXPLAINEDCAUSE']._serialized_end=2659
-  _globals['_COUNTERFACTUAL']._serialized_start=2661
-  _globals['_COUNTERFACTUAL']._serialized_end=2781
-  _globals['_EXPLAINRESPONSE']._serialized_start=2784
-  _globals['_EXPLAINRESPONSE']._serialized_end=3236
-  _globals['_ESTIMATEREQUEST']._serialized_start=3238
-  _globals['_ESTIMATEREQUEST']._serialized_end=3299
-  _globals['_ESTIMATERESPONSE']._serialized_start=3301
-  _globals['_ESTIMATERESPONSE']._serialized_end=3399
-  _globals['_LISTMODELSREQUEST']._serialized_start=3401
-  _globals['_LISTMODELSREQUEST']._serialized_end=3420
-  _globals['_MODEL']._serialized_start=3423
-  _globals['_MODEL']._serialized_end=3637
-  _globals['_LISTMODELSRESPONSE']._serialized_start=3639
-  _globals['_LISTMODELSRESPONSE']._serialized_end=3692
-  _globals['_INFERENCESERVICE']._serialized_start=3796
-  _globals['_INFERENCESERVICE']._serialized_end=4321
+  _globals['_ONDISCONNECT']._serialized_start=3774
+  _globals['_ONDISCONNECT']._serialized_end=3873
+  _globals['_CONTENTPART']._serialized_start=126
+  _globals['_CONTENTPART']._serialized_end=197
+  _globals['_IMAGE']._serialized_start=199
+  _globals['_IMAGE']._serialized_end=240
+  _globals['_CHATMESSAGE']._serialized_start=242
+  _globals['_CHATMESSAGE']._serialized_end=309
+  _globals['_CHAT']._serialized_start=311
+  _globals['_CHAT']._serialized_end=358
+  _globals['_TOKENIDS']._serialized_start=360
+  _globals['_TOKENIDS']._serialized_end=383
+  _globals['_GENERATEREQUEST']._serialized_start=386
+  _globals['_GENERATEREQUEST']._serialized_end=719
+  _globals['_ACCEPTED']._serialized_start=721
+  _globals['_ACCEPTED']._serialized_end=842
+  _globals['_TOKENLOGPROBS']._serialized_start=844
+  _globals['_TOKENLOGPROBS']._serialized_end=915
+  _globals['_TOKENS']._serialized_start=917
+  _globals['_TOKENS']._serialized_end=1011
+  _globals['_FAILURE']._serialized_start=1013
+  _globals['_FAILURE']._serialized_end=1103
+  _globals['_FINISHED']._serialized_start=1106
+  _globals['_FINISHED']._serialized_end=1359
+  _globals['_GENERATIONEVENT']._serialized_start=1362
+  _globals['_GENERATIONEVENT']._serialized_end=1578
+  _globals['_GENERATERESPONSE']._serialized_start=1580
+  _globals['_GENERATERESPONSE']._serialized_end=1640
+  _globals['_SUBMITREQUEST']._serialized_start=1642
+  _globals['_SUBMITREQUEST']._serialized_end=1701
+  _globals['_SUBMITRESPONSE']._serialized_start=1704
+  _globals['_SUBMITRESPONSE']._serialized_end=1834
+  _globals['_WATCHREQUEST']._serialized_start=1836
+  _globals['_WATCHREQUEST']._serialized_end=1891
+  _globals['_WATCHRESPONSE']._serialized_start=1893
+  _globals['_WATCHRESPONSE']._serialized_end=1950
+  _globals['_GETREQUEST']._serialized_start=1952
+  _globals['_GETREQUEST']._serialized_end=1984
+  _globals['_GETRESPONSE']._serialized_start=1987
+  _globals['_GETRESPONSE']._serialized_end=2275
+  _globals['_CANCELREQUEST']._serialized_start=2277
+  _globals['_CANCELREQUEST']._serialized_end=2312
+  _globals['_CANCELRESPONSE']._serialized_start=2314
+  _globals['_CANCELRESPONSE']._serialized_end=2369
+  _globals['_EXPLAINREQUEST']._serialized_start=2371
+  _globals['_EXPLAINREQUEST']._serialized_end=2407
+  _globals['_EXPLAINEDPHASE']._serialized_start=2410
+  _globals['_EXPLAINEDPHASE']._serialized_end=2555
+  _globals['_EXPLAINEDEVENT']._serialized_start=2557
+  _globals['_EXPLAINEDEVENT']._serialized_end=2641
+  _globals['_EXPLAINEDCAUSE']._serialized_start=2643
+  _globals['_EXPLAINEDCAUSE']._serialized_end=2739
+  _globals['_COUNTERFACTUAL']._serialized_start=2741
+  _globals['_COUNTERFACTUAL']._serialized_end=2861
+  _globals['_EXPLAINRESPONSE']._serialized_start=2864
+  _globals['_EXPLAINRESPONSE']._serialized_end=3316
+  _globals['_ESTIMATEREQUEST']._serialized_start=3318
+  _globals['_ESTIMATEREQUEST']._serialized_end=3379
+  _globals['_ESTIMATERESPONSE']._serialized_start=3381
+  _globals['_ESTIMATERESPONSE']._serialized_end=3479
+  _globals['_LISTMODELSREQUEST']._serialized_start=3481
+  _globals['_LISTMODELSREQUEST']._serialized_end=3500
+  _globals['_MODEL']._serialized_start=3503
+  _globals['_MODEL']._serialized_end=3717
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3719
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3772
+  _globals['_INFERENCESERVICE']._serialized_start=3876
+  _globals['_INFERENCESERVICE']._serialized_end=4401
 # @@protoc_insertion_point(module_scope)

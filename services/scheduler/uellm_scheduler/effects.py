@@ -119,7 +119,10 @@ class Effects:
             if refusal.expired
             else (common_pb2.FINISH_REASON_REFUSED, "DEADLINE_INFEASIBLE")
         )
-        await self._end(ticket, finish_of(ticket, reason, failure, refusal.message, now))
+        finish = finish_of(
+            ticket, reason, failure, refusal.message, now, refusal.retry_after_seconds
+        )
+        await self._end(ticket, finish)
 
     async def fail(self, ticket: Ticket, failure: str, message: str, now: float) -> None:
         """End a request that nothing will answer any more."""

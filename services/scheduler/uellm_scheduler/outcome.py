@@ -1,6 +1,6 @@
 """The end of a request that no replica will answer."""
 
-from uellm.convert import timestamp
+from uellm.convert import duration, timestamp
 from uellm.prediction.interface import GREEDY, SAMPLED
 from uellm.streams.keys import model_of
 from uellm.streams.messages import Finish
@@ -21,6 +21,7 @@ def finish_of(
     failure: str,
     message: str,
     now: float,
+    retry_after_seconds: float | None = None,
 ) -> Finish:
     """The finish of ``ticket``.
 
@@ -30,6 +31,7 @@ def finish_of(
         failure: the same as a constant for machines.
         message: the same for people: what, the limit, the remedy.
         now: when.
+        retry_after_seconds: when to try again; None: that would be of no use.
     """
     view, entry = ticket.view, ticket.entry
     slo = view.slo
@@ -48,6 +50,8 @@ def finish_of(
         failure=inference_pb2.Failure(reason=failure, message=message),
         attempts=view.attempt + (1 if ticket.replica else 0),
     )
+    if retry_after_seconds is not None:
+        finished.failure.retry_after.CopyFrom(duration(retry_after_seconds))
     completion = queue_pb2.CompletionEvent(
         request_id=view.request_id,
         model=model_of(view.request_id),
