@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 from rich.console import Console
 
 from uellm.cli import exits
@@ -196,10 +197,14 @@ def _facts(
     bare = topology_pb2.Deployment()
     bare.CopyFrom(deployment)
     bare.ClearField("profile")
-    facts: dict[str, Any] = MessageToDict(bare, preserving_proto_field_name=True)
+    facts: dict[str, Any] = _plain(bare)
     facts["live"] = [
-        MessageToDict(live[replica.id], preserving_proto_field_name=True)
-        for replica in deployment.replicas
-        if replica.id in live
+        _plain(live[replica.id]) for replica in deployment.replicas if replica.id in live
     ]
     return facts
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    return MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )

@@ -26,9 +26,9 @@ def plan_table(replica: topology_pb2.PlannedReplica, title: str) -> Table:
             f"{stage.first_layer}-{stage.last_layer}",
             stage.device_id,
             size(stage.memory_bytes),
-            milliseconds(stage.prefill_seconds),
-            milliseconds(stage.decode_seconds),
-            "" if stage.has_head else milliseconds(stage.send_seconds),
+            short(stage.prefill_seconds),
+            short(stage.decode_seconds),
+            "" if stage.has_head else short(stage.send_seconds),
         )
     return table
 
@@ -36,9 +36,9 @@ def plan_table(replica: topology_pb2.PlannedReplica, title: str) -> Table:
 def predicted(found: topology_pb2.PlacementPrediction) -> str:
     """How fast a replica will be, with full batches."""
     return (
-        f"first token after {milliseconds(found.prefill_seconds)}, then "
-        f"{milliseconds(found.decode_seconds)} a token; with full batches "
-        f"{found.tokens_per_second:.4g} tokens/s, bound by {found.bottleneck}"
+        f"full batches: first token after {short(found.prefill_seconds)}, then "
+        f"{short(found.decode_seconds)} a token, {found.tokens_per_second:.4g} tokens/s, bound by "
+        f"{found.bottleneck}"
     )
 
 
@@ -73,13 +73,13 @@ def deployment_table(
     for replica in deployment.replicas:
         console.print(_replica_table(replica, live.get(replica.id)))
         if replica.planned.HasField("prediction"):
-            console.print("  " + predicted(replica.planned.prediction), soft_wrap=True)
+            console.print(predicted(replica.planned.prediction), soft_wrap=True)
     if deployment.status:
-        console.print(f"  {deployment.status}", soft_wrap=True, markup=False)
+        console.print(f"{deployment.status}", soft_wrap=True, markup=False)
     for change in deployment.changes:
-        console.print(f"  {changed(change)}", soft_wrap=True, markup=False)
+        console.print(changed(change), soft_wrap=True, markup=False)
         if change.state == topology_pb2.CHANGE_STATE_PROPOSED:
-            console.print(f"  `uellm deploy --approve {deployment.name}` carries it out")
+            console.print(f"`uellm deploy --approve {deployment.name}` carries it out")
 
 
 def _replica_table(replica: topology_pb2.Replica, live: deployer_pb2.ReplicaLive | None) -> Table:
@@ -87,7 +87,7 @@ def _replica_table(replica: topology_pb2.Replica, live: deployer_pb2.ReplicaLive
     load = f", {live.running} running and {live.waiting} waiting" if live is not None else ""
     table = Table(
         box=None,
-        title=f"  {replica.id}: {state}, generation {replica.epoch}{load}",
+        title=f"{replica.id}: {state}, generation {replica.epoch}{load}",
         title_justify="left",
     )
     for column in ("layers", "device", "memory", "latest step", "predicted for it", "smoothed"):
@@ -97,16 +97,16 @@ def _replica_table(replica: topology_pb2.Replica, live: deployer_pb2.ReplicaLive
         found = seen.get(stage.device_id)
         timed = found is not None and found.measured_seconds > 0
         table.add_row(
-            f"  {stage.first_layer}-{stage.last_layer}",
+            f"{stage.first_layer}-{stage.last_layer}",
             stage.device_id,
             size(stage.memory_bytes),
-            milliseconds(found.measured_seconds) if found is not None and timed else "-",
-            milliseconds(found.predicted_seconds) if found is not None and timed else "-",
+            short(found.measured_seconds) if found is not None and timed else "-",
+            short(found.predicted_seconds) if found is not None and timed else "-",
             f"{found.ratio:.2f}x" if found is not None and timed else "-",
         )
     return table
 
 
-def milliseconds(seconds: float) -> str:
-    """Seconds for people, as milliseconds."""
-    return f"{seconds * 1e3:.3g} ms"
+def short(seconds: float) -> str:
+    """Seconds for people, as milliseconds where they are few."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

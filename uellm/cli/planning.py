@@ -16,7 +16,7 @@ from rich.table import Table
 from uellm import clusters
 from uellm.cli import exits
 from uellm.cli.deployer_calls import deployer
-from uellm.cli.placements import milliseconds
+from uellm.cli.placements import short
 from uellm.convert import topology_from_proto
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.model import ModelProfile
@@ -312,15 +312,15 @@ def _print(asked: Asked, plan: Plan, found: Figures) -> None:
                 stage.device_id,
                 names.get(stage.device_id, ""),
                 size(stage.memory_bytes),
-                milliseconds(stage.prefill_seconds),
-                milliseconds(stage.decode_seconds),
-                milliseconds(stage.send_seconds) if not stage.has_head else "",
+                short(stage.prefill_seconds),
+                short(stage.decode_seconds),
+                short(stage.send_seconds) if not stage.has_head else "",
             )
         console.print(table)
         if (predicted := replica.prediction) is not None:
             console.print(
-                f"first token after {milliseconds(predicted.prefill_seconds)}, then "
-                f"{milliseconds(predicted.decode_seconds)} a token, "
+                f"first token after {short(predicted.prefill_seconds)}, then "
+                f"{short(predicted.decode_seconds)} a token, "
                 f"{predicted.total_seconds:.3g} s in all; "
                 f"{predicted.tokens_per_second:.4g} tokens/s, bound by "
                 f"{predicted.bottleneck}",
