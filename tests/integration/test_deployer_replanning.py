@@ -241,3 +241,23 @@ async def test_what_cannot_take_over_is_given_up_and_the_old_one_serves_on(mesh:
 async def back_to_one(mesh: Mesh) -> topology_pb2.Deployment | None:
     found = await mesh.published()
     return found if found and [r.id for r in found.replicas] == [REPLICA] else None
+
+
+async def test_a_deployer_that_takes_over_in_the_middle_keeps_what_serves(mesh: Mesh) -> None:
+    await mesh.add_deployer(**AT_ONCE)
+    await add(mesh, MeasuredWorker("w1", "slow"), MeasuredWorker("w0", "slower", speed=0.5))
+    await mesh.apply()
+    before = await mesh.ready()
+    fast = MeasuredWorker("w2", "fast", speed=4.0)
+    fast.hold_prepare.clear()
+    await add(mesh, fast)
+    await eventually(lambda: ("prepare", TAKES_OVER, 1) in fast.calls)
+    await mesh.stop_deployer(0)
+    await mesh.add_deployer()
+    mesh.addresses.pop(0)
+    for worker in mesh.workers.values():
+        await worker.turn_to(mesh.addresses)
+    after = await eventually(lambda: back_to_one(mesh), timeout=10.0)
+    assert after.replicas == before.replicas
+    assert await mesh.route() == (before.replicas[0].epoch, "READY")
+    await eventually(lambda: not fast.stages, timeout=10.0)
