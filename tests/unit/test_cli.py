@@ -241,3 +241,20 @@ def test_a_redis_that_goes_away_is_no_fault_of_a_command(
     assert "Redis went away meanwhile (closed by server)" in capsys.readouterr().err
     assert exits.report_fault(ZeroDivisionError("oh")) == exits.FAILED
     assert "oh" in (tmp_path / "fault.txt").read_text()
+
+
+def test_ctrl_c_before_there_is_a_command_leaves_no_trace() -> None:
+    """The command line is being imported: a module that it needs is interrupted."""
+    program = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from uellm.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (exits.INTERRUPTED, "")

@@ -150,6 +150,7 @@ def test_models_are_named_by_what_they_are(tmp_path: Path) -> None:
     directory.mkdir()
     assert ModelSource.parse(str(directory)) == ModelSource("my-model", str(directory))
     assert ModelSource.parse(f"m={directory}") == ModelSource("m", str(directory))
+    assert ModelSource.parse("/not/here") == ModelSource("here", "/not/here")
     assert ModelSource.parse("org/name") == ModelSource("org/name", "org/name")
     assert ModelSource.parse("short=org/name") == ModelSource("short", "org/name")
 

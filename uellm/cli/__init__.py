@@ -3,10 +3,12 @@
 
 def main() -> None:
     """Run the command that the arguments name."""
-    from uellm.cli.app import app
-
     try:
+        from uellm.cli.app import app
+
         app()
+    except KeyboardInterrupt:  # While there is no command yet that would end in its own way.
+        raise SystemExit(130) from None
     except Exception as error:  # A fault of ours: one line for people, the rest in a file.
         from uellm.cli.exits import report_fault
 

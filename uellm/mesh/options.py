@@ -47,7 +47,8 @@ class ModelSource:
             )
         source = match["source"]
         directory = Path(source).expanduser()
-        if directory.is_dir():
+        # What looks like a path is no hub id: that it is not there is said where it is read.
+        if directory.is_dir() or source.startswith(("/", "./", "../", "~")):
             source = str(directory.resolve())
             return cls(
                 match["name"] or re.sub(r"[^A-Za-z0-9._-]", "-", directory.resolve().name), source
