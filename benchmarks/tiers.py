@@ -50,11 +50,11 @@ TIERS = (
         "interactive",
         0.5,
         ("list", "story", "count"),
-        Objective(ttft=100, tpot=6),
+        Objective(ttft=200, tpot=10),
         Priority.INTERACTIVE,
     ),
-    Tier("app", 0.3, ("add", "spell", "reverse"), Objective(deadline=300), Priority.NORMAL),
-    Tier("batch", 0.2, ("count", "repeat"), Objective(deadline=4000), Priority.BATCH),
+    Tier("app", 0.3, ("add", "spell", "reverse"), Objective(deadline=500), Priority.NORMAL),
+    Tier("batch", 0.2, ("count", "repeat"), Objective(deadline=5000), Priority.BATCH),
 )
 
 

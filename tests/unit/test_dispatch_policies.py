@@ -21,8 +21,7 @@ from uellm.policy.due import PATIENCE_SECONDS
 from uellm.policy.edf import EdfDispatch
 from uellm.policy.estimate import peak_tokens
 from uellm.policy.fcfs import FcfsDispatch, FcfsStep
-from uellm.policy.forecast import Forecasts
-from uellm.policy.track_record import Prospects
+from uellm.policy.prospects import Forecasts, Prospects
 from uellm.policy.views import (
     DispatchDecision,
     DispatchPolicy,

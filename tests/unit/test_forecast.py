@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tests.unit.test_dispatch_policies import NOW, QUEUES, queued, replica
 from uellm.core.cost import StepCost
 from uellm.policy.columns import ColumnsCache
-from uellm.policy.forecast import Forecasts, forecasts
+from uellm.policy.forecast import forecasts
 from uellm.policy.promising import everybody
+from uellm.policy.prospects import Forecasts
 from uellm.policy.views import InFlightView, QueuedView, ReplicaView
 
 COST = StepCost(overhead=0.0, weights=0.01, per_token=0.001)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uellm.policy.columns import Floats
-from uellm.policy.forecast import FEATURES, Forecasts
+from uellm.policy.forecast import FEATURES
+from uellm.policy.prospects import Forecasts
 from uellm.policy.track_record import TrackRecord
 
 FINISH, START = 1, 0

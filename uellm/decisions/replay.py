@@ -15,8 +15,8 @@ from uellm.decisions.records import (
     StepPolicyUsed,
 )
 from uellm.policy.choice import DISPATCH, STEP, PolicyChoice, levels_of
-from uellm.policy.forecast import Forecasts
-from uellm.policy.track_record import Prospects, TrackRecord
+from uellm.policy.prospects import Forecasts, Prospects
+from uellm.policy.track_record import TrackRecord
 from uellm.policy.views import Dispatch, DispatchSettings, Refusal
 
 Used = DispatchPolicyUsed | StepPolicyUsed

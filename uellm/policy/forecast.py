@@ -15,6 +15,7 @@ import numpy as np
 from uellm.core.cost import StepCost
 from uellm.policy.columns import Columns, Floats, Places
 from uellm.policy.estimate import Z90, speed_of
+from uellm.policy.prospects import Forecasts
 from uellm.policy.views import ReplicaView
 
 LEAST_SPREAD = 0.2
@@ -22,50 +23,6 @@ LEAST_SPREAD = 0.2
 MOST_SPREAD = 1.5
 FEATURES = 6
 _NEVER = 1e9
-
-
-@dataclass(frozen=True, slots=True)
-class Forecasts:
-    """What some requests can expect; times are seconds from now. Arrays have one row each.
-
-    Attributes:
-        ids: of the requests.
-        kind: which of them are alike; see ``uellm.policy.columns.kind_of``.
-        start: until the first token.
-        finish: until the last one.
-        drained: until the last one, if everybody else goes first.
-        spread: of the logarithm of ``finish``.
-        ttft: until the first token is needed; infinite: whenever.
-        deadline: until the last one is needed; infinite: whenever.
-        features: what the truth may depend on besides; logarithms, shape (requests, FEATURES).
-    """
-
-    ids: Sequence[str]
-    kind: Floats
-    start: Floats
-    finish: Floats
-    drained: Floats
-    spread: Floats
-    ttft: Floats
-    deadline: Floats
-    features: Floats
-
-    def __len__(self) -> int:
-        return len(self.kind)
-
-    def some(self, rows: Places) -> "Forecasts":
-        """Of some of the requests."""
-        return Forecasts(
-            [self.ids[row] for row in rows],
-            self.kind[rows],
-            self.start[rows],
-            self.finish[rows],
-            self.drained[rows],
-            self.spread[rows],
-            self.ttft[rows],
-            self.deadline[rows],
-            self.features[rows],
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from uellm.policy.columns import Floats
-from uellm.policy.forecast import FEATURES, Forecasts
+from uellm.policy.forecast import FEATURES
+from uellm.policy.prospects import Forecasts
 
 START, FINISH = 0, 1
 SIZE = 512

@@ -9,10 +9,10 @@ import numpy as np
 from uellm.core.request import Promise, QuantileFunction, ResourceProfile, Slo
 from uellm.policy.columns import Columns, ColumnsCache, Floats, Places
 from uellm.policy.estimate import Speed
-from uellm.policy.forecast import Forecasts, forecasts
+from uellm.policy.forecast import forecasts
 from uellm.policy.outcomes import Flags
+from uellm.policy.prospects import Forecasts, Prospects
 from uellm.policy.refusing import lost
-from uellm.policy.track_record import Prospects
 from uellm.policy.views import Experience, InFlightView, QueuedView, ReplicaView
 
 MATERIAL_SHARE = 0.2

@@ -15,9 +15,9 @@ from math import inf, nan
 import numpy as np
 
 from uellm.policy.columns import Floats
-from uellm.policy.forecast import Forecasts
 from uellm.policy.odds import Odds
 from uellm.policy.outcomes import FEW, FINISH, PUNCTUAL_GUESS, START, Outcomes, State
+from uellm.policy.prospects import Forecasts, Prospects
 
 LEVELS = (0.5, 0.9)
 """What is promised of the first and of the last token."""
@@ -32,21 +32,6 @@ SURE_LEVEL = 0.985
 """From here on a level is taken by its word."""
 MOST_OPEN = 65_536
 """Promises that are followed at once; more are not learnt from."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prospects:
-    """What can be promised to some requests, one row each.
-
-    Attributes:
-        times: of the first and the last token, at each of ``LEVELS``: shape (requests, 2, 2).
-        p_meet: probability of being in time; nan where nothing is asked.
-        said: the same before the track record of such probabilities corrected it.
-    """
-
-    times: Floats
-    p_meet: Floats
-    said: Floats
 
 
 @dataclass(frozen=True, slots=True)

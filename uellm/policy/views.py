@@ -6,14 +6,11 @@ Times are seconds since the epoch by Redis TIME; durations are seconds.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from uellm.core.cost import StepCost
 from uellm.core.request import Promise, ResourceProfile, Slo
-
-if TYPE_CHECKING:
-    from uellm.policy.forecast import Forecasts
-    from uellm.policy.track_record import Prospects
+from uellm.policy.prospects import Forecasts, Prospects
 
 NOT_RECORDED = "not recorded"
 """Marks a field that records of decisions leave out: the decision shows what came of it."""
@@ -52,7 +49,7 @@ class QueuedView:
 class Experience(Protocol):
     """What is known of how forecasts came true."""
 
-    def prospects(self, forecasts: "Forecasts", now: float) -> "Prospects":
+    def prospects(self, forecasts: Forecasts, now: float) -> Prospects:
         """What can be promised, given what would be forecast."""
         ...
 

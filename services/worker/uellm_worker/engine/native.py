@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from uellm_worker.engine.device import on_host
+from uellm_worker.engine.tiles import PANEL_ROWS
 
 try:
     import numba
@@ -31,10 +32,6 @@ _SERIAL_NUMBERS = 16_384
 
 _PRODUCTS_A_NUMBER = 32
 """Multiplications in the time that other kernels take for a number."""
-HEAD_NUMBERS = 16
-"""Heads that kernels attend have a multiple of so many numbers."""
-PANEL_ROWS = 32
-"""Rows of a weight in a panel."""
 
 _log = logging.getLogger(__name__)
 

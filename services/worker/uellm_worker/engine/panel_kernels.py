@@ -11,7 +11,7 @@ from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 from uellm_worker.engine.kernels import floats, real, take
-from uellm_worker.engine.native import PANEL_ROWS
+from uellm_worker.engine.tiles import PANEL_ROWS
 from uellm_worker.engine.vectors import FLOAT, HALVES, I64, LANES, VECTOR, ZEROS, Code
 
 _PARTS = PANEL_ROWS // LANES

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from uellm_worker.engine.native import PANEL_ROWS, load
+from uellm_worker.engine.native import load
+from uellm_worker.engine.tiles import PANEL_ROWS
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,11 @@ from uellm_worker.engine.attention import LayerCache, PackedStep, SlotCache
 from uellm_worker.engine.capacity import Capacity, fit, fit_hybrid, fit_pages
 from uellm_worker.engine.device import Device, Stopwatch, on_host
 from uellm_worker.engine.graphs import CudaRecorder, DecodeGraphs
-from uellm_worker.engine.native import HEAD_NUMBERS, kernels
+from uellm_worker.engine.native import kernels
 from uellm_worker.engine.plan import StepPlan
 from uellm_worker.engine.shard import Shard, longest_context
 from uellm_worker.engine.slot_memory import page_tokens
+from uellm_worker.engine.tiles import HEAD_NUMBERS
 from uellm_worker.engine.varlen import PAGE_TOKENS, kernel, usable
 
 _CALL_NUMBERS = 40_000
