@@ -82,11 +82,17 @@ def status_of(error: UellmError) -> Status:
     return status
 
 
+_TIMED_OUT = "Deadline Exceeded"
+"""What gRPC says where a call's time was up before anybody answered."""
+
+
 def error_from(rpc_error: Any) -> UellmError:
     """The error behind a grpc.aio.AioRpcError, or the closest to what the transport says."""
     name = rpc_error.code().name
     cls = _ERRORS.get(name, errors.UnavailableError if name == "DEADLINE_EXCEEDED" else UellmError)
     message = rpc_error.details() or name
+    if message == _TIMED_OUT:
+        message = "no answer within the time of the call; the service may be busy: try again"
     reason, field, retry, metadata = None, "", None, {}
     status = _details(rpc_error)
     for packed in status.details if status is not None else ():

@@ -233,12 +233,16 @@ def test_policies_are_listed_with_their_settings() -> None:
         assert (shown.exit_code, "…" in shown.output) == (0, False)
 
 
-def test_a_redis_that_goes_away_is_no_fault_of_a_command(
+def test_what_is_no_fault_of_uellm_is_said_in_a_line_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("UELLM_HOME", str(tmp_path))
     assert exits.report_fault(RedisConnectionError("closed by server")) == exits.UNREACHABLE
     assert "Redis went away meanwhile (closed by server)" in capsys.readouterr().err
+    with pytest.raises(UnicodeEncodeError) as given:
+        "a\udcff".encode()
+    assert exits.report_fault(given.value) == exits.USAGE
+    assert "is no UTF-8; give it in UTF-8" in capsys.readouterr().err
     assert exits.report_fault(ZeroDivisionError("oh")) == exits.FAILED
     assert "oh" in (tmp_path / "fault.txt").read_text()
 

@@ -1,5 +1,8 @@
 """Requests from plain arguments."""
 
+from re import escape
+from typing import Any
+
 import pytest
 
 from uellm.client import new_request
@@ -21,3 +24,28 @@ def test_a_number_that_does_not_fit_is_refused_by_name(name: str, number: int) -
     with pytest.raises(InvalidArgumentError, match=str(number)) as error:
         new_request("m", "hi", **{name: number})  # type: ignore[arg-type]
     assert error.value.field == f"sampling.{name}"
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("name", ["deadline", "ttft"])
+def test_seconds_that_are_no_time_are_refused_by_name(name: str, seconds: float) -> None:
+    with pytest.raises(InvalidArgumentError, match=escape(f"slo.{name}: {seconds} s;")) as error:
+        new_request("m", "hi", **{f"{name}_seconds": seconds})  # type: ignore[arg-type]
+    assert error.value.field == f"slo.{name}"
+
+
+@pytest.mark.parametrize(
+    ("field", "arguments"),
+    [
+        ("prompt", {"prompt": "a\ud800"}),
+        ("prompt", {"prompt": [("user", "ok"), ("user", "a\ud800")]}),
+        ("sampling.stop", {"prompt": "hi", "stop": ["ok", "\udcff"]}),
+        ("adapter", {"prompt": "hi", "adapter": "\udcff"}),
+    ],
+)
+def test_text_that_no_message_carries_is_refused_by_name(
+    field: str, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidArgumentError, match="half a character") as error:
+        new_request("m", **arguments)
+    assert error.value.field == field

@@ -120,3 +120,13 @@ def test_details_that_are_no_protobuf_are_survived() -> None:
 def test_errors_survive_a_process_boundary(cls: type[UellmError]) -> None:
     error = cls("what", field="x")
     assert pickle.loads(pickle.dumps(error)).message == "what"  # noqa: S301
+
+
+def test_a_call_whose_time_was_up_is_said_in_words() -> None:
+    nothing = grpc.aio.Metadata()
+    late = grpc.aio.AioRpcError(
+        grpc.StatusCode.DEADLINE_EXCEEDED, nothing, nothing, "Deadline Exceeded"
+    )
+    error = rpc.error_from(late)
+    assert isinstance(error, errors.UnavailableError)
+    assert "no answer within the time of the call" in error.message

@@ -46,6 +46,10 @@ def report_fault(error: Exception) -> int:
 
     from uellm.mesh.state import home
 
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        # What was given is no UTF-8: Python hands such bytes on as halves of characters.
+        given = error.object.encode(errors="backslashreplace").decode()
+        return complain(InvalidArgumentError(f"'{given[:80]}' is no UTF-8; give it in UTF-8"))
     if isinstance(error, RedisError):
         # It answered when the command began, or there would have been another message.
         text = (

@@ -1,6 +1,7 @@
 """Requests from plain arguments."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 from uellm.convert import duration
 from uellm.core.errors import InvalidArgumentError
@@ -10,6 +11,8 @@ Turn = tuple[str, str]
 """A turn of a conversation: role and text."""
 LARGEST_MAX_TOKENS = 2**32 - 1
 LARGEST_SEED = 2**64 - 1
+MOST_SECONDS = 315_576_000_000.0
+"""Of a ``google.protobuf.Duration``: 10,000 years."""
 
 
 def new_request(
@@ -41,10 +44,16 @@ def new_request(
         refuse: have it refused if the deadline cannot be met; else it is done as well as can be.
 
     Raises:
-        InvalidArgumentError: if a number does not fit the contract's field.
+        InvalidArgumentError: if a number or a text does not fit the contract's field.
     """
     _check_range("sampling.max_tokens", max_tokens, LARGEST_MAX_TOKENS)
     _check_range("sampling.seed", seed, LARGEST_SEED)
+    _check_seconds("slo.deadline", deadline_seconds)
+    _check_seconds("slo.ttft", ttft_seconds)
+    _check_text("model", model)
+    _check_text("adapter", adapter)
+    _check_text("sampling.stop", *stop)
+    _check_text("prompt", *([prompt] if isinstance(prompt, str) else chain.from_iterable(prompt)))
     request = inference_pb2.GenerateRequest(
         model=model,
         adapter=adapter,
@@ -72,3 +81,22 @@ def new_request(
 def _check_range(field: str, value: int | None, largest: int) -> None:
     if value is not None and not 0 <= value <= largest:
         raise InvalidArgumentError(f"{field}: {value}; between 0 and {largest}", field=field)
+
+
+def _check_seconds(field: str, value: float | None) -> None:
+    if value is not None and not abs(value) <= MOST_SECONDS:
+        raise InvalidArgumentError(
+            f"{field}: {value} s; a number of seconds, at most {MOST_SECONDS:.0f}", field=field
+        )
+
+
+def _check_text(field: str, *texts: str) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgumentError(
+                f"{field}: half a character ({text[error.start]!r} at {error.start}), which UTF-8 "
+                "cannot carry; read bytes as UTF-8, or with errors='replace'",
+                field=field,
+            ) from None
