@@ -103,9 +103,9 @@ async def test_preempted_for_an_urgent_one(
     mesh: Mesh, gateway: Gateway, redis_url: str, tmp_path: Path
 ) -> None:
     async with serving(mesh, redis_url, tmp_path / "m", "cslo-odbs"):
-        lost = await ask(mesh, 150, deadline=0.05)
+        lost = await ask(mesh, 250, deadline=0.05)
         await started(mesh, lost)
-        urgent = await ask(mesh, 30, deadline=1.0)
+        urgent = await ask(mesh, 30, deadline=1.5)
         await ended(mesh, urgent)
         await ended(mesh, lost)
         answer = await explained(gateway, lost, "preempted", "admitted")

@@ -323,9 +323,12 @@ def test_the_longest_prefix_is_found_wherever_it_lies(
     longest = max(
         (min(world.memory.prefix(slot, "a", tokens[:-1]), known[slot]) for slot in known), default=0
     )
+    # Besides those that were left there, slots have what was saved from others that were taken.
+    there = max(world.memory.prefix(slot, "a", tokens[:-1]) for slot in range(3 + 2))
     seat = world.seat(tokens, len(tokens), None, "a")
     if seat is not None:
-        assert seat.cached_tokens == (longest if longest >= PIECE_TOKENS else 0)
+        assert seat.cached_tokens >= (longest if longest >= PIECE_TOKENS else 0)
+        assert seat.cached_tokens <= there
 
 
 # ---- single decisions --------------------------------------------------------------------------

@@ -213,7 +213,9 @@ def _measured(
 ) -> MeasuredLink:
     if not answer.samples:
         raise FailedPreconditionError(f"{ends[0]} measured nothing", reason="PROBE_FAILED")
-    return MeasuredLink(_link(ends, answer.samples, "transport", now), answer.wire_seconds)
+    link = _link(ends, answer.samples, "transport", now)
+    # Both are measured, each for itself; a part is no more than the whole.
+    return MeasuredLink(link, min(answer.wire_seconds, link.latency_seconds))
 
 
 def _link(
