@@ -18,21 +18,26 @@ STEP_SECONDS = 0.01
 
 @asynccontextmanager
 async def serving(
-    mesh: Mesh, redis_url: str, directory: Path, policy: str = DEFAULT_POLICY, **settings: Any
+    mesh: Mesh,
+    redis_url: str,
+    directory: Path,
+    policy: str = DEFAULT_POLICY,
+    step_seconds: float = STEP_SECONDS,
+    **settings: Any,
 ) -> AsyncIterator[None]:
-    """A scheduler, and a worker whose engine has one slot and steps of 10 ms."""
+    """A scheduler, and a worker whose engine has one slot and steps of a fixed length."""
     surroundings = workers.Mesh(mesh.redis, redis_url, workers.write_servable_model(directory))
     async with (
         workers.deployer_at(mesh.redis),
         workers.worker_at(
             redis_url,
-            instant_step_seconds=STEP_SECONDS,
+            instant_step_seconds=step_seconds,
             step_policy=policy,
             record_every_steps=8,
         ) as worker,
     ):
         await worker.bring_up(surroundings.assignment(1, slots=1))
-        await mesh.deploy(workers.REPLICA, slots=1, step_seconds=STEP_SECONDS)
+        await mesh.deploy(workers.REPLICA, slots=1, step_seconds=step_seconds)
         async with scheduler(redis_url, policy=policy, **settings):
             yield
 
