@@ -313,7 +313,7 @@ def goodputs(runs: Sequence[Run], settings: Settings) -> dict[str, Any]:
             "ratio": ratio,
             "interval": [float(low), float(high)],
             "goal": GOAL,
-            "met": ratio >= GOAL and low > 1,
+            "met": bool(ratio >= GOAL and low > 1),
         }
     return {"attainment": SHARE, "loads": found, "ratios": ratios}
 
