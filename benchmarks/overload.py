@@ -18,6 +18,7 @@ import os
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ import psutil
 from benchmarks.load import wait_ready
 from uellm.cli.promises import ANSWERED
 from uellm.client import Client, new_request
+from uellm.core.errors import UellmError
 from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import DEMO_MODEL, MeshOptions, ModelSource
 from uellm.v1 import common_pb2, inference_pb2
@@ -67,15 +69,18 @@ async def _one(client: Client, tokens: int) -> Ended:
     request.sampling.ignore_eos = True
     began = time.perf_counter()
     finished = inference_pb2.Finished()
-    async for event in client.generate(request):
-        if event.WhichOneof("event") == "finished":
-            finished = event.finished
-    return Ended(
-        finished.reason,
-        time.perf_counter() - began,
-        finished.reason in ANSWERED and finished.slo.met,
-        finished.failure.HasField("retry_after"),
-    )
+    try:
+        async for event in client.generate(request):
+            if event.WhichOneof("event") == "finished":
+                finished = event.finished
+    except UellmError as error:
+        # Refused: because of what is ahead, or because too many wait already.
+        refused = common_pb2.FINISH_REASON_REFUSED
+        retry = error.retry_after_seconds is not None
+        return Ended(refused, time.perf_counter() - began, False, retry)
+    seconds = time.perf_counter() - began
+    in_time = finished.reason in ANSWERED and finished.slo.met
+    return Ended(finished.reason, seconds, in_time, finished.failure.HasField("retry_after"))
 
 
 async def drive(client: Client, rate: float, seconds: float, seed: int) -> list[Ended]:
@@ -101,6 +106,10 @@ def summarise(ended: Sequence[Ended], seconds: float) -> dict[str, Any]:
     return {
         "requests": len(ended),
         "admitted": len(admitted),
+        "ended": {
+            common_pb2.FinishReason.Name(reason): count
+            for reason, count in Counter(one.reason for one in ended).items()
+        },
         "goodput_per_second": in_time / seconds,
         "kept": in_time / max(len(admitted), 1),
         "refused_p50_ms": 1e3 * statistics.median(delays) if delays else None,
