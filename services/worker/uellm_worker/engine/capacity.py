@@ -64,10 +64,7 @@ def fit(
     """
     room = kv_bytes // bytes_per_token if kv_bytes else None
     longest = _whole(max_tokens + block_tokens - 1, block_tokens)
-    # Short contexts may be more in number where each takes no more than it can fill.
-    short = max_tokens < block_tokens
-    enough = slots * block_tokens if short else _whole(max_tokens, block_tokens)
-    if block_tokens > 1 and (room is None or room >= enough):
+    if block_tokens > 1 and (room is None or _in_blocks(slots, max_tokens, room, block_tokens)):
         whole = slots * longest
         kv_tokens = whole if room is None else min(_whole(room, block_tokens), 2 * whole)
         # Every sequence takes a block at least.
@@ -142,13 +139,25 @@ def fit_hybrid(
             return Capacity(slots, 0, 0, sharing=False)
     if not bytes_per_token:
         # As the stages that have attention find it, of which nothing may be taken away.
-        block = block_tokens if not granted or max_tokens >= block_tokens else 1
+        blocks = not granted or _in_blocks(slots, max_tokens, slots * max_tokens, block_tokens)
+        block = block_tokens if blocks else 1
         room = slots * _whole(max_tokens + block - 1, block)
         return Capacity(slots, max_tokens, room, 0, block, sharing=False)
     found = fit(slots, max_tokens, kv_bytes, bytes_per_token, block_tokens)
     block = found.block_tokens
     most = found.slots * _whole(found.max_tokens + block - 1, block)
     return replace(found, kv_tokens=min(found.kv_tokens, most), spare_slots=0, sharing=False)
+
+
+def _in_blocks(slots: int, max_tokens: int, room: int, block_tokens: int) -> bool:
+    """Whether whole blocks hold as much of what is wanted as single tokens would.
+
+    Short contexts may be more in number where each takes no more than it can fill, and the longest
+    may fit to the token only.
+    """
+    if max_tokens < block_tokens:
+        return room >= slots * block_tokens
+    return _whole(room, block_tokens) >= max_tokens
 
 
 def _whole(tokens: int, block_tokens: int) -> int:
