@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import grpc
 import typer
 from google.protobuf import json_format
 from rich.console import Console
@@ -14,12 +13,11 @@ from rich.table import Column, Table
 from uellm.class_defaults import OBJECTIVES
 from uellm.cli import exits
 from uellm.cli.durations import parse_duration, show_duration
+from uellm.cli.service_calls import service
 from uellm.convert import duration, duration_seconds
-from uellm.core.errors import InvalidArgumentError, UnavailableError
+from uellm.core.errors import InvalidArgumentError
 from uellm.policy.choice import LEVELS, PolicyChoice, levels_of, policies, settings_of
-from uellm.rpc import CALL_SECONDS, channel, error_from
-from uellm.streams.connection import check, connect
-from uellm.streams.registry import Registry
+from uellm.rpc import CALL_SECONDS
 from uellm.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 _CLASS = "class."
@@ -138,20 +136,9 @@ async def _ask(redis_url: str, method: str, message: Any) -> Any:
         UnavailableError: if there is none.
         UellmError: what it answered.
     """
-    redis = connect(redis_url)
-    try:
-        await check(redis, redis_url)
-        schedulers = await Registry(redis).find("scheduler")
-    finally:
-        await redis.aclose()
-    if not schedulers:
-        raise UnavailableError("no scheduler runs; start one with `uellm serve scheduler`")
-    async with channel(schedulers[0].address) as connection:
-        stub = scheduler_pb2_grpc.SchedulerServiceStub(connection)
-        try:
-            return await getattr(stub, method)(message, timeout=CALL_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise error_from(error) from None
+    async with service(redis_url, "scheduler") as way:
+        stub = scheduler_pb2_grpc.SchedulerServiceStub(way)
+        return await getattr(stub, method)(message, timeout=CALL_SECONDS)
 
 
 def _print_json(value: Any) -> None:

@@ -10,9 +10,9 @@ from google.protobuf.message import Message
 from rich.console import Console
 
 from uellm.cli import exits
-from uellm.cli.deployer_calls import deployer
 from uellm.cli.placements import changed, deployment_table, plan_table, predicted
 from uellm.cli.planning import read_pin
+from uellm.cli.service_calls import deployer
 from uellm.core.errors import FailedPreconditionError, NotFoundError
 from uellm.mesh.options import ModelSource
 from uellm.models.adapters import check_names, parse_adapter

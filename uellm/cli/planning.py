@@ -15,8 +15,8 @@ from rich.table import Table
 
 from uellm import clusters
 from uellm.cli import exits
-from uellm.cli.deployer_calls import deployer
 from uellm.cli.placements import short
+from uellm.cli.service_calls import deployer
 from uellm.convert import topology_from_proto
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.model import ModelProfile

@@ -6,16 +6,14 @@ import sys
 import time
 from typing import Any
 
-import grpc
 from rich.console import Console
 from rich.table import Table
 
 from uellm import convert
 from uellm.cli import exits
+from uellm.cli.service_calls import service
 from uellm.core.errors import UnavailableError
-from uellm.rpc import CALL_SECONDS, channel, error_from
-from uellm.streams.connection import check, connect
-from uellm.streams.registry import Registry
+from uellm.rpc import CALL_SECONDS
 from uellm.v1 import profiler_pb2
 from uellm.v1.profiler_pb2_grpc import ProfilerServiceStub
 
@@ -25,7 +23,7 @@ _POLL_SECONDS = 0.1
 
 async def show(redis_url: str, *, as_json: bool) -> int:
     """The versions that are kept."""
-    async with channel(await _profiler(redis_url)) as connection:
+    async with service(redis_url, "profiler") as connection:
         versions = await _versions(ProfilerServiceStub(connection))
     if as_json:
         sys.stdout.write(json.dumps([_facts(version) for version in versions], indent=2) + "\n")
@@ -49,14 +47,11 @@ async def show(redis_url: str, *, as_json: bool) -> int:
 
 async def roll_back(redis_url: str, number: int) -> int:
     """Let an earlier version serve; wait until it does."""
-    async with channel(await _profiler(redis_url)) as connection:
+    async with service(redis_url, "profiler") as connection:
         stub: Any = ProfilerServiceStub(connection)
         before = await _versions(stub)
-        try:
-            request = profiler_pb2.RollbackRequest(number=number)
-            await stub.Rollback(request, timeout=CALL_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise error_from(error) from None
+        request = profiler_pb2.RollbackRequest(number=number)
+        await stub.Rollback(request, timeout=CALL_SECONDS)
         deadline = time.monotonic() + TAKEN_UP_SECONDS
         while (latest := (await _versions(stub))[-1]).number <= before[-1].number:
             if time.monotonic() > deadline:
@@ -69,24 +64,8 @@ async def roll_back(redis_url: str, number: int) -> int:
     return exits.OK
 
 
-async def _profiler(redis_url: str) -> str:
-    """The address of one."""
-    redis = connect(redis_url)
-    try:
-        await check(redis, redis_url)
-        found = await Registry(redis).find("profiler")
-    finally:
-        await redis.aclose()
-    if not found:
-        raise UnavailableError("no profiler runs; start one with `uellm serve profiler`")
-    return found[0].address
-
-
 async def _versions(stub: Any) -> list[profiler_pb2.PredictorVersion]:
-    try:
-        response = await stub.ListVersions(profiler_pb2.ListVersionsRequest(), timeout=CALL_SECONDS)
-    except grpc.aio.AioRpcError as error:
-        raise error_from(error) from None
+    response = await stub.ListVersions(profiler_pb2.ListVersionsRequest(), timeout=CALL_SECONDS)
     return list(response.versions)
 
 
