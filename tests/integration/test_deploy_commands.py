@@ -109,6 +109,72 @@ async def test_a_proposal_is_shown_and_approved(
     assert "under way: 0-5 on w2/cpu:0" in capsys.readouterr().out
 
 
+async def test_a_model_goes_where_it_is_told(
+    mesh: Mesh, redis_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await mesh.add_deployer(**AT_ONCE)
+    workers = [MeasuredWorker("w1", "slow"), MeasuredWorker("w2", "fast", speed=4.0)]
+    await add(mesh, *workers)
+    file = tmp_path / "plan.yaml"
+
+    async def deploy(*ends: tuple[str, int, int]) -> list[tuple[str, int, int]]:
+        names = ("device_id", "first_layer", "last_layer")
+        stages = [dict(zip(names, each, strict=True)) for each in ends]
+        file.write_text(json.dumps({"stages": stages}))
+        request = wanted(mesh, objective="lr")
+        deployments.as_told(request, file)
+        assert await deployments.deploy(redis_url, request, wait=True) == exits.OK
+        found = await mesh.published()
+        assert found is not None
+        (serving,) = [r for r in found.replicas if r.state == deployments.READY]
+        return [(s.device_ids[0], s.first_layer, s.last_layer) for s in serving.stages]
+
+    # By speed none of this is what the objective asks for.
+    first = [("w1/cpu:0", 0, 4), ("w2/cpu:0", 5, 5)]
+    assert await deploy(*first) == first
+    other = [("w2/cpu:0", 0, 0), ("w1/cpu:0", 1, 5)]
+    assert await deploy(*other) == other
+    with pytest.raises(FailedPreconditionError, match="w7/cpu:0, not usable now; usable: w1"):
+        await deploy(("w7/cpu:0", 0, 5))
+    with pytest.raises(InvalidArgumentError, match="it ends with layer 3, and the model with 5"):
+        await deploy(("w1/cpu:0", 0, 3))
+    with pytest.raises(InvalidArgumentError, match="layout: it places one copy"):
+        request = wanted(mesh, stages=2)
+        deployments.as_told(request, file)
+        await deployments.deploy(redis_url, request, wait=True)
+
+
+async def test_a_layout_that_cannot_be_gives_way_until_it_can(
+    mesh: Mesh, redis_url: str, tmp_path: Path
+) -> None:
+    await mesh.add_deployer(**AT_ONCE, worker_silence_seconds=1.0, recovery_seconds=0.2)
+    going = MeasuredWorker("w1", "slow")
+    await add(mesh, going, MeasuredWorker("w2", "fast", speed=4.0))
+    request = wanted(mesh, objective="lr")
+    for device, first, last in (("w1/cpu:0", 0, 3), ("w2/cpu:0", 4, 5)):
+        request.layout.add(device_id=device, first_layer=first, last_layer=last)
+    assert await deployments.deploy(redis_url, request, wait=True) == exits.OK
+
+    async def held() -> list[str]:
+        found = await mesh.published()
+        ready = [r for r in found.replicas if r.state == deployments.READY] if found else []
+        return [s.device_ids[0] for r in ready for s in r.stages]
+
+    assert await held() == ["w1/cpu:0", "w2/cpu:0"]
+    await going.stop()
+
+    async def alone() -> bool:
+        return await held() == ["w2/cpu:0"]
+
+    await eventually(alone, timeout=20.0)
+    await going.restart(mesh.addresses)
+
+    async def back() -> bool:
+        return await held() == ["w1/cpu:0", "w2/cpu:0"]
+
+    await eventually(back, timeout=20.0)
+
+
 async def test_what_cannot_be_is_said_in_one_line(mesh: Mesh, redis_url: str) -> None:
     await mesh.add_deployer()
     with pytest.raises(FailedPreconditionError, match="start a worker"):

@@ -1,5 +1,6 @@
 """Commands that change what a mesh serves: deploy, undeploy; and status, which shows it."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -67,6 +68,14 @@ def deploy(
         list[str] | None,
         typer.Option(metavar="NAME", help="Device, worker or host not to use; repeatable."),
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Place it as `uellm plan --json` says, or stages with device_id, first_layer and "
+            "last_layer, as YAML or JSON.",
+        ),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="[NAME=]SOURCE", help="LoRA adapter, in peft's format; repeatable."),
@@ -93,6 +102,8 @@ def deploy(
         *(("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens)),
     ):
         setattr(request, field, value)
+    if plan is not None:
+        deployments.as_told(request, plan)
     raise typer.Exit(run(deployments.deploy(redis_url(redis), request, wait=wait)))
 
 

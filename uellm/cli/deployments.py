@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -11,9 +12,11 @@ from rich.console import Console
 
 from uellm.cli import exits
 from uellm.cli.placements import changed, deployment_table, plan_table, predicted
+from uellm.cli.plan_files import read_plan
 from uellm.cli.planning import read_pin
 from uellm.cli.service_calls import deployer
-from uellm.core.errors import FailedPreconditionError, NotFoundError
+from uellm.convert import planned_to_proto
+from uellm.core.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from uellm.mesh.options import ModelSource
 from uellm.models.adapters import check_names, parse_adapter
 from uellm.rpc import CALL_SECONDS
@@ -54,6 +57,24 @@ def plan_request(
         ],
         excluded=excluded,
     )
+
+
+def as_told(request: deployer_pb2.PlanRequest, path: Path) -> None:
+    """Have a model placed as a file says; slots and context as there, unless they are asked for.
+
+    Raises:
+        InvalidArgumentError: if it is no plan of one copy.
+    """
+    plan = read_plan(path, "plan")
+    if len(plan.replicas) != 1:
+        raise InvalidArgumentError(
+            f"plan: {path} has {len(plan.replicas)} copies; one is placed as it is told to, others "
+            "as their deployment's objective has it",
+            field="plan",
+        )
+    request.layout.extend(planned_to_proto(plan.replicas[0]).stages)
+    request.slots = request.slots or plan.slots
+    request.max_tokens = request.max_tokens or plan.max_tokens
 
 
 async def deploy(redis_url: str, request: deployer_pb2.PlanRequest, *, wait: bool) -> int:

@@ -88,6 +88,7 @@ def plan(
     from uellm.cli import planning
     from uellm.cli.drawing import check_plot
     from uellm.cli.mesh_address import redis_url
+    from uellm.cli.plan_files import read_plan
     from uellm.placement.views import Objective, PlanRequest, Workload
 
     if plot is not None:
@@ -119,7 +120,7 @@ def plan(
         model=profile,
         workload=workload,
         objective=cast("Objective", objective),
-        previous=planning.read_plan(previous) if previous is not None else None,
+        previous=read_plan(previous, "previous") if previous is not None else None,
         pins=tuple(planning.read_pin(text) for text in pin or ()),
         excluded=frozenset(exclude or ()),
         costs=dict(planning.read_cost(text) for text in cost or ()),

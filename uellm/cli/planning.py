@@ -26,7 +26,7 @@ from uellm.models.shapes import SHAPES, profile_of_shape, read_shape
 from uellm.placement.explain import size
 from uellm.placement.solver import solve
 from uellm.placement.topology import Topology
-from uellm.placement.views import Pin, Plan, PlannedReplica, PlannedStage, PlanRequest, Workload
+from uellm.placement.views import Pin, Plan, PlanRequest, Workload
 from uellm.placement.what_if import Figures, changed, enough, figures, parse_change
 from uellm.rpc import CALL_SECONDS
 from uellm.simulator.traces import read_trace
@@ -159,31 +159,6 @@ def read_cost(text: str) -> tuple[str, float]:
         return device, float(value if found and device else "")
     except ValueError:
         raise InvalidArgumentError(f"cost: {text!r} is not DEVICE=NUMBER", field="cost") from None
-
-
-def read_plan(path: Path) -> Plan:
-    """Where a model is, as ``--json`` wrote it.
-
-    Raises:
-        InvalidArgumentError: if it is no plan.
-    """
-    try:
-        raw = json.loads(path.read_text())["plan"]
-        return Plan(
-            replicas=tuple(
-                PlannedReplica(tuple(PlannedStage(**stage) for stage in replica["stages"]))
-                for replica in raw["replicas"]
-            ),
-            slots=int(raw["slots"]),
-            max_tokens=int(raw["max_tokens"]),
-            objective=str(raw["objective"]),
-            explanation="",
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidArgumentError(
-            f"previous: {path} is no plan that `uellm plan --json` wrote ({error!r})",
-            field="previous",
-        ) from None
 
 
 def of_trace(path: Path, workload: Workload) -> Workload:

@@ -308,6 +308,7 @@ class PlanRequest(_message.Message):
     EXCLUDED_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
     replicas: _builtins.int
     """Copies; 0: one."""
     stages: _builtins.int
@@ -344,6 +345,12 @@ class PlanRequest(_message.Message):
     def excluded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of devices, workers or hosts that must not be used."""
 
+    @_builtins.property
+    def layout(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.PlannedStage]:
+        """Where the stages of its copy go, in order: of each, device and layers count. While these devices
+        are there it is placed so, whatever the objective. Empty: as the objective has it.
+        """
+
     def __init__(
         self,
         *,
@@ -361,10 +368,11 @@ class PlanRequest(_message.Message):
         excluded: _abc.Iterable[_builtins.str] | None = ...,
         prompt_tokens: _builtins.int = ...,
         output_tokens: _builtins.int = ...,
+        layout: _abc.Iterable[_topology_pb2.PlannedStage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "excluded", b"excluded", "kv_tokens", b"kv_tokens", "max_tokens", b"max_tokens", "model", b"model", "objective", b"objective", "output_tokens", b"output_tokens", "pins", b"pins", "prompt_tokens", b"prompt_tokens", "replicas", b"replicas", "slo_seconds", b"slo_seconds", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "excluded", b"excluded", "kv_tokens", b"kv_tokens", "layout", b"layout", "max_tokens", b"max_tokens", "model", b"model", "objective", b"objective", "output_tokens", b"output_tokens", "pins", b"pins", "prompt_tokens", b"prompt_tokens", "replicas", b"replicas", "slo_seconds", b"slo_seconds", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

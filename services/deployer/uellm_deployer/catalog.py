@@ -18,6 +18,10 @@ from uellm.v1 import common_pb2, deployer_pb2
 
 MOST_REPLICAS = 64
 MOST_SLOTS = 4096
+_OF_PLACE = (
+    *("objective", "slo_seconds", "pins", "excluded", "layout"),
+    *("prompt_tokens", "output_tokens"),
+)
 _NAME_IN_SOURCE = re.compile(r"(?P<name>[^=/]+(?:/[^=/]+)*)=(?P<source>.+)")
 
 
@@ -172,9 +176,24 @@ def checked(
         )
     wanted.objective = wanted.objective or default_objective
     placer_of(wanted.objective)
+    if wanted.layout and (wanted.replicas > 1 or wanted.stages or wanted.pins or wanted.excluded):
+        raise InvalidArgumentError(
+            "layout: it places one copy, and says all of its place; leave out replicas, stages, "
+            "pins and excluded, or the layout",
+            field="layout",
+        )
     adapters = check_names(request.adapters)
     del wanted.adapters[:]
     wanted.adapters.extend(adapters)
     wanted.replicas = wanted.replicas or 1
     wanted.slots = wanted.slots or default_slots
     return wanted
+
+
+def without_place(request: deployer_pb2.PlanRequest) -> deployer_pb2.PlanRequest:
+    """A request without the number of copies and what is wished of their place."""
+    bare = deployer_pb2.PlanRequest()
+    bare.CopyFrom(request)
+    for name in ("replicas", *_OF_PLACE):
+        bare.ClearField(name)  # type: ignore[arg-type]  # the names of fields
+    return bare

@@ -15,15 +15,15 @@ from uellm.streams.connection import UNREACHABLE
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
 from uellm_deployer import reconcile
 from uellm_deployer.adoption import adopt
-from uellm_deployer.catalog import ResolvedModel, resolve
+from uellm_deployer.catalog import ResolvedModel, resolve, without_place
 from uellm_deployer.formation import form
+from uellm_deployer.moving import announced
 from uellm_deployer.replica import Phase, Replica, backoff
 from uellm_deployer.tools import Tools
 
 _log = logger("deployment")
 RESOLVE_AGAIN_SECONDS = 5.0
 POLL_SECONDS = 0.1
-_OF_PLACE = ("objective", "slo_seconds", "pins", "excluded", "prompt_tokens", "output_tokens")
 STABLE_SECONDS = 30.0
 """A replica that served for so long has not failed because of how it was formed."""
 
@@ -94,7 +94,7 @@ class Deployment:
             await self._update(request, model)
 
     async def _update(self, request: deployer_pb2.PlanRequest, model: ResolvedModel | None) -> None:
-        changed = _bare(self.request) != _bare(request) or (
+        changed = without_place(self.request) != without_place(request) or (
             model is not None
             and self.model is not None
             and (model.ref, model.adapter_refs) != (self.model.ref, self.model.adapter_refs)
@@ -108,11 +108,18 @@ class Deployment:
         # Another wish for the place alone: what serves goes on until there is a better one.
         self.approved = not changed and self.request != request
         self.request, self.ending = request, False
+        if self.approved and self.movable:
+            self.changes |= announced(self.replicas)
         self.model = model or (None if changed else self.model)
         if changed:
             self.avoided.clear()
             for replica in self.replicas:
                 await self._drop(replica, "forms again, as it is wanted otherwise now")
+
+    @property
+    def movable(self) -> bool:
+        """What serves may be placed anew: an even split stays as it is."""
+        return bool(self.request.layout) or self.request.objective not in ("", EVEN)
 
     def devices_came(self) -> None:
         """Try at once what there was no room for."""
@@ -382,12 +389,3 @@ class Deployment:
     def published(self) -> topology_pb2.Deployment:
         """As it was last published."""
         return self._published
-
-
-def _bare(request: deployer_pb2.PlanRequest) -> deployer_pb2.PlanRequest:
-    """A request without the number of copies and what is wished of their place."""
-    bare = deployer_pb2.PlanRequest()
-    bare.CopyFrom(request)
-    for name in ("replicas", *_OF_PLACE):
-        bare.ClearField(name)  # type: ignore[arg-type]  # the names of fields
-    return bare

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from itertools import product
 from typing import Protocol
 
 from uellm.convert import timestamp
@@ -118,15 +119,9 @@ async def _plan(deployment: Formed, replica: Replica, *, fresh: bool) -> Planned
         avoided = {name for name, until in deployment.avoided.items() if until > now}
         groups = [[device for device in devices if device.worker not in avoided], devices]
         planned: Planned | None = None
-        for group in groups if avoided else groups[1:]:
+        for request, group in product(_ways(deployment.request), groups if avoided else groups[1:]):
             planned = await asyncio.to_thread(
-                planning.plan,
-                model,
-                deployment.request,
-                group,
-                1,
-                previous,
-                tools.discovery.knowledge,
+                planning.plan, model, request, group, 1, previous, tools.discovery.knowledge
             )
             if planned.plan.replicas and len(planned.plan.replicas[0].stages) >= stages:
                 break
@@ -136,6 +131,11 @@ async def _plan(deployment: Formed, replica: Replica, *, fresh: bool) -> Planned
             # From now on the memory is spoken for.
             replica.planned = planned.plan.replicas[0]
     return planned
+
+
+def _ways(request: deployer_pb2.PlanRequest) -> list[deployer_pb2.PlanRequest]:
+    """As it is wanted; without its layout where that cannot be."""
+    return [request, planning.freely(request)] if request.layout else [request]
 
 
 async def _bring_up(

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from uellm.convert import timestamp
@@ -23,6 +23,19 @@ class Changing(Formed, Protocol):
 
     changes: dict[str, topology_pb2.PlacementChange]
     changed_at: float
+
+
+def announced(replicas: Iterable[Replica]) -> dict[str, topology_pb2.PlacementChange]:
+    """That other places are looked for, by replica that serves: who asked for them waits for it."""
+    return {
+        replica.id: topology_pb2.PlacementChange(
+            replica=replica.id,
+            state=topology_pb2.CHANGE_STATE_UNDER_WAY,
+            reason="its place is looked for",
+        )
+        for replica in replicas
+        if replica.phase is Phase.READY
+    }
 
 
 async def take_over(

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from uellm.convert import cost_to_proto, planned_to_proto
+from uellm.convert import cost_to_proto, planned_from_proto, planned_to_proto
 from uellm.core.errors import FailedPreconditionError
 from uellm.core.model import ModelProfile
 from uellm.placement.discovery import Knowledge
 from uellm.placement.placers import EVEN, improvement, placer_of, rated
 from uellm.placement.speed import first_guess
+from uellm.placement.told import ToldPlacer
 from uellm.placement.topology import Device
-from uellm.placement.views import Pin, Plan, PlannedReplica, PlanRequest, Workload
+from uellm.placement.views import Pin, Placer, Plan, PlannedReplica, PlanRequest, Workload
 from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.replica import Replica
@@ -61,10 +62,11 @@ def plan(
 
     Raises:
         ModelFilesError: if the model's files do not say what it needs.
+        InvalidArgumentError: if it names a layout that cannot be of the model.
     """
-    placer = placer_of(request.objective or EVEN)
-    pinned = {pin.device_id for pin in request.pins}
-    accelerators = [d for d in devices if d.kind != "cpu" or d.id in pinned]
+    placer = _placer(request)
+    named = {pin.device_id for pin in request.pins} | {s.device_id for s in request.layout}
+    accelerators = [d for d in devices if d.kind != "cpu" or d.id in named]
     groups = [devices] if len(accelerators) in (0, len(devices)) else [accelerators, devices]
     made = []
     for group in groups:
@@ -79,6 +81,21 @@ def plan(
     ]
     feasible = [one for one in made if not one.plan.infeasible_reason]
     return (whole or feasible or made[-1:])[0]
+
+
+def _placer(request: deployer_pb2.PlanRequest) -> Placer:
+    if request.layout:
+        told = planned_from_proto(topology_pb2.PlannedReplica(stages=request.layout))
+        return ToldPlacer(told.stages)
+    return placer_of(request.objective or EVEN)
+
+
+def freely(request: deployer_pb2.PlanRequest) -> deployer_pb2.PlanRequest:
+    """A request without its layout, for when that cannot be."""
+    free = deployer_pb2.PlanRequest()
+    free.CopyFrom(request)
+    free.ClearField("layout")
+    return free
 
 
 def request_for(
@@ -133,9 +150,20 @@ def better(
         ModelFilesError: if the model's files do not say what it needs.
     """
     before = Plan((replica,), present.slots, present.max_tokens, request.objective, "")
+    if request.layout:
+        told = plan(model, request, devices, 1, before, knowledge)
+        if told.plan.replicas or request.objective == EVEN:
+            return told, float(not any(_alike(copy, replica) for copy in told.plan.replicas))
     wanted = request_for(model, request, devices, present.dtype, 1, before, knowledge)
-    plan, gained = improvement(wanted, before)
-    return Planned(plan, present.dtype, wanted.model, _by_id(wanted)), gained
+    found, gained = improvement(wanted, before)
+    return Planned(found, present.dtype, wanted.model, _by_id(wanted)), gained
+
+
+def _alike(one: PlannedReplica, other: PlannedReplica) -> bool:
+    """Whether the same devices hold the same layers."""
+    return [(s.device_id, s.first_layer, s.last_layer) for s in one.stages] == [
+        (s.device_id, s.first_layer, s.last_layer) for s in other.stages
+    ]
 
 
 def nominal_seconds(

@@ -8,7 +8,6 @@ from dataclasses import replace
 from uellm.convert import planned_to_proto, timestamp
 from uellm.core.errors import UellmError
 from uellm.logs import logger
-from uellm.placement.placers import EVEN
 from uellm.placement.replan import worth_it
 from uellm.placement.topology import Device
 from uellm.v1 import topology_pb2
@@ -64,9 +63,9 @@ class Replanner:
 
     async def _consider(self, deployment: Deployment) -> None:
         """Change at most one replica of a deployment, and none while another one is formed."""
-        model, request = deployment.model, deployment.request
+        model = deployment.model
         settled = all(replica.phase is Phase.READY for replica in deployment.replicas)
-        if deployment.ending or model is None or not settled or request.objective in ("", EVEN):
+        if deployment.ending or model is None or not settled or not deployment.movable:
             return
         approved, deployment.approved = deployment.approved, False
         for replica in deployment.replicas:
@@ -75,6 +74,7 @@ class Replanner:
                     begun = await self._weigh(deployment, model, replica, approved=approved)
                 except UellmError as error:
                     _log.info("not placed anew", replica=replica.id, error=error.message)
+                    _drop_announced(deployment, replica)
                     continue
             if begun:
                 break
@@ -93,6 +93,8 @@ class Replanner:
             return False
         held = deployment.changes.get(replica.id)
         if found is None or not worth_it(found[1], since, settings.replan_gain, wait):
+            if _drop_announced(deployment, replica):
+                return False
             if held is not None and held.state == topology_pb2.CHANGE_STATE_UNDER_WAY:
                 held.state = topology_pb2.CHANGE_STATE_FAILED
                 held.reason += "; meanwhile nothing is gained by it"
@@ -158,10 +160,11 @@ class Replanner:
             instead = [device for device in instead if device.kind != "cpu"]
         knowledge, dtype = tools.discovery.knowledge, deployment.published.dtype
         certain = {d.id: knowledge.certainty(d, model.ref.digest, dtype) for d in instead}
-        if len({certain[name] for name in used}) > 1:
-            return None
-        # Against what was measured, a guess says nothing.
-        instead = [d for d in instead if certain[d.id] in {certain[name] for name in used}]
+        if not deployment.request.layout:
+            if len({certain[name] for name in used}) > 1:
+                return None
+            # Against what was measured, a guess says nothing.
+            instead = [d for d in instead if certain[d.id] in {certain[name] for name in used}]
         left = {
             device.id: device.memory_bytes
             for device in devices_for([], tools.replicas(), live, tools.discovery.said)
@@ -226,3 +229,12 @@ class Replanner:
         if new := sorted(wanted - present):
             return f"{', '.join(new)} can be used"
         return "more is known of its devices"
+
+
+def _drop_announced(deployment: Deployment, replica: Replica) -> bool:
+    """Forget a change that was looked for and is none; whether there was one."""
+    held = deployment.changes.get(replica.id)
+    announced = held is not None and not held.planned.stages
+    if announced:
+        del deployment.changes[replica.id]
+    return announced

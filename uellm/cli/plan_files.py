@@ -1,0 +1,57 @@
+"""Plans in files: what ``uellm plan --json`` wrote, or stages as somebody wants them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from uellm.core.errors import InvalidArgumentError
+from uellm.placement.views import Plan, PlannedReplica, PlannedStage
+
+_MOST_BYTES = 16 << 20
+
+
+def read_plan(path: Path, option: str) -> Plan:
+    """Where a model is or is to be; of stages, device and layers.
+
+    Args:
+        path: YAML or JSON, with the ``plan`` that ``uellm plan --json`` writes, or with ``stages``.
+        option: that named it.
+
+    Raises:
+        InvalidArgumentError: if it is neither.
+    """
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES} bytes")
+        said: Any = yaml.safe_load(path.read_text())
+        plan: dict[str, Any] = said.get("plan", {"replicas": [said]})
+        return Plan(
+            replicas=tuple(PlannedReplica(_stages(each["stages"])) for each in plan["replicas"]),
+            slots=int(plan.get("slots", 0)),
+            max_tokens=int(plan.get("max_tokens", 0)),
+            objective=str(plan.get("objective", "")),
+            explanation="",
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise InvalidArgumentError(
+            f"{option}: {path} is no plan: it has neither what `uellm plan --json` writes nor "
+            f"stages, each with device_id, first_layer and last_layer ({error!r})",
+            field=option,
+        ) from None
+
+
+def _stages(said: Sequence[dict[str, Any]]) -> tuple[PlannedStage, ...]:
+    return tuple(
+        PlannedStage(
+            device_id=str(stage["device_id"]),
+            first_layer=int(stage["first_layer"]),
+            last_layer=int(stage["last_layer"]),
+            has_embed=index == 0,
+            has_head=index == len(said) - 1,
+            memory_bytes=int(stage.get("memory_bytes", 0)),
+            kv_bytes=int(stage.get("kv_bytes", 0)),
+        )
+        for index, stage in enumerate(said)
+    )
