@@ -114,6 +114,32 @@ async def test_a_promise_that_no_longer_holds_is_revised(mesh: Mesh, redis_url: 
         assert second.finish_p50.ToNanoseconds() > first.finish_p50.ToNanoseconds()
 
 
+async def test_a_promise_is_revised_while_the_answer_comes(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0", slots=1, step_seconds=0.5)
+    async with scheduler(redis_url):
+        request_id = await mesh.accept(output=100)
+        first = await mesh.promised(request_id)
+        (entry,) = await mesh.received("r0", 1)
+        # 80 of about 100 tokens at once, where each was thought to take half a second.
+        tokens = inference_pb2.Tokens(ids=range(80), text="x" * 80)
+        lost = await mesh.say(
+            "r0", Start(request_id, entry.generation), Append(request_id, entry.generation, tokens)
+        )
+        assert lost == []
+
+        async def revised() -> common_pb2.Promise | None:
+            promise = (await mesh.record(request_id)).promise
+            return promise if promise is not None and promise.revision > 1 else None
+
+        second = await eventually(revised)
+        assert second.reason == "is being answered, 80 tokens so far"
+        record = await mesh.record(request_id)
+        assert second.start_p50 == second.start_p90
+        assert second.start_p50.ToNanoseconds() / 1e9 == pytest.approx(record.first_token_at)
+        assert second.finish_p50.ToNanoseconds() < first.finish_p50.ToNanoseconds() - 20e9
+        assert second.output_tokens_p50 == pytest.approx(100, abs=25)
+
+
 async def test_a_successor_goes_on_after_a_scheduler_that_died(mesh: Mesh, redis_url: str) -> None:
     await mesh.deploy("r0", slots=1)
     async with scheduler(redis_url, "a", lookahead_requests=0) as first:

@@ -14,7 +14,7 @@ from uellm.policy.columns import ColumnsCache
 from uellm.policy.forecast import forecasts
 from uellm.policy.promising import everybody
 from uellm.policy.prospects import Forecasts
-from uellm.policy.views import InFlightView, QueuedView, ReplicaView
+from uellm.policy.views import Answered, InFlightView, QueuedView, ReplicaView
 
 COST = StepCost(overhead=0.0, weights=0.01, per_token=0.001)
 
@@ -26,7 +26,7 @@ def forecast(order: list[QueuedView], *views: ReplicaView) -> Forecasts:
         [np.arange(people.waiting, len(people.sent_at)), np.arange(people.waiting)]
     )
     wanted = np.arange(people.waiting)
-    return forecasts(people.columns, line, people.sent_at, wanted, views, NOW)
+    return forecasts(people.columns, line, people.sent_at, wanted, views, NOW, begun=people.begun)
 
 
 def test_an_idle_replica_takes_prefill_and_steps() -> None:
@@ -60,6 +60,42 @@ def test_work_that_is_done_is_not_waited_for() -> None:
     half = replace(running, dispatched_at=NOW - 0.5)
     done = forecast([queued("q")], replace(view, in_flight=(half,)))
     assert begun.start[0] - done.start[0] == pytest.approx(0.45, rel=0.1)
+
+
+def answering(tokens: int, at: float = NOW) -> ReplicaView:
+    """One slot, and in it an answer of about a hundred tokens, as it was seen to come."""
+    asked = queued("x", tokens=100.0)
+    running = InFlightView("x", NOW - 0.1, 10, 100.0, 150.0, request=asked)
+    return replace(
+        replica(slots=1, cost=COST),
+        in_flight=(running,),
+        answered={"x": Answered(tokens, NOW - 0.05)},
+        answered_at=at,
+    )
+
+
+def own_finish(view: ReplicaView) -> float:
+    """When the answer that comes is forecast to end, in seconds from now."""
+    people = everybody(ColumnsCache().of([]), [view], ColumnsCache())
+    line = np.array([0])
+    found = forecasts(people.columns, line, people.sent_at, line, [view], NOW, begun=people.begun)
+    return float(found.finish[0])
+
+
+def test_an_answer_that_is_seen_to_come_is_forecast_from_there() -> None:
+    # Whatever its time said: steps of 10 ms, so that after a tenth of a second 10 are expected.
+    assert own_finish(answering(5)) == pytest.approx(0.95, rel=0.1)
+    assert own_finish(answering(80)) < 0.6 * own_finish(answering(5))
+    # What it was a fifth of a second ago it is not now.
+    stale = own_finish(answering(5, at=NOW - 0.2))
+    assert own_finish(answering(5)) - stale == pytest.approx(0.2, rel=0.05)
+    # Longer than was predicted: how much longer is not known, but that it goes on is.
+    assert own_finish(answering(1000)) > 0.1
+
+
+def test_who_waits_does_so_for_what_is_left_of_an_answer() -> None:
+    waits = [forecast([queued("q")], answering(tokens)).start[0] for tokens in (5, 80)]
+    assert waits[0] - waits[1] > 0.3
 
 
 def test_two_replicas_do_twice_the_work() -> None:

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uellm.policy.columns import Floats
+from uellm.policy.columns import BEGUN, Floats
 from uellm.policy.forecast import FEATURES
 from uellm.policy.prospects import Forecasts
 from uellm.policy.track_record import TrackRecord
+from uellm.policy.track_records import TrackRecords
 
 FINISH, START = 1, 0
 
@@ -209,3 +210,48 @@ def test_whatever_was_learnt_promises_are_coherent(
     # More time, everything else alike, is no worse.
     later = record.prospects(replace(asked, deadline=asked.deadline * 2), now)
     assert later.p_meet[0] >= found.p_meet[0] - 1e-9
+
+
+def test_promises_to_who_is_being_answered_are_learnt_apart() -> None:
+    waiting = forecast(10.0)
+    begun = replace(waiting, kind=waiting.kind + BEGUN)
+    both = replace(
+        waiting,
+        ids=["w", "b"],
+        **{
+            name: np.concatenate([getattr(waiting, name), getattr(begun, name)])
+            for name in ("kind", "start", "finish", "drained", "spread", "ttft", "deadline")
+        },
+        features=np.concatenate([waiting.features, begun.features]),
+    )
+    records = TrackRecords()
+    for i in range(300):
+        now, name = i * 1000.0, f"r{i}"
+        records.advance(now)
+        records.prospects(replace(waiting, ids=[name]), now)
+        records.promised(name, now)
+        records.first_token(name, now + 90.0)
+        records.advance(now + 90.0)
+        records.prospects(replace(begun, ids=[name]), now + 90.0)
+        # Asked again and again while the answer comes: it counts once.
+        for _ in range(3):
+            records.seen_begun(name, now + 90.0)
+        # Ten times as slow as forecast, nearly all of it before the first token.
+        records.finished(name, now + 100.0)
+    now = 300_000.0
+    times = records.prospects(both, now).times[:, 1] - now
+    assert times[0] == pytest.approx([100.0, 100.0], rel=0.5)
+    assert times[1] == pytest.approx([10.0, 10.0], rel=0.5)
+    again = TrackRecords()
+    again.load(records.state())
+    expected = records.prospects(both, now).times
+    np.testing.assert_allclose(again.prospects(both, now).times, expected)
+
+
+def test_a_record_of_before_promises_were_revised_is_taken_over() -> None:
+    old = TrackRecord()
+    serve(old, forecast(10.0), [50.0] * 100)
+    records = TrackRecords()
+    records.load(old.state())
+    times = records.prospects(forecast(10.0), 1e6).times[0, 1] - 1e6
+    assert times[0] == pytest.approx(50.0, rel=0.3)

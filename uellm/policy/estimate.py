@@ -6,7 +6,9 @@ A request takes ``prefill + tokens · step`` seconds. How long it waits for that
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
+from uellm.policy.remaining import left_of
 from uellm.policy.views import InFlightView, QueuedView, ReplicaView
 
 DEFAULT_PREFILL_SECONDS_PER_TOKEN = 0.001
@@ -69,12 +71,28 @@ def _prefill_tokens(request: QueuedView) -> int:
     return request.profile.prompt_tokens + request.resume_tokens
 
 
-def progress(request: InFlightView, speed: Speed, now: float) -> tuple[float, float]:
-    """Tokens that a dispatched request has and those that it still takes, from its time."""
+def progress(request: InFlightView, view: ReplicaView, now: float) -> tuple[float, float, float]:
+    """How far a request is that was sent: since then, and what is left of it.
+
+    From how far it was when that was last looked at, or else from its time.
+
+    Returns:
+        Tokens that came; tokens that are to come, median and 90 % quantile.
+    """
+    speed = speed_of(view)
+    answered = view.answered.get(request.request_id)
+    if answered is not None and request.request is not None:
+        since = max(now - view.answered_at, 0.0) / speed.step
+        _, left, high = left_of(request.request.profile.output_tokens, answered.tokens, inf)
+        came = answered.tokens - request.request.resume_tokens + since
+        left = max(left - since, 1.0)
+        return came, left, max(high - since, left)
     prefill = request.prompt_tokens * speed.prefill_per_token
-    generated = max(now - request.dispatched_at - prefill, 0.0) / speed.step
-    if generated < request.output_p50:
-        return generated, max(request.output_p50 - generated, 1.0)
-    if generated < request.output_p90:
-        return generated, max((request.output_p90 - generated) / 2, 1.0)
-    return generated, max(request.output_p90 / 8, 1.0)
+    came = max(now - request.dispatched_at - prefill, 0.0) / speed.step
+    if came < request.output_p50:
+        left = max(request.output_p50 - came, 1.0)
+    elif came < request.output_p90:
+        left = max((request.output_p90 - came) / 2, 1.0)
+    else:
+        left = max(request.output_p90 / 8, 1.0)
+    return min(came, request.output_p90), left, max(request.output_p90 - came, left)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uellm.core.cost import StepCost
-from uellm.policy.columns import Columns, Floats, Places
+from uellm.policy.columns import Columns, Flags, Floats, Places
 from uellm.policy.estimate import Z90, speed_of
 from uellm.policy.prospects import Forecasts
 from uellm.policy.views import ReplicaView
@@ -49,21 +49,25 @@ def forecasts(
     now: float,
     *,
     preempts: bool = False,
+    begun: Flags | None = None,
 ) -> Forecasts:
     """What some requests can expect.
 
     Args:
         everybody: who waits and who was sent.
         line: their places in the policy's order.
-        sent_at: when each was sent; infinite: it waits.
+        sent_at: when each was sent, or, if it has begun, was last looked at; infinite: it waits.
         wanted: places of those that are asked about.
         replicas: at least one.
         now: in seconds.
         preempts: who is first may take the slot of one that runs; else those go on.
+        begun: who is being answered, as of ``sent_at``; None: nobody.
     """
     crew = _crew(everybody, replicas)
+    if begun is None:
+        begun = np.zeros(len(line), dtype=np.bool_)
     if not preempts:
-        line = _behind_running(line, sent_at, crew)
+        line = _behind_running(line, sent_at, begun, crew)
     left = _left(everybody, line, sent_at, crew, now)
     busy = left * crew.step + everybody.prefill * crew.per_prompt_token
     variance = ((everybody.high - everybody.median) * (crew.step / Z90)) ** 2
@@ -73,10 +77,13 @@ def forecasts(
 
     ahead = rank[wanted]
     wait = _wait(ahead, work[ahead] - busy[wanted], crew.places)
+    # It has a slot, and few lose theirs.
+    wait[begun[wanted]] = 0.0
     vague = Z90 * np.sqrt(doubt[ahead] - variance[wanted]) / crew.places * (wait > 0)
     drain = _wait(np.full(len(wanted), len(line)), np.full(len(wanted), work[-1]), crew.places)
     prefill = everybody.prefill[wanted] * crew.per_prompt_token
-    own = prefill + everybody.median[wanted] * crew.step
+    since = np.where(begun[wanted], np.maximum(now - sent_at[wanted], 0.0), 0.0)
+    own = prefill + np.maximum(everybody.median[wanted] * crew.step - since, crew.step)
     start = wait + prefill + crew.step
     finish = wait + own
     longer = (everybody.high[wanted] - everybody.median[wanted]) * crew.step
@@ -107,10 +114,10 @@ def forecasts(
     )
 
 
-def _behind_running(line: Places, sent_at: Floats, crew: _Crew) -> Places:
-    """The order, in which those that have a slot come first: who was sent first has one."""
+def _behind_running(line: Places, sent_at: Floats, begun: Flags, crew: _Crew) -> Places:
+    """The order, in which those that have a slot come first: who has begun, or was sent first."""
     sent = line[np.isfinite(sent_at[line])]
-    running = sent[np.argsort(sent_at[sent], kind="stable")][: max(int(crew.places), 1)]
+    running = sent[np.lexsort((sent_at[sent], ~begun[sent]))][: max(int(crew.places), 1)]
     others = np.ones(len(line), dtype=np.bool_)
     others[running] = False
     return np.concatenate([running, line[others[line]]])

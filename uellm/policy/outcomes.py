@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from uellm.policy.columns import Floats
+from uellm.policy.columns import Flags, Floats
 from uellm.policy.forecast import FEATURES
 from uellm.policy.prospects import Forecasts
 
@@ -44,7 +44,6 @@ _LEAST_SECONDS = 1e-6
 
 State = dict[str, npt.NDArray[Any]]
 """What was learnt, as arrays."""
-Flags = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.intp]
 
 _NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 16) for i in range(16)])

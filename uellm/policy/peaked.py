@@ -85,13 +85,11 @@ def peaked_room(
     """
     peak = None
     if view.kv_tokens_total:
-        speed = speed_of(view)
         held, left = [], []
         for request in view.in_flight:
-            generated, remaining = progress(request, speed, now)
-            high = max(request.output_p90 - generated, remaining)
-            held.append(request.prompt_tokens + min(generated, request.output_p90) + 1.0)
-            left.append(remaining + caution * (high - remaining))
+            came, median, high = progress(request, view, now)
+            held.append(request.prompt_tokens + came + 1.0)
+            left.append(median + caution * (high - median))
         peak = PeakRoom(kv_share * view.kv_tokens_total, held, left)
     return PeakedRoom(
         view=view,

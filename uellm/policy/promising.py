@@ -7,12 +7,12 @@ from math import inf, isnan
 import numpy as np
 
 from uellm.core.request import Promise, QuantileFunction, ResourceProfile, Slo
-from uellm.policy.columns import Columns, ColumnsCache, Floats, Places
+from uellm.policy.columns import Columns, ColumnsCache, Flags, Floats, Places
 from uellm.policy.estimate import Speed
 from uellm.policy.forecast import forecasts
-from uellm.policy.outcomes import Flags
 from uellm.policy.prospects import Forecasts, Prospects
 from uellm.policy.refusing import lost
+from uellm.policy.remaining import left_of
 from uellm.policy.views import Experience, InFlightView, QueuedView, ReplicaView
 
 MATERIAL_SHARE = 0.2
@@ -29,15 +29,17 @@ class Everybody:
 
     Attributes:
         columns: their numbers.
-        sent_at: when each was sent; infinite: it waits.
+        sent_at: when each was sent, or, if it has begun, was last looked at; infinite: it waits.
         waiting: how many wait.
         strangers: who was sent, and how it waited is not known.
+        begun: who is being answered.
     """
 
     columns: Columns
     sent_at: Floats
     waiting: int
     strangers: Flags
+    begun: Flags
 
     def lined_up(self, line: Places) -> Places:
         """An order, in which strangers come first."""
@@ -54,12 +56,35 @@ def everybody(waiting: Columns, replicas: Sequence[ReplicaView], cache: ColumnsC
         cache: of the columns of those that were sent.
     """
     sent = [request for view in replicas for request in view.in_flight]
+    answered_at, left = _progress(replicas)
     columns = waiting.joined(cache.of([request.request or _stand_in(request) for request in sent]))
     sent_at = np.full(len(columns.views), inf)
     sent_at[len(waiting.views) :] = [request.dispatched_at for request in sent]
     strangers = np.zeros(len(columns.views), dtype=np.bool_)
     strangers[len(waiting.views) :] = [request.request is None for request in sent]
-    return Everybody(columns, sent_at, len(waiting.views), strangers)
+    begun = np.zeros(len(columns.views), dtype=np.bool_)
+    begun[len(waiting.views) :] = np.isfinite(answered_at)
+    sent_at[begun] = answered_at[np.isfinite(answered_at)]
+    columns = columns.begun(np.flatnonzero(begun), left)
+    return Everybody(columns, sent_at, len(waiting.views), strangers, begun)
+
+
+def _progress(replicas: Sequence[ReplicaView]) -> tuple[Floats, Floats]:
+    """Of all that were sent, when they were looked at; of those that have begun, what is left.
+
+    Returns:
+        Times, infinite for who has not begun; tokens, shape (3, begun).
+    """
+    times, left = [], []
+    for view in replicas:
+        for request in view.in_flight:
+            answered = view.answered.get(request.request_id)
+            if answered is None or request.request is None:
+                times.append(inf)
+                continue
+            times.append(view.answered_at)
+            left.append(left_of(request.request.profile.output_tokens, answered.tokens, inf))
+    return np.array(times), np.array(left).reshape(-1, 3).T
 
 
 def _stand_in(request: InFlightView) -> QueuedView:
@@ -108,6 +133,7 @@ class Promiser:
         self._fastest = fastest
         self._now = now
         self._epochs = {view.replica: view.epoch for view in replicas}
+        self._answered = {i: found for view in replicas for i, found in view.answered.items()}
 
     def prospects(self, wanted: Places) -> tuple[Forecasts, Prospects]:
         """What requests can expect, before and after correction."""
@@ -120,6 +146,7 @@ class Promiser:
             self._replicas,
             now,
             preempts=self._preempts,
+            begun=self._people.begun,
         )
         return found, self._experience.prospects(found, now)
 
@@ -156,7 +183,13 @@ class Promiser:
     ) -> Promise:
         times = prospects.times[row]
         p_meet = float(prospects.p_meet[row])
-        _, median, high = request.profile.output_tokens.low_median_high
+        answered = self._answered.get(request.request_id)
+        lengths = request.profile.output_tokens
+        _, median, high = lengths.low_median_high
+        if answered is not None:
+            _, *left = left_of(lengths, answered.tokens, inf)
+            median, high = (answered.tokens + tokens for tokens in left)
+            times = np.array([[answered.first_token_at] * 2, times[1]])
         hopeless = lost(request, self._fastest, self._now)
         return Promise(
             start_p50=float(times[0, 0]),
@@ -166,7 +199,11 @@ class Promiser:
             p_meet=None if isnan(p_meet) else round(p_meet, 4),
             queue_position=position,
             policy=self._policy,
-            reason=self._reason(request, position, hopeless, waits=found.features[row, 0] > 0),
+            reason=(
+                self._reason(request, position, hopeless, waits=found.features[row, 0] > 0)
+                if answered is None
+                else f"is being answered, {answered.tokens} tokens so far"
+            ),
             output_tokens_p50=round(median),
             output_tokens_p90=round(high),
             plan_epoch=max(self._epochs.values()),

@@ -1,5 +1,6 @@
 """How many tokens a sequence will still generate, from what was predicted and what came already."""
 
+from uellm.core.request import QuantileFunction
 from uellm.policy.views import SequenceView
 
 LEAST_OUTGROWN = 16.0
@@ -14,8 +15,18 @@ def answered_tokens(sequence: SequenceView) -> int:
 
 def remaining_tokens(sequence: SequenceView) -> tuple[float, float, float]:
     """Quantiles of what is still to come, given what came: 10 %, 50 % and 90 %; at least 1."""
-    lengths, answered = sequence.profile.output_tokens, answered_tokens(sequence)
     most = max(sequence.max_output_tokens - sequence.output_tokens, 1)
+    return left_of(sequence.profile.output_tokens, answered_tokens(sequence), most)
+
+
+def left_of(lengths: QuantileFunction, answered: int, most: float) -> tuple[float, float, float]:
+    """Quantiles of what is still to come of an answer: 10 %, 50 % and 90 %; at least 1.
+
+    Args:
+        lengths: of whole answers, as predicted.
+        answered: tokens that came.
+        most: that may still come.
+    """
     if answered >= lengths.values[-1]:
         low = high = max(LEAST_OUTGROWN, answered / 2)
         median = low

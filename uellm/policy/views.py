@@ -105,6 +105,19 @@ class InFlightView:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """How far the answer to a request that was sent has come.
+
+    Attributes:
+        tokens: of it that are there, those of earlier replicas included.
+        first_token_at: when the first of them came.
+    """
+
+    tokens: int
+    first_token_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaView:
     """A replica that takes requests.
 
@@ -120,6 +133,8 @@ class ReplicaView:
         cached: prompt tokens that its KV cache is expected to hold already, by request id.
         cost: what its steps take, where that is known.
         others_to_come: the model has more replicas, which take no requests at present.
+        answered: how far those have come, of what it was sent, that have begun here; by request id.
+        answered_at: when that was looked at.
     """
 
     replica: str
@@ -133,6 +148,8 @@ class ReplicaView:
     cached: Mapping[str, int] = field(default_factory=dict)
     cost: StepCost | None = None
     others_to_come: bool = False
+    answered: Mapping[str, Answered] = field(default_factory=dict)
+    answered_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

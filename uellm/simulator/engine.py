@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import inf
 
 from uellm.core.cost import chunk_pairs
-from uellm.policy.views import EngineView, StepDecision, StepPolicy
+from uellm.policy.views import Answered, EngineView, StepDecision, StepPolicy
 from uellm.simulator.meter import Meter
 from uellm.simulator.platforms import Platform
 from uellm.simulator.sequences import Sequence
@@ -84,6 +84,23 @@ class Engine(ABC):
     def kv_free(self) -> int:
         """KV room that nobody holds or has reserved, in tokens."""
         return self.platform.kv_tokens - sum(s.charge for s in self.running)
+
+    def answered(self, now: float) -> dict[str, Answered]:
+        """How far those have come, of all that are here, that have begun."""
+        came = self._came(now)
+        return {
+            name: Answered(
+                sequence.tokens - sequence.prompt_tokens + came.get(name, 0),
+                sequence.first_token_at,
+            )
+            for name, sequence in self._by_id.items()
+            if sequence.first_token_at is not None
+        }
+
+    def _came(self, now: float) -> dict[str, int]:
+        """Tokens, by request id, of steps that are over and have not been taken in."""
+        del now
+        return {}
 
     def add(self, sequence: Sequence) -> None:
         """Take in a sequence."""
@@ -251,6 +268,13 @@ class ContinuousEngine(Engine):
             self._finish(sequence)
             self._ended = True
         return finished
+
+    def _came(self, now: float) -> dict[str, int]:
+        """See ``Engine``."""
+        if self._stretch is None:
+            return {}
+        steps = self._stretch.steps_until(now) - 1
+        return {sequence.request_id: steps for sequence in self._stretch.decodes}
 
     # ---- deciding ------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
 from uellm.core.request import Promise, ResourceProfile
-from uellm.policy.track_record import TrackRecord
+from uellm.policy.track_records import TrackRecords
 from uellm.policy.views import (
     DispatchDecision,
     DispatchPolicy,
@@ -54,7 +54,7 @@ class Scheduler:
     ) -> None:
         self.waiting: dict[str, QueuedView] = {}
         self.asked = 0
-        self.record = TrackRecord(report_seconds)
+        self.record = TrackRecords(report_seconds)
         self._policy = policy
         self._engines = engines
         self._report_seconds = report_seconds
@@ -170,7 +170,8 @@ class Scheduler:
                 or before.prefill_seconds_per_token,
                 decode_step_seconds=meter.decode_step_seconds or before.decode_step_seconds,
                 reported_at=now,
+                answered=engine.answered(now),
+                answered_at=now,
             )
-            for sequence in engine.running:
-                if sequence.first_token_at is not None:
-                    self.record.first_token(sequence.request_id, sequence.first_token_at)
+            for request_id, answered in found.view.answered.items():
+                self.record.first_token(request_id, answered.first_token_at)

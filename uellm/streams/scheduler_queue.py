@@ -22,6 +22,9 @@ from uellm.streams.reading import GroupReader, ensure_group
 from uellm.streams.scripts import Scripts
 from uellm.v1 import common_pb2, queue_pb2
 
+PROGRESS_AT_ONCE = 500
+"""Requests in one look at how far they are: a longer one would hold up everyone else's calls."""
+
 
 class SchedulerQueue(ModelQueue):
     """A scheduler's side of a model's queues."""
@@ -221,6 +224,18 @@ class SchedulerQueue(ModelQueue):
         return [
             common_pb2.Promise.FromString(raw) if raw else None for raw in await pipeline.execute()
         ]
+
+    async def progress(self, request_ids: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """Tokens logged of each request's answer, and when the first was; not of who has none."""
+        found: dict[str, tuple[int, float]] = {}
+        for i in range(0, len(request_ids), PROGRESS_AT_ONCE):
+            some = request_ids[i : i + PROGRESS_AT_ONCE]
+            for request_id, (tokens, first_ms) in zip(
+                some, await self._run("progress", *some), strict=True
+            ):
+                if tokens and first_ms:
+                    found[request_id] = (int(tokens), int(first_ms) / 1000)
+        return found
 
     async def dispatched(self) -> list[str]:
         """Ids of all requests that were dispatched and have not ended."""

@@ -23,6 +23,7 @@ NAMES = (
     "learnt",
     "open_frames",
     "own",
+    "progress",
     "promise",
     "publish",
     "reap",

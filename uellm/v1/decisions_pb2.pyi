@@ -561,6 +561,30 @@ class RecordedStepCost(_message.Message):
 Global___RecordedStepCost: _TypeAlias = RecordedStepCost  # noqa: Y015
 
 @_typing.final
+class RecordedAnswered(_message.Message):
+    """uellm.policy.views.Answered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_AT_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    first_token_at: _builtins.float
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+        first_token_at: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_at", b"first_token_at", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordedAnswered: _TypeAlias = RecordedAnswered  # noqa: Y015
+
+@_typing.final
 class RecordedReplica(_message.Message):
     """uellm.policy.views.ReplicaView."""
 
@@ -586,6 +610,27 @@ class RecordedReplica(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class AnsweredEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        @_builtins.property
+        def value(self) -> Global___RecordedAnswered: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: Global___RecordedAnswered | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REPLICA_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
@@ -597,6 +642,8 @@ class RecordedReplica(_message.Message):
     CACHED_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
     OTHERS_TO_COME_FIELD_NUMBER: _builtins.int
+    ANSWERED_FIELD_NUMBER: _builtins.int
+    ANSWERED_AT_FIELD_NUMBER: _builtins.int
     replica: _builtins.int
     epoch: _builtins.int
     slots: _builtins.int
@@ -605,12 +652,15 @@ class RecordedReplica(_message.Message):
     decode_step_seconds: _builtins.float
     reported_at: _builtins.float
     others_to_come: _builtins.bool
+    answered_at: _builtins.float
     @_builtins.property
     def in_flight(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def cached(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]: ...
     @_builtins.property
     def cost(self) -> Global___RecordedStepCost: ...
+    @_builtins.property
+    def answered(self) -> _containers.MessageMap[_builtins.int, Global___RecordedAnswered]: ...
     def __init__(
         self,
         *,
@@ -625,10 +675,12 @@ class RecordedReplica(_message.Message):
         cached: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
         cost: Global___RecordedStepCost | None = ...,
         others_to_come: _builtins.bool = ...,
+        answered: _abc.Mapping[_builtins.int, Global___RecordedAnswered] | None = ...,
+        answered_at: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "cost", b"cost", "decode_step_seconds", b"decode_step_seconds", "epoch", b"epoch", "in_flight", b"in_flight", "kv_tokens_total", b"kv_tokens_total", "others_to_come", b"others_to_come", "prefill_seconds_per_token", b"prefill_seconds_per_token", "replica", b"replica", "reported_at", b"reported_at", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "answered_at", b"answered_at", "cached", b"cached", "cost", b"cost", "decode_step_seconds", b"decode_step_seconds", "epoch", b"epoch", "in_flight", b"in_flight", "kv_tokens_total", b"kv_tokens_total", "others_to_come", b"others_to_come", "prefill_seconds_per_token", b"prefill_seconds_per_token", "replica", b"replica", "reported_at", b"reported_at", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,11 +1,18 @@
 """What a model's owner knows of its requests: who waits, who was sent where. No I/O."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
 from uellm.convert import cost_from_proto, profile_from_proto, seconds, slo_from_proto
-from uellm.policy.views import Experience, InFlightView, QueuedView, QueueView, ReplicaView
+from uellm.policy.views import (
+    Answered,
+    Experience,
+    InFlightView,
+    QueuedView,
+    QueueView,
+    ReplicaView,
+)
 from uellm.streams.messages import QueuedEntry, Record, ReplicaRoute
 from uellm.v1 import common_pb2, queue_pb2
 
@@ -27,6 +34,7 @@ class Ticket:
         promised_at: when that was.
         replica: where it was sent, or "".
         in_flight: what a policy may look at once it was sent.
+        answered: how far it has come there; None: it has not begun, as far as is known.
     """
 
     entry: queue_pb2.RequestEntry
@@ -37,6 +45,7 @@ class Ticket:
     promised_at: float = 0.0
     replica: str = ""
     in_flight: InFlightView | None = None
+    answered: Answered | None = None
 
     @property
     def request_id(self) -> str:
@@ -47,7 +56,7 @@ class Ticket:
         """Note that it left for a replica, under its next generation."""
         view, lengths = self.view, self.view.profile.output_tokens
         self.generation += 1
-        self.replica = replica
+        self.replica, self.answered = replica, None
         self.in_flight = InFlightView(
             request_id=view.request_id,
             dispatched_at=now,
@@ -102,6 +111,7 @@ class Book:
         self.waiting: dict[str, Ticket] = {}
         self.in_flight: dict[str, Ticket] = {}
         self._restarts: list[str] = []
+        self._progress_at = 0.0
         # Two streams are read side by side: an end may be read before the queue entry of a
         # request that was given back and cancelled.
         self._ended: dict[str, None] = {}
@@ -173,12 +183,15 @@ class Book:
         horizon: int | None,
         experience: Experience | None = None,
     ) -> QueueView:
-        """The waiting requests as a policy sees them; with ``revise`` it may revise promises."""
+        """The waiting requests as a policy sees them.
+
+        With ``revise`` it may revise promises, of those too that were sent.
+        """
         promised = {}
         if revise:
             promised = {
-                request_id: seconds(ticket.promise.finish_p50)
-                for request_id, ticket in self.waiting.items()
+                ticket.request_id: seconds(ticket.promise.finish_p50)
+                for ticket in chain(self.waiting.values(), self.in_flight.values())
                 if ticket.promise and now - ticket.promised_at >= REVISE_SECONDS
             }
         return QueueView(
@@ -189,6 +202,19 @@ class Book:
             experience=experience,
         )
 
+    def progressed(self, progress: Mapping[str, tuple[int, float]], now: float) -> None:
+        """Note how far requests are that were sent: tokens, and when the first of them came."""
+        self._progress_at = now
+        for request_id, (tokens, first_token_at) in progress.items():
+            ticket = self.in_flight.get(request_id)
+            # Tokens of an earlier turn say nothing of this one.
+            if ticket is not None and tokens > ticket.view.resume_tokens:
+                ticket.answered = Answered(tokens, first_token_at)
+
+    def answered(self) -> dict[str, Answered]:
+        """Who is known to have begun."""
+        return {i: t.answered for i, t in self.in_flight.items() if t.answered is not None}
+
     def replica_views(
         self, routes: Mapping[str, ReplicaRoute], wanted: int = 0
     ) -> list[ReplicaView]:
@@ -198,24 +224,29 @@ class Book:
             routes: of all replicas.
             wanted: how many replicas the model is to have.
         """
-        sent: dict[str, list[InFlightView]] = {}
+        sent: dict[str, list[Ticket]] = {}
         for ticket in self.in_flight.values():
             if ticket.in_flight is not None:
-                sent.setdefault(ticket.replica, []).append(ticket.in_flight)
+                sent.setdefault(ticket.replica, []).append(ticket)
         ready = [route for route in routes.values() if route.state == "READY"]
         more = wanted > len(ready)
-        return [_replica_view(route, sent.get(route.replica, []), more) for route in ready]
+        return [
+            _replica_view(route, sent.get(route.replica, ()), self._progress_at, more)
+            for route in ready
+        ]
 
 
 def _replica_view(
-    route: ReplicaRoute, in_flight: Iterable[InFlightView], others_to_come: bool
+    route: ReplicaRoute, tickets: Collection[Ticket], progress_at: float, others_to_come: bool
 ) -> ReplicaView:
     report = route.report
     return ReplicaView(
         replica=route.replica,
         epoch=route.epoch,
         slots=report.slots,
-        in_flight=tuple(in_flight),
+        in_flight=tuple(ticket.in_flight for ticket in tickets if ticket.in_flight is not None),
+        answered={t.request_id: t.answered for t in tickets if t.answered is not None},
+        answered_at=progress_at,
         kv_tokens_total=report.kv_tokens_total,
         prefill_seconds_per_token=report.prefill_seconds_per_token,
         decode_step_seconds=report.decode_step_seconds,

@@ -1,10 +1,11 @@
 """What a model's owner learns of its promises, and hands on to the next."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from uellm import logs
 from uellm.core.errors import InvalidArgumentError
-from uellm.policy.track_record import TrackRecord
+from uellm.policy.track_records import TrackRecords
+from uellm.policy.views import Answered
 from uellm.prediction.states import pack, unpack
 from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.v1 import common_pb2, queue_pb2
@@ -12,8 +13,8 @@ from uellm_scheduler.upkeep import Timer
 
 SAVE_SECONDS = 10.0
 """An owner that dies takes with it what it learnt of promises for so long."""
-HEARING_SECONDS = 1.0
-"""So long after it happened an end may be heard of."""
+HEARING_SECONDS = 2.0
+"""So long after it happened a first token or an end may be heard of."""
 ANSWERED = frozenset({common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH})
 
 _log = logs.logger("keeping")
@@ -30,7 +31,7 @@ class Keeping:
     """
 
     def __init__(self, queue: SchedulerQueue) -> None:
-        self.record = TrackRecord(HEARING_SECONDS, hears_first_tokens=False)
+        self.record = TrackRecords(HEARING_SECONDS)
         self._queue = queue
         self._saving = Timer(SAVE_SECONDS)
         self._changed = False
@@ -65,6 +66,12 @@ class Keeping:
         """Requests were given their first promise."""
         for request_id in request_ids:
             self.record.promised(request_id, now)
+
+    def seen(self, answered: Mapping[str, Answered], now: float) -> None:
+        """These have begun; what they can expect was asked in this decision."""
+        for request_id, found in answered.items():
+            self.record.first_token(request_id, found.first_token_at)
+            self.record.seen_begun(request_id, now)
 
     async def save(self) -> None:
         """Keep what was learnt, if it is time and there is news."""

@@ -80,6 +80,7 @@ class ModelScheduler:
         # Goes on after a recovery, so that no two batches of a term have one name.
         self._numbers = count(1)
         self._polling = Timer(POLL_SECONDS)
+        self._following = Timer(REVISE_SECONDS)
         self._reconsider_at: float | None = None
         self._full_round_at = 0.0
         self._revise_at = 0.0
@@ -137,16 +138,27 @@ class ModelScheduler:
                     await upkeep.tend(self._context.clock.now())
                 if self.withdrawn and book.waiting:
                     await self._give_up_waiting(effects)
-                if book.waiting or book.unpromised():
+                progressed = await self._follow()
+                if book.waiting or book.unpromised() or progressed:
                     await self._decide(effects, inbox)
 
     def _pause(self, upkeep: Upkeep) -> float:
         seconds = upkeep.reaping.seconds_left
+        if self.book.in_flight:
+            seconds = min(seconds, self._following.seconds_left)
         if self.book.waiting:
             seconds = min(seconds, self._polling.seconds_left)
             if self._reconsider_at is not None:
                 seconds = min(seconds, self._reconsider_at - self._context.clock.now())
         return max(seconds, 0.001)
+
+    async def _follow(self) -> bool:
+        """See how far those are that were sent, if it is time; True if some have begun."""
+        if not self.book.in_flight or not self._following.due():
+            return False
+        sent = list(self.book.in_flight)
+        self.book.progressed(await self._queue.progress(sent), self._context.clock.now())
+        return bool(self.book.answered())
 
     async def _give_up_waiting(self, effects: Effects) -> None:
         """End what waits for a model that is gone: its clients would wait for ever."""
@@ -200,6 +212,8 @@ class ModelScheduler:
         self.order = decision.order
         self._reconsider_at = decision.reconsider_at
         self._keeping.promised(decision.promises.keys() & queue.unpromised, now)
+        if revise:
+            self._keeping.seen(book.answered(), now)
         if not await effects.carry_out(decision.promises, decision.dispatches, now):
             inbox.routed = True
             inbox.wake()
