@@ -24,6 +24,12 @@ def test_a_llama_like_checkpoint(tmp_path: Path, shards: int) -> None:
     assert not profile.tied
 
 
+def test_latent_attention_keeps_the_latent_and_one_key_of_each_token(tmp_path: Path) -> None:
+    latent = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 6}
+    profile = read_profile(write_checkpoint(tmp_path, **latent), "bfloat16")
+    assert {layer.kv_bytes_per_token for layer in profile.layers} == {(8 + 4) * 2}
+
+
 def test_bytes_are_those_of_the_compute_dtype(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
     wide, narrow = read_profile(directory, "float32"), read_profile(directory, "bfloat16")

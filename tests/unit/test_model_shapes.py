@@ -53,6 +53,48 @@ def test_well_known_models_are_as_large_as_they_are_said_to_be(name: str, billio
     assert total == pytest.approx(billions, rel=0.02)
 
 
+LATENT = {"v_head_dim": 128, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "kv_lora_rank": 512}
+DEEPSEEK = {
+    "v2-lite": {
+        **LATENT, "num_hidden_layers": 27, "hidden_size": 2048, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "q_lora_rank": None, "intermediate_size": 10944,
+        "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2,
+        "num_experts_per_tok": 6, "first_k_dense_replace": 1, "vocab_size": 102400,
+        "max_position_embeddings": 163840,
+    },
+    "v2": {
+        **LATENT, "num_hidden_layers": 60, "hidden_size": 5120, "num_attention_heads": 128,
+        "num_key_value_heads": 128, "q_lora_rank": 1536, "intermediate_size": 12288,
+        "moe_intermediate_size": 1536, "n_routed_experts": 160, "n_shared_experts": 2,
+        "num_experts_per_tok": 6, "first_k_dense_replace": 1, "vocab_size": 102400,
+        "max_position_embeddings": 163840,
+    },
+    "v3": {
+        **LATENT, "num_hidden_layers": 61, "hidden_size": 7168, "num_attention_heads": 128,
+        "num_key_value_heads": 128, "q_lora_rank": 1536, "intermediate_size": 18432,
+        "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1,
+        "num_experts_per_tok": 8, "first_k_dense_replace": 3, "vocab_size": 129280,
+        "max_position_embeddings": 163840,
+    },
+}  # fmt: skip
+"""What their config.json says."""
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active", "kv_bytes"),
+    # As published: all parameters, those that a token meets, and (512 + 64) numbers a layer.
+    [("v2-lite", 15.7, 2.4, 27 * 576 * 2), ("v2", 236, 21, 60 * 576 * 2), ("v3", 671, 37, 70272)],
+)
+def test_latent_attention_and_shared_experts(
+    name: str, billions: float, active: float, kv_bytes: int
+) -> None:
+    profile = profile_of_shape(DEEPSEEK[name], "bfloat16", name)
+    assert profile.kv_bytes_per_token == kv_bytes
+    assert profile.weight_bytes / 2e9 == pytest.approx(billions, rel=0.01)
+    met = profile.flops_per_token / 2e9 + profile.embed_bytes / 2e9
+    assert met == pytest.approx(active, rel=0.12)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"num_hidden_layers": 2}'])
 def test_what_is_no_config_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "config.json"

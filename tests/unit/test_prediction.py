@@ -181,6 +181,14 @@ def test_kv_bytes_with_grouped_queries() -> None:
     assert kv_bytes(profile, 100, 50) == expected
 
 
+def test_kv_bytes_of_latent_attention() -> None:
+    """DeepSeek-V2: a 512 wide latent and a 64 wide key in each of 60 layers, 69,120 bytes a token.
+
+    (128 heads with 192 numbers a key and 128 a value would take 71 times that.)
+    """
+    assert kv_bytes(model(60, (512 + 64) * 2), 900, 100) == 69_120_000
+
+
 def test_a_recurrent_state_is_as_large_for_any_length() -> None:
     profile = replace(model(2, 10), layers=(LayerProfile(0, 10, 0.0), LayerProfile(0, 0, 0.0, 64)))
     assert kv_bytes(profile, 3, 4) == 10 * 7 + 64

@@ -12,6 +12,7 @@ from typing import Any
 
 from uellm.core.errors import InvalidArgumentError, ModelFilesError
 from uellm.core.model import LayerProfile, ModelProfile
+from uellm.models.attention import read_attention
 from uellm.models.families import Family, family
 from uellm.models.files import CONFIG, read_json, tensor_files
 from uellm.models.quantization import Quantization, read_quantization, unservable_layer
@@ -19,6 +20,8 @@ from uellm.models.safetensors import TensorInfo, read_header
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Compute dtypes and the size of one number."""
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What configs call the number of experts that a router chooses from."""
 
 _STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
@@ -54,12 +57,11 @@ def read_profile(directory: Path, dtype: str) -> ModelProfile:
     num_layers = config.number("num_hidden_layers", "n_layer")
     hidden = config.number("hidden_size", "n_embd")
     heads = config.number("num_attention_heads", "n_head")
-    kv_heads = config.number("num_key_value_heads", default=heads)
-    head_dim = config.number("head_dim", default=hidden // heads)
     kind = family(config.architecture) or Family("")
     parts = _Parts(directory, num_layers, size, kind, config.quantization)
-    if kind.fused:
-        kv_heads = kind.kv_heads(heads, head_dim, parts.fused_rows)
+    head_dim = config.number("head_dim", default=hidden // heads)
+    fused_heads = kind.kv_heads(heads, head_dim, parts.fused_rows) if kind.fused else 0
+    kv_bytes = read_attention(config.number, fused_heads).cached * size
     tied = parts.head == 0 or config.flag("tie_word_embeddings")
     if not parts.head and not config.flag("tie_word_embeddings", default=True):
         raise ModelFilesError(
@@ -68,9 +70,8 @@ def read_profile(directory: Path, dtype: str) -> ModelProfile:
         )
     # The share of the experts that a token does not meet.
     used = config.number("num_experts_per_tok", default=1, least=0)
-    experts = config.number("num_local_experts", "num_experts", default=used, least=0)
+    experts = config.number(*EXPERTS, default=used, least=0)
     unused = 1 - used / max(used, experts, 1)
-    kv_bytes = 2 * kv_heads * head_dim * size
     states = kind.recurrence.states if kind.recurrence else ()
     state_bytes = sum(
         math.prod(state.shape(config.number)) * (4 if state.float32 else size) for state in states

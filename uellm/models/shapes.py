@@ -1,7 +1,8 @@
 """What a model needs, from its config alone: for plans before there are weights.
 
-Of decoders with gated or plain MLPs, with or without experts; anything else is read from a
-checkpoint (``uellm.models.profile``), which this agrees with to a few norms.
+Of decoders with gated or plain MLPs, with or without experts, with heads of their own or latent
+ones; anything else is read from a checkpoint (``uellm.models.profile``), which this agrees with to
+a few norms.
 """
 
 import json
@@ -11,7 +12,9 @@ from typing import Any
 
 from uellm.core.errors import ModelFilesError
 from uellm.core.model import LayerProfile, ModelProfile
-from uellm.models.profile import dtype_bytes
+from uellm.models.attention import read_attention
+from uellm.models.families import Number
+from uellm.models.profile import EXPERTS, dtype_bytes
 
 _PLAIN_MLP = {"gpt2", "gpt_neox", "opt", "starcoder2", "phi", "gptj", "falcon"}
 
@@ -93,34 +96,13 @@ def profile_of_shape(config: Mapping[str, Any], dtype: str, source: str) -> Mode
             raise ModelFilesError(f"{source} has no {names[0]}; it describes no decoder")
         return default
 
-    layers = number("num_hidden_layers", "n_layer")
-    hidden = number("hidden_size", "n_embd")
-    heads = number("num_attention_heads", "n_head")
-    kv_heads = number("num_key_value_heads", default=heads)
-    head_dim = number("head_dim", default=hidden // heads)
-    mlp = number("moe_intermediate_size", "intermediate_size", "n_inner", default=4 * hidden)
-    experts = number("num_local_experts", "num_experts", default=1)
-    used = number("num_experts_per_tok", default=1) if experts > 1 else 1
-    vocab = number("vocab_size")
+    hidden, vocab = number("hidden_size", "n_embd"), number("vocab_size")
     plain = config.get("model_type") in _PLAIN_MLP
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    expert = (2 if plain else 3) * hidden * mlp
-    router = hidden * experts if experts > 1 else 0
-    weights = attention + experts * expert + router + 2 * hidden
-    met = attention + used * expert + router
-    tied = bool(config.get("tie_word_embeddings", plain))
     return ModelProfile(
-        layers=(
-            LayerProfile(
-                weight_bytes=weights * size,
-                kv_bytes_per_token=2 * kv_heads * head_dim * size,
-                flops_per_token=2.0 * met,
-            ),
-        )
-        * layers,
+        layers=_layers(number, size, matrices=2 if plain else 3),
         embed_bytes=vocab * hidden * size,
         head_bytes=(vocab + 1) * hidden * size,
-        tied=tied,
+        tied=bool(config.get("tie_word_embeddings", plain)),
         activation_bytes_per_token=hidden * size,
         max_tokens=number("max_position_embeddings", "n_positions", "n_ctx"),
         vocab_size=vocab,
@@ -128,3 +110,26 @@ def profile_of_shape(config: Mapping[str, Any], dtype: str, source: str) -> Mode
         architecture=str((config.get("architectures") or [""])[0]),
         stored_dtype=dtype,
     )
+
+
+def _layers(number: Number, size: int, matrices: int) -> tuple[LayerProfile, ...]:
+    """All layers; of a mixture of experts the first may be dense."""
+    layers, hidden = number("num_hidden_layers", "n_layer"), number("hidden_size", "n_embd")
+    attention = read_attention(number)
+    experts = number(*EXPERTS, default=1)
+    used = number("num_experts_per_tok", default=1) if experts > 1 else 1
+    shared = number("n_shared_experts", default=0) if experts > 1 else 0
+    dense = matrices * hidden * number("intermediate_size", "n_inner", default=4 * hidden)
+    wide = number("moe_intermediate_size", "intermediate_size", "n_inner", default=4 * hidden)
+    expert, router = matrices * hidden * wide, hidden * experts if experts > 1 else 0
+
+    def layer(held: int, met: int) -> LayerProfile:
+        return LayerProfile(
+            weight_bytes=(attention.weights + held + 2 * hidden) * size,
+            kv_bytes_per_token=attention.cached * size,
+            flops_per_token=2.0 * (attention.weights + met),
+        )
+
+    mixed = layer((experts + shared) * expert + router, (used + shared) * expert + router)
+    first = min(number("first_k_dense_replace", default=0), layers) if experts > 1 else 0
+    return (layer(dense, dense),) * first + (mixed,) * (layers - first)

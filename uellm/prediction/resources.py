@@ -8,7 +8,9 @@ def kv_bytes(model: ModelProfile, prompt_tokens: int, output_tokens: float) -> i
     """KV cache and recurrent state of one sequence at its peak, in bytes.
 
     The paper's ``4·b·l·h·(s+n)`` for b = 1, fp16 and as many KV heads as heads; with grouped
-    queries ``2·l·kv_heads·head_dim·bytes·(s+n)``. Both are in the model's bytes per token.
+    queries ``2·l·kv_heads·head_dim·bytes·(s+n)``, with latent attention
+    ``l·(kv_lora_rank + qk_rope_head_dim)·bytes·(s+n)`` (``uellm.models.attention``). All are in the
+    model's bytes per token. Layers with a sliding window count in full, as engines hold them.
     """
     return round(model.kv_bytes_per_token * (prompt_tokens + output_tokens)) + model.state_bytes
 
