@@ -569,3 +569,37 @@ async def test_promises_are_learnt_from_and_the_next_owner_goes_on(
     await queue.keep_track_record(b"broken")
     async with scheduler(redis_url):
         assert (await mesh.promised(await mesh.accept(deadline=60))).revision == 1
+
+
+async def test_a_conversation_goes_on_where_its_beginning_is_cached(
+    mesh: Mesh, redis_url: str
+) -> None:
+    await mesh.deploy("r0", "r1", slots=8, step_seconds=0.01)
+    conversations = [list(range(i * 1000, i * 1000 + 300)) for i in range(6)]
+    homes: dict[int, str] = {}
+    async with scheduler(redis_url, policy="cslo-odbs"):
+
+        async def ask(number: int, prompt: list[int]) -> str:
+            request_id = await mesh.accept(prompt=prompt)
+            sent: list[tuple[str, Any]] = []
+
+            async def arrived() -> bool:
+                for replica in ("r0", "r1"):
+                    sent.extend((replica, entry) for entry in await mesh.read(replica))
+                return bool(sent)
+
+            await eventually(arrived)
+            ((replica, entry),) = sent
+            assert entry.request_id == request_id
+            # The first conversation of each replica is left running, so that neither is idle.
+            if number > 1:
+                await mesh.finish(replica, entry)
+                await mesh.ended(request_id)
+            return replica
+
+        for number, prompt in enumerate(conversations):
+            homes[number] = await ask(number, prompt)
+        assert set(homes.values()) == {"r0", "r1"}
+        for number in (5, 3, 2, 4):
+            longer = [*conversations[number], *range(50_000, 50_200)]
+            assert await ask(number, longer) == homes[number]

@@ -1,7 +1,7 @@
 """One model's mesh around real schedulers and profilers: its gateway, deployer and leaders."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from uellm_scheduler.settings import SchedulerSettings
 
 from tests.support.waiting import eventually
 from uellm.core.request import LEVELS
+from uellm.prefixes import prefix_marks
 from uellm.streams.gateway_queue import GatewayQueue
 from uellm.streams.keys import new_request_id
 from uellm.streams.leader_queue import LeaderQueue
@@ -159,6 +160,7 @@ class Mesh:
         traceparent: str = "",
         tenant: str = TENANT,
         sampling: common_pb2.Sampling | None = None,
+        prompt: Sequence[int] = (1, 2, 3),
     ) -> str:
         """Accept a request whose answer is expected to be ``output`` tokens long."""
         request_id = new_request_id(self.model)
@@ -170,7 +172,7 @@ class Mesh:
                 request_id=request_id,
                 tenant=tenant,
                 scope="submit",
-                payload=queue_pb2.RequestPayload(prompt_ids=[1, 2, 3], sampling=sampling),
+                payload=queue_pb2.RequestPayload(prompt_ids=prompt, sampling=sampling),
                 entry=queue_pb2.RequestEntry(
                     request_id=request_id,
                     tenant=tenant,
@@ -180,10 +182,13 @@ class Mesh:
                         if refusable
                         else common_pb2.ON_INFEASIBLE_BEST_EFFORT
                     ),
-                    profile=common_pb2.ResourceProfile(prompt_tokens=3, output_tokens=quantiles),
+                    profile=common_pb2.ResourceProfile(
+                        prompt_tokens=len(prompt), output_tokens=quantiles
+                    ),
                     max_tokens=1000,
                     traceparent=traceparent,
                     greedy=True,
+                    prefix_marks=prefix_marks(prompt, ""),
                 ),
                 cost_tokens=23,
             ),

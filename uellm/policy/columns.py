@@ -203,6 +203,8 @@ class Ids(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> tuple[str, ...]: ...
     def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        if isinstance(index, slice):
+            return tuple(self._ids[self._places[index]].tolist())
         return self._ordered[index]
 
     def __iter__(self) -> Iterator[str]:

@@ -77,6 +77,7 @@ class RequestEntry(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     GREEDY_FIELD_NUMBER: _builtins.int
+    PREFIX_MARKS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id; carries the model's tag."""
     tenant: _builtins.str
@@ -101,6 +102,12 @@ class RequestEntry(_message.Message):
     def profile(self) -> _common_pb2.ResourceProfile:
         """What it will need."""
 
+    @_builtins.property
+    def prefix_marks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Marks along the prompt, one after each 64 tokens: prompts with an equal mark begin alike up to
+        there, under one adapter. At most 128.
+        """
+
     def __init__(
         self,
         *,
@@ -114,10 +121,11 @@ class RequestEntry(_message.Message):
         traceparent: _builtins.str = ...,
         adapter: _builtins.str = ...,
         greedy: _builtins.bool = ...,
+        prefix_marks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "slo", b"slo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "greedy", b"greedy", "max_tokens", b"max_tokens", "on_infeasible", b"on_infeasible", "profile", b"profile", "request_id", b"request_id", "scope", b"scope", "slo", b"slo", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "greedy", b"greedy", "max_tokens", b"max_tokens", "on_infeasible", b"on_infeasible", "prefix_marks", b"prefix_marks", "profile", b"profile", "request_id", b"request_id", "scope", b"scope", "slo", b"slo", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

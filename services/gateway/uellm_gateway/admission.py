@@ -14,6 +14,7 @@ from uellm.core.errors import (
     UellmError,
     UnavailableError,
 )
+from uellm.prefixes import prefix_marks
 from uellm.service import Context
 from uellm.streams.connection import UNREACHABLE
 from uellm.streams.gateway_queue import GatewayQueue
@@ -162,6 +163,7 @@ class Admission:
                 traceparent=traceparent(),
                 adapter=request.adapter,
                 greedy=sampling.temperature == 0,
+                prefix_marks=prefix_marks(prepared.prompt_ids, request.adapter),
             ),
             # No key that a caller may choose holds a slash: choices cannot collide with them.
             idempotency_key=f"{key}/{choice}" if key else "",

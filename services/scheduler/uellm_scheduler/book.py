@@ -1,7 +1,7 @@
 """What a model's owner knows of its requests: who waits, who was sent where. No I/O."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from uellm.convert import cost_from_proto, profile_from_proto, seconds, slo_from_proto
@@ -15,6 +15,7 @@ from uellm.policy.views import (
 )
 from uellm.streams.messages import QueuedEntry, Record, ReplicaRoute
 from uellm.v1 import common_pb2, queue_pb2
+from uellm_scheduler.sent_prefixes import SentPrefixes
 
 REVISE_SECONDS = 1.0
 """A promise is revised at most this often."""
@@ -112,6 +113,7 @@ class Book:
         self.in_flight: dict[str, Ticket] = {}
         self._restarts: list[str] = []
         self._progress_at = 0.0
+        self._prefixes = SentPrefixes()
         # Two streams are read side by side: an end may be read before the queue entry of a
         # request that was given back and cancelled.
         self._ended: dict[str, None] = {}
@@ -149,6 +151,7 @@ class Book:
         ticket = self.waiting.pop(request_id, None)
         if ticket is not None:
             ticket.sent(replica, now)
+            self._prefixes.sent(replica, ticket.entry.prefix_marks)
             self.in_flight[request_id] = ticket
 
     def drop(self, request_id: str) -> Ticket | None:
@@ -216,13 +219,15 @@ class Book:
         return {i: t.answered for i, t in self.in_flight.items() if t.answered is not None}
 
     def replica_views(
-        self, routes: Mapping[str, ReplicaRoute], wanted: int = 0
+        self, routes: Mapping[str, ReplicaRoute], wanted: int = 0, near: Iterable[str] = ()
     ) -> list[ReplicaView]:
         """The replicas that take requests, as a policy sees them.
 
         Args:
             routes: of all replicas.
             wanted: how many replicas the model is to have.
+            near: ids of requests that may be sent now: where the beginnings of their prompts may
+                be cached is looked up, if there is a choice.
         """
         sent: dict[str, list[Ticket]] = {}
         for ticket in self.in_flight.values():
@@ -230,10 +235,23 @@ class Book:
                 sent.setdefault(ticket.replica, []).append(ticket)
         ready = [route for route in routes.values() if route.state == "READY"]
         more = wanted > len(ready)
+        self._prefixes.keep({r.replica: (r.epoch, r.report.kv_tokens_total) for r in ready})
+        choices = near if len(ready) > 1 else ()
+        marked = [self.waiting[i] for i in choices if i in self.waiting]
         return [
-            _replica_view(route, sent.get(route.replica, ()), self._progress_at, more)
+            replace(
+                _replica_view(route, sent.get(route.replica, ()), self._progress_at, more),
+                cached=self._cached(route.replica, marked),
+            )
             for route in ready
         ]
+
+    def _cached(self, replica: str, tickets: Iterable[Ticket]) -> dict[str, int]:
+        """Tokens of prompts that a replica may hold, of those of which it holds any."""
+        found = (
+            (t.request_id, self._prefixes.tokens(replica, t.entry.prefix_marks)) for t in tickets
+        )
+        return {request_id: tokens for request_id, tokens in found if tokens}
 
 
 def _replica_view(

@@ -193,7 +193,8 @@ class ModelScheduler:
 
     async def _decide(self, effects: Effects, inbox: Inbox) -> None:
         book, now, began = self.book, self._context.clock.now(), time.monotonic()
-        replicas = book.replica_views(self.routes, len(self.replicas))
+        near = [*book.unpromised(), *self.order[:HORIZON]]
+        replicas = book.replica_views(self.routes, len(self.replicas), near)
         full = began >= self._full_round_at
         revise = full and began >= self._revise_at
         room = sum(max(0, view.slots - len(view.in_flight)) for view in replicas)
