@@ -1,16 +1,18 @@
 """Between protobuf messages and the plain data that decisions are made on. One place, both ways."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from uellm.core.cost import StepCost
+from uellm.core.load import OfferedLoad
 from uellm.core.model import LayerProfile, ModelProfile
 from uellm.core.request import Priority, Promise, QuantileFunction, ResourceProfile, Slo
 from uellm.placement.topology import Device, Link, LinkSpeed, Topology
 from uellm.placement.views import PlannedReplica, PlannedStage, Prediction
-from uellm.v1 import common_pb2, topology_pb2
+from uellm.v1 import common_pb2, queue_pb2, topology_pb2
 
 
 def timestamp(seconds: float) -> Timestamp:
@@ -186,6 +188,23 @@ def verdict(
         ttft_met=ttft_met,
         tpot_met=tpot_met,
     )
+
+
+_OF_LOAD = tuple(
+    field.name for field in dataclasses.fields(OfferedLoad) if field.name != "measured_at"
+)
+
+
+def load_to_proto(load: OfferedLoad) -> queue_pb2.OfferedLoad:
+    """A load as its scheduler keeps it."""
+    facts = {name: getattr(load, name) for name in _OF_LOAD}
+    return queue_pb2.OfferedLoad(measured_at=timestamp(load.measured_at), **facts)
+
+
+def load_from_proto(message: queue_pb2.OfferedLoad) -> OfferedLoad:
+    """A load as a scheduler kept it."""
+    facts = {name: getattr(message, name) for name in _OF_LOAD}
+    return OfferedLoad(measured_at=seconds(message.measured_at), **facts)
 
 
 def model_from_proto(message: topology_pb2.ModelProfile) -> ModelProfile:

@@ -12,6 +12,7 @@ from uellm_scheduler.effects import Effects
 from tests.support.scheduling import LEASE_SECONDS, MODEL, Mesh, scheduler
 from tests.support.waiting import eventually
 from uellm.core.errors import AbortedError, ConfigurationError
+from uellm.core.load import OfferedLoad
 from uellm.embedded import EmbeddedRedis
 from uellm.policy.track_record import TrackRecord
 from uellm.prediction.states import unpack
@@ -603,3 +604,21 @@ async def test_a_conversation_goes_on_where_its_beginning_is_cached(
         for number in (5, 3, 2, 4):
             longer = [*conversations[number], *range(50_000, 50_200)]
             assert await ask(number, longer) == homes[number]
+
+
+async def test_a_models_load_is_said(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0", slots=2)
+    async with scheduler(redis_url):
+        for deadline in (900, 0.01, None):
+            await mesh.accept(deadline=deadline)
+        for entry in await mesh.received("r0", 3):
+            await mesh.finish("r0", entry)
+
+        async def said() -> OfferedLoad | None:
+            load = await mesh.gateway.offered()
+            return load if load is not None and load.answered_per_second else None
+
+        load = await eventually(said)
+    assert (load.judged, load.kept) == (2, 1)
+    assert load.requests_per_second == load.answered_per_second
+    assert load.output_tokens > 0

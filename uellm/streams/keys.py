@@ -87,6 +87,11 @@ class Keys:
         return f"{self.prefix}track_record"
 
     @property
+    def offered(self) -> str:
+        """String: the OfferedLoad that the owner last saw; gone soon after its owner is."""
+        return f"{self.prefix}offered"
+
+    @property
     def decisions(self) -> str:
         """Stream of DecisionSegments, trimmed; nothing depends on it."""
         return f"{self.prefix}decisions"

@@ -13,7 +13,9 @@ more and answers as the first would have. Reads may be repeated too: see ``readi
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from uellm.convert import load_from_proto
 from uellm.core.errors import AbortedError
+from uellm.core.load import OfferedLoad
 from uellm.streams.connection import RedisClient
 from uellm.streams.keys import Keys
 from uellm.streams.messages import Record, ReplicaRoute, not_found, parse_policy, parse_record
@@ -42,6 +44,11 @@ class ModelQueue:
     async def policy(self) -> common_pb2.ModelPolicy | None:
         """What was chosen for the model while running; None: nothing was."""
         return parse_policy(await self._redis.get(self.keys.policy))
+
+    async def offered(self) -> OfferedLoad | None:
+        """What the model's scheduler last saw of its load; None: no scheduler owns it."""
+        packed = await self._redis.get(self.keys.offered)
+        return load_from_proto(queue_pb2.OfferedLoad.FromString(packed)) if packed else None
 
     async def record(self, request_id: str) -> Record:
         """A request's record.

@@ -6,7 +6,9 @@ from typing import Any
 
 from redis.exceptions import OutOfMemoryError
 
+from uellm.convert import load_to_proto
 from uellm.core.errors import ResourceExhaustedError
+from uellm.core.load import OfferedLoad
 from uellm.streams.connection import RedisClient
 from uellm.streams.messages import (
     RETENTION_SECONDS,
@@ -76,6 +78,12 @@ class SchedulerQueue(ModelQueue):
         """Keep it for the next owner; a Redis that is full keeps the one that it has."""
         with suppress(OutOfMemoryError):
             await self._redis.set(self.keys.track_record, packed)
+
+    async def offer(self, load: OfferedLoad, keep_ms: int) -> None:
+        """Say what the model's load is, for so long; a Redis that is full does without."""
+        with suppress(OutOfMemoryError):
+            packed = load_to_proto(load).SerializeToString()
+            await self._redis.set(self.keys.offered, packed, px=keep_ms)
 
     async def ensure_requests_group(self) -> None:
         """Create the schedulers' group, at 0: work accepted before it existed is not skipped."""

@@ -534,3 +534,73 @@ class CompletionEvent(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CompletionEvent: _TypeAlias = CompletionEvent  # noqa: Y015
+
+@_typing.final
+class OfferedLoad(_message.Message):
+    """What is asked of a model, over the latest past: string `offered`, written by its scheduler every
+    second. Rates and lengths are of the window.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEASURED_AT_FIELD_NUMBER: _builtins.int
+    WINDOW_SECONDS_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    ANSWERED_PER_SECOND_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_P90_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_P90_FIELD_NUMBER: _builtins.int
+    JUDGED_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    WAITED_SHARE_FIELD_NUMBER: _builtins.int
+    window_seconds: _builtins.float
+    """Its length: shorter when the scheduler has just begun."""
+    requests_per_second: _builtins.float
+    """Requests that were accepted."""
+    answered_per_second: _builtins.float
+    """Requests that were answered in full."""
+    prompt_tokens: _builtins.float
+    """Of a request, mean."""
+    prompt_tokens_p90: _builtins.int
+    """Likewise, 90 % quantile."""
+    output_tokens: _builtins.float
+    """Of a request as predicted, mean."""
+    output_tokens_p90: _builtins.int
+    """Likewise, 90 % quantile."""
+    judged: _builtins.int
+    """Requests that ended and had asked for a time."""
+    kept: _builtins.int
+    """Of these, those that ended in time."""
+    waiting: _builtins.int
+    """Requests that wait for a replica now."""
+    waited_share: _builtins.float
+    """Share of the window in which requests waited that no replica had room for."""
+    @_builtins.property
+    def measured_at(self) -> _timestamp_pb2.Timestamp:
+        """The window's end."""
+
+    def __init__(
+        self,
+        *,
+        measured_at: _timestamp_pb2.Timestamp | None = ...,
+        window_seconds: _builtins.float = ...,
+        requests_per_second: _builtins.float = ...,
+        answered_per_second: _builtins.float = ...,
+        prompt_tokens: _builtins.float = ...,
+        prompt_tokens_p90: _builtins.int = ...,
+        output_tokens: _builtins.float = ...,
+        output_tokens_p90: _builtins.int = ...,
+        judged: _builtins.int = ...,
+        kept: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        waited_share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["measured_at", b"measured_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_per_second", b"answered_per_second", "judged", b"judged", "kept", b"kept", "measured_at", b"measured_at", "output_tokens", b"output_tokens", "output_tokens_p90", b"output_tokens_p90", "prompt_tokens", b"prompt_tokens", "prompt_tokens_p90", b"prompt_tokens_p90", "requests_per_second", b"requests_per_second", "waited_share", b"waited_share", "waiting", b"waiting", "window_seconds", b"window_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferedLoad: _TypeAlias = OfferedLoad  # noqa: Y015

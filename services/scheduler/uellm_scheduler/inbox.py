@@ -1,15 +1,27 @@
 """What happened to a model's requests since its owner last looked."""
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
+from uellm.policy.views import QueuedView
 from uellm.streams.connection import BLOCK_MS
 from uellm.streams.messages import QueuedEntry
 from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.v1 import queue_pb2
 from uellm_scheduler.book import Book
+from uellm_scheduler.metering import Ended
 
 READ_COUNT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What happened: who waits now that did not, and who ended."""
+
+    waiting: Sequence[QueuedView]
+    ended: Sequence[Ended]
 
 
 class Inbox:
@@ -59,13 +71,16 @@ class Inbox:
             async with asyncio.timeout(timeout_seconds):
                 await self._something.wait()
 
-    def empty_into(self, book: Book) -> list[queue_pb2.CompletionEvent]:
-        """Bring the book up to date; returns what ended."""
+    def empty_into(self, book: Book) -> Heard:
+        """Bring the book up to date; returns what is new to it."""
         self._something.clear()
-        queued, ended = self._queued, self._ended
+        queued, events = self._queued, self._ended
         self._queued, self._ended = [], []
-        for entry in queued:
-            book.queue(entry)
-        for event in ended:
+        arrived = [entry.entry.request_id for entry in queued if book.queue(entry)]
+        views = [book.view(name) for name in arrived if name in book.waiting]
+        ended = []
+        for event in events:
+            ticket = book.ticket(event.request_id)
+            ended.append(Ended(event, ticket.view.slo if ticket is not None else None))
             book.end(event.request_id)
-        return ended
+        return Heard(views, ended)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from itertools import count
+from itertools import chain, count
 
 from redis.exceptions import RedisError
 
@@ -22,6 +22,7 @@ from uellm_scheduler.book import REVISE_SECONDS, Book
 from uellm_scheduler.effects import Effects
 from uellm_scheduler.inbox import Inbox
 from uellm_scheduler.keeping import Keeping
+from uellm_scheduler.metering import Meter
 from uellm_scheduler.policy import PolicyInForce, choice_of
 from uellm_scheduler.recorder import Recorder
 from uellm_scheduler.recovery import recover
@@ -37,6 +38,10 @@ FULL_ROUND_SHARE = 0.2
 LONG_SECONDS = 0.005
 """After a decision that took longer than this, as much time is left to everything else."""
 REFUSALS_AT_ONCE = 50
+LOAD_SECONDS = 1.0
+"""How often the load is said."""
+LOAD_KEPT_SECONDS = 5.0
+"""How long it stands beyond a lease when nobody says it any more."""
 
 _log = logs.logger("scheduler")
 
@@ -75,6 +80,8 @@ class ModelScheduler:
         self.in_force = PolicyInForce(settings)
         self._recorder = Recorder(DecisionLog(context.redis, queue.model), settings)
         self._keeping = Keeping(queue)
+        self._meter = Meter(settings.load_window_seconds)
+        self._saying = Timer(LOAD_SECONDS)
         self._inbox: Inbox | None = None
         self._away = False
         # Goes on after a recovery, so that no two batches of a term have one name.
@@ -107,6 +114,10 @@ class ModelScheduler:
         consumer = self._settings.identity
         self.book, place = await recover(self._queue, self.token, consumer)
         self._away = False
+        everybody = chain(self.book.in_flight.values(), self.book.waiting.values())
+        self._meter.arrived(
+            sorted((each.view for each in everybody), key=lambda view: view.slo.accepted_at)
+        )
         await self._keeping.load()
         book = self.book
         inbox = self._inbox = Inbox(self._queue, consumer, place)
@@ -128,8 +139,12 @@ class ModelScheduler:
             readers.create_task(self._recorder.run())
             while True:
                 await inbox.wait(self._pause(upkeep))
-                self._keeping.heard(inbox.empty_into(book))
+                heard = inbox.empty_into(book)
+                self._keeping.heard(each.event for each in heard.ended)
+                self._meter.arrived(heard.waiting)
+                self._meter.ended(heard.ended)
                 await self._keeping.save()
+                await self._say_load()
                 if upkeep.reaping.seconds_left == 0:
                     self.in_force.follow(await self._queue.policy())
                 await upkeep.tend(self._context.clock.now())
@@ -143,7 +158,7 @@ class ModelScheduler:
                     await self._decide(effects, inbox)
 
     def _pause(self, upkeep: Upkeep) -> float:
-        seconds = upkeep.reaping.seconds_left
+        seconds = min(upkeep.reaping.seconds_left, self._saying.seconds_left)
         if self.book.in_flight:
             seconds = min(seconds, self._following.seconds_left)
         if self.book.waiting:
@@ -159,6 +174,16 @@ class ModelScheduler:
         sent = list(self.book.in_flight)
         self.book.progressed(await self._queue.progress(sent), self._context.clock.now())
         return bool(self.book.answered())
+
+    async def _say_load(self) -> None:
+        """Tell the deployer what is asked of the model, if it is time to."""
+        if not self._saying.due():
+            return
+        now, waiting = self._context.clock.now(), len(self.book.waiting)
+        ready = any(route.state == "READY" for route in self.routes.values())
+        self._meter.sample(now, waits=waiting > 0 and ready)
+        keep_ms = round(1000 * LOAD_KEPT_SECONDS) + self._settings.lease_ms
+        await self._queue.offer(self._meter.load(now, waiting), keep_ms)
 
     async def _give_up_waiting(self, effects: Effects) -> None:
         """End what waits for a model that is gone: its clients would wait for ever."""

@@ -50,6 +50,12 @@ class SchedulerSettings(ServiceSettings):
         description="A request is given up after this many starts in a row without one new token, "
         "whatever their end.",
     )
+    load_window_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="Rates, lengths and attainment of a model's load are those of so many latest "
+        "seconds; `uellm status` shows them, and the objective goodput plans by them.",
+    )
     recorded_requests: int = Field(
         256,
         ge=1,
