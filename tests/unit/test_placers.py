@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.support.clusters import MIB, random_topology, small_model
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement.even import EvenPlacer
-from uellm.placement.placers import LIVE_OBJECTIVES, ObjectivePlacer, gain, placer_of, rated
+from uellm.placement.placers import ObjectivePlacer, gain, placer_of, rated
 from uellm.placement.topology import Device, Topology
 from uellm.placement.views import Objective, Pin, Plan, PlanRequest, Workload
 
@@ -115,9 +115,13 @@ def test_a_lost_device_is_replaced_and_the_others_keep_their_layers() -> None:
     ]
 
 
-def test_goodput_is_not_for_one_deployment() -> None:
-    assert "goodput" not in LIVE_OBJECTIVES
-    with pytest.raises(InvalidArgumentError, match="say how many copies with replicas"):
-        placer_of("goodput")
-    with pytest.raises(InvalidArgumentError, match="helr, he, lr, throughput, even"):
+def test_a_copy_of_many_is_placed_as_by_helr() -> None:
+    request = PlanRequest(devices(1, 1.05, 1), MODEL, WANTED, "goodput")
+    plan = placer_of("goodput").place(request)
+    assert plan.objective == "goodput"
+    assert layers(plan) == layers(placer_of("helr").place(replace(request, objective="helr")))
+
+
+def test_an_objective_that_is_none_names_those_that_are() -> None:
+    with pytest.raises(InvalidArgumentError, match="helr, he, lr, throughput, goodput, even"):
         placer_of("fastest")

@@ -13,8 +13,8 @@ from uellm.placement.topology import Topology
 from uellm.placement.views import OBJECTIVES, Placer, Plan, PlannedReplica, PlanRequest
 
 EVEN = "even"
-LIVE_OBJECTIVES = (*(name for name in OBJECTIVES if name != "goodput"), EVEN)
-"""What a deployment may seek. Goodput decides on the number of copies, which is wanted of it."""
+LIVE_OBJECTIVES = (*OBJECTIVES, EVEN)
+"""What a deployment may seek."""
 
 
 def placer_of(objective: str) -> Placer:
@@ -25,9 +25,7 @@ def placer_of(objective: str) -> Placer:
     """
     if objective not in LIVE_OBJECTIVES:
         raise InvalidArgumentError(
-            f"objective: {objective!r} is none of {', '.join(LIVE_OBJECTIVES)}"
-            + ("; say how many copies with replicas" if objective == "goodput" else ""),
-            field="objective",
+            f"objective: {objective!r} is none of {', '.join(LIVE_OBJECTIVES)}", field="objective"
         )
     return EvenPlacer() if objective == EVEN else ObjectivePlacer()
 
@@ -48,12 +46,12 @@ class ObjectivePlacer:
 
     def place(self, request: PlanRequest) -> Plan:
         """Plan; see ``uellm.placement.views.Placer``."""
-        request = replace(request, topology=_shared(request.topology))
-        sought = solve(request)
-        even = _even(request)
-        if even is None or self._better(sought, even, request):
-            return sought
-        return _proven(even, sought)
+        sought_for = request.objective
+        request = replace(_of_a_copy(request), topology=_shared(request.topology))
+        plan, even = solve(request), _even(request)
+        if even is not None and not self._better(plan, even, request):
+            plan = _proven(even, plan)
+        return replace(plan, objective=sought_for)
 
     def _better(self, sought: Plan, even: Plan, request: PlanRequest) -> bool:
         copies = (len(sought.replicas), len(even.replicas))
@@ -75,6 +73,7 @@ def improvement(request: PlanRequest, present: Plan) -> tuple[Plan, float]:
     does not (SLO, pins, exclusions) gains all.
     """
     plan = ObjectivePlacer().place(replace(request, previous=present))
+    request = _of_a_copy(request)
     shared = replace(request, topology=_shared(request.topology), previous=present)
     before = rated(present, shared)
     short = len(plan.replicas) < len(present.replicas) or plan.slots < present.slots
@@ -107,6 +106,15 @@ def rated(plan: Plan, request: PlanRequest) -> Plan | None:
             return None
         replicas.append(planned(costs, layout))
     return replace(plan, replicas=tuple(replicas))
+
+
+def _of_a_copy(request: PlanRequest) -> PlanRequest:
+    """A request of copies whose number is wanted, not sought.
+
+    Where the load decides on their number, each one is placed as ``helr`` places it: more devices
+    for a little less time would be another copy's.
+    """
+    return replace(request, objective="helr") if request.objective == "goodput" else request
 
 
 def _even(request: PlanRequest) -> Plan | None:

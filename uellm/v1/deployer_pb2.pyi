@@ -7,9 +7,11 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from uellm.v1 import common_pb2 as _common_pb2
+from uellm.v1 import queue_pb2 as _queue_pb2
 from uellm.v1 import topology_pb2 as _topology_pb2
 import builtins as _builtins
 import sys
@@ -309,8 +311,10 @@ class PlanRequest(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
+    MOST_REPLICAS_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_SECOND_FIELD_NUMBER: _builtins.int
     replicas: _builtins.int
-    """Copies; 0: one."""
+    """Copies; 0: one. With the objective goodput, the fewest."""
     stages: _builtins.int
     """Stages per copy; 0: as many as the objective is best with."""
     dtype: _builtins.str
@@ -322,13 +326,17 @@ class PlanRequest(_message.Message):
     kv_tokens: _builtins.int
     """KV room per copy, in tokens of all sequences together; 0: the longest context for every slot."""
     objective: _builtins.str
-    """What is sought: helr, he, lr, throughput or even; empty: the deployer's default."""
+    """What is sought: helr, he, lr, throughput, goodput or even; empty: the deployer's default."""
     slo_seconds: _builtins.float
     """Longest time that a full batch may take from prompt to last token; 0: no matter."""
     prompt_tokens: _builtins.int
     """Prompt tokens of a request, as expected: 90 % quantile; 0: the default."""
     output_tokens: _builtins.int
     """Output tokens of a request, as expected: 90 % quantile; 0: the default."""
+    most_replicas: _builtins.int
+    """With the objective goodput: the most copies; 0: as many as there is room for."""
+    requests_per_second: _builtins.float
+    """With the objective goodput: requests per second that are expected, whatever comes; 0: not known."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelRef:
         """Directory or hub id."""
@@ -369,10 +377,12 @@ class PlanRequest(_message.Message):
         prompt_tokens: _builtins.int = ...,
         output_tokens: _builtins.int = ...,
         layout: _abc.Iterable[_topology_pb2.PlannedStage] | None = ...,
+        most_replicas: _builtins.int = ...,
+        requests_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "excluded", b"excluded", "kv_tokens", b"kv_tokens", "layout", b"layout", "max_tokens", b"max_tokens", "model", b"model", "objective", b"objective", "output_tokens", b"output_tokens", "pins", b"pins", "prompt_tokens", b"prompt_tokens", "replicas", b"replicas", "slo_seconds", b"slo_seconds", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "excluded", b"excluded", "kv_tokens", b"kv_tokens", "layout", b"layout", "max_tokens", b"max_tokens", "model", b"model", "most_replicas", b"most_replicas", "objective", b"objective", "output_tokens", b"output_tokens", "pins", b"pins", "prompt_tokens", b"prompt_tokens", "replicas", b"replicas", "requests_per_second", b"requests_per_second", "slo_seconds", b"slo_seconds", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -562,6 +572,7 @@ class StageLive(_message.Message):
     PREDICTED_SECONDS_FIELD_NUMBER: _builtins.int
     MEASURED_SECONDS_FIELD_NUMBER: _builtins.int
     RATIO_FIELD_NUMBER: _builtins.int
+    SEEN_AT_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """The device that holds it."""
     predicted_seconds: _builtins.float
@@ -569,7 +580,11 @@ class StageLive(_message.Message):
     measured_seconds: _builtins.float
     """What it took."""
     ratio: _builtins.float
-    """The latter in units of the former, smoothed; 0: none was seen."""
+    """The latter in units of the former, smoothed, and forgotten by and by; 0: none was seen."""
+    @_builtins.property
+    def seen_at(self) -> _timestamp_pb2.Timestamp:
+        """When that step was."""
+
     def __init__(
         self,
         *,
@@ -577,10 +592,11 @@ class StageLive(_message.Message):
         predicted_seconds: _builtins.float = ...,
         measured_seconds: _builtins.float = ...,
         ratio: _builtins.float = ...,
+        seen_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["seen_at", b"seen_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "measured_seconds", b"measured_seconds", "predicted_seconds", b"predicted_seconds", "ratio", b"ratio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "measured_seconds", b"measured_seconds", "predicted_seconds", b"predicted_seconds", "ratio", b"ratio", "seen_at", b"seen_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -671,6 +687,42 @@ class WorkerStatus(_message.Message):
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
 
 @_typing.final
+class DeploymentLoad(_message.Message):
+    """What is asked of a deployment, beside what its replicas can do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    OFFERED_FIELD_NUMBER: _builtins.int
+    CAPACITY_REQUESTS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    EFFICIENCY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The served name."""
+    capacity_requests_per_second: _builtins.float
+    """Requests of its lengths per second that its replicas do, as predicted and as seen; 0: not known."""
+    efficiency: _builtins.float
+    """What replicas do, in units of what was predicted of them."""
+    @_builtins.property
+    def offered(self) -> _queue_pb2.OfferedLoad:
+        """The load, as its scheduler says."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        offered: _queue_pb2.OfferedLoad | None = ...,
+        capacity_requests_per_second: _builtins.float = ...,
+        efficiency: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["offered", b"offered"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_requests_per_second", b"capacity_requests_per_second", "efficiency", b"efficiency", "name", b"name", "offered", b"offered"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeploymentLoad: _TypeAlias = DeploymentLoad  # noqa: Y015
+
+@_typing.final
 class DescribeResponse(_message.Message):
     """What is where."""
 
@@ -679,6 +731,7 @@ class DescribeResponse(_message.Message):
     DEPLOYMENTS_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     LIVE_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def deployments(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.Deployment]:
         """By name."""
@@ -691,16 +744,21 @@ class DescribeResponse(_message.Message):
     def live(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaLive]:
         """Of replicas that serve."""
 
+    @_builtins.property
+    def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeploymentLoad]:
+        """By deployment; of those whose scheduler says something."""
+
     def __init__(
         self,
         *,
         deployments: _abc.Iterable[_topology_pb2.Deployment] | None = ...,
         workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
         live: _abc.Iterable[Global___ReplicaLive] | None = ...,
+        loads: _abc.Iterable[Global___DeploymentLoad] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployments", b"deployments", "live", b"live", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployments", b"deployments", "live", b"live", "loads", b"loads", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

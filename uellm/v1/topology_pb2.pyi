@@ -105,6 +105,30 @@ CHANGE_STATE_FAILED: ChangeState.ValueType  # 4
 """Was given up: what was there serves on, or is formed again."""
 Global___ChangeState: _TypeAlias = ChangeState  # noqa: Y015
 
+class _ChangeKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChangeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHANGE_KIND_UNSPECIFIED: _ChangeKind.ValueType  # 0
+    """A replica goes elsewhere."""
+    CHANGE_KIND_ADD: _ChangeKind.ValueType  # 1
+    """One more replica, because the load needs it."""
+    CHANGE_KIND_REMOVE: _ChangeKind.ValueType  # 2
+    """A replica is given back, because the load does not need it, or another model's needs it more."""
+
+class ChangeKind(_ChangeKind, metaclass=_ChangeKindEnumTypeWrapper):
+    """What a change of a placement is."""
+
+CHANGE_KIND_UNSPECIFIED: ChangeKind.ValueType  # 0
+"""A replica goes elsewhere."""
+CHANGE_KIND_ADD: ChangeKind.ValueType  # 1
+"""One more replica, because the load needs it."""
+CHANGE_KIND_REMOVE: ChangeKind.ValueType  # 2
+"""A replica is given back, because the load does not need it, or another model's needs it more."""
+Global___ChangeKind: _TypeAlias = ChangeKind  # noqa: Y015
+
 @_typing.final
 class PcieState(_message.Message):
     """How a device hangs on its host."""
@@ -1128,7 +1152,7 @@ Global___Replica: _TypeAlias = Replica  # noqa: Y015
 
 @_typing.final
 class PlacementChange(_message.Message):
-    """A replica that serves is placed anew, because that is better than where it is."""
+    """A deployment's placement is changed, because that is better than what it is."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1141,6 +1165,7 @@ class PlacementChange(_message.Message):
     MAKE_BEFORE_BREAK_FIELD_NUMBER: _builtins.int
     PLANNED_FIELD_NUMBER: _builtins.int
     CHANGED_AT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """The replica."""
     state: Global___ChangeState.ValueType
@@ -1148,16 +1173,20 @@ class PlacementChange(_message.Message):
     reason: _builtins.str
     """Why, in plain words."""
     gain: _builtins.float
-    """What it brings of what is sought, as a share: 0.05 for five per cent less time or cost."""
+    """What it brings of what is sought, as a share: 0.05 for five per cent less time or cost, or of the
+    load served more.
+    """
     moved_layers: _builtins.int
     """Layers that devices load which they did not hold."""
     moved_bytes: _builtins.int
     """Their weights."""
     make_before_break: _builtins.bool
     """The new one takes over once it serves; otherwise the old one is drained first, and requests wait."""
+    kind: Global___ChangeKind.ValueType
+    """What it is."""
     @_builtins.property
     def planned(self) -> Global___PlannedReplica:
-        """Where it goes."""
+        """Where it goes; of one that is given back, where it is."""
 
     @_builtins.property
     def changed_at(self) -> _timestamp_pb2.Timestamp:
@@ -1175,10 +1204,11 @@ class PlacementChange(_message.Message):
         make_before_break: _builtins.bool = ...,
         planned: Global___PlannedReplica | None = ...,
         changed_at: _timestamp_pb2.Timestamp | None = ...,
+        kind: Global___ChangeKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "planned", b"planned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "gain", b"gain", "make_before_break", b"make_before_break", "moved_bytes", b"moved_bytes", "moved_layers", b"moved_layers", "planned", b"planned", "reason", b"reason", "replica", b"replica", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "gain", b"gain", "kind", b"kind", "make_before_break", b"make_before_break", "moved_bytes", b"moved_bytes", "moved_layers", b"moved_layers", "planned", b"planned", "reason", b"reason", "replica", b"replica", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1214,7 +1244,7 @@ class Deployment(_message.Message):
     version: _builtins.int
     """Raised by every publication."""
     wanted_replicas: _builtins.int
-    """Copies wanted."""
+    """Copies wanted now; with the objective goodput as many as the load needs."""
     wanted_stages: _builtins.int
     """Stages wanted per copy; 0: as few as fit."""
     dtype: _builtins.str
