@@ -533,6 +533,10 @@ async def test_models_say_why_they_do_not_answer(
         # What waits for a replica is accepted, and is answered when there is one.
         submitted = await gateway.stub.Submit(SubmitRequest(request=request(model="waiting")))
         assert submitted.request_ids[0].startswith("waiting:")
+        assert submitted.waits_for == "waits for a worker"
+        call = gateway.stub.Generate(request(model="waiting"))
+        assert (await call.read()).event.accepted.waits_for == "waits for a worker"
+        call.cancel()
         # What is deployed now is known now.
         new = MeshDriver(redis, tmp_path / "new", "new")
         await new.deploy()

@@ -253,8 +253,13 @@ class Accepted(_message.Message):
     ACCEPTED_AT_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
     EXISTING_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
     existing: _builtins.bool
     """The same key had been accepted before; this is that request."""
+    waits_for: _builtins.str
+    """Why it waits with no promise until further notice: no replica takes requests of its model.
+    Empty: some do.
+    """
     @_builtins.property
     def accepted_at(self) -> _timestamp_pb2.Timestamp:
         """When, by Redis TIME: all of the SLO counts from here."""
@@ -269,10 +274,11 @@ class Accepted(_message.Message):
         accepted_at: _timestamp_pb2.Timestamp | None = ...,
         profile: _common_pb2.ResourceProfile | None = ...,
         existing: _builtins.bool = ...,
+        waits_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "existing", b"existing", "profile", b"profile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "existing", b"existing", "profile", b"profile", "waits_for", b"waits_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -555,6 +561,9 @@ class SubmitResponse(_message.Message):
     REQUEST_IDS_FIELD_NUMBER: _builtins.int
     ACCEPTED_AT_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
+    waits_for: _builtins.str
+    """As in Accepted."""
     @_builtins.property
     def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """One per choice."""
@@ -573,10 +582,11 @@ class SubmitResponse(_message.Message):
         request_ids: _abc.Iterable[_builtins.str] | None = ...,
         accepted_at: _timestamp_pb2.Timestamp | None = ...,
         profile: _common_pb2.ResourceProfile | None = ...,
+        waits_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "profile", b"profile", "request_ids", b"request_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "profile", b"profile", "request_ids", b"request_ids", "waits_for", b"waits_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,8 +26,6 @@ async def _describe(view: ModelView, model: ServedModel) -> inference_pb2.Model:
     except ModelFilesError as error:
         problem = error.message
     deployment = model.deployment
-    if not problem and model.ready_replicas == 0:
-        problem = deployment.status or "no replica is ready; requests wait for one"
     return inference_pb2.Model(
         name=model.name,
         max_tokens=model.context_tokens,
@@ -35,7 +33,7 @@ async def _describe(view: ModelView, model: ServedModel) -> inference_pb2.Model:
         replicas=deployment.wanted_replicas or len(deployment.replicas),
         has_chat_template=has_chat_template,
         ref=deployment.model,
-        status=problem,
+        status=problem or model.waits_for,
         adapters=model.adapters,
         stored_dtype=deployment.profile.stored_dtype,
         dtype=deployment.dtype,

@@ -69,6 +69,13 @@ class ServedModel:
         ready = topology_pb2.REPLICA_STATE_READY
         return sum(replica.state == ready for replica in self.deployment.replicas)
 
+    @property
+    def waits_for(self) -> str:
+        """Why requests wait with no promise; empty: replicas take them."""
+        if self.ready_replicas:
+            return ""
+        return self.deployment.status or "no replica is ready; requests wait for one"
+
 
 def sampling_defaults(directory: Path) -> dict[str, float]:
     """A checkpoint's own sampling, if its generation_config.json says that it samples."""

@@ -134,7 +134,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._watch(call, frames, caller, answer, behind=True)
             await frames.source.subscribe(result.request_id, caller.tenant)
             profile = (await queue.record(result.request_id)).entry.profile
-        return _accepted(result, choice, profile)
+        return _accepted(result, choice, profile, prepared.model.waits_for)
 
     def _watch(
         self,
@@ -166,6 +166,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             request_ids=[result.request_id for result in results],
             accepted_at=convert.timestamp(results[0].accepted_at),
             profile=prepared.profile,
+            waits_for=prepared.model.waits_for,
         )
 
     async def Watch(
@@ -264,7 +265,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 def _accepted(
-    result: AcceptResult, choice: int, profile: common_pb2.ResourceProfile
+    result: AcceptResult, choice: int, profile: common_pb2.ResourceProfile, waits_for: str
 ) -> inference_pb2.GenerationEvent:
     return inference_pb2.GenerationEvent(
         request_id=result.request_id,
@@ -273,6 +274,7 @@ def _accepted(
             accepted_at=convert.timestamp(result.accepted_at),
             profile=profile,
             existing=result.status == "existing",
+            waits_for=waits_for,
         ),
     )
 
