@@ -92,6 +92,7 @@ def make_loop(
     runner: InstantRunner | None = None,
     eos_ids: frozenset[int] = frozenset(),
     recorder: StepRecorder | None = None,
+    execution: str = "continuous",
 ) -> EngineLoop:
     capacity = Capacity(slots, max_tokens, kv_tokens or slots * max_tokens)
     return EngineLoop(
@@ -102,6 +103,7 @@ def make_loop(
         epoch=7,
         now=Clock(),
         recorder=recorder,
+        execution=execution,
     )
 
 

@@ -107,3 +107,13 @@ def test_settings_of_the_policy_are_on_record() -> None:
     records = records_of(loop)
     assert dict(records[0].policy.options) == {"watermark": "0.5"}
     assert replay(records).different == 0
+
+
+def test_nobody_is_let_in_on_record_while_a_static_batch_runs() -> None:
+    loop = make_loop(execution="static", recorder=StepRecorder("r0", every_steps=1000))
+    loop.add(add("a", max_tokens=10))
+    assert loop.step() is not None
+    # Its policy would admit it at once, at every step; but it gets its slot when the batch is over.
+    loop.add(add("b", max_tokens=3))
+    records = records_of(loop)
+    assert [record.step for record in records if "b" in record.decision.admit] == [10]

@@ -30,14 +30,16 @@ class Occasion:
         self.decision, self._news = decision, False
         self._arrivals, self._departures = roster.arrivals, roster.departures
 
-    def due(self, roster: Roster, now: float) -> bool:
-        """Whether it is to be asked."""
+    def due(self, roster: Roster, now: float, *, admits: bool = True) -> bool:
+        """Whether it is to be asked; ``admits``: a slot could be given at all."""
         again = self.decision.reconsider_at
         if again is not None and again <= now:
             return True
         if self._news or roster.arrivals != self._arrivals or _short(roster):
             return True
         if not roster.waiting and all(sequence.decoding for sequence in roster.running):
+            return False
+        if not admits:
             return False
         if again is None and len(roster.running) < roster.slots:
             # Room may be had by and by, as those that run get on.

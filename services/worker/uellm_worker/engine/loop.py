@@ -241,7 +241,7 @@ class EngineLoop:
         for _ in range(_DECISIONS):
             if not self._roster.active:
                 return False
-            changed = self._occasion.due(self._roster, now) and self._decide(now)
+            changed = self._due(now) and self._decide(now)
             # Prompt tokens of one of the steps that are under way together.
             chunk = -(-self._occasion.decision.chunk_tokens // self._execution.depth)
             shares, padding = self._execution.next_step(
@@ -256,15 +256,21 @@ class EngineLoop:
                 return False
         return False
 
+    def _due(self, now: float) -> bool:
+        return self._occasion.due(self._roster, now, admits=self._execution.admits)
+
     def _decide(self, now: float) -> bool:
         """Ask the policy, and do what it says; True if that changed who runs."""
         view = self._roster.view(self._limit.rows, self._execution.depth, self._meter.cost.cost)
         decision = self._policy.step(view, now)
-        self._recorder.note(self._policy.name, self._meter.submitted, view, decision, now)
+        admits = self._execution.admits
+        self._recorder.note(
+            self._policy.name, self._meter.submitted, view, decision, now, admits=admits
+        )
         self._occasion.take(decision, self._roster)
         handed_back = self._roster.carry_out(
             decision,
-            admits=self._execution.admits,
+            admits=admits,
             most=self._limit.rows,
             burden=self._under_way_of,
         )

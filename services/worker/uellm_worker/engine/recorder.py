@@ -46,7 +46,14 @@ class StepRecorder:
         self._dropped = 0
 
     def note(
-        self, policy: str, step: int, engine: EngineView, decision: StepDecision, now: float
+        self,
+        policy: str,
+        step: int,
+        engine: EngineView,
+        decision: StepDecision,
+        now: float,
+        *,
+        admits: bool = True,
     ) -> None:
         """Keep a decision, if it is one to keep.
 
@@ -56,10 +63,12 @@ class StepRecorder:
             engine: what it saw.
             decision: what it decided.
             now: when.
+            admits: who is to get a slot can; between two static batches only.
         """
         if not self._every:
             return
-        notable = bool(decision.preempt or decision.hand_back) or self._lets_in(engine, decision)
+        lets_in = admits and self._lets_in(engine, decision)
+        notable = lets_in or bool(decision.preempt or decision.hand_back)
         self._asked_at = now
         affordable = self._affordable()
         sampled = step >= self._next_step and affordable
