@@ -223,7 +223,7 @@ def test_a_replica_that_takes_over_counts_once_it_serves() -> None:
     there = worker("a", HELD), worker("b", ("m-1", 5, SERVING))
     assert one(Wanted(1, 1), [old, new], *there) is None
     assert one(Wanted(1, 1), [old, new], worker("a", HELD)) == Abort("m-1", "worker b is not there")
-    new.phase, new.replaces, old.superseded = Phase.READY, "", True
+    new.phase, new.replaces, old.dismissed = Phase.READY, "", True
     assert one(Wanted(1, 1), [old, new], *there) == End("m-0")
 
 

@@ -13,6 +13,8 @@ from uellm.placement.topology import Topology
 from uellm.placement.views import OBJECTIVES, Placer, Plan, PlannedReplica, PlanRequest
 
 EVEN = "even"
+GOODPUT = "goodput"
+"""The load decides on the number of copies; see ``sharing``."""
 LIVE_OBJECTIVES = (*OBJECTIVES, EVEN)
 """What a deployment may seek."""
 
@@ -114,7 +116,7 @@ def _of_a_copy(request: PlanRequest) -> PlanRequest:
     Where the load decides on their number, each one is placed as ``helr`` places it: more devices
     for a little less time would be another copy's.
     """
-    return replace(request, objective="helr") if request.objective == "goodput" else request
+    return replace(request, objective="helr") if request.objective == GOODPUT else request
 
 
 def _even(request: PlanRequest) -> Plan | None:

@@ -19,8 +19,8 @@ from uellm.v1 import common_pb2, deployer_pb2
 MOST_REPLICAS = 64
 MOST_SLOTS = 4096
 _OF_PLACE = (
+    *("replicas", "most_replicas", "requests_per_second", "prompt_tokens", "output_tokens"),
     *("objective", "slo_seconds", "pins", "excluded", "layout"),
-    *("prompt_tokens", "output_tokens"),
 )
 _NAME_IN_SOURCE = re.compile(r"(?P<name>[^=/]+(?:/[^=/]+)*)=(?P<source>.+)")
 
@@ -165,11 +165,23 @@ def checked(
         )
     for name, value, most in (
         ("replicas", wanted.replicas, MOST_REPLICAS),
+        ("most_replicas", wanted.most_replicas, MOST_REPLICAS),
         ("stages", wanted.stages, MOST_SLOTS),
         ("slots", wanted.slots, MOST_SLOTS),
     ):
         if value > most:
             raise InvalidArgumentError(f"{name}: {value}; the limit is {most}", field=name)
+    if 0 < wanted.most_replicas < wanted.replicas:
+        raise InvalidArgumentError(
+            f"most_replicas: {wanted.most_replicas}; at least {wanted.replicas}, as many as "
+            "replicas, or 0 for any number",
+            field="most_replicas",
+        )
+    if not 0 <= wanted.requests_per_second < float("inf"):
+        raise InvalidArgumentError(
+            f"requests_per_second: {wanted.requests_per_second} is not a number from 0 on",
+            field="requests_per_second",
+        )
     if not 0 <= wanted.slo_seconds < float("inf"):
         raise InvalidArgumentError(
             f"slo_seconds: {wanted.slo_seconds} is not a number from 0 on", field="slo_seconds"
@@ -194,6 +206,6 @@ def without_place(request: deployer_pb2.PlanRequest) -> deployer_pb2.PlanRequest
     """A request without the number of copies and what is wished of their place."""
     bare = deployer_pb2.PlanRequest()
     bare.CopyFrom(request)
-    for name in ("replicas", *_OF_PLACE):
+    for name in _OF_PLACE:
         bare.ClearField(name)  # type: ignore[arg-type]  # the names of fields
     return bare

@@ -21,7 +21,7 @@ from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former
 from uellm_deployer.leftovers import Leftovers
 from uellm_deployer.links import Links
-from uellm_deployer.live import live
+from uellm_deployer.live import live, loads
 from uellm_deployer.measurements import Measurements
 from uellm_deployer.replanning import Replanner
 from uellm_deployer.replica import Replica
@@ -361,6 +361,11 @@ class Deployer:
     async def live(self) -> list[deployer_pb2.ReplicaLive]:
         """How the replicas that serve are doing."""
         return await live(self._deployments.values(), self._store, self._discovery.times)
+
+    @property
+    def loads(self) -> list[deployer_pb2.DeploymentLoad]:
+        """What is asked of deployments, beside what their replicas do."""
+        return loads(self._deployments.values(), self._replanner.scaler.does)
 
     def _not_deployed(self, name: str, field: str) -> NotFoundError:
         return NotFoundError(

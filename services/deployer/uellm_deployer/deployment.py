@@ -2,22 +2,24 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from itertools import count
 from typing import Any
 
-from uellm.convert import model_from_proto, model_to_proto
+from uellm.convert import model_from_proto
 from uellm.core.errors import FailedPreconditionError, UellmError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger
-from uellm.placement.placers import EVEN
+from uellm.placement.demand import Demand
+from uellm.placement.placers import EVEN, GOODPUT
 from uellm.streams.connection import UNREACHABLE
-from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
+from uellm.v1 import deployer_pb2, topology_pb2
 from uellm_deployer import reconcile
 from uellm_deployer.adoption import adopt
 from uellm_deployer.catalog import ResolvedModel, resolve, without_place
 from uellm_deployer.formation import form
 from uellm_deployer.moving import announced
+from uellm_deployer.publishing import as_published
 from uellm_deployer.replica import Phase, Replica, backoff
 from uellm_deployer.tools import Tools
 
@@ -33,20 +35,25 @@ class Deployment:
 
     Attributes:
         request: what is wanted.
+        copies: replicas that are wanted now; with the objective goodput as many as the load needs.
+        demand: what is asked of it, and what its replicas really do.
         model: its files; None until they are found.
         replicas: its copies, by index.
         profile: its needs in the dtype that it runs in, or None.
         ending: it is not wanted any more.
         ended: nothing of it is left.
         avoided: workers that could not do their part, and until when others are preferred.
-        changes: by replica, what was or is to be placed anew.
-        approved: what is proposed is to be carried out.
+        changes: by replica, what was or is to be placed anew, added or given back.
+        approved: what is proposed to be placed anew is to be.
+        approved_copies: what is proposed to be added or given back is to be.
         changed_at: when a change last began or ended, in monotonic seconds.
     """
 
     def __init__(self, request: deployer_pb2.PlanRequest, tools: Tools) -> None:
         self.request = request
         self.tools = tools
+        self.copies = request.replicas
+        self.demand = Demand(tools.settings.targets)
         self.model: ResolvedModel | None = None
         self.profile: ModelProfile | None = None
         self.replicas: list[Replica] = []
@@ -55,6 +62,7 @@ class Deployment:
         self.avoided: dict[str, float] = {}
         self.changes: dict[str, topology_pb2.PlacementChange] = {}
         self.approved = False
+        self.approved_copies = False
         self.changed_at = float("-inf")
         self._status = ""
         self._published = topology_pb2.Deployment()
@@ -87,6 +95,14 @@ class Deployment:
         # The workers have to notice that there is another deployer, and register with it.
         patience = settings.worker_silence_seconds + settings.recovery_seconds
         self.replicas = adopt(published, routes, self.request, now, patience)
+        self.copies = self._bounded(published.wanted_replicas)
+
+    def _bounded(self, copies: int) -> int:
+        """So many replicas, as far as the request leaves that open."""
+        request = self.request
+        if request.objective != GOODPUT:
+            return request.replicas
+        return max(min(copies, request.most_replicas or copies), request.replicas)
 
     async def update(self, request: deployer_pb2.PlanRequest, model: ResolvedModel | None) -> None:
         """Want something else from now on; what does not match is formed again."""
@@ -108,6 +124,7 @@ class Deployment:
         # Another wish for the place alone: what serves goes on until there is a better one.
         self.approved = not changed and self.request != request
         self.request, self.ending = request, False
+        self.copies = self._bounded(self.copies)
         if self.approved and self.movable:
             self.changes |= announced(self.replicas)
         self.model = model or (None if changed else self.model)
@@ -170,23 +187,25 @@ class Deployment:
             silence_seconds=self.tools.settings.worker_silence_seconds,
             idle=few and await self.tools.store.num_running(self.name) == 0,
         )
-        wanted = reconcile.Wanted(self.request.replicas, self.request.stages)
+        wanted = reconcile.Wanted(self.copies, self.request.stages)
         for action in reconcile.decide(wanted, self.replicas, situation):
             await self._carry_out(action, now)
         await self.publish()
 
     def _add_replicas(self, now: float) -> None:
-        for _ in range(self.request.replicas - len(reconcile.standing(self.replicas))):
+        for _ in range(self.copies - len(reconcile.standing(self.replicas))):
             self.add_replica(now)
+
+    def free_ids(self) -> Iterator[tuple[str, int]]:
+        """Ids of copies that are to come and their numbers, the first free ones first."""
+        taken = {replica.index for replica in self.replicas}
+        return ((f"{self.name}-{n}", n) for n in count() if n not in taken)
 
     def add_replica(self, now: float, *, replaces: str = "") -> Replica:
         """One copy more, under the first number that is free."""
-        taken = {replica.index for replica in self.replicas}
-        index = next(number for number in count() if number not in taken)
+        name, index = next(self.free_ids())
         patience = self.tools.settings.settle_seconds
-        replica = Replica(
-            f"{self.name}-{index}", index, since=now, patience_seconds=patience, replaces=replaces
-        )
+        replica = Replica(name, index, since=now, patience_seconds=patience, replaces=replaces)
         self.replicas.append(replica)
         self.replicas.sort(key=lambda each: each.index)
         return replica
@@ -208,7 +227,9 @@ class Deployment:
             )
         for change in proposed:
             change.state = topology_pb2.CHANGE_STATE_UNDER_WAY
-        self.approved = True
+        kinds = {change.kind for change in proposed}
+        self.approved = topology_pb2.CHANGE_KIND_UNSPECIFIED in kinds
+        self.approved_copies = bool(kinds - {topology_pb2.CHANGE_KIND_UNSPECIFIED})
         await self.publish()
 
     async def _carry_out(self, action: reconcile.Action, now: float) -> None:
@@ -304,6 +325,11 @@ class Deployment:
             replica.phase = Phase.IDLE
             return
         self.replicas.remove(replica)
+        change = self.changes.get(replica.id)
+        if change is not None and change.kind == topology_pb2.CHANGE_KIND_REMOVE:
+            change.state = topology_pb2.CHANGE_STATE_DONE
+        elif change is not None and change.state != topology_pb2.CHANGE_STATE_FAILED:
+            del self.changes[replica.id]
         self.tools.wake()
 
     async def _finish(self) -> None:
@@ -338,44 +364,10 @@ class Deployment:
 
     # ---- publishing ----------------------------------------------------------------------------
 
-    def to_proto(self) -> topology_pb2.Deployment:
-        """As it is published, its version aside."""
-        stages = [stage for replica in self.replicas for stage in replica.assignments]
-        served = [r for r in self.replicas if r.phase is Phase.READY] or self.replicas
-        running = [stage for replica in served for stage in replica.assignments] or stages
-        many = len(self.replicas) > 1
-        messages = [
-            f"{replica.id}: {replica.message}" if many else replica.message
-            for replica in self.replicas
-            if replica.message
-        ]
-        return topology_pb2.Deployment(
-            name=self.name,
-            model=running[0].model if running else self._ref(),
-            profile=model_to_proto(self.profile) if self.profile is not None else None,
-            replicas=[replica.to_proto() for replica in self.replicas],
-            status="; ".join(filter(None, [self._status, *messages])),
-            max_tokens=min((stage.max_tokens for stage in running), default=0),
-            wanted_replicas=self.request.replicas,
-            wanted_stages=self.request.stages,
-            wanted_kv_tokens=self.request.kv_tokens,
-            dtype=running[0].dtype if running else self.request.dtype,
-            slots=min((stage.slots for stage in running), default=0),
-            adapters=running[0].adapters if running else self._adapters(),
-            objective=self.request.objective,
-            changes=[self.changes[r.id] for r in self.replicas if r.id in self.changes],
-        )
-
-    def _adapters(self) -> Sequence[common_pb2.ModelRef]:
-        return self.model.adapter_refs if self.model is not None else self.request.adapters
-
-    def _ref(self) -> common_pb2.ModelRef:
-        return self.model.ref if self.model is not None else self.request.model
-
     async def publish(self) -> None:
         """Publish, if there is news."""
         async with self._publishing:
-            latest = self.to_proto()
+            latest = as_published(self, self._status)
             latest.version = self._published.version
             if latest == self._published:
                 return

@@ -1,12 +1,34 @@
 """How replicas that serve are doing, as status shows it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from uellm.convert import load_to_proto
 from uellm.v1 import deployer_pb2
 from uellm_deployer.deployment import Deployment
 from uellm_deployer.replica import Phase
 from uellm_deployer.stage_times import StageTimes
 from uellm_deployer.store import Store
+
+
+def loads(
+    deployments: Iterable[Deployment], does: Mapping[str, float]
+) -> list[deployer_pb2.DeploymentLoad]:
+    """What is asked of deployments, as far as it is known.
+
+    Args:
+        deployments: which.
+        does: requests per second that their replicas do, by name.
+    """
+    return [
+        deployer_pb2.DeploymentLoad(
+            name=deployment.name,
+            offered=load_to_proto(deployment.demand.load),
+            capacity_requests_per_second=does.get(deployment.name, 0.0),
+            efficiency=deployment.demand.efficiency,
+        )
+        for deployment in deployments
+        if deployment.demand.load.measured_at
+    ]
 
 
 async def live(

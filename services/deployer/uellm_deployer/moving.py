@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Protocol
 
 from uellm.convert import timestamp
 from uellm.core.errors import UellmError
@@ -23,6 +23,15 @@ class Changing(Formed, Protocol):
 
     changes: dict[str, topology_pb2.PlacementChange]
     changed_at: float
+    copies: int
+
+    def add_replica(self, now: float) -> Replica:
+        """One copy more."""
+        ...
+
+    def start(self, key: str, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+        """Run ``work`` unless there is work under way for the same replica."""
+        ...
 
 
 def announced(replicas: Iterable[Replica]) -> dict[str, topology_pb2.PlacementChange]:
@@ -46,7 +55,7 @@ async def take_over(
     try:
         await form(deployment, new, planned=planned)
         if new.phase is Phase.READY:
-            new.replaces, old.superseded = "", True
+            new.replaces, old.dismissed = "", True
             change.replica = new.id
             deployment.changes[new.id] = deployment.changes.pop(old.id)
     finally:
@@ -69,6 +78,44 @@ async def move(
     finally:
         _end(deployment, change, now, done=replica.phase is Phase.READY)
         deployment.tools.wake()
+
+
+def add_copy(
+    deployment: Changing,
+    planned: Planned,
+    change: topology_pb2.PlacementChange,
+    now: Callable[[], float],
+) -> None:
+    """Begin to form one more copy; one that cannot be formed is not wanted any more."""
+    new = deployment.add_replica(time.monotonic())
+    new.phase, new.planned = Phase.FORMING, planned.plan.replicas[0]
+    deployment.copies += 1
+    deployment.changed_at = time.monotonic()
+    change.replica = new.id
+    deployment.changes[new.id] = change
+
+    async def bring_up() -> None:
+        try:
+            await form(deployment, new, planned=planned)
+        finally:
+            done = new.phase is Phase.READY
+            if not done:
+                deployment.copies -= 1
+                new.dismissed = True
+                change.reason += f"; not done: {new.message}"
+            _end(deployment, change, now, done=done)
+            deployment.tools.wake()
+
+    deployment.start(new.id, bring_up)
+
+
+def give_back(deployment: Changing, replica: Replica, change: topology_pb2.PlacementChange) -> None:
+    """Have one copy less: it finishes what it runs, and then its devices are free."""
+    deployment.copies -= 1
+    deployment.changed_at = time.monotonic()
+    deployment.changes[replica.id] = change
+    replica.dismissed = True
+    deployment.tools.wake()
 
 
 async def _drain(deployment: Changing, replica: Replica) -> bool:

@@ -122,7 +122,7 @@ def decide(wanted: Wanted, replicas: Sequence[Replica], situation: Situation) ->
         if replica.phase is Phase.ENDING:
             continue
         given_up = replica.replaces and replica.phase is Phase.IDLE
-        if replica.id in excess or replica.superseded or given_up:
+        if replica.id in excess or replica.dismissed or given_up:
             actions.append(End(replica.id))
         elif replica.phase is Phase.READY:
             actions += _watch(wanted, replica, situation)
@@ -142,7 +142,7 @@ def standing(replicas: Sequence[Replica]) -> list[Replica]:
     return [
         replica
         for replica in replicas
-        if replica.phase is not Phase.ENDING and not replica.superseded and not replica.replaces
+        if replica.phase is not Phase.ENDING and not replica.dismissed and not replica.replaces
     ]
 
 

@@ -10,6 +10,7 @@ from uellm.core.errors import UellmError
 from uellm.logs import logger
 from uellm.placement.replan import worth_it
 from uellm.placement.topology import Device
+from uellm.streams.connection import UNREACHABLE
 from uellm.v1 import topology_pb2
 from uellm_deployer import planning
 from uellm_deployer.budgets import devices_for
@@ -18,6 +19,7 @@ from uellm_deployer.deployment import Deployment
 from uellm_deployer.moving import move, take_over
 from uellm_deployer.planning import Planned
 from uellm_deployer.replica import Phase, Replica
+from uellm_deployer.scaling import Scaler
 from uellm_deployer.tools import Tools
 
 _log = logger("replanning")
@@ -35,17 +37,21 @@ class Replanner:
     Args:
         tools: what deployments work with.
         deployments: by served name, as they are now.
+
+    Attributes:
+        scaler: changes the number of copies.
     """
 
     def __init__(self, tools: Tools, deployments: Callable[[], Mapping[str, Deployment]]) -> None:
         self._tools = tools
         self._deployments = deployments
+        self.scaler = Scaler(tools, deployments)
         self._next_at = 0.0
         self._looking: asyncio.Task[None] | None = None
 
     def turn(self, now: float) -> None:
         """Look, if it is time to; ``now`` is monotonic."""
-        approved = any(deployment.approved for deployment in self._deployments().values())
+        approved = any(d.approved or d.approved_copies for d in self._deployments().values())
         if self._looking is not None and not self._looking.done():
             return
         if now >= self._next_at or approved:
@@ -56,6 +62,9 @@ class Replanner:
         try:
             for deployment in list(self._deployments().values()):
                 await self._consider(deployment)
+            await self.scaler.look()
+        except (*UNREACHABLE, UellmError) as error:
+            _log.info("better placements are looked for again", error=str(error))
         finally:
             took = time.monotonic() - began
             pause = max(self._tools.settings.replan_seconds, took / MOST_SHARE)
@@ -92,6 +101,8 @@ class Replanner:
         if replica.phase is not Phase.READY or deployment.ending:
             return False
         held = deployment.changes.get(replica.id)
+        if held is not None and held.kind:
+            held = None  # It was added, or is to be given back.
         if found is None or not worth_it(found[1], since, settings.replan_gain, wait):
             if _drop_announced(deployment, replica):
                 return False

@@ -50,7 +50,7 @@ class Replica:
         message: what it waits for, or why it failed.
         failed: it cannot be formed as things are.
         replaces: the replica that it takes over from once it serves; "": none.
-        superseded: another one has taken over from it.
+        dismissed: it is to end: another one has taken over, or it is not needed any more.
     """
 
     id: str
@@ -70,7 +70,7 @@ class Replica:
     message: str = ""
     failed: bool = False
     replaces: str = ""
-    superseded: bool = False
+    dismissed: bool = False
 
     @property
     def workers(self) -> list[str]:

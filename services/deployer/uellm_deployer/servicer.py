@@ -103,6 +103,7 @@ class DeployerServicer(deployer_pb2_grpc.DeployerServiceServicer):
                 deployments=self._deployer.deployments,
                 workers=[_status(worker) for worker in self._deployer.workers.all],
                 live=await self._deployer.live(),
+                loads=self._deployer.loads,
             )
         return answer  # type: ignore[no-any-return]
 

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
 from uellm.config import ServiceSettings
+from uellm.placement.demand import Targets
 
 
 class DeployerSettings(ServiceSettings):
@@ -24,15 +25,17 @@ class DeployerSettings(ServiceSettings):
         description="LoRA adapters of these models in peft's format, separated by commas: "
         "NAME=SOURCE, or MODEL:NAME=SOURCE where there are several models.",
     )
-    replicas: int = Field(1, ge=1, description="Copies of each of them.")
+    replicas: int = Field(
+        1, ge=1, description="Copies of each of them; with the objective goodput the fewest."
+    )
     stages: int = Field(
         0, ge=0, description="Stages per copy; 0: as many as the objective is best with."
     )
-    objective: Literal["helr", "he", "lr", "throughput", "even"] = Field(
+    objective: Literal["helr", "he", "lr", "throughput", "goodput", "even"] = Field(
         "helr",
         description="What placements seek unless a request says: helr, the fewest devices that "
-        "keep the SLO; he, the fewest that fit; lr, the least latency; throughput; even, equal "
-        "shares.",
+        "keep the SLO; he, the fewest that fit; lr, the least latency; throughput; goodput, as "
+        "many copies as the load needs; even, equal shares.",
     )
     slots: int = Field(
         8, ge=1, description="Most sequences that run at once per copy, unless a request says."
@@ -92,6 +95,26 @@ class DeployerSettings(ServiceSettings):
     replan_seconds: float = Field(
         5.0, gt=0, description="How often better placements are looked for, at most."
     )
+    utilisation: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="With the objective goodput: share of what replicas do that the offered load "
+        "may take before there is one more.",
+    )
+    attainment: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="With the objective goodput: share of the requests that ask for a time which "
+        "are to be in time; where fewer are and requests wait, replicas are taken to do less.",
+    )
+    keep_seconds: float = Field(
+        300.0,
+        ge=0,
+        description="With the objective goodput: how long a replica is kept that the load does not "
+        "need any more, unless another model lacks it.",
+    )
     approve: bool = Field(
         False,
         description="Better placements are proposed, and carried out on `uellm deploy --approve "
@@ -104,6 +127,11 @@ class DeployerSettings(ServiceSettings):
     undeploy_seconds: float = Field(
         30.0, ge=0, description="Longest time that running answers of a removed model are given."
     )
+
+    @property
+    def targets(self) -> Targets:
+        """What the objective goodput aims at."""
+        return Targets(self.utilisation, self.attainment, self.keep_seconds)
 
     @field_validator("models", "adapters", mode="before")
     @classmethod

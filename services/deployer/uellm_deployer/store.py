@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from uellm.core.load import OfferedLoad
 from uellm.service import Context
 from uellm.streams.keys import Keys
 from uellm.streams.queue import ModelQueue
@@ -82,6 +83,10 @@ class Store:
         """What replicas last said of themselves."""
         routes = await self._queue(model).routes(replicas)
         return {name: route.report for name, route in routes.items()}
+
+    async def offered(self, model: str) -> OfferedLoad | None:
+        """What is asked of a model, if its scheduler says so."""
+        return await self._queue(model).offered()
 
     async def num_running(self, model: str) -> int:
         """Requests that replicas hold."""

@@ -1,0 +1,214 @@
+"""Copies by load: real deployer and Redis, workers as told, load as a scheduler says it."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from tests.integration.test_deployer import MODEL, READY, Mesh
+from tests.integration.test_deployer_discovery import MeasuredWorker, add
+from tests.support.checkpoints import write_checkpoint
+from tests.support.waiting import eventually, stays
+from uellm.core.errors import InvalidArgumentError
+from uellm.core.load import OfferedLoad
+from uellm.streams.scheduler_queue import SchedulerQueue
+from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
+
+OTHER = "org/other"
+ADD, REMOVE = topology_pb2.CHANGE_KIND_ADD, topology_pb2.CHANGE_KIND_REMOVE
+DONE, PROPOSED = topology_pb2.CHANGE_STATE_DONE, topology_pb2.CHANGE_STATE_PROPOSED
+AT_ONCE: dict[str, Any] = {
+    "probe_seconds": 0.0,
+    "replan_seconds": 0.1,
+    "replan_cooldown_seconds": 0.0,
+    "keep_seconds": 0.3,
+}
+ONE_STAGE = 420 << 20
+"""Memory of a device that holds one copy, and not two."""
+
+
+class Loaded(Mesh):
+    """A mesh whose schedulers say what load they are told to."""
+
+    async def offer(self, model: str, rate: float, **facts: Any) -> None:
+        now = float((await self.redis.time())[0])
+        load = OfferedLoad(now, 30.0, rate, 0.0, 16.0, 16, 16.0, 16, **facts)
+        await SchedulerQueue(self.redis, model).offer(load, 60_000)
+
+    async def want(self, name: str, **wanted: Any) -> None:
+        """Have a model served by the objective goodput."""
+        request = self.request(objective="goodput", **wanted)
+        request.model.CopyFrom(common_pb2.ModelRef(name=name, source=str(self.source)))
+        await self.call("Apply", deployer_pb2.ApplyRequest(deployment=request))
+
+    async def serving(self, name: str, copies: int) -> topology_pb2.Deployment | None:
+        """A deployment once so many copies serve and nothing else is there."""
+        found = (await self.registry.deployments()).get(name)
+        states = [replica.state for replica in found.replicas] if found else []
+        return found if states == [READY] * copies else None
+
+    async def until(self, name: str, copies: int) -> topology_pb2.Deployment:
+        return await eventually(lambda: self.serving(name, copies), timeout=20.0)
+
+    async def does(self, name: str) -> float:
+        """Requests per second that its copies do."""
+        answer = await self.call("Describe", deployer_pb2.DescribeRequest())
+        found = [load for load in answer.loads if load.name == name]
+        return float(found[0].capacity_requests_per_second) if found else 0.0
+
+
+@pytest.fixture
+async def mesh(redis: Redis, redis_url: str, tmp_path: Path) -> AsyncIterator[Loaded]:
+    mesh = Loaded(redis, redis_url, write_checkpoint(tmp_path / "model", layers=6))
+    yield mesh
+    await mesh.close()
+
+
+async def workers(mesh: Loaded, count: int) -> list[MeasuredWorker]:
+    found = [MeasuredWorker(f"w{n}", "cpu", memory_bytes=ONE_STAGE) for n in range(count)]
+    await add(mesh, *found)
+    return found
+
+
+def devices(deployment: topology_pb2.Deployment) -> set[str]:
+    return {part.device_id for replica in deployment.replicas for part in replica.planned.stages}
+
+
+async def test_load_brings_copies_and_they_are_given_back(mesh: Loaded) -> None:
+    await mesh.add_deployer(**AT_ONCE)
+    await workers(mesh, 3)
+    await mesh.want(MODEL)
+    await mesh.until(MODEL, 1)
+    await mesh.offer(MODEL, 0.001)
+    one = await eventually(lambda: mesh.does(MODEL))
+    await mesh.offer(MODEL, 1.5 * one)
+    grown = await mesh.until(MODEL, 2)
+    assert len(devices(grown)) == 2
+    assert grown.wanted_replicas == 2
+    (change,) = grown.changes
+    assert (change.kind, change.state, change.moved_layers) == (ADD, DONE, 6)
+    assert "requests/s come" in change.reason
+    assert change.gain > 0.5
+    await mesh.offer(MODEL, 0.001)
+    back = await mesh.until(MODEL, 1)
+    assert back.wanted_replicas == 1
+    (gone,) = [change for change in back.changes if change.kind == REMOVE]
+    assert gone.state == DONE
+    assert gone.gain == pytest.approx(0.5)
+    assert len({name for worker in mesh.workers.values() for name in worker.stages}) == 1
+
+
+async def test_a_model_that_is_idle_hands_a_device_over(mesh: Loaded) -> None:
+    await mesh.add_deployer(**AT_ONCE | {"keep_seconds": 3600.0})
+    await workers(mesh, 3)
+    await mesh.want(MODEL)
+    await mesh.until(MODEL, 1)
+    await mesh.want(OTHER)
+    await mesh.until(OTHER, 1)
+    await mesh.offer(OTHER, 0.001)
+    one = await eventually(lambda: mesh.does(OTHER))
+    await mesh.offer(OTHER, 1.5 * one)
+    before = await mesh.until(OTHER, 2)
+    # Nobody needs it now; it would be kept for an hour.
+    await mesh.offer(OTHER, 0.001)
+    await stays(lambda: _serves(mesh, OTHER, 2), 0.5)
+    await mesh.offer(MODEL, 1.5 * one)
+    after = await mesh.until(MODEL, 2)
+    left = await mesh.until(OTHER, 1)
+    assert devices(before) - devices(left) < devices(after)
+    assert not devices(after) & devices(left)
+    (given,) = [change for change in left.changes if change.kind == REMOVE]
+    assert given.reason == f"{MODEL} lacks its devices, and {OTHER} does not"
+
+
+async def test_with_approval_a_copy_is_proposed_first(mesh: Loaded) -> None:
+    await mesh.add_deployer(**AT_ONCE, approve=True)
+    await workers(mesh, 2)
+    await mesh.want(MODEL)
+    await mesh.until(MODEL, 1)
+    await mesh.offer(MODEL, 0.001)
+    one = await eventually(lambda: mesh.does(MODEL))
+    await mesh.offer(MODEL, 1.5 * one)
+
+    async def proposed() -> topology_pb2.PlacementChange | None:
+        found = await mesh.published()
+        return next((c for c in found.changes if c.state == PROPOSED), None) if found else None
+
+    change = await eventually(proposed)
+    assert (change.kind, change.replica) == (ADD, f"{MODEL}-1")
+    await stays(lambda: _serves(mesh, MODEL, 1), 0.5)
+    await mesh.call("Approve", deployer_pb2.ApproveRequest(name=MODEL))
+    await mesh.until(MODEL, 2)
+    await mesh.offer(MODEL, 0.001)
+    change = await eventually(proposed)
+    assert change.kind == REMOVE
+    # What is not worth it any more is not proposed any more.
+    await mesh.offer(MODEL, 1.5 * one)
+    await eventually(lambda: _none(proposed))
+
+
+async def _none(find: Any) -> bool:
+    return await find() is None
+
+
+async def _serves(mesh: Loaded, name: str, copies: int) -> bool:
+    return await mesh.serving(name, copies) is not None
+
+
+async def test_a_copy_that_cannot_be_formed_is_given_up(mesh: Loaded) -> None:
+    await mesh.add_deployer(**AT_ONCE | {"replan_cooldown_seconds": 3600.0})
+    await workers(mesh, 2)
+    await mesh.want(MODEL)
+    first = await mesh.until(MODEL, 1)
+    (used,) = devices(first)
+    other = next(w for w in mesh.workers.values() if not used.startswith(w.name))
+    other.fail_prepare = [InvalidArgumentError("no such layer")]
+    await mesh.offer(MODEL, 0.001)
+    one = await eventually(lambda: mesh.does(MODEL))
+    await mesh.offer(MODEL, 1.5 * one)
+
+    async def given_up() -> topology_pb2.PlacementChange | None:
+        found = await mesh.serving(MODEL, 1)
+        changes = found.changes if found else ()
+        failed = topology_pb2.CHANGE_STATE_FAILED
+        return next((change for change in changes if change.state == failed), None)
+
+    change = await eventually(given_up)
+    assert "no such layer" in change.reason
+    found = await mesh.published()
+    assert found is not None
+    assert found.wanted_replicas == 1
+
+
+async def test_the_next_deployer_goes_on_with_as_many_copies(mesh: Loaded) -> None:
+    await mesh.add_deployer(**AT_ONCE)
+    await workers(mesh, 2)
+    await mesh.want(MODEL)
+    await mesh.until(MODEL, 1)
+    await mesh.offer(MODEL, 0.001)
+    one = await eventually(lambda: mesh.does(MODEL))
+    await mesh.offer(MODEL, 1.5 * one)
+    before = await mesh.until(MODEL, 2)
+    await mesh.stop_deployer(0)
+    mesh.addresses.clear()
+    await mesh.add_deployer(**AT_ONCE | {"keep_seconds": 3600.0})
+    calls = {worker.name: len(worker.calls) for worker in mesh.workers.values()}
+    for worker in mesh.workers.values():
+        await worker.turn_to(mesh.addresses)
+    await mesh.offer(MODEL, 0.001)
+    await eventually(lambda: mesh.does(MODEL))
+    await stays(lambda: _serves(mesh, MODEL, 2), 1.0)
+    after = await mesh.published()
+    assert after is not None
+    assert [r.epoch for r in after.replicas] == [r.epoch for r in before.replicas]
+    assert calls == {worker.name: len(worker.calls) for worker in mesh.workers.values()}
+
+
+async def test_bounds_of_the_number_of_copies_are_checked(mesh: Loaded) -> None:
+    await mesh.add_deployer()
+    with pytest.raises(InvalidArgumentError, match="most_replicas: 1; at least 2"):
+        await mesh.want(MODEL, replicas=2, most_replicas=1)
+    with pytest.raises(InvalidArgumentError, match="requests_per_second"):
+        await mesh.want(MODEL, requests_per_second=-1.0)
