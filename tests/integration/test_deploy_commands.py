@@ -175,13 +175,35 @@ async def test_a_layout_that_cannot_be_gives_way_until_it_can(
     await eventually(back, timeout=20.0)
 
 
+async def test_fewer_stages_than_asked_for_are_served_only_if_that_is_asked_for(
+    mesh: Mesh, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await mesh.add_deployer()
+    await mesh.add_worker("w1")
+    request = wanted(mesh, stages=2)
+    request.excluded.append("w7")
+    assert await deployments.deploy(redis_url, request, wait=True, grow=True) == exits.OK
+    said = capsys.readouterr().out
+    assert "1 stage(s) instead of 2" in said
+    assert "exclude: w7 is no device, worker or host that is there now" in said
+    await mesh.add_worker("w2")
+
+    async def grown() -> bool:
+        deployment = await mesh.ready()
+        return len(deployment.replicas[0].stages) == 2
+
+    await eventually(grown, timeout=20.0)
+
+
 async def test_what_cannot_be_is_said_in_one_line(mesh: Mesh, redis_url: str) -> None:
     await mesh.add_deployer()
     with pytest.raises(FailedPreconditionError, match="start a worker"):
         await deployments.deploy(redis_url, wanted(mesh), wait=True)
     await mesh.add_worker("w1")
-    with pytest.raises(InvalidArgumentError, match="say how many copies with replicas"):
-        await deployments.deploy(redis_url, wanted(mesh, objective="goodput"), wait=True)
+    with pytest.raises(InvalidArgumentError, match="'fastest' is none of helr, he, lr"):
+        await deployments.deploy(redis_url, wanted(mesh, objective="fastest"), wait=True)
+    with pytest.raises(FailedPreconditionError, match=r"stages: 5; at most 1 .*--grow"):
+        await deployments.deploy(redis_url, wanted(mesh, stages=5), wait=True)
     with pytest.raises(InvalidArgumentError, match="'w7' is no device of the topology"):
         request = wanted(mesh)
         request.pins.add(device_id="w7")

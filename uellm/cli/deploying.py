@@ -22,13 +22,23 @@ def deploy(
         typer.Option(metavar="NAME", help="Carry out the proposed changes of a deployment."),
     ] = "",
     name: Annotated[str, typer.Option(help="Served name; by default of the source.")] = "",
-    replicas: Annotated[int, typer.Option(min=1, help="Copies.")] = 1,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Copies; with --objective goodput the fewest.")
+    ] = 1,
+    most_replicas: Annotated[
+        int, typer.Option(min=0, help="With goodput, the most copies; 0: what there is room for.")
+    ] = 0,
+    rate: Annotated[
+        float,
+        typer.Option(min=0, help="With goodput, requests per second that are expected anyway."),
+    ] = 0.0,
     stages: Annotated[int, typer.Option(min=0, help="Stages per copy; 0: what is best.")] = 0,
     objective: Annotated[
         str,
         typer.Option(
             help="helr: fewest devices that keep --slo; he: fewest that fit; lr: least latency; "
-            "throughput; even: equal shares. By default as the deployer is set."
+            "throughput; goodput: as many copies as the load needs; even: equal shares. By default "
+            "as the deployer is set."
         ),
     ] = "",
     slo: Annotated[
@@ -80,6 +90,14 @@ def deploy(
         list[str] | None,
         typer.Option(metavar="[NAME=]SOURCE", help="LoRA adapter, in peft's format; repeatable."),
     ] = None,
+    grow: Annotated[
+        bool,
+        typer.Option(
+            "--grow",
+            help="Begin with fewer stages than --stages where devices lack, and grow onto those "
+            "that come.",
+        ),
+    ] = False,
     wait: Wait = True,
     redis: Redis = "",
 ) -> None:
@@ -96,7 +114,8 @@ def deploy(
         model, name, adapters=adapter or (), pins=pin or (), excluded=exclude or ()
     )
     for field, value in (
-        *(("replicas", replicas), ("stages", stages), ("objective", objective)),
+        *(("replicas", replicas), ("most_replicas", most_replicas)),
+        *(("requests_per_second", rate), ("stages", stages), ("objective", objective)),
         *(("slo_seconds", slo or 0.0), ("slots", slots), ("kv_tokens", kv_tokens)),
         *(("max_tokens", max_model_len), ("dtype", dtype)),
         *(("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens)),
@@ -104,7 +123,7 @@ def deploy(
         setattr(request, field, value)
     if plan is not None:
         deployments.as_told(request, plan)
-    raise typer.Exit(run(deployments.deploy(redis_url(redis), request, wait=wait)))
+    raise typer.Exit(run(deployments.deploy(redis_url(redis), request, wait=wait, grow=grow)))
 
 
 def undeploy(

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,16 @@ def as_told(request: deployer_pb2.PlanRequest, path: Path) -> None:
     request.max_tokens = request.max_tokens or plan.max_tokens
 
 
-async def deploy(redis_url: str, request: deployer_pb2.PlanRequest, *, wait: bool) -> int:
+async def deploy(
+    redis_url: str, request: deployer_pb2.PlanRequest, *, wait: bool, grow: bool = False
+) -> int:
     """Show the plan, make it so, and show how far it is.
+
+    Args:
+        redis_url: the mesh's Redis.
+        request: what is wanted.
+        wait: until it takes requests.
+        grow: begin with fewer stages than are wanted where devices lack.
 
     Raises:
         UellmError: why it cannot be.
@@ -93,6 +101,9 @@ async def deploy(redis_url: str, request: deployer_pb2.PlanRequest, *, wait: boo
         if plan is not None:
             if plan.infeasible_reason:
                 raise FailedPreconditionError(f"{name} cannot be placed: {plan.infeasible_reason}")
+            if not grow:
+                _check_stages(request, plan)
+            await _note_absent(console, stub, request)
             _print_plan(console, plan)
         applied = deployer_pb2.ApplyRequest(deployment=request)
         await stub.Apply(applied, timeout=APPLY_SECONDS)
@@ -150,16 +161,46 @@ async def status(redis_url: str, name: str, *, as_json: bool) -> int:
         raise NotFoundError(f"{name!r} is not deployed; deployed: {', '.join(names) or 'none'}")
     chosen = [d for d in answer.deployments if not name or d.name == name]
     live = {each.replica: each for each in answer.live}
+    loads = {each.name: each for each in answer.loads}
     if as_json:
-        facts = [_facts(deployment, live) for deployment in chosen]
+        facts = [_facts(deployment, live, loads) for deployment in chosen]
         sys.stdout.write(json.dumps({"deployments": facts}, indent=1) + "\n")
         return exits.OK
     console = Console()
     if not chosen:
         console.print("no model is deployed; `uellm deploy MODEL` does")
     for deployment in chosen:
-        deployment_table(console, deployment, live)
+        deployment_table(console, deployment, live, loads.get(deployment.name))
     return exits.OK
+
+
+def _check_stages(request: deployer_pb2.PlanRequest, plan: topology_pb2.Plan) -> None:
+    """Refuse to make the best of it where fewer stages can be had than are asked for."""
+    most = min(len(replica.stages) for replica in plan.replicas)
+    if most < request.stages:
+        raise FailedPreconditionError(
+            f"stages: {request.stages}; at most {most} with the layers of {request.model.name} and "
+            f"the devices that are there. Ask for {most}, add devices (`uellm join`), or have it "
+            "begin with fewer and grow (--grow)"
+        )
+
+
+async def _note_absent(console: Console, stub: Any, request: deployer_pb2.PlanRequest) -> None:
+    """Say which exclusions mean nothing that is there: it may come later, or be a slip."""
+    if not request.excluded:
+        return
+    answer = await stub.Describe(deployer_pb2.DescribeRequest(), timeout=CALL_SECONDS)
+    there = {
+        name
+        for worker in answer.workers
+        for device in worker.devices
+        for name in (device.id, device.worker, device.host)
+    }
+    for name in request.excluded:
+        if name not in there:
+            console.print(
+                f"exclude: {name} is no device, worker or host that is there now", markup=False
+            )
 
 
 def _print_plan(console: Console, plan: topology_pb2.Plan) -> None:
@@ -212,7 +253,9 @@ async def _watch(stub: Any, name: str) -> AsyncIterator[topology_pb2.Deployment 
 
 
 def _facts(
-    deployment: topology_pb2.Deployment, live: dict[str, deployer_pb2.ReplicaLive]
+    deployment: topology_pb2.Deployment,
+    live: Mapping[str, deployer_pb2.ReplicaLive],
+    loads: Mapping[str, deployer_pb2.DeploymentLoad],
 ) -> dict[str, Any]:
     """For programs; the model's layers are of no use to them."""
     bare = topology_pb2.Deployment()
@@ -222,6 +265,8 @@ def _facts(
     facts["live"] = [
         _plain(live[replica.id]) for replica in deployment.replicas if replica.id in live
     ]
+    load = loads.get(deployment.name)
+    facts["load"] = _plain(load) if load is not None else None
     return facts
 
 

@@ -8,6 +8,8 @@ from rich.table import Table
 from uellm.placement.explain import size
 from uellm.v1 import deployer_pb2, topology_pb2
 
+_TELLING = 0.05
+"""What copies do is said to differ from what was predicted when it differs by more."""
 _CHANGES = {
     topology_pb2.CHANGE_STATE_PROPOSED: "proposed",
     topology_pb2.CHANGE_STATE_UNDER_WAY: "under way",
@@ -44,15 +46,48 @@ def predicted(found: topology_pb2.PlacementPrediction) -> str:
 
 def changed(change: topology_pb2.PlacementChange) -> str:
     """A change of a placement in a line."""
-    how = "" if change.make_before_break else ", requests wait meanwhile"
+    state = _CHANGES.get(change.state, "not known")
     where = ", ".join(
         f"{stage.first_layer}-{stage.last_layer} on {stage.device_id}"
         for stage in change.planned.stages
     )
+    loads = f"{change.moved_layers} layers, {size(change.moved_bytes)}"
+    if change.kind == topology_pb2.CHANGE_KIND_ADD:
+        return (
+            f"{change.replica}: one more copy, {state}: {where}: {change.gain:.0%} more of the "
+            f"load is served; {change.reason}; loads {loads}"
+        )
+    if change.kind == topology_pb2.CHANGE_KIND_REMOVE:
+        saved = f": {change.gain:.0%} less cost" if change.gain else ""
+        return f"{change.replica}: given back, {state}: {where}{saved}; {change.reason}"
+    how = "" if change.make_before_break else ", requests wait meanwhile"
     return (
-        f"{change.replica}: {_CHANGES.get(change.state, 'not known')}: {where}: {change.gain:.0%} "
-        f"better as {change.reason}; moves {change.moved_layers} layers, "
-        f"{size(change.moved_bytes)}{how}"
+        f"{change.replica}: {state}: {where}: {change.gain:.0%} better as {change.reason}; moves "
+        f"{loads}{how}"
+    )
+
+
+def loaded(load: deployer_pb2.DeploymentLoad) -> str:
+    """What is asked of a deployment, in a line."""
+    offered = load.offered
+    lengths = (
+        f" of {offered.prompt_tokens:.0f} + {offered.output_tokens:.0f} tokens, as predicted"
+        if offered.output_tokens
+        else ""
+    )
+    does = ""
+    if load.capacity_requests_per_second:
+        does = f"; replicas do {load.capacity_requests_per_second:.3g}"
+        if abs(load.efficiency - 1) > _TELLING:
+            does += f" ({load.efficiency:.0%} of what was predicted)"
+    kept = (
+        f"; {offered.kept} of {offered.judged} that asked for a time were in time"
+        if offered.judged
+        else ""
+    )
+    return (
+        f"load: {offered.requests_per_second:.3g} requests/s{lengths}{does}; {offered.waiting} wait"
+        f"{kept}"
     )
 
 
@@ -60,6 +95,7 @@ def deployment_table(
     console: Console,
     deployment: topology_pb2.Deployment,
     live: Mapping[str, deployer_pb2.ReplicaLive],
+    load: deployer_pb2.DeploymentLoad | None,
 ) -> None:
     """A deployment with its replicas, and what their stages take beside what they should."""
     ready = sum(r.state == topology_pb2.REPLICA_STATE_READY for r in deployment.replicas)
@@ -70,6 +106,8 @@ def deployment_table(
         soft_wrap=True,
         markup=False,
     )
+    if load is not None:
+        console.print(loaded(load), soft_wrap=True, markup=False)
     for replica in deployment.replicas:
         console.print(_replica_table(replica, live.get(replica.id)))
         if replica.planned.HasField("prediction"):

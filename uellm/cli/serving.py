@@ -39,7 +39,16 @@ def up(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")] = 1,
     stages: Annotated[int, typer.Option(min=0, help="Stages per replica; 0: as few as fit.")] = 0,
-    replicas: Annotated[int, typer.Option(min=1, help="Copies of each model.")] = 1,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Copies of each model; with --objective goodput the fewest.")
+    ] = 1,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="What placements seek: helr, he, lr, throughput, goodput (as many copies as the "
+            "load needs) or even; by default helr."
+        ),
+    ] = "",
     devices: Annotated[
         str,
         typer.Option(help="What each worker may use: cpu, cuda:0,cuda:1, sim:0-2:memory=4GiB, …"),
@@ -99,6 +108,7 @@ def up(
         devices=devices,
         stages=stages,
         replicas=replicas,
+        objective=objective,
         dtype=dtype,
         slots=slots,
         max_tokens=max_model_len,

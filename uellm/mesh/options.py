@@ -105,7 +105,8 @@ class MeshOptions:
         workers: how many worker processes.
         devices: what each worker may use, as UELLM_WORKER_DEVICES takes it; "": all it finds.
         stages: stages per replica; 0: as few as fit.
-        replicas: copies of each model.
+        replicas: copies of each model; with the objective goodput the fewest.
+        objective: what placements seek; "": as the deployer is set.
         dtype: compute dtype; "": float32 on CPU, bfloat16 elsewhere.
         slots: most sequences at once per replica; 0: the default.
         max_tokens: longest context granted; 0: the model's.
@@ -122,6 +123,7 @@ class MeshOptions:
     devices: str = ""
     stages: int = 0
     replicas: int = 1
+    objective: str = ""
     dtype: str = ""
     slots: int = 0
     max_tokens: int = 0
@@ -137,6 +139,7 @@ class MeshOptions:
         return deployer_pb2.PlanRequest(
             model=common_pb2.ModelRef(name=model.name, source=model.source),
             replicas=self.replicas,
+            objective=self.objective,
             stages=self.stages,
             dtype=self.dtype,
             slots=self.slots,
