@@ -49,11 +49,11 @@ def mesh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleet]:
         yield running
 
 
-async def status(mesh: Fleet) -> dict[str, Any]:
-    """What `uellm status` says of the model."""
+async def status(mesh: Fleet, model: str = MODEL) -> dict[str, Any]:
+    """What `uellm status` says of a model."""
     process = await asyncio.create_subprocess_exec(
         str(Path(sys.executable).parent / "uellm"),
-        *("status", MODEL, "--json", "--redis", mesh.redis.url),
+        *("status", model, "--json", "--redis", mesh.redis.url),
         stdout=asyncio.subprocess.PIPE,
         env={name: value for name, value in os.environ.items() if not name.startswith("UELLM_")},
     )
