@@ -41,7 +41,8 @@ def test_the_latest_step_is_shown_until_its_replica_is_gone() -> None:
     found = seen(("a", "", 2.0))
     (latest,) = found.latest("m-0")
     assert (latest.predicted, latest.took) == (0.01, 0.02)
-    assert found.ratio("a") == pytest.approx(2.0, rel=0.01)
+    assert found.ratio("a", 0.0) == pytest.approx(2.0, rel=0.01)
+    assert found.ratio("a", HALF_LIFE_SECONDS) == pytest.approx(1.5, rel=0.01)
     found.forget(["m-1"])
     assert found.latest("m-0") == ()
-    assert found.ratio("never") == 0.0
+    assert found.ratio("never", 0.0) == 0.0

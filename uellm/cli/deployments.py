@@ -15,7 +15,7 @@ from uellm.cli.placements import changed, deployment_table, plan_table, predicte
 from uellm.cli.plan_files import read_plan
 from uellm.cli.planning import read_pin
 from uellm.cli.service_calls import deployer
-from uellm.convert import planned_to_proto
+from uellm.convert import planned_to_proto, seconds
 from uellm.core.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from uellm.mesh.options import ModelSource
 from uellm.models.adapters import check_names, parse_adapter
@@ -170,7 +170,8 @@ async def status(redis_url: str, name: str, *, as_json: bool) -> int:
     if not chosen:
         console.print("no model is deployed; `uellm deploy MODEL` does")
     for deployment in chosen:
-        deployment_table(console, deployment, live, loads.get(deployment.name))
+        load = loads.get(deployment.name)
+        deployment_table(console, deployment, live, load, seconds(answer.now))
     return exits.OK
 
 

@@ -31,3 +31,11 @@ def show_duration(seconds: float) -> str:
     if abs(seconds) < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min"
+
+
+def ago(seconds: float) -> str:
+    """How long ago something was."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "just now"

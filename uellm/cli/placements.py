@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
+from uellm.cli.durations import ago
+from uellm.convert import seconds
 from uellm.placement.explain import size
 from uellm.v1 import deployer_pb2, topology_pb2
 
@@ -96,8 +98,17 @@ def deployment_table(
     deployment: topology_pb2.Deployment,
     live: Mapping[str, deployer_pb2.ReplicaLive],
     load: deployer_pb2.DeploymentLoad | None,
+    now: float,
 ) -> None:
-    """A deployment with its replicas, and what their stages take beside what they should."""
+    """A deployment with its replicas, and what their stages take beside what they should.
+
+    Args:
+        console: to print on.
+        deployment: which.
+        live: how replicas do, by id.
+        load: what is asked of it; None: not known.
+        now: the present, in seconds since the epoch.
+    """
     ready = sum(r.state == topology_pb2.REPLICA_STATE_READY for r in deployment.replicas)
     console.print(
         f"{deployment.name}: {ready}/{deployment.wanted_replicas} replicas ready, "
@@ -109,7 +120,7 @@ def deployment_table(
     if load is not None:
         console.print(loaded(load), soft_wrap=True, markup=False)
     for replica in deployment.replicas:
-        console.print(_replica_table(replica, live.get(replica.id)))
+        console.print(_replica_table(replica, live.get(replica.id), now))
         if replica.planned.HasField("prediction"):
             console.print(predicted(replica.planned.prediction), soft_wrap=True)
     if deployment.status:
@@ -120,7 +131,9 @@ def deployment_table(
             console.print(f"`uellm deploy --approve {deployment.name}` carries it out")
 
 
-def _replica_table(replica: topology_pb2.Replica, live: deployer_pb2.ReplicaLive | None) -> Table:
+def _replica_table(
+    replica: topology_pb2.Replica, live: deployer_pb2.ReplicaLive | None, now: float
+) -> Table:
     state = topology_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_")
     load = f", {live.running} running and {live.waiting} waiting" if live is not None else ""
     table = Table(
@@ -128,7 +141,8 @@ def _replica_table(replica: topology_pb2.Replica, live: deployer_pb2.ReplicaLive
         title=f"{replica.id}: {state}, generation {replica.epoch}{load}",
         title_justify="left",
     )
-    for column in ("layers", "device", "memory", "latest step", "predicted for it", "smoothed"):
+    columns = ("layers", "device", "memory", "latest step", "predicted for it", "smoothed", "seen")
+    for column in columns:
         table.add_column(column, no_wrap=True)
     seen = {stage.device_id: stage for stage in live.stages} if live is not None else {}
     for stage in replica.planned.stages:
@@ -141,6 +155,7 @@ def _replica_table(replica: topology_pb2.Replica, live: deployer_pb2.ReplicaLive
             short(found.measured_seconds) if found is not None and timed else "-",
             short(found.predicted_seconds) if found is not None and timed else "-",
             f"{found.ratio:.2f}x" if found is not None and timed else "-",
+            ago(now - seconds(found.seen_at)) if found is not None and timed else "-",
         )
     return table
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import grpc
 from google.protobuf.json_format import MessageToDict
-from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 from rich.table import Table
 
 from uellm.cli import exits
+from uellm.cli.durations import ago
 from uellm.convert import seconds
 from uellm.core.errors import UnavailableError
 from uellm.placement.explain import size
@@ -142,7 +142,7 @@ def _blocks(blocks: Sequence[deployer_pb2.MeasuredBlock], now: float) -> Table:
             _short(layer.token_seconds),
             f"{cost.error:.1%}",
             f"{cost.live_ratio:.2f}x" if cost.HasField("live_at") else "",
-            _since(cost.measured_at, now),
+            ago(now - seconds(cost.measured_at)),
         )
     return table
 
@@ -164,12 +164,6 @@ def _short(value: float) -> str:
 
 
 def _age(message: Any, now: float) -> str:
-    return _since(message.measured_at, now) if message.HasField("measured_at") else "declared"
-
-
-def _since(at: Timestamp, now: float) -> str:
-    age = max(now - seconds(at), 0.0)
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if age >= length:
-            return f"{age / length:.0f} {unit} ago"
-    return "just now"
+    if not message.HasField("measured_at"):
+        return "declared"
+    return ago(now - seconds(message.measured_at))

@@ -1,7 +1,7 @@
 """What a model's load needs of a cluster, and what its copies really do. Pure."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from uellm.core.load import OfferedLoad
 
@@ -55,7 +55,7 @@ class Demand:
             predicted: requests per second that its copies were to do.
             now: the present.
         """
-        self.load = load
+        self.load = self.with_lengths(load)
         self._began = now if self._began is None else self._began
         if predicted > 0 and load.window_seconds > 0:
             self._correct(load, predicted, now)
@@ -67,6 +67,13 @@ class Demand:
         self._history.append((now, self.needed))
         while self._history[0][0] < now - self._targets.keep_seconds:
             self._history.popleft()
+
+    def with_lengths(self, load: OfferedLoad) -> OfferedLoad:
+        """A load; of one without any request, the lengths are those of the last that had some."""
+        if load.output_tokens:
+            return load
+        names = ("prompt_tokens", "prompt_tokens_p90", "output_tokens", "output_tokens_p90")
+        return replace(load, **{name: getattr(self.load, name) for name in names})
 
     @property
     def lately(self) -> float:

@@ -732,6 +732,7 @@ class DescribeResponse(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     LIVE_FIELD_NUMBER: _builtins.int
     LOADS_FIELD_NUMBER: _builtins.int
+    NOW_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def deployments(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.Deployment]:
         """By name."""
@@ -748,6 +749,10 @@ class DescribeResponse(_message.Message):
     def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeploymentLoad]:
         """By deployment; of those whose scheduler says something."""
 
+    @_builtins.property
+    def now(self) -> _timestamp_pb2.Timestamp:
+        """The present, by the clock that all times here are of."""
+
     def __init__(
         self,
         *,
@@ -755,10 +760,11 @@ class DescribeResponse(_message.Message):
         workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
         live: _abc.Iterable[Global___ReplicaLive] | None = ...,
         loads: _abc.Iterable[Global___DeploymentLoad] | None = ...,
+        now: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["now", b"now"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployments", b"deployments", "live", b"live", "loads", b"loads", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployments", b"deployments", "live", b"live", "loads", b"loads", "now", b"now", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -360,7 +360,12 @@ class Deployer:
 
     async def live(self) -> list[deployer_pb2.ReplicaLive]:
         """How the replicas that serve are doing."""
-        return await live(self._deployments.values(), self._store, self._discovery.times)
+        return await live(self._deployments.values(), self._store, self._discovery.times, self.now)
+
+    @property
+    def now(self) -> float:
+        """The present by Redis TIME."""
+        return self._context.clock.now()
 
     @property
     def loads(self) -> list[deployer_pb2.DeploymentLoad]:

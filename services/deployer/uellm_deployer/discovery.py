@@ -11,7 +11,6 @@ import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from uellm.convert import device_from_proto, link_from_proto, link_to_proto, timestamp
 from uellm.core.errors import ModelFilesError, UellmError
@@ -33,6 +32,7 @@ from uellm.v1 import common_pb2, deployer_pb2, queue_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.links import Links
 from uellm_deployer.measurements import Measurements
+from uellm_deployer.notes import Notes, name_of, workers_of
 from uellm_deployer.planning import dtype_for, nominal_seconds
 from uellm_deployer.probing import HIDDEN_SIZE, Activation, Prober
 from uellm_deployer.replica import Replica
@@ -98,7 +98,7 @@ class Discovery:
         self._now = now
         self._measuring = asyncio.Lock()
         self._retry_at: dict[Hashable, float] = {}
-        self._notes: dict[Hashable, str] = {}
+        self._notes = Notes(time.monotonic)
         self._steps: dict[str, tuple[int, int]] = {}
         self.times = StageTimes()
         self._version = 0
@@ -173,7 +173,7 @@ class Discovery:
         return deployer_pb2.GetTopologyResponse(
             topology=answer,
             blocks=self._measurements.blocks,
-            notes=[self._notes[key] for key in sorted(self._notes, key=str)],
+            notes=self._notes.shown([worker.worker for worker in self._live()]),
         )
 
     def _version_of(self, topology: topology_pb2.Topology) -> int:
@@ -218,10 +218,10 @@ class Discovery:
         try:
             async with asyncio.timeout(seconds), self._measuring:
                 await self._measure_all(workers, subject, age)
-            self._notes.pop(_TIME, None)
+            self._notes.drop(_TIME)
         except TimeoutError:
             text = f"measuring took longer than {seconds:g} s; what was left out is unknown"
-            self._notes[_TIME] = text
+            self._notes.add(_TIME, text)
             _log.info(text)
 
     async def _measure_all(self, workers: Sequence[Worker], subject: Subject, age: float) -> None:
@@ -287,14 +287,14 @@ class Discovery:
         except UNREACHABLE as error:
             self._failed(key, f"Redis does not answer: {error}")
         else:
-            self._notes.pop(key, None)
+            self._notes.drop(key)
             return True
         return False
 
     def _failed(self, key: Hashable, reason: str) -> None:
         self._retry_at[key] = time.monotonic() + RETRY_SECONDS
-        self._notes[key] = f"{_name(key)}: {reason}"
-        _log.info("not measured", what=_name(key), reason=reason)
+        self._notes.add(key, f"{name_of(key)}: {reason}", workers_of(key))
+        _log.info("not measured", what=name_of(key), reason=reason)
 
     async def _block(self, worker: Worker, device: topology_pb2.Device, subject: Subject) -> None:
         now = self._now()
@@ -380,11 +380,3 @@ class Discovery:
 
     def _live(self) -> list[Worker]:
         return self._workers.live(time.monotonic(), self._settings.worker_silence_seconds)
-
-
-def _name(key: Any) -> str:
-    match key:
-        case LinkKey():
-            return f"{key.src[1]} -> {key.dst[1]}"
-        case _:
-            return " of ".join(map(str, key))

@@ -1,8 +1,9 @@
 """How replicas that serve are doing, as status shows it."""
 
+import time
 from collections.abc import Iterable, Mapping
 
-from uellm.convert import load_to_proto
+from uellm.convert import load_to_proto, timestamp
 from uellm.v1 import deployer_pb2
 from uellm_deployer.deployment import Deployment
 from uellm_deployer.replica import Phase
@@ -32,10 +33,17 @@ def loads(
 
 
 async def live(
-    deployments: Iterable[Deployment], store: Store, times: StageTimes
+    deployments: Iterable[Deployment], store: Store, times: StageTimes, now: float
 ) -> list[deployer_pb2.ReplicaLive]:
-    """What replicas report, and their stages' times beside what was predicted of them."""
-    found = []
+    """What replicas report, and their stages' times beside what was predicted of them.
+
+    Args:
+        deployments: which.
+        store: has what replicas report.
+        times: of stages.
+        now: the present by Redis TIME.
+    """
+    found, monotonic = [], time.monotonic()
     for deployment in deployments:
         ready = [r for r in deployment.replicas if r.phase in (Phase.READY, Phase.MOVING)]
         reports = await store.reports(deployment.name, [replica.id for replica in ready])
@@ -46,7 +54,8 @@ async def live(
                     device_id=stage.device_id,
                     predicted_seconds=stage.predicted,
                     measured_seconds=stage.took,
-                    ratio=times.ratio(stage.device_id),
+                    ratio=times.ratio(stage.device_id, monotonic),
+                    seen_at=timestamp(now - (monotonic - times.seen_at(replica.id))),
                 )
                 for stage in times.latest(replica.id)
             ]

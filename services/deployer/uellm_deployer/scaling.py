@@ -86,10 +86,10 @@ class Scaler:
     async def _loads(self) -> Mapping[str, OfferedLoad]:
         """What schedulers say, by model."""
         now, found = self._tools.now(), {}
-        for name in list(self._deployments()):
+        for name, deployment in list(self._deployments().items()):
             load = await self._tools.store.offered(name)
             if load is not None and now - load.measured_at <= STALE_SECONDS:
-                found[name] = load
+                found[name] = deployment.demand.with_lengths(load)
         return found
 
     def _unsettled(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from uellm.convert import duration
+from uellm.convert import duration, timestamp
 from uellm.core.errors import InvalidArgumentError
 from uellm.v1 import deployer_pb2, deployer_pb2_grpc
 from uellm_deployer.deployer import Deployer
@@ -104,6 +104,7 @@ class DeployerServicer(deployer_pb2_grpc.DeployerServiceServicer):
                 workers=[_status(worker) for worker in self._deployer.workers.all],
                 live=await self._deployer.live(),
                 loads=self._deployer.loads,
+                now=timestamp(self._deployer.now),
             )
         return answer  # type: ignore[no-any-return]
 

@@ -32,13 +32,13 @@ class StageTimes:
     """Smoothed ratios by device, and the latest steps by replica."""
 
     def __init__(self) -> None:
-        self._latest: dict[str, tuple[StageTime, ...]] = {}
+        self._latest: dict[str, tuple[float, tuple[StageTime, ...]]] = {}
         self._ratios: dict[str, tuple[float, float]] = {}
         self._kinds: dict[str, str] = {}
 
     def see(self, replica: str, stages: Sequence[StageTime], now: float) -> None:
         """Take note of a step; ``now`` in seconds."""
-        self._latest[replica] = tuple(stages)
+        self._latest[replica] = now, tuple(stages)
         for stage in stages:
             if not (stage.predicted and _LEAST <= stage.took / stage.predicted <= _MOST):
                 continue
@@ -53,11 +53,21 @@ class StageTimes:
 
     def latest(self, replica: str) -> tuple[StageTime, ...]:
         """The latest step of a replica, in stage order; none before the first."""
-        return self._latest.get(replica, ())
+        return self._latest.get(replica, (0.0, ()))[1]
 
-    def ratio(self, device_id: str) -> float:
-        """What steps on a device take, in units of what was predicted; 0: none was seen."""
-        return self._ratios.get(device_id, (0.0, 0.0))[0]
+    def seen_at(self, replica: str) -> float:
+        """When that was, by the clock of ``see``; 0: never."""
+        return self._latest.get(replica, (0.0, ()))[0]
+
+    def ratio(self, device_id: str, now: float) -> float:
+        """What steps on a device take, in units of what was predicted; 0: none was seen.
+
+        As far as that is believed still: what was seen long ago says nothing.
+        """
+        if device_id not in self._ratios:
+            return 0.0
+        ratio, at = self._ratios[device_id]
+        return 1 + (ratio - 1) * _trust(now - at)
 
     def slowdowns(self, now: float) -> Mapping[str, float]:
         """How much slower devices are than was predicted, at least 1, by id.
@@ -73,5 +83,10 @@ class StageTimes:
         for device, (ratio, at) in self._ratios.items():
             kind = self._kinds[device]
             slow = max(ratio / best[kind] if kind else ratio, 1.0)
-            found[device] = 1 + (slow - 1) * 0.5 ** ((now - at) / HALF_LIFE_SECONDS)
+            found[device] = 1 + (slow - 1) * _trust(now - at)
         return found
+
+
+def _trust(seconds: float) -> float:
+    """Share of what was seen so long ago that is believed still."""
+    return float(0.5 ** (seconds / HALF_LIFE_SECONDS))

@@ -179,9 +179,10 @@ class ModelScheduler:
         """Tell the deployer what is asked of the model, if it is time to."""
         if not self._saying.due():
             return
-        now, waiting = self._context.clock.now(), len(self.book.waiting)
-        ready = any(route.state == "READY" for route in self.routes.values())
-        self._meter.sample(now, waits=waiting > 0 and ready)
+        now, replicas = self._context.clock.now(), self.book.replica_views(self.routes)
+        ahead = sum(max(0, len(view.in_flight) - view.slots) for view in replicas)
+        waiting = len(self.book.waiting) + ahead
+        self._meter.sample(now, waits=waiting > 0 and bool(replicas))
         keep_ms = round(1000 * LOAD_KEPT_SECONDS) + self._settings.lease_ms
         await self._queue.offer(self._meter.load(now, waiting), keep_ms)
 
