@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.clusters import MODELS, geometric, mixed, named
+from benchmarks.clusters import geometric, mixed, model, named
 from uellm.placement.baselines import BASELINES
 from uellm.placement.costs import costs_of
 from uellm.placement.full_stage import Server, plan_full_stage
@@ -37,6 +37,8 @@ _HELIX_LAYERS = 80
 _TOKEN_BYTES = 2 * 8192
 _UNITS = {"mbps": 1e6, "gbps": 1e9, "": 1.0}
 _REPEATS = 3
+_PRICES = (("T4", 1.0), ("L4", 2.0), ("A100", 10.0))
+"""What renting a device costs, about, in units of the cheapest."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,7 @@ class Row:
     """One plan.
 
     Attributes:
-        cluster: its name.
-        model: what was placed.
+        cluster: its name, and what was placed.
         devices: how many there are.
         objective: what was sought.
         solve_seconds: median.
@@ -58,7 +59,6 @@ class Row:
     """
 
     cluster: str
-    model: str
     devices: int
     objective: str
     solve_seconds: float
@@ -89,7 +89,7 @@ def main() -> None:
                 _show(rows[-1])
     figures: dict[str, dict[str, float]] = {}
     if not options.only:
-        for name in ("4x3090 PCIe, 2 NUMA nodes", "24 mixed (Helix)"):
+        for name in ("3090x4, chatglm2-6b", "mixed24, llama-2-70b"):
             figures |= _ablation(name, *clusters[name])
     if options.data:
         figures |= _helix(options.data / "gpu")
@@ -103,10 +103,10 @@ def main() -> None:
 def _random() -> dict[str, tuple[Topology, str]]:
     """Clusters of ten to 256 devices: sites on a plane, and mixed racks."""
     sites = {
-        f"random wide area, {count}": (geometric(count, count), "13B (Llama 2)")
+        f"random wide area, {count}": (geometric(count, count), "llama-2-13b")
         for count in (10, 14, 16, 32, 64, 128, 256)
     }
-    racks = {f"mixed racks, {count}": (mixed(count), "70B (Llama 2)") for count in (16, 32, 128)}
+    racks = {f"mixed racks, {count}": (mixed(count), "llama-2-70b") for count in (16, 32, 128)}
     return sites | racks
 
 
@@ -122,8 +122,8 @@ def _timed(work: Callable[[], Plan]) -> tuple[Plan, float]:
     return plan, statistics.median(times)
 
 
-def _measure(name: str, topology: Topology, model: str, objective: Objective) -> Row:
-    request = PlanRequest(topology, MODELS[model], LOAD, objective, seeded=False)
+def _measure(name: str, topology: Topology, held: str, objective: Objective) -> Row:
+    request = PlanRequest(topology, model(held), LOAD, objective, seeded=False)
     plan, seconds = _timed(lambda: solve(request))
     if not plan.replicas:
         raise SystemExit(f"{name}: {plan.infeasible_reason}")
@@ -144,7 +144,6 @@ def _measure(name: str, topology: Topology, model: str, objective: Objective) ->
             )
     return Row(
         cluster=name,
-        model=model,
         devices=len(topology.devices),
         objective=objective,
         solve_seconds=seconds,
@@ -162,21 +161,35 @@ def _show(row: Row) -> None:
         f"{name} {'-' if times is None else f'{times:.2f}'}" for name, times in row.over.items()
     )
     print(
-        f"{row.cluster:28} {row.model:14} {row.objective:10} solved in {row.solve_seconds:6.3f} s "
+        f"{row.cluster:26} {row.objective:10} solved in {row.solve_seconds:6.3f} s "
         f"by {row.solver:9} ratio {row.ratio:.4f}; {row.stages:3} stages; modelled "
         f"{row.seconds:.3f} s, {row.tokens_per_second:.0f} tokens/s; times over: {over}",
         flush=True,
     )
 
 
-def _ablation(cluster: str, topology: Topology, model: str) -> dict[str, dict[str, float]]:
-    """The paper's: its objectives, and so many devices in a row; batch 1."""
+def _ablation(cluster: str, topology: Topology, held: str) -> dict[str, dict[str, float]]:
+    """The paper's: its objectives, and so many devices in a row; batch 1.
+
+    Where devices differ, also with what they cost by kind, and twice the least latency for HELR.
+    """
     load = Workload(batch=1, prompt_tokens=512, output_tokens=128)
-    request = PlanRequest(topology, MODELS[model], load)
+    request = PlanRequest(topology, model(held), load)
     found: dict[str, dict[str, float]] = {}
-    for name in ("lr", "helr", "he"):
-        plan = solve(replace(request, objective=name))
-        found[f"ablation on {cluster}, modelled: {name.upper()}"] = _per_position(plan)
+    costs = {d.id: cost for d in topology.devices for name, cost in _PRICES if name in d.name}
+    ways = {"": request}
+    if len({device.name for device in topology.devices}) > 1:
+        fastest = solve(replace(request, objective="lr")).replicas[0].prediction
+        slo = 2 * fastest.total_seconds if fastest else 0.0
+        ways["by cost: "] = replace(request, costs=costs, workload=replace(load, slo_seconds=slo))
+    for words, way in ways.items():
+        for name in ("lr", "helr", "he"):
+            plan = solve(replace(way, objective=name))
+            key = f"ablation on {cluster}, modelled: {words}{name.upper()}"
+            found[key] = _per_position(plan)
+            if words:
+                used = plan.replicas[0].stages
+                found[key]["cost"] = sum(costs[stage.device_id] for stage in used)
     fewest = int(found[f"ablation on {cluster}, modelled: HE"]["devices"])
     for stages in range(fewest, fewest + 4):
         plan = solve(replace(request, objective="lr", workload=replace(load, stages=stages)))
