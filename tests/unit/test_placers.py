@@ -2,15 +2,18 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from uellm_deployer.settings import DeployerSettings
 
 from tests.support.clusters import MIB, random_topology, small_model
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement.even import EvenPlacer
-from uellm.placement.placers import ObjectivePlacer, gain, placer_of, rated
+from uellm.placement.placers import ObjectivePlacer, gain, objectives, placer_of, rated
 from uellm.placement.topology import Device, Topology
 from uellm.placement.views import Objective, Pin, Plan, PlanRequest, Workload
 
@@ -125,3 +128,45 @@ def test_a_copy_of_many_is_placed_as_by_helr() -> None:
 def test_an_objective_that_is_none_names_those_that_are() -> None:
     with pytest.raises(InvalidArgumentError, match="helr, he, lr, throughput, goodput, even"):
         placer_of("fastest")
+
+
+PLUGIN = """
+from dataclasses import replace
+
+from uellm.placement.solver import solve
+
+
+class Coolest:
+    name = "coolest"
+
+    def place(self, request):
+        devices = tuple(
+            replace(device, cost=float(device.name.endswith("hot")) * 100 + 1)
+            for device in request.topology.devices
+        )
+        cooler = replace(request.topology, devices=devices)
+        return solve(replace(request, topology=cooler, objective="he"))
+"""
+
+
+def test_installed_packages_offer_objectives(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "coolest.py").write_text(PLUGIN)
+    about = tmp_path / "coolest-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: coolest\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[uellm.placers]\ncoolest = coolest:Coolest\nbroken = nowhere:Placer\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert objectives()[-2:] == ("broken", "coolest")
+    hot, cold = devices(2, 1).devices
+    topology = Topology((replace(hot, name="hot"), replace(cold, name="cold")))
+    plan = placer_of("coolest").place(PlanRequest(topology, MODEL, WANTED))
+    assert layers(plan) == [("w1", 6)]
+    assert DeployerSettings(objective="coolest").objective == "coolest"
+    with pytest.raises(InvalidArgumentError, match="needs nowhere, which is not installed"):
+        placer_of("broken")
+    with pytest.raises(ValidationError, match="'hottest' is none of helr"):
+        DeployerSettings(objective="hottest")

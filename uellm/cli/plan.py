@@ -25,7 +25,8 @@ def plan(
         str,
         typer.Option(
             help="lr: least latency; he: least cost; helr: least cost that keeps --slo; "
-            "throughput; goodput: replicas all over the cluster."
+            "throughput; goodput: replicas all over the cluster; even; or one that an installed "
+            "package offers."
         ),
     ] = "helr",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float16",

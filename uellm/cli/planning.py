@@ -24,9 +24,10 @@ from uellm.models import files
 from uellm.models.profile import read_profile
 from uellm.models.shapes import SHAPES, profile_of_shape, read_shape
 from uellm.placement.explain import size
+from uellm.placement.placers import placer_of
 from uellm.placement.solver import solve
 from uellm.placement.topology import Topology
-from uellm.placement.views import Pin, Plan, PlanRequest, Workload
+from uellm.placement.views import OBJECTIVES, Pin, Plan, PlanRequest, Workload
 from uellm.placement.what_if import Figures, changed, enough, figures, parse_change
 from uellm.rpc import CALL_SECONDS
 from uellm.simulator.traces import read_trace
@@ -201,7 +202,7 @@ def run(asked: Asked) -> int:
     for text in asked.what_if:
         change = parse_change(text)
         topology = changed(asked.request.topology, change, clusters.kinds())
-        other = solve(replace(asked.request, topology=topology, previous=plan))
+        other, _ = _solved(replace(asked.request, topology=topology, previous=plan))
         others.append((str(change), other, figures(other, tokens)))
     advice = _advice(asked) if asked.trace is not None else []
     if asked.plot is not None:
@@ -229,7 +230,8 @@ def run(asked: Asked) -> int:
 
 def _solved(request: PlanRequest) -> tuple[Plan, float]:
     began = time.perf_counter()
-    plan = solve(request)
+    own = request.objective in OBJECTIVES
+    plan = solve(request) if own else placer_of(request.objective).place(request)
     return plan, time.perf_counter() - began
 
 

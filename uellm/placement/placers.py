@@ -1,6 +1,11 @@
-"""The placers of a running mesh, by the objective that a deployment names."""
+"""The placers of a running mesh, by the objective that a deployment names.
+
+A package offers one by an entry point in group ``uellm.placers``: something that makes a
+``Placer`` of nothing. The entry point's name is the objective's.
+"""
 
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement.costs import costs_of
@@ -15,21 +20,38 @@ from uellm.placement.views import OBJECTIVES, Placer, Plan, PlannedReplica, Plan
 EVEN = "even"
 GOODPUT = "goodput"
 """The load decides on the number of copies; see ``sharing``."""
-LIVE_OBJECTIVES = (*OBJECTIVES, EVEN)
-"""What a deployment may seek."""
+GROUP = "uellm.placers"
+
+
+def objectives() -> tuple[str, ...]:
+    """What a deployment may seek: uellm's own, then those of installed packages."""
+    own = (*OBJECTIVES, EVEN)
+    return (*own, *sorted(set(entry_points(group=GROUP).names) - set(own)))
 
 
 def placer_of(objective: str) -> Placer:
-    """The placer for an objective of ``LIVE_OBJECTIVES``.
+    """The placer for an objective.
 
     Raises:
-        InvalidArgumentError: if there is none of the name.
+        InvalidArgumentError: if there is none of the name, or what it needs is not installed.
     """
-    if objective not in LIVE_OBJECTIVES:
-        raise InvalidArgumentError(
-            f"objective: {objective!r} is none of {', '.join(LIVE_OBJECTIVES)}", field="objective"
-        )
-    return EvenPlacer() if objective == EVEN else ObjectivePlacer()
+    if objective == EVEN:
+        return EvenPlacer()
+    if objective in OBJECTIVES:
+        return ObjectivePlacer()
+    for entry_point in entry_points(group=GROUP, name=objective):
+        try:
+            make = entry_point.load()
+        except ModuleNotFoundError as error:
+            raise InvalidArgumentError(
+                f"objective: {objective!r} needs {error.name}, which is not installed",
+                field="objective",
+            ) from error
+        placer: Placer = make()
+        return placer
+    raise InvalidArgumentError(
+        f"objective: {objective!r} is none of {', '.join(objectives())}", field="objective"
+    )
 
 
 @dataclass(frozen=True, slots=True)

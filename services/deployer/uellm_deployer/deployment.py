@@ -11,7 +11,8 @@ from uellm.core.errors import FailedPreconditionError, UellmError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger
 from uellm.placement.demand import Demand
-from uellm.placement.placers import EVEN, GOODPUT
+from uellm.placement.placers import GOODPUT
+from uellm.placement.views import OBJECTIVES
 from uellm.streams.connection import UNREACHABLE
 from uellm.v1 import deployer_pb2, topology_pb2
 from uellm_deployer import reconcile
@@ -119,7 +120,7 @@ class Deployment:
             await self._cancel("")
             for replica in self.replicas:
                 await self._suspend(replica, "forms again: it is wanted after all")
-        if self.request.objective != request.objective == EVEN:
+        if self.request.objective != request.objective not in OBJECTIVES:
             changed = True
         # Another wish for the place alone: what serves goes on until there is a better one.
         self.approved = not changed and self.request != request
@@ -135,8 +136,12 @@ class Deployment:
 
     @property
     def movable(self) -> bool:
-        """What serves may be placed anew: an even split stays as it is."""
-        return bool(self.request.layout) or self.request.objective not in ("", EVEN)
+        """What serves may be placed anew.
+
+        An even split stays as it is, as does what a placer of another package chose: what a better
+        place gains is not known of it.
+        """
+        return bool(self.request.layout) or self.request.objective in OBJECTIVES
 
     def devices_came(self) -> None:
         """Try at once what there was no room for."""

@@ -7,7 +7,9 @@ from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
 from uellm.config import ServiceSettings
+from uellm.core.errors import InvalidArgumentError
 from uellm.placement.demand import Targets
+from uellm.placement.placers import placer_of
 
 
 class DeployerSettings(ServiceSettings):
@@ -31,11 +33,12 @@ class DeployerSettings(ServiceSettings):
     stages: int = Field(
         0, ge=0, description="Stages per copy; 0: as many as the objective is best with."
     )
-    objective: Literal["helr", "he", "lr", "throughput", "goodput", "even"] = Field(
+    objective: str = Field(
         "helr",
         description="What placements seek unless a request says: helr, the fewest devices that "
         "keep the SLO; he, the fewest that fit; lr, the least latency; throughput; goodput, as "
-        "many copies as the load needs; even, equal shares.",
+        "many copies as the load needs; even, equal shares; or one that an installed package "
+        "offers.",
     )
     slots: int = Field(
         8, ge=1, description="Most sequences that run at once per copy, unless a request says."
@@ -127,6 +130,15 @@ class DeployerSettings(ServiceSettings):
     undeploy_seconds: float = Field(
         30.0, ge=0, description="Longest time that running answers of a removed model are given."
     )
+
+    @field_validator("objective")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        try:
+            placer_of(value)
+        except InvalidArgumentError as error:
+            raise ValueError(error.message) from None
+        return value
 
     @property
     def targets(self) -> Targets:
