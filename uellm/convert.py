@@ -10,6 +10,7 @@ from uellm.core.cost import StepCost
 from uellm.core.load import OfferedLoad
 from uellm.core.model import LayerProfile, ModelProfile
 from uellm.core.request import Priority, Promise, QuantileFunction, ResourceProfile, Slo
+from uellm.placement.measuring import BlockCost
 from uellm.placement.topology import Device, Link, LinkSpeed, Topology
 from uellm.placement.views import PlannedReplica, PlannedStage, Prediction
 from uellm.v1 import common_pb2, queue_pb2, topology_pb2
@@ -329,6 +330,19 @@ def topology_from_proto(message: topology_pb2.Topology) -> Topology:
             link.level: LinkSpeed(link.latency_seconds, link.bytes_per_second)
             for link in message.default_links
         },
+    )
+
+
+def block_from_proto(message: topology_pb2.BlockCost) -> BlockCost:
+    """What a layer takes on a device."""
+    return BlockCost(
+        layer=cost_from_proto(message.layer),
+        step_seconds=message.step_seconds,
+        error=message.error,
+        weight_bytes=message.weight_bytes,
+        flops_per_token=message.flops_per_token,
+        measured_at=seconds(message.measured_at),
+        live_ratio=message.live_ratio or 1.0,
     )
 
 

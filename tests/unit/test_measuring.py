@@ -97,9 +97,22 @@ def test_a_link_is_found_through_noise(latency: float, bandwidth: float, seed: i
         [(4096.0, 1e-4), (4096.0, 2e-4)],
         [(4096.0, 5e-4), (65536.0, 1e-4)],
         [(1.0, 1e-9), (1e6, 1.0), (2e6, 4.0)],
+        [(2e3, 4e-4), (32e3, -1e-4), (128e3, 1e-3)],
     ],
 )
 def test_a_link_is_never_negative(measured: list[tuple[float, float]]) -> None:
-    found = fit_link(measured)
-    assert found.latency_seconds >= 0
-    assert found.bytes_per_second > 0
+    for least in (0.0, 2e-4):
+        found = fit_link(measured, least)
+        assert found.latency_seconds >= least
+        assert found.bytes_per_second > 0
+
+
+def test_a_message_takes_no_less_than_the_bare_network() -> None:
+    # Small ones were disturbed, so that larger ones seem to take no longer.
+    measured = [(2e3, 9e-4), (32e3, 1.9e-3), (128e3, 1.6e-3), (512e3, 5e-3)]
+    assert fit_link(measured).latency_seconds > 3e-4
+    found = fit_link(measured, 1.5e-3)
+    assert found.latency_seconds == 1.5e-3
+    assert 5e7 < found.bytes_per_second < 1e9
+    assert fit_link(measured, 1e-4) == fit_link(measured)
+    assert fit_link([(4096.0, 1e-4)], 2e-4).latency_seconds == 2e-4

@@ -6,7 +6,15 @@ from hypothesis import strategies as st
 
 from uellm import clusters
 from uellm.core.errors import InvalidArgumentError
-from uellm.placement.what_if import Change, Figures, changed, enough, parse_change
+from uellm.placement.views import LayerTimes
+from uellm.placement.what_if import (
+    Change,
+    Figures,
+    changed,
+    enough,
+    parse_change,
+    times_of_added,
+)
 
 
 def test_changes_are_read() -> None:
@@ -31,6 +39,17 @@ def test_a_device_hangs_where_its_host_hangs() -> None:
     assert (beside.path, beside.name) == (("rack", "t4-0"), "NVIDIA L4")
     assert after.level(by_id["t4-0/cuda:0"], beside) == "host"
     assert after.level(by_id["t4-0/cuda:0"], alone) == "rack"
+
+
+def test_what_is_added_is_as_fast_as_what_it_is_like() -> None:
+    before = clusters.cluster("mixed12")
+    measured = {"t4-0/cuda:0": LayerTimes(((16.0, 0.1),), ((1.0, 0.01),))}
+    change = parse_change("add=t4-0/cuda:0@new,add=L4@new,remove=t4-1")
+    after = changed(before, change, clusters.kinds())
+    times = times_of_added(measured, after, change)
+    assert times == measured | {"new/cuda:0": measured["t4-0/cuda:0"]}
+    none = parse_change("remove=t4-1")
+    assert times_of_added(measured, changed(before, none, {}), none) == measured
 
 
 def test_links_of_what_is_gone_go() -> None:

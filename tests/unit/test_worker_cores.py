@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from uellm_worker.cores import granted_cores
+from uellm_worker import cpu_speed
+from uellm_worker.cores import granted_cores, quota
 from uellm_worker.cpu import available_memory, numa_nodes
 
 
@@ -50,6 +51,36 @@ def write(root: Path, files: dict[str, str]) -> Path:
 )
 def test_quotas_count_as_whole_cores(files: dict[str, str], cores: int, tmp_path: Path) -> None:
     assert granted_cores(write(tmp_path, files)) == cores
+
+
+def test_the_narrowest_quota_counts(tmp_path: Path) -> None:
+    assert quota(tmp_path) == float("inf")
+    group = "sys/fs/cgroup/cpu/a"
+    write(
+        tmp_path,
+        {
+            "proc/self/cgroup": "3:cpu:/a/b\n",
+            f"{group}/cpu.cfs_quota_us": "25000\n",
+            f"{group}/cpu.cfs_period_us": "100000\n",
+            f"{group}/b/cpu.cfs_quota_us": "-1\n",
+            f"{group}/b/cpu.cfs_period_us": "100000\n",
+        },
+    )
+    assert quota(tmp_path) == 0.25
+
+
+def test_a_quarter_of_a_core_is_a_quarter_as_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_speed, "_measure_apart", lambda threads: (8e10, 2e10))
+    file = tmp_path / "speed.json"
+    for granted, share in ((float("inf"), 1.0), (4.0, 1.0), (0.5, 0.25)):
+        monkeypatch.setattr(cpu_speed, "quota", lambda granted=granted: granted)
+        found = cpu_speed.cpu_speed(2, file, 100.0)
+        assert (found.flops_per_second, found.memory_bytes_per_second) == (
+            8e10 * share,
+            2e10 * share,
+        )
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,12 @@ def plan(
             "package offers."
         ),
     ] = "helr",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float16",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, bfloat16 or float16; by default float16, or what the mesh computes in."
+        ),
+    ] = "",
     replicas: Annotated[int, typer.Option(min=1, help="Copies.")] = 1,
     stages: Annotated[int, typer.Option(min=0, help="Stages per copy; 0: what is best.")] = 0,
     slots: Annotated[int, typer.Option(min=1, help="Most sequences at once per copy.")] = 8,
@@ -87,6 +92,7 @@ def plan(
     import asyncio
 
     from uellm.cli import planning
+    from uellm.cli.discovered import discover
     from uellm.cli.drawing import check_plot
     from uellm.cli.mesh_address import redis_url
     from uellm.cli.plan_files import read_plan
@@ -95,9 +101,11 @@ def plan(
     if plot is not None:
         check_plot(plot)
     if topology == planning.DISCOVERED:
-        found = asyncio.run(planning.discover(redis_url(redis)))
+        discovered = asyncio.run(discover(redis_url(redis)))
+        found, dtype = discovered.topology, dtype or discovered.dtype
     else:
-        found = planning.find_topology(topology)
+        discovered = None
+        found, dtype = planning.find_topology(topology), dtype or "float16"
     profile = planning.find_model(model, dtype)
     prompt_tokens, output_tokens = planning.lengths(
         profile, max_model_len, prompt_tokens, output_tokens
@@ -125,6 +133,7 @@ def plan(
         pins=tuple(planning.read_pin(text) for text in pin or ()),
         excluded=frozenset(exclude or ()),
         costs=dict(planning.read_cost(text) for text in cost or ()),
+        layer_times=discovered.layer_times(model, dtype, workload) if discovered else {},
     )
     asked = planning.Asked(request, explain, as_json, plot, what_if or (), trace)
     raise typer.Exit(planning.run(asked))

@@ -16,8 +16,6 @@ from rich.table import Table
 from uellm import clusters
 from uellm.cli import exits
 from uellm.cli.placements import short
-from uellm.cli.service_calls import deployer
-from uellm.convert import topology_from_proto
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.model import ModelProfile
 from uellm.models import files
@@ -28,11 +26,16 @@ from uellm.placement.placers import placer_of
 from uellm.placement.solver import solve
 from uellm.placement.topology import Topology
 from uellm.placement.views import OBJECTIVES, Pin, Plan, PlanRequest, Workload
-from uellm.placement.what_if import Figures, changed, enough, figures, parse_change
-from uellm.rpc import CALL_SECONDS
+from uellm.placement.what_if import (
+    Figures,
+    changed,
+    enough,
+    figures,
+    parse_change,
+    times_of_added,
+)
 from uellm.simulator.traces import read_trace
 from uellm.topology_file import load_topology
-from uellm.v1 import deployer_pb2
 
 DISCOVERED = "discovered"
 SERVED_SHARE = 0.99
@@ -62,17 +65,6 @@ def find_topology(name: str) -> Topology:
     """
     path = Path(name)
     return load_topology(path) if path.is_file() else clusters.cluster(name)
-
-
-async def discover(redis_url: str) -> Topology:
-    """What the mesh's deployer knows.
-
-    Raises:
-        UnavailableError: if there is no deployer.
-    """
-    async with deployer(redis_url) as stub:
-        answer = await stub.GetTopology(deployer_pb2.GetTopologyRequest(), timeout=CALL_SECONDS)
-    return topology_from_proto(answer.topology)
 
 
 def find_model(name: str, dtype: str) -> ModelProfile:
@@ -202,7 +194,9 @@ def run(asked: Asked) -> int:
     for text in asked.what_if:
         change = parse_change(text)
         topology = changed(asked.request.topology, change, clusters.kinds())
-        other, _ = _solved(replace(asked.request, topology=topology, previous=plan))
+        times = times_of_added(asked.request.layer_times, topology, change)
+        request = replace(asked.request, topology=topology, layer_times=times, previous=plan)
+        other, _ = _solved(request)
         others.append((str(change), other, figures(other, tokens)))
     advice = _advice(asked) if asked.trace is not None else []
     if asked.plot is not None:

@@ -130,14 +130,15 @@ def fit_block(
     )
 
 
-def fit_link(samples: Sequence[tuple[float, float]]) -> LinkSpeed:
+def fit_link(samples: Sequence[tuple[float, float]], least_seconds: float = 0.0) -> LinkSpeed:
     """Latency and bandwidth from (bytes, seconds) of messages, with the least relative error.
 
     ``seconds = latency + bytes / bandwidth`` (Hockney, "The communication challenge for MPP",
-    1994), neither of them negative. At least one sample; where larger messages did not take longer,
-    bandwidth is what the scatter of their times hides.
+    1994), the latency at least that of the bare network, if that is known. At least one sample;
+    where larger messages did not take longer, bandwidth is what the scatter of their times hides.
     """
-    weights = [1.0 / max(seconds, 1e-9) ** 2 for _, seconds in samples]
+    samples = [(size, max(seconds, least_seconds, 1e-9)) for size, seconds in samples]
+    weights = [1.0 / seconds**2 for _, seconds in samples]
     total = sum(weights)
     mean_bytes = sum(w * size for w, (size, _) in zip(weights, samples, strict=True)) / total
     mean_seconds = sum(w * took for w, (_, took) in zip(weights, samples, strict=True)) / total
@@ -150,12 +151,15 @@ def fit_link(samples: Sequence[tuple[float, float]]) -> LinkSpeed:
     if per_byte <= 0:
         least = min(took for _, took in samples)
         hidden = max(longest - least, _SCATTER * least, 1e-9)
-        return LinkSpeed(least, max(largest, 1.0) / hidden)
+        return LinkSpeed(max(least, least_seconds), max(largest, 1.0) / hidden)
     latency = mean_seconds - per_byte * mean_bytes
-    if latency < 0:
+    if latency < least_seconds:
         squares = sum(w * size**2 for w, (size, _) in zip(weights, samples, strict=True))
-        products = sum(w * size * took for w, (size, took) in zip(weights, samples, strict=True))
-        return LinkSpeed(0.0, squares / products)
+        products = sum(
+            w * size * max(took - least_seconds, _SCATTER * took)
+            for w, (size, took) in zip(weights, samples, strict=True)
+        )
+        return LinkSpeed(least_seconds, squares / products)
     return LinkSpeed(latency, 1.0 / per_byte)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement.topology import Device, Topology
-from uellm.placement.views import Plan
+from uellm.placement.views import LayerTimes, Plan
 
 MOST_ADDED = 64
 _ADD = re.compile(r"add=(?:(?P<count>[1-9]\d{0,8})x)?(?P<kind>[^@,;\s]+)@(?P<host>[\w.:-]+)")
@@ -87,6 +87,24 @@ def changed(topology: Topology, change: Change, kinds: Mapping[str, Device]) -> 
     ids = {device.id for device in devices}
     links = tuple(link for link in topology.links if link.src in ids and link.dst in ids)
     return replace(topology, devices=tuple(devices), links=links)
+
+
+def times_of_added(
+    times: Mapping[str, LayerTimes], topology: Topology, change: Change
+) -> dict[str, LayerTimes]:
+    """What layers take, with devices that were added as those that are like them.
+
+    Args:
+        times: by device id, before.
+        topology: after the change.
+        change: what came and went.
+    """
+    found = dict(times)
+    added = topology.devices[len(topology.devices) - len(change.added) :]
+    for device, (kind, _) in zip(added, change.added, strict=True):
+        if kind in times:
+            found[device.id] = times[kind]
+    return found
 
 
 def _new(

@@ -809,6 +809,7 @@ class MeasuredBlock(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     """The device's host."""
     device: _builtins.str
@@ -817,6 +818,8 @@ class MeasuredBlock(_message.Message):
     """The served model; empty: a shape that stands for any."""
     dtype: _builtins.str
     """Compute dtype."""
+    digest: _builtins.str
+    """Of the model's files."""
     @_builtins.property
     def cost(self) -> _topology_pb2.BlockCost:
         """The cost."""
@@ -829,10 +832,11 @@ class MeasuredBlock(_message.Message):
         model: _builtins.str = ...,
         dtype: _builtins.str = ...,
         cost: _topology_pb2.BlockCost | None = ...,
+        digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "device", b"device", "dtype", b"dtype", "host", b"host", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "device", b"device", "digest", b"digest", "dtype", b"dtype", "host", b"host", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

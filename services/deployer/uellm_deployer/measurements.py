@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from uellm.convert import cost_from_proto, seconds
+from uellm.convert import block_from_proto, seconds
 from uellm.placement.discovery import ANY_MODEL, BlockKey, Knowledge, LinkKey
 from uellm.placement.measuring import BlockCost
 from uellm.placement.topology import Link, LinkSpeed
@@ -36,7 +36,7 @@ class Measurements:
             parts = field.decode().split(_SEPARATOR)
             if len(parts) == 4:
                 message = deployer_pb2.MeasuredBlock.FromString(value)
-                self._note_block(BlockKey(*parts), message, _cost(message.cost))
+                self._note_block(BlockKey(*parts), message, block_from_proto(message.cost))
         for field, value in (await self._redis.hgetall(LINKS)).items():
             parts = field.decode().split(_SEPARATOR)
             link = _measured(topology_pb2.Link.FromString(value))
@@ -115,6 +115,7 @@ class Measurements:
             model=model if key.model != ANY_MODEL else "",
             dtype=key.dtype,
             cost=block_to_proto(cost, points),
+            digest=key.model,
         )
         self._note_block(key, message, cost)
         await self._redis.hset(BLOCKS, _field(*_parts(key)), message.SerializeToString())
@@ -152,18 +153,6 @@ class Measurements:
         self, key: BlockKey, message: deployer_pb2.MeasuredBlock, cost: BlockCost
     ) -> None:
         self._blocks[key], self._costs[key] = message, cost
-
-
-def _cost(message: topology_pb2.BlockCost) -> BlockCost:
-    return BlockCost(
-        layer=cost_from_proto(message.layer),
-        step_seconds=message.step_seconds,
-        error=message.error,
-        weight_bytes=message.weight_bytes,
-        flops_per_token=message.flops_per_token,
-        measured_at=seconds(message.measured_at),
-        live_ratio=message.live_ratio or 1.0,
-    )
 
 
 def _measured(message: topology_pb2.Link) -> MeasuredLink:

@@ -213,15 +213,18 @@ def _measured(
 ) -> MeasuredLink:
     if not answer.samples:
         raise FailedPreconditionError(f"{ends[0]} measured nothing", reason="PROBE_FAILED")
-    link = _link(ends, answer.samples, "transport", now)
-    # Both are measured, each for itself; a part is no more than the whole.
-    return MeasuredLink(link, min(answer.wire_seconds, link.latency_seconds))
+    link = _link(ends, answer.samples, "transport", now, answer.wire_seconds)
+    return MeasuredLink(link, answer.wire_seconds)
 
 
 def _link(
-    ends: tuple[str, str], samples: Sequence[topology_pb2.LinkSample], kind: str, now: float
+    ends: tuple[str, str],
+    samples: Sequence[topology_pb2.LinkSample],
+    kind: str,
+    now: float,
+    least_seconds: float = 0.0,
 ) -> Link:
-    speed = fit_link([(float(sample.bytes), sample.seconds) for sample in samples])
+    speed = fit_link([(float(sample.bytes), sample.seconds) for sample in samples], least_seconds)
     return Link(
         ends[0],
         ends[1],

@@ -23,7 +23,19 @@ def granted_cores(system: Path = Path("/")) -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         cores = os.cpu_count() or 1
-    return max(1, min(cores, *(math.ceil(quota) for quota in _quotas(system)), cores))
+    return max(1, min(cores, math.ceil(min(quota(system), cores))))
+
+
+def quota(system: Path = Path("/")) -> float:
+    """Processor time that may be used in a second, as control groups grant it; inf: no limit.
+
+    Where it is used up the kernel has all threads wait, so that a fraction of a core is a whole
+    one that is there a part of the time.
+
+    Args:
+        system: where ``proc`` and ``sys`` are.
+    """
+    return min(_quotas(system), default=math.inf)
 
 
 def control_groups(controller: str, system: Path = Path("/")) -> Iterator[Path]:

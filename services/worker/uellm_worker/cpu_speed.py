@@ -14,10 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+
+from uellm_worker.cores import quota
 
 MOST_AGE_SECONDS = 3600.0
 _MEASURE_SECONDS = 0.1
@@ -34,8 +36,8 @@ class CpuSpeed:
     """What the cores do together.
 
     Attributes:
-        flops_per_second: of large products in float32.
-        memory_bytes_per_second: of reading.
+        flops_per_second: of large products in float32, as long as one likes.
+        memory_bytes_per_second: of reading, likewise.
         measured_at: seconds since the epoch, by the host's clock.
     """
 
@@ -47,7 +49,8 @@ class CpuSpeed:
 def cpu_speed(threads: int, file: Path, now: float) -> CpuSpeed:
     """As it was measured less than an hour ago, or else is measured now; blocks.
 
-    Where nothing can be kept, each worker measures for itself.
+    Where nothing can be kept, each worker measures for itself. Where a quota grants less than these
+    threads can use, what they do in the end is as much less.
 
     Args:
         threads: to compute with.
@@ -59,6 +62,16 @@ def cpu_speed(threads: int, file: Path, now: float) -> CpuSpeed:
         subprocess.SubprocessError: if it fails.
         ValueError: likewise.
     """
+    share = min(quota() / threads, 1.0)
+    found = _at_full_speed(threads, file, now)
+    return replace(
+        found,
+        flops_per_second=share * found.flops_per_second,
+        memory_bytes_per_second=share * found.memory_bytes_per_second,
+    )
+
+
+def _at_full_speed(threads: int, file: Path, now: float) -> CpuSpeed:
     key = f"{platform.node()} {platform.machine()} {threads}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,11 @@ Several, because a single small layer would stay in the processor's caches, as n
 """
 
 import json
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from uellm.models.profile import read_profile
 from uellm.v1.engine_pb2 import BlockProbed, PrepareShard, ProbeBlock
 from uellm.v1.topology_pb2 import BlockPoint, ShardAssignment
+from uellm_worker.cores import quota
 from uellm_worker.engine.device import Device, on_host
 from uellm_worker.engine.part import Part, shard_capacity
 from uellm_worker.engine.plan import Chunk, StepPlan
@@ -27,7 +29,11 @@ from uellm_worker.engine.weights import ShardSpec
 _CACHED_BYTES = 96 << 20
 """Weights beyond this are in no cache."""
 _MOST_LAYERS = 8
-_LEAST_REPEATS, _MOST_REPEATS = 2, 15
+_LEAST_REPEATS, _MOST_REPEATS = 3, 15
+_LEAST_POINTS = 7
+"""Fewer would not tell weights from arithmetic: a slow device takes longer than it was to."""
+_OVERTIME = 4.0
+"""So many times the budget at most."""
 _PREFILL_TOKENS = (16, 64, 256, 1024)
 _DECODES = ((1, 64), (1, 1024), (4, 256), (16, 512), (32, 128))
 """Sequences, and tokens of context of each."""
@@ -120,19 +126,23 @@ def _points(
     parts: tuple[Part, ...], count: int, longest: int, hidden: int, budget_seconds: float
 ) -> Iterator[BlockPoint]:
     """Compositions of steps, small ones first, until the time is over; at least one."""
-    end = time.perf_counter() + budget_seconds
     plans = sorted(_plans(longest), key=lambda plan: plan.rows)
-    per_row = 0.0
+    _time(parts, plans[0], hidden, 0.0)  # Kernels are loaded, and memory is touched.
+    begun = time.perf_counter()
+    found: list[tuple[int, float]] = []
     for left, plan in zip(range(len(plans), 0, -1), plans, strict=True):
-        share = (end - time.perf_counter()) / left
-        # A step may take as long as its tokens did in smaller ones, and is not begun without.
-        if per_row * plan.rows * (count + 1) * (_LEAST_REPEATS + 1) > 3 * share:
+        spent = time.perf_counter() - begun
+        share = max(budget_seconds - spent, 0.0) / left
+        limit = 3 * share
+        if len(found) < _LEAST_POINTS:
+            limit = max(limit, _OVERTIME * budget_seconds - spent)
+        if _expected(found, plan.rows) * (_LEAST_REPEATS + 1) > limit:
             continue
         seconds = _time(parts, plan, hidden, share)
+        found.append((plan.rows, sum(seconds)))
         alone, together = seconds[0], seconds[-1]
         layer = (together - alone) / (count - 1) if count > 1 else alone
         layer = min(max(layer, alone / 100), alone)
-        per_row = layer / plan.rows
         decodes = [chunk for chunk in plan.chunks if chunk.count == 1]
         yield BlockPoint(
             tokens=plan.rows,
@@ -145,6 +155,18 @@ def _points(
         )
 
 
+def _expected(found: Sequence[tuple[int, float]], rows: int) -> float:
+    """Seconds of a step of more rows, as smaller ones grew; of a first one nothing is known."""
+    if not found:
+        return 0.0
+    most, took = found[-1]
+    fewer = [(count, seconds) for count, seconds in found if count < most]
+    if not fewer:
+        return took * rows / most
+    slope = max(took - fewer[-1][1], 0.0) / (most - fewer[-1][0])
+    return took + slope * (rows - most)
+
+
 def _plans(longest: int) -> Iterator[StepPlan]:
     for tokens in _PREFILL_TOKENS:
         if tokens <= longest:
@@ -155,22 +177,30 @@ def _plans(longest: int) -> Iterator[StepPlan]:
 
 
 def _time(parts: tuple[Part, ...], plan: StepPlan, hidden: int, share: float) -> list[float]:
-    """Median seconds of each part, taken in turn so that both see the same disturbances."""
+    """Median seconds of each part, taken in turn so that both see the same disturbances.
+
+    A quota on the processors holds a process back now and then, for longer than a step takes: the
+    median would not feel it. A step takes no less than what its processor time does of the quota.
+    """
     place, dtype = parts[0].device.place, parts[0].shard.spec.dtype
     activation = torch.randn(plan.rows, hidden, device=place).to(dtype)
-    found: list[list[float]] = [[] for _ in parts]
+    found: list[list[tuple[float, float]]] = [[] for _ in parts]
     end = time.perf_counter() + share
     for repeat in range(_MOST_REPEATS + 1):
         for seconds, part in zip(found, parts, strict=True):
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             part.compute(plan, activation)
             if not on_host(place):
                 torch.accelerator.synchronize(place)
             if repeat:  # The first is to warm up.
-                seconds.append(time.perf_counter() - started)
+                seconds.append((time.perf_counter() - started, time.process_time() - used))
         if repeat >= _LEAST_REPEATS and time.perf_counter() > end:
             break
-    return [statistics.median(seconds) for seconds in found]
+    granted = quota() if on_host(place) else math.inf
+    return [
+        max(statistics.median(wall), statistics.median(used) / granted)
+        for wall, used in (zip(*seconds, strict=True) for seconds in found)
+    ]
 
 
 def _write_generic(directory: Path, dtype: torch.dtype) -> None:
