@@ -175,6 +175,29 @@ async def test_a_layout_that_cannot_be_gives_way_until_it_can(
     await eventually(back, timeout=20.0)
 
 
+async def test_layers_are_pinned_to_a_worker(mesh: Mesh, redis_url: str) -> None:
+    await mesh.add_deployer()
+    for name in ("w1", "w2"):
+        await mesh.add_worker(name)
+    request = wanted(mesh, objective="lr")
+    assert await deployments.deploy(redis_url, request, wait=True) == exits.OK
+    assert len((await mesh.ready()).replicas[0].stages) == 1
+    pinned = deployments.plan_request(
+        f"{mesh.source}", MODEL, adapters=(), pins=("0-1=w1", "2-5=w2"), excluded=()
+    )
+    request.layer_pins.extend(pinned.layer_pins)
+    # What serves moves to where it is to be.
+    assert await deployments.deploy(redis_url, request, wait=True) == exits.OK
+    (replica,) = (await mesh.ready()).replicas
+    assert [(s.device_ids[0], s.first_layer, s.last_layer) for s in replica.stages] == [
+        ("w1/cpu:0", 0, 1),
+        ("w2/cpu:0", 2, 5),
+    ]
+    request.replicas = 2
+    with pytest.raises(InvalidArgumentError, match="layer pins: they place one copy"):
+        await deployments.deploy(redis_url, request, wait=True)
+
+
 async def test_fewer_stages_than_asked_for_are_served_only_if_that_is_asked_for(
     mesh: Mesh, redis_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,7 +72,11 @@ def deploy(
     ] = "",
     pin: Annotated[
         list[str] | None,
-        typer.Option(metavar="DEVICE", help="Must be used; first=DEVICE, last=DEVICE; repeatable."),
+        typer.Option(
+            metavar="DEVICE",
+            help="Must be used; first=DEVICE, last=DEVICE; 0-11=NAME: layers on a device, worker "
+            "or host; repeatable.",
+        ),
     ] = None,
     exclude: Annotated[
         list[str] | None,

@@ -11,9 +11,9 @@ from google.protobuf.message import Message
 from rich.console import Console
 
 from uellm.cli import exits
+from uellm.cli.device_options import read_pins
 from uellm.cli.placements import changed, deployment_table, plan_table, predicted
 from uellm.cli.plan_files import read_plan
-from uellm.cli.planning import read_pin
 from uellm.cli.service_calls import deployer
 from uellm.convert import planned_to_proto, seconds
 from uellm.core.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
@@ -45,7 +45,7 @@ def plan_request(
     for text in adapters:
         _, ref = parse_adapter(text)
         refs.append(ref)
-    found = [read_pin(text) for text in pins]
+    found, layer_pins = read_pins(pins)
     return deployer_pb2.PlanRequest(
         model=common_pb2.ModelRef(name=name or source.name, source=source.source),
         adapters=check_names(refs),
@@ -54,6 +54,12 @@ def plan_request(
                 device_id=pin.device_id, end=_ENDS.get(pin.end, deployer_pb2.PIN_END_UNSPECIFIED)
             )
             for pin in found
+        ],
+        layer_pins=[
+            deployer_pb2.LayerPin(
+                name=pin.name, first_layer=pin.first_layer, last_layer=pin.last_layer
+            )
+            for pin in layer_pins
         ],
         excluded=excluded,
     )

@@ -59,7 +59,11 @@ def plan(
     ] = None,
     pin: Annotated[
         list[str] | None,
-        typer.Option(metavar="DEVICE", help="Must be used; first=DEVICE, last=DEVICE; repeatable."),
+        typer.Option(
+            metavar="DEVICE",
+            help="Must be used; first=DEVICE, last=DEVICE; 0-11=NAME: layers on a device, worker "
+            "or host; repeatable.",
+        ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
@@ -92,6 +96,7 @@ def plan(
     import asyncio
 
     from uellm.cli import planning
+    from uellm.cli.device_options import read_cost, read_pins
     from uellm.cli.discovered import discover
     from uellm.cli.drawing import check_plot
     from uellm.cli.mesh_address import redis_url
@@ -124,15 +129,17 @@ def plan(
     )
     if trace is not None:
         workload = planning.of_trace(trace, workload)
+    pins, layer_pins = read_pins(pin or ())
     request = PlanRequest(
         topology=found,
         model=profile,
         workload=workload,
         objective=cast("Objective", objective),
         previous=read_plan(previous, "previous") if previous is not None else None,
-        pins=tuple(planning.read_pin(text) for text in pin or ()),
+        pins=pins,
+        layer_pins=layer_pins,
         excluded=frozenset(exclude or ()),
-        costs=dict(planning.read_cost(text) for text in cost or ()),
+        costs=dict(read_cost(text) for text in cost or ()),
         layer_times=discovered.layer_times(model, dtype, workload) if discovered else {},
     )
     asked = planning.Asked(request, explain, as_json, plot, what_if or (), trace)

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from uellm.placement.explain import size
 from uellm.placement.placers import placer_of
 from uellm.placement.solver import solve
 from uellm.placement.topology import Topology
-from uellm.placement.views import OBJECTIVES, Pin, Plan, PlanRequest, Workload
+from uellm.placement.views import OBJECTIVES, Plan, PlanRequest, Workload
 from uellm.placement.what_if import (
     Figures,
     changed,
@@ -131,27 +132,6 @@ def check(request: PlanRequest) -> None:
             f"{len(model.layers)} layers",
             field="stages",
         )
-
-
-def read_pin(text: str) -> Pin:
-    """``DEVICE``, ``first=DEVICE`` or ``last=DEVICE``."""
-    end, found, device = text.partition("=")
-    if not found:
-        return Pin(text)
-    if end == "first":
-        return Pin(device, "first")
-    if end == "last":
-        return Pin(device, "last")
-    raise InvalidArgumentError(f"pin: {text!r} is not DEVICE, first=DEVICE or last=DEVICE")
-
-
-def read_cost(text: str) -> tuple[str, float]:
-    """``DEVICE=COST``."""
-    device, found, value = text.rpartition("=")
-    try:
-        return device, float(value if found and device else "")
-    except ValueError:
-        raise InvalidArgumentError(f"cost: {text!r} is not DEVICE=NUMBER", field="cost") from None
 
 
 def of_trace(path: Path, workload: Workload) -> Workload:
@@ -275,7 +255,8 @@ def _print(asked: Asked, plan: Plan, found: Figures) -> None:
     for index, replica in enumerate(plan.replicas):
         table = Table(box=None, title=f"replica {index}", title_justify="left")
         for column in ("layers", "device", "", "memory", "prefill", "a step", "to the next"):
-            table.add_column(column, no_wrap=True)
+            # Names give way where a terminal is narrow, and nothing is cut off.
+            table.add_column(column, no_wrap=column not in ("device", ""), overflow="fold")
         for stage in replica.stages:
             ends = f"{' +embedding' if stage.has_embed else ''}{' +head' if stage.has_head else ''}"
             table.add_row(
@@ -300,7 +281,8 @@ def _print(asked: Asked, plan: Plan, found: Figures) -> None:
     if plan.replicas:
         console.print(
             f"{found.devices} of {len(names)} devices, {plan.slots} sequences of up to "
-            f"{plan.max_tokens} tokens; links take {found.link_share:.0%} of a batch's time",
+            f"{plan.max_tokens} tokens; links take {found.link_share:.0%} of a batch's time"
+            f"{_dearest_link(plan, asked.request.workload.output_tokens)}",
             soft_wrap=True,
         )
     if plan.certificate is not None:
@@ -318,6 +300,23 @@ def _print(asked: Asked, plan: Plan, found: Figures) -> None:
         console.print(f"moves {layers} layers, {size(moved)}")
     if asked.explain:
         _print_candidates(console, plan)
+
+
+def _dearest_link(plan: Plan, output_tokens: int) -> str:
+    """Which way takes the largest share of its replica's time, where there are several."""
+    ways = [
+        (after_share, f"{stage.device_id} -> {after.device_id}")
+        for replica in plan.replicas
+        if replica.prediction is not None and len(replica.stages) > 2
+        for stage, after in pairwise(replica.stages)
+        for after_share in [
+            stage.send_seconds * max(output_tokens - 1, 1) / replica.prediction.total_seconds
+        ]
+    ]
+    if not ways:
+        return ""
+    share, name = max(ways)
+    return f", {name} alone {share:.0%}"
 
 
 def _print_candidates(console: Console, plan: Plan) -> None:

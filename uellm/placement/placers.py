@@ -13,6 +13,7 @@ from uellm.placement.even import EvenPlacer
 from uellm.placement.explain import explain_plan
 from uellm.placement.prediction import layout_of, planned
 from uellm.placement.replan import LEAST_GAIN, moves
+from uellm.placement.segments import on
 from uellm.placement.solver import solve
 from uellm.placement.topology import Topology
 from uellm.placement.views import OBJECTIVES, Placer, Plan, PlannedReplica, PlanRequest
@@ -175,6 +176,12 @@ def _proven(plan: Plan, sought: Plan) -> Plan:
 
 def _keeps(replica: PlannedReplica, request: PlanRequest) -> bool:
     """Whether a replica keeps pins and SLO."""
+    devices = {device.id: device for device in request.topology.devices}
+    for pin in request.layer_pins:
+        for stage in replica.stages:
+            outside = stage.last_layer < pin.first_layer or pin.last_layer < stage.first_layer
+            if not outside and not on(devices[stage.device_id], pin.name):
+                return False
     ids = [stage.device_id for stage in replica.stages]
     places = {"any": ids, "first": ids[:1], "last": ids[-1:]}
     slo = request.workload.slo_seconds

@@ -15,6 +15,7 @@ from uellm.placement.placing import Placed, fastest_seconds, place, wish_of
 from uellm.placement.prediction import planned
 from uellm.placement.replan import moves, settle
 from uellm.placement.search import holds
+from uellm.placement.segments import solve_pinned
 from uellm.placement.views import OBJECTIVES, Certificate, Plan, PlanRequest
 
 _QUICK = 0.2
@@ -34,6 +35,8 @@ def solve(request: PlanRequest) -> Plan:
             f"objective: {request.objective!r} is none of {', '.join(OBJECTIVES)}",
             field="objective",
         )
+    if request.layer_pins:
+        return solve_pinned(request, solve)
     costs = costs_of(request)
     wanted = max(request.workload.replicas, 1)
     found = _place_all(request, costs)

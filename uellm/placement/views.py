@@ -92,6 +92,21 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPin:
+    """Layers that must be on certain devices.
+
+    Attributes:
+        name: a device, a worker or a host.
+        first_layer: inclusive.
+        last_layer: inclusive.
+    """
+
+    name: str
+    first_layer: int
+    last_layer: int
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedStage:
     """Consecutive layers on a device.
 
@@ -265,6 +280,7 @@ class PlanRequest:
         previous: where it is now; its devices need not be there any more.
         move_seconds_per_byte: price of loading weights; 0: a plan may move all.
         pins: devices that must be used.
+        layer_pins: layers that must be on certain devices; of one copy, without ``pins``.
         excluded: ids of devices, workers or hosts that must not be.
         costs: by id of device, instead of the device's own.
         layer_times: measured, by device id or else device name; they override FLOP/s and bandwidth.
@@ -280,6 +296,7 @@ class PlanRequest:
     previous: Plan | None = None
     move_seconds_per_byte: float = 0.0
     pins: tuple[Pin, ...] = ()
+    layer_pins: tuple[LayerPin, ...] = ()
     excluded: frozenset[str] = frozenset()
     costs: Mapping[str, float] = field(default_factory=dict)
     layer_times: Mapping[str, LayerTimes] = field(default_factory=dict)

@@ -291,6 +291,36 @@ class DevicePin(_message.Message):
 Global___DevicePin: _TypeAlias = DevicePin  # noqa: Y015
 
 @_typing.final
+class LayerPin(_message.Message):
+    """Layers that must be on certain devices."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    LAST_LAYER_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A device, a worker or a host."""
+    first_layer: _builtins.int
+    """First layer, inclusive."""
+    last_layer: _builtins.int
+    """Last layer, inclusive."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        first_layer: _builtins.int = ...,
+        last_layer: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_layer", b"first_layer", "last_layer", b"last_layer", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerPin: _TypeAlias = LayerPin  # noqa: Y015
+
+@_typing.final
 class PlanRequest(_message.Message):
     """A model to place."""
 
@@ -313,6 +343,7 @@ class PlanRequest(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     MOST_REPLICAS_FIELD_NUMBER: _builtins.int
     REQUESTS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    LAYER_PINS_FIELD_NUMBER: _builtins.int
     replicas: _builtins.int
     """Copies; 0: one. With the objective goodput, the fewest."""
     stages: _builtins.int
@@ -359,6 +390,10 @@ class PlanRequest(_message.Message):
         are there it is placed so, whatever the objective. Empty: as the objective has it.
         """
 
+    @_builtins.property
+    def layer_pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerPin]:
+        """Layers that must be on certain devices; of one copy, without pins."""
+
     def __init__(
         self,
         *,
@@ -379,10 +414,11 @@ class PlanRequest(_message.Message):
         layout: _abc.Iterable[_topology_pb2.PlannedStage] | None = ...,
         most_replicas: _builtins.int = ...,
         requests_per_second: _builtins.float = ...,
+        layer_pins: _abc.Iterable[Global___LayerPin] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "excluded", b"excluded", "kv_tokens", b"kv_tokens", "layout", b"layout", "max_tokens", b"max_tokens", "model", b"model", "most_replicas", b"most_replicas", "objective", b"objective", "output_tokens", b"output_tokens", "pins", b"pins", "prompt_tokens", b"prompt_tokens", "replicas", b"replicas", "requests_per_second", b"requests_per_second", "slo_seconds", b"slo_seconds", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "excluded", b"excluded", "kv_tokens", b"kv_tokens", "layer_pins", b"layer_pins", "layout", b"layout", "max_tokens", b"max_tokens", "model", b"model", "most_replicas", b"most_replicas", "objective", b"objective", "output_tokens", b"output_tokens", "pins", b"pins", "prompt_tokens", b"prompt_tokens", "replicas", b"replicas", "requests_per_second", b"requests_per_second", "slo_seconds", b"slo_seconds", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,7 +12,7 @@ from uellm.models import files
 from uellm.models.adapters import check_names, parse_adapter, resolve_adapter, with_adapters
 from uellm.models.adapters import digest as adapter_digest
 from uellm.models.profile import DTYPE_BYTES, read_profile
-from uellm.placement.placers import placer_of
+from uellm.placement.placers import GOODPUT, placer_of
 from uellm.streams.keys import MODEL_NAME
 from uellm.v1 import common_pb2, deployer_pb2
 
@@ -20,7 +20,7 @@ MOST_REPLICAS = 64
 MOST_SLOTS = 4096
 _OF_PLACE = (
     *("replicas", "most_replicas", "requests_per_second", "prompt_tokens", "output_tokens"),
-    *("objective", "slo_seconds", "pins", "excluded", "layout"),
+    *("objective", "slo_seconds", "pins", "layer_pins", "excluded", "layout"),
 )
 _NAME_IN_SOURCE = re.compile(r"(?P<name>[^=/]+(?:/[^=/]+)*)=(?P<source>.+)")
 
@@ -171,6 +171,23 @@ def checked(
     ):
         if value > most:
             raise InvalidArgumentError(f"{name}: {value}; the limit is {most}", field=name)
+    if not 0 <= wanted.slo_seconds < float("inf"):
+        raise InvalidArgumentError(
+            f"slo_seconds: {wanted.slo_seconds} is not a number from 0 on", field="slo_seconds"
+        )
+    wanted.objective = wanted.objective or default_objective
+    placer_of(wanted.objective)
+    _check_copies(wanted)
+    _check_place(wanted)
+    adapters = check_names(request.adapters)
+    del wanted.adapters[:]
+    wanted.adapters.extend(adapters)
+    wanted.replicas = wanted.replicas or 1
+    wanted.slots = wanted.slots or default_slots
+    return wanted
+
+
+def _check_copies(wanted: deployer_pb2.PlanRequest) -> None:
     if 0 < wanted.most_replicas < wanted.replicas:
         raise InvalidArgumentError(
             f"most_replicas: {wanted.most_replicas}; at least {wanted.replicas}, as many as "
@@ -182,24 +199,28 @@ def checked(
             f"requests_per_second: {wanted.requests_per_second} is not a number from 0 on",
             field="requests_per_second",
         )
-    if not 0 <= wanted.slo_seconds < float("inf"):
+
+
+def _check_place(wanted: deployer_pb2.PlanRequest) -> None:
+    one_copy = wanted.replicas <= 1 and wanted.objective in ("helr", "he", "lr", "throughput")
+    if wanted.layer_pins and not (one_copy and not wanted.stages and not wanted.pins):
         raise InvalidArgumentError(
-            f"slo_seconds: {wanted.slo_seconds} is not a number from 0 on", field="slo_seconds"
+            "layer pins: they place one copy, stage by stage, by helr, he, lr or throughput; leave "
+            "out replicas, stages, other pins and other objectives",
+            field="pins",
         )
-    wanted.objective = wanted.objective or default_objective
-    placer_of(wanted.objective)
+    if wanted.layout and wanted.objective == GOODPUT:
+        raise InvalidArgumentError(
+            "layout: it places one copy, and with goodput the load decides on their number; name "
+            "another objective",
+            field="layout",
+        )
     if wanted.layout and (wanted.replicas > 1 or wanted.stages or wanted.pins or wanted.excluded):
         raise InvalidArgumentError(
             "layout: it places one copy, and says all of its place; leave out replicas, stages, "
             "pins and excluded, or the layout",
             field="layout",
         )
-    adapters = check_names(request.adapters)
-    del wanted.adapters[:]
-    wanted.adapters.extend(adapters)
-    wanted.replicas = wanted.replicas or 1
-    wanted.slots = wanted.slots or default_slots
-    return wanted
 
 
 def without_place(request: deployer_pb2.PlanRequest) -> deployer_pb2.PlanRequest:

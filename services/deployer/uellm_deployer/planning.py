@@ -11,10 +11,11 @@ from uellm.core.errors import FailedPreconditionError
 from uellm.core.model import ModelProfile
 from uellm.placement.discovery import Knowledge
 from uellm.placement.placers import EVEN, improvement, placer_of, rated
+from uellm.placement.segments import on
 from uellm.placement.speed import first_guess
 from uellm.placement.told import ToldPlacer
 from uellm.placement.topology import Device
-from uellm.placement.views import Pin, Placer, Plan, PlannedReplica, PlanRequest, Workload
+from uellm.placement.views import LayerPin, Pin, Placer, Plan, PlannedReplica, PlanRequest, Workload
 from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.replica import Replica
@@ -66,6 +67,8 @@ def plan(
     """
     placer = _placer(request)
     named = {pin.device_id for pin in request.pins} | {s.device_id for s in request.layout}
+    names = {pin.name for pin in request.layer_pins}
+    named |= {device.id for device in devices if any(on(device, name) for name in names)}
     accelerators = [d for d in devices if d.kind != "cpu" or d.id in named]
     groups = [devices] if len(accelerators) in (0, len(devices)) else [accelerators, devices]
     made = []
@@ -121,6 +124,9 @@ def request_for(
         previous=previous,
         move_seconds_per_byte=MOVE_SECONDS_PER_BYTE if previous else 0.0,
         pins=tuple(Pin(p.device_id, _ENDS.get(p.end, "any")) for p in request.pins),
+        layer_pins=tuple(
+            LayerPin(pin.name, pin.first_layer, pin.last_layer) for pin in request.layer_pins
+        ),
         # Who is away needs no keeping away.
         excluded=frozenset(request.excluded)
         & {name for d in devices for name in (d.id, d.worker, d.host)},

@@ -110,7 +110,7 @@ class Scaler:
             if deployment.model is not None and not deployment.ending
         }
         copies = {
-            name: [r for r in d.replicas if r.phase in _SERVING and r.planned is not None]
+            name: [r for r in d.replicas if r.phase in _SERVING and r.assignments and r.planned]
             for name, d in known.items()
         }
         every = [replica for found in copies.values() for replica in found]
