@@ -1,7 +1,8 @@
 """The stages that a worker holds: states, fences, children used again; with scripted children."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 from uellm_worker import stage_child
 from uellm_worker.devices import Devices
+from uellm_worker.files.supply import Directories
 from uellm_worker.stages import Stages
 
 from tests.support.waiting import eventually
 from uellm.core.errors import AbortedError, FailedPreconditionError, ModelFilesError
-from uellm.v1 import common_pb2, deployer_pb2, engine_pb2, topology_pb2, worker_pb2
+from uellm.v1 import deployer_pb2, engine_pb2, topology_pb2, worker_pb2
 
 PREPARED = deployer_pb2.STAGE_STATE_PREPARED
 SERVING = deployer_pb2.STAGE_STATE_SERVING
@@ -81,13 +83,14 @@ class Bench:
     failing: set[str] = field(default_factory=set)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     missing: str = ""
+    fetching: asyncio.Event | None = None
+    at_hand_now: int = 0
 
     def __post_init__(self) -> None:
         self.stages = Stages(
             self,  # type: ignore[arg-type]
             self.run,
-            self.resolve,
-            self.resolve,
+            self.at_hand,
             self.lead,  # type: ignore[arg-type]
             threads=1,
             data_host="127.0.0.1",
@@ -102,10 +105,20 @@ class Bench:
         self.tasks.append(asyncio.create_task(work, name=name))
         return self.tasks[-1]
 
-    def resolve(self, ref: common_pb2.ModelRef) -> Path:
-        if self.missing:
-            raise ModelFilesError(self.missing)
-        return Path("/model")
+    @asynccontextmanager
+    async def at_hand(
+        self, assignment: Any, holders: Any, tell: Callable[[int, int], None]
+    ) -> AsyncIterator[Directories]:
+        self.at_hand_now += 1
+        try:
+            if self.fetching is not None:
+                tell(3, 7)
+                await self.fetching.wait()
+            if self.missing:
+                raise ModelFilesError(self.missing)
+            yield Directories(Path("/model"))
+        finally:
+            self.at_hand_now -= 1
 
     def lead(self, *_: Any) -> None:
         raise AssertionError("only first stages are led, and these tests have none")
@@ -274,6 +287,39 @@ async def test_files_that_are_not_there_leave_nothing(bench: Bench) -> None:
         await bench.prepare(2)
     assert bench.state is None
     assert bench.children[0].exit_code.done()
+
+
+async def test_fetching_is_told_and_files_stay_at_hand_until_they_are_loaded(bench: Bench) -> None:
+    bench.fetching = asyncio.Event()
+    bench.mute.add("prepare")
+    answers: list[worker_pb2.PrepareResponse] = []
+
+    async def prepare() -> None:
+        async for answer in bench.stages.prepare(assignment(1)):
+            answers.append(answer)
+
+    preparing = asyncio.create_task(prepare())
+    await eventually(lambda: answers)
+    assert (answers[0].fetched_bytes, answers[0].fetch_bytes) == (3, 7)
+    assert not bench.children
+    bench.fetching.set()
+    await eventually(lambda: bench.children and bench.children[0].commands)
+    assert bench.at_hand_now == 1
+    bench.children[0].say(prepared=engine_pb2.ShardPrepared(total_bytes=10))
+    await preparing
+    assert bench.at_hand_now == 0
+    assert (answers[-1].prepared, answers[-1].fetch_bytes, answers[-1].total_bytes) == (True, 7, 10)
+
+
+async def test_a_newer_generation_ends_fetching_for_the_older(bench: Bench) -> None:
+    bench.fetching = asyncio.Event()
+    preparing = asyncio.create_task(bench.prepare(1))
+    await eventually(lambda: bench.at_hand_now)
+    bench.fetching = None
+    await bench.serve(2)
+    with pytest.raises(AbortedError, match=r"1.*2"):
+        await preparing
+    assert (bench.state, bench.at_hand_now) == ((2, SERVING), 0)
 
 
 async def test_a_caller_that_goes_away_while_loading_leaves_nothing(bench: Bench) -> None:

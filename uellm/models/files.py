@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ TOKENIZER = "tokenizer.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TEXTS = (CONFIG, TOKENIZER, GENERATION_CONFIG)
+"""What a model's digest covers whole."""
 UNWANTED = ("*/*",)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -174,11 +176,7 @@ def digest(directory: Path) -> str:
     """
     directory = directory.resolve()
     weights = tensor_files(directory)
-    texts = [
-        directory / name
-        for name in (CONFIG, TOKENIZER, GENERATION_CONFIG)
-        if (directory / name).is_file()
-    ]
+    texts = [directory / name for name in TEXTS if (directory / name).is_file()]
     stamp = tuple(
         (path.name, stat.st_size, stat.st_mtime_ns)
         for path in (*texts, *weights)
@@ -187,12 +185,25 @@ def digest(directory: Path) -> str:
     known = _digests.get(directory)
     if known is not None and known[0] == stamp:
         return known[1]
+    found = digest_of(
+        (path.name, path.stat().st_size, path.read_bytes() if whole else read_header_bytes(path))
+        for paths, whole in ((texts, True), (weights, False))
+        for path in paths
+    )
+    _digests[directory] = (stamp, found)
+    return found
+
+
+def digest_of(files: Iterable[tuple[str, int, bytes]]) -> str:
+    """The digest of a model by its files' names and sizes, and what of each counts; see ``digest``.
+
+    Args:
+        files: the texts in the order of ``TEXTS``, then those with weights in that of their names.
+    """
     sha = hashlib.sha256()
-    for path in texts:
-        _add(sha, path.name, path.stat().st_size, path.read_bytes())
-    for path in weights:
-        _add(sha, path.name, path.stat().st_size, read_header_bytes(path))
-    _digests[directory] = (stamp, sha.hexdigest())
+    for name, size, content in files:
+        sha.update(f"{name}\0{size}\0{len(content)}\0".encode())
+        sha.update(content)
     return sha.hexdigest()
 
 
@@ -244,11 +255,6 @@ def _no_weights(directory: Path) -> ModelFilesError:
         f"{directory} has no {WEIGHTS} and no {INDEX}{found}; download the model's safetensors "
         "files into it"
     )
-
-
-def _add(sha: Any, name: str, size: int, content: bytes) -> None:
-    sha.update(f"{name}\0{size}\0{len(content)}\0".encode())
-    sha.update(content)
 
 
 def _resolve_hub(

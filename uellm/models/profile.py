@@ -119,6 +119,18 @@ def layer_of(name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+def part_of(name: str) -> str:
+    """Which part of a model a tensor belongs to: a layer's number, or what stages hold besides.
+
+    Returns:
+        The number; "embedding", "beside" it, "head", or "rest", which goes with the head.
+    """
+    if (layer := layer_of(name)) is not None:
+        return str(layer)
+    kinds = (("embedding", _EMBEDDING), ("beside", _BESIDE), ("head", _HEAD))
+    return next((kind for kind, pattern in kinds if pattern.search(name)), "rest")
+
+
 class _Config:
     """config.json, whose keys have different names in different families."""
 
@@ -241,14 +253,15 @@ class _Parts:
                 self._add_to_layer(int(layer[1]), name[layer.end() :], tensor)
             return
         _, held = self._weigh(name, tensor)
-        if _EMBEDDING.search(name):
-            self.embedding += held
-        elif _BESIDE.search(name):
-            self.beside += held
-        elif _HEAD.search(name):
-            self.head += held
-        else:
-            self.rest += held
+        match part_of(name):
+            case "embedding":
+                self.embedding += held
+            case "beside":
+                self.beside += held
+            case "head":
+                self.head += held
+            case _:
+                self.rest += held
 
     def _weigh(self, name: str, tensor: TensorInfo) -> tuple[int, int]:
         """Weights that a tensor stands for, and bytes that it comes to."""

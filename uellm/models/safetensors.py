@@ -25,15 +25,24 @@ class TensorInfo:
     Attributes:
         dtype: as safetensors names it, for instance "F16".
         shape: its dimensions.
+        start: where its bytes begin, counted from the end of the header.
+        end: where they end.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0
+    end: int = 0
 
     @property
     def elements(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.end - self.start
 
 
 def read_header_bytes(path: Path) -> bytes:
@@ -68,24 +77,52 @@ def read_header(path: Path) -> Mapping[str, TensorInfo]:
         ModelFilesError: if the file is not a safetensors file, or is shorter than its header says.
     """
     raw = read_header_bytes(path)
-    try:
-        parsed: dict[str, Any] = json.loads(raw)
-        parsed.pop("__metadata__", None)
-        tensors = {
-            name: TensorInfo(entry["dtype"], tuple(map(int, entry["shape"])))
-            for name, entry in parsed.items()
-        }
-        end = max((int(entry["data_offsets"][1]) for entry in parsed.values()), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        raise ModelFilesError(
-            f"{path} is not a safetensors file: its header is not the JSON that the format asks "
-            "for; download it again"
-        ) from None
-    wanted = _LENGTH.size + len(raw) + end
+    tensors = parse_header(raw, str(path))
+    wanted = data_start(raw) + max((tensor.end for tensor in tensors.values()), default=0)
     size = path.stat().st_size
     if size < wanted:
         raise _incomplete(path, f"{size} bytes are there, its header lists tensors up to {wanted}")
     return tensors
+
+
+def parse_header(raw: bytes, where: str) -> dict[str, TensorInfo]:
+    """The tensors of a file by name, in the header's order.
+
+    Args:
+        raw: the header.
+        where: names the file in errors.
+
+    Raises:
+        ModelFilesError: if it is no header.
+    """
+    try:
+        parsed: dict[str, Any] = json.loads(raw)
+        parsed.pop("__metadata__", None)
+        tensors = {
+            name: TensorInfo(
+                entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"])
+            )
+            for name, entry in parsed.items()
+        }
+        sound = all(0 <= tensor.start <= tensor.end for tensor in tensors.values())
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        sound = False
+    if not sound:
+        raise ModelFilesError(
+            f"{where} is not a safetensors file: its header is not the JSON that the format asks "
+            "for; download it again"
+        )
+    return tensors
+
+
+def data_start(header: bytes) -> int:
+    """Where the tensors of a file begin that has this header."""
+    return _LENGTH.size + len(header)
+
+
+def framed(header: bytes) -> bytes:
+    """A header as files begin with it."""
+    return _LENGTH.pack(len(header)) + header
 
 
 def _incomplete(path: Path, what: str) -> ModelFilesError:

@@ -17,6 +17,7 @@ _BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
 
 SERVICES = "uellm:services"
 DEPLOYMENTS = "uellm:deployments"
+SECRET_KEY = "uellm:secret"  # noqa: S105 - where it is
 
 
 def new_request_id(model: str) -> str:

@@ -29,22 +29,60 @@ class PrepareRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def assignment(self) -> _topology_pb2.ShardAssignment:
         """Which, what, with how much."""
+
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___FilesHolder]:
+        """Workers that have files of it, for one that lacks some."""
 
     def __init__(
         self,
         *,
         assignment: _topology_pb2.ShardAssignment | None = ...,
+        holders: _abc.Iterable[Global___FilesHolder] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "holders", b"holders"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrepareRequest: _TypeAlias = PrepareRequest  # noqa: Y015
+
+@_typing.final
+class FilesHolder(_message.Message):
+    """A worker that has files of models."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """Its id."""
+    address: _builtins.str
+    """Where its FilesService is reached."""
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the models and adapters that it has, in whole or in part."""
+
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        address: _builtins.str = ...,
+        digests: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "digests", b"digests", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilesHolder: _TypeAlias = FilesHolder  # noqa: Y015
 
 @_typing.final
 class PrepareResponse(_message.Message):
@@ -57,6 +95,8 @@ class PrepareResponse(_message.Message):
     PREPARED_FIELD_NUMBER: _builtins.int
     RENDEZVOUS_FIELD_NUMBER: _builtins.int
     KEPT_BYTES_FIELD_NUMBER: _builtins.int
+    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
+    FETCH_BYTES_FIELD_NUMBER: _builtins.int
     loaded_bytes: _builtins.int
     """Weight bytes that are there."""
     total_bytes: _builtins.int
@@ -67,6 +107,10 @@ class PrepareResponse(_message.Message):
     """In the last message of stage 0: host:port where the peers meet."""
     kept_bytes: _builtins.int
     """Of the loaded bytes, those an earlier generation had left."""
+    fetched_bytes: _builtins.int
+    """Bytes of files that came from other workers so far."""
+    fetch_bytes: _builtins.int
+    """Bytes of files that have to come from other workers; 0: none."""
     def __init__(
         self,
         *,
@@ -75,10 +119,12 @@ class PrepareResponse(_message.Message):
         prepared: _builtins.bool = ...,
         rendezvous: _builtins.str = ...,
         kept_bytes: _builtins.int = ...,
+        fetched_bytes: _builtins.int = ...,
+        fetch_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept_bytes", b"kept_bytes", "loaded_bytes", b"loaded_bytes", "prepared", b"prepared", "rendezvous", b"rendezvous", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetch_bytes", b"fetch_bytes", "fetched_bytes", b"fetched_bytes", "kept_bytes", b"kept_bytes", "loaded_bytes", b"loaded_bytes", "prepared", b"prepared", "rendezvous", b"rendezvous", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,9 +9,10 @@ from uellm.convert import timestamp
 from uellm.core.errors import AbortedError, FailedPreconditionError, ModelFilesError, UellmError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger
+from uellm.placement.explain import size
 from uellm.placement.views import PlannedReplica
 from uellm.streams.connection import UNREACHABLE
-from uellm.v1 import deployer_pb2
+from uellm.v1 import deployer_pb2, worker_pb2
 from uellm_deployer import planning
 from uellm_deployer.budgets import devices_for
 from uellm_deployer.catalog import ResolvedModel
@@ -81,6 +82,7 @@ async def form(
         attempted = True
         await _bring_up(deployment, replica, planned, copy)
     except UellmError as error:
+        tools.holders.forget()
         lasting = not (isinstance(error, StageError) and error.transient)
         if lasting and attempted:
             await tools.former.release(replica.assignments)
@@ -160,7 +162,8 @@ async def _bring_up(
     await deployment.publish()
     kept = {worker_of(stage) for stage in after}
     await tools.former.release([stage for stage in before if worker_of(stage) not in kept])
-    rendezvous = await tools.former.prepare(after, _Progress(deployment, replica))
+    holders = await tools.holders.of(after)
+    rendezvous = await tools.former.prepare(after, holders, _Progress(deployment, replica))
     replica.message = "joins its stages"
     await deployment.publish()
     tools.check()
@@ -188,19 +191,29 @@ def _shortfall(deployment: Formed, planned: Planned, copy: PlannedReplica) -> st
 
 
 class _Progress:
-    """Shows how much is loaded, now and then."""
+    """Shows how much is fetched and loaded, now and then."""
 
     def __init__(self, deployment: Formed, replica: Replica) -> None:
         self._deployment = deployment
         self._replica = replica
         self._shown_at = 0.0
 
-    def __call__(self, loaded: int, total: int) -> None:
+    def __call__(self, told: worker_pb2.PrepareResponse) -> None:
         now = time.monotonic()
-        if total and now - self._shown_at >= PROGRESS_SECONDS:
+        if (told.total_bytes or told.fetch_bytes) and now - self._shown_at >= PROGRESS_SECONDS:
             self._shown_at = now
-            self._replica.message = f"loading {100 * loaded // total} %"
+            self._replica.message = progress_text(told)
             self._deployment.tools.wake()
+
+
+def progress_text(told: worker_pb2.PrepareResponse) -> str:
+    """How far a replica's loading is, for people."""
+    loaded = f"loading {100 * told.loaded_bytes // max(told.total_bytes, 1)} %"
+    if told.fetched_bytes == told.fetch_bytes:
+        return loaded
+    part = 100 * told.fetched_bytes // told.fetch_bytes
+    fetching = f"fetching {part} % of {size(told.fetch_bytes)} from other workers"
+    return f"{fetching}, {loaded}" if told.total_bytes else fetching
 
 
 def _note_failure(deployment: Formed, replica: Replica, error: UellmError) -> None:

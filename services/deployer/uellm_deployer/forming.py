@@ -17,8 +17,8 @@ from uellm_deployer.workers import Worker, Workers
 
 _log = logger("forming")
 
-Progress = Callable[[int, int], None]
-"""Told loaded and total bytes of the whole replica."""
+Progress = Callable[[worker_pb2.PrepareResponse], None]
+"""Told how far the whole replica is: the sums of its stages' bytes."""
 Assignments = Sequence[topology_pb2.ShardAssignment]
 
 
@@ -51,32 +51,53 @@ class Former:
         self._workers = workers
         self._settings = settings
 
-    async def prepare(self, assignments: Assignments, progress: Progress) -> str:
+    async def prepare(
+        self,
+        assignments: Assignments,
+        holders: Sequence[worker_pb2.FilesHolder],
+        progress: Progress,
+    ) -> str:
         """Load all stages at once; returns where they meet.
+
+        Args:
+            assignments: of the stages.
+            holders: workers that have what others of them lack.
+            progress: told how far it is.
 
         Raises:
             StageError: the first that cannot; the others are no longer waited for.
         """
-        loaded: dict[int, tuple[int, int]] = {}
+        told: dict[int, worker_pb2.PrepareResponse] = {}
 
         def tell(stage: int, response: worker_pb2.PrepareResponse) -> None:
-            loaded[stage] = (response.loaded_bytes, response.total_bytes)
+            told[stage] = response
             progress(
-                sum(part for part, _ in loaded.values()), sum(all for _, all in loaded.values())
+                worker_pb2.PrepareResponse(
+                    loaded_bytes=sum(each.loaded_bytes for each in told.values()),
+                    total_bytes=sum(each.total_bytes for each in told.values()),
+                    fetched_bytes=sum(each.fetched_bytes for each in told.values()),
+                    fetch_bytes=sum(each.fetch_bytes for each in told.values()),
+                )
             )
 
-        rendezvous = await _all(self._prepare(assignment, tell) for assignment in assignments)
+        rendezvous = await _all(
+            self._prepare(assignment, holders, tell) for assignment in assignments
+        )
         return str(rendezvous[0])
 
     async def _prepare(
         self,
         assignment: topology_pb2.ShardAssignment,
+        holders: Sequence[worker_pb2.FilesHolder],
         tell: Callable[[int, worker_pb2.PrepareResponse], None],
     ) -> str:
         worker = self._worker(worker_of(assignment))
         try:
             call = self._links.stub(worker).Prepare(
-                worker_pb2.PrepareRequest(assignment=assignment),
+                worker_pb2.PrepareRequest(
+                    assignment=assignment,
+                    holders=[holder for holder in holders if holder.worker != worker.worker],
+                ),
                 timeout=self._settings.load_seconds,
             )
             async for response in call:

@@ -8,7 +8,7 @@ import grpc
 
 from uellm.rpc import channel
 from uellm.service import Context
-from uellm.v1 import worker_pb2_grpc
+from uellm.v1 import files_pb2_grpc, worker_pb2_grpc
 from uellm_deployer.workers import Worker
 
 _READY = grpc.ChannelConnectivity.READY
@@ -32,6 +32,10 @@ class Links:
     def stub(self, worker: Worker) -> "worker_pb2_grpc.WorkerServiceAsyncStub":
         """How to call a worker."""
         return worker_pb2_grpc.WorkerServiceStub(self._channel(worker.address))
+
+    def files(self, worker: Worker) -> "files_pb2_grpc.FilesServiceAsyncStub":
+        """How to ask a worker for model files."""
+        return files_pb2_grpc.FilesServiceStub(self._channel(worker.address))
 
     def watch(self, worker: Worker) -> None:
         """Keep ``worker.unreachable`` up to date from now on."""

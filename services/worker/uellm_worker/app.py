@@ -9,17 +9,30 @@ import grpc
 
 from uellm.core.errors import ConfigurationError, InvalidArgumentError
 from uellm.mesh.state import home
-from uellm.models import files
-from uellm.models.adapters import resolve_adapter
 from uellm.models.tokenizer import Tokenizer
 from uellm.policy.registry import step_policy
 from uellm.service import Context, serve
 from uellm.streams.decisions import DecisionLog, DecisionWriter
 from uellm.streams.leader_queue import LeaderQueue
-from uellm.v1 import common_pb2, engine_pb2, topology_pb2, worker_pb2, worker_pb2_grpc
+from uellm.streams.secret import mesh_secret
+from uellm.v1 import (
+    common_pb2,
+    engine_pb2,
+    files_pb2,
+    files_pb2_grpc,
+    topology_pb2,
+    worker_pb2,
+    worker_pb2_grpc,
+)
 from uellm_worker.agent import Agent
 from uellm_worker.children import ChildSpawner
 from uellm_worker.devices import Devices
+from uellm_worker.files.cache import FileCache
+from uellm_worker.files.fetching import Fetcher
+from uellm_worker.files.host import HostFiles
+from uellm_worker.files.sending import Sender
+from uellm_worker.files.servicer import FilesServicer
+from uellm_worker.files.supply import Supply
 from uellm_worker.intake import Leadership
 from uellm_worker.leader import Leader
 from uellm_worker.probing import Probes
@@ -29,7 +42,10 @@ from uellm_worker.stage_child import StageChild
 from uellm_worker.stages import Stages
 from uellm_worker.tracing import StageFacts, stage_facts
 
-SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
+SERVICES = (
+    worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
+    files_pb2.DESCRIPTOR.services_by_name["FilesService"].full_name,
+)
 GOING_SECONDS = 1.0
 """How long a worker that ends tries to tell the deployer."""
 
@@ -42,7 +58,7 @@ class WorkerApplication:
         context: the service's.
     """
 
-    service_names: tuple[str, ...] = (SERVICE,)
+    service_names: tuple[str, ...] = SERVICES
 
     def __init__(self, settings: WorkerSettings, context: Context) -> None:
         # CUDA then numbers devices as NVML does; the children inherit it.
@@ -61,11 +77,15 @@ class WorkerApplication:
             settings.rack,
             settings.threads,
         )
+        cache = FileCache(settings.cache_path, settings.cache_bytes)
+        self._host_files = HostFiles(cache)
+        supply = Supply(
+            self._host_files, Fetcher(cache, self._secret), allow_download=settings.allow_download
+        )
         self._stages = Stages(
             self._spawner,
             context.spawn,
-            self._resolve,
-            self._resolve_adapter,
+            supply.at_hand,
             self._lead,
             threads=settings.threads,
             data_host=settings.data_address,
@@ -79,14 +99,14 @@ class WorkerApplication:
         self._probes = Probes(
             self._spawner,
             self._devices,
-            self._resolve,
+            self._find,
             threads=settings.threads,
             data_host=settings.data_address,
             busy=self._stages.busy,
         )
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Add WorkerService."""
+        """Add WorkerService and FilesService."""
         servicer = WorkerServicer(
             self._context.identity,
             self._agent,
@@ -95,6 +115,9 @@ class WorkerApplication:
             self._settings.drain_seconds,
         )
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
+        sender = Sender(self._host_files, self._settings.uploads, lambda: self._stages.computing)
+        files = FilesServicer(self._host_files, sender, self._secret)
+        files_pb2_grpc.add_FilesServiceServicer_to_server(files, server)
 
     async def start(self) -> None:
         """Start the fork server, which loads its libraries meanwhile, and look for a deployer."""
@@ -129,13 +152,11 @@ class WorkerApplication:
         await self._spawner.close()
         await self._agent.close()
 
-    def _resolve(self, ref: common_pb2.ModelRef) -> Path:
-        if self._settings.allow_download:
-            files.resolve(ref.source, ref.revision, allow_download=True)
-        return files.resolve_ref(ref)
+    def _find(self, ref: common_pb2.ModelRef) -> Path:
+        return self._host_files.find(ref, download=self._settings.allow_download)
 
-    def _resolve_adapter(self, ref: common_pb2.ModelRef) -> Path:
-        return resolve_adapter(ref, allow_download=self._settings.allow_download)
+    async def _secret(self) -> str:
+        return await mesh_secret(self._context.redis)
 
     def _lead(
         self, assignment: topology_pb2.ShardAssignment, tokenizer: Tokenizer, child: StageChild

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from uellm.convert import duration_seconds
 from uellm.core.errors import FailedPreconditionError
-from uellm.v1 import engine_pb2, topology_pb2, worker_pb2
+from uellm.v1 import common_pb2, engine_pb2, topology_pb2, worker_pb2
 from uellm_worker.children import EngineChild
 from uellm_worker.cores import granted_cores
 from uellm_worker.devices import Devices
-from uellm_worker.stages import Resolve, Spawner
+from uellm_worker.stages import Spawner
 
 BLOCK_SECONDS = 1.0
 COPIES_SECONDS = 1.0
@@ -40,7 +40,7 @@ class Probes:
         self,
         spawner: Spawner,
         devices: Devices,
-        resolve: Resolve,
+        resolve: Callable[[common_pb2.ModelRef], Path],
         *,
         threads: int,
         data_host: str,

@@ -44,7 +44,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         """Loads a stage."""
         del context
         _check(request.assignment)
-        async for progress in self._stages.prepare(request.assignment):
+        async for progress in self._stages.prepare(request.assignment, request.holders):
             yield progress
 
     async def Commit(

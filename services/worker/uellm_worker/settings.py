@@ -1,10 +1,12 @@
 """What a worker is told."""
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from uellm.config import ServiceSettings
+from uellm.mesh.state import home
 from uellm.policy.registry import DEFAULT_POLICY
 
 
@@ -48,7 +50,25 @@ class WorkerSettings(ServiceSettings):
         "advertised host. Keep it private: whoever reaches it can take part.",
     )
     allow_download: bool = Field(
-        False, description="Fetch a hub model that this host's cache lacks when it is placed here."
+        False,
+        description="Fetch from the hub a model that is placed here, if neither this host nor "
+        "another worker has it.",
+    )
+    cache_directory: str = Field(
+        "",
+        description="Where model files are kept that came from other workers; empty: models below "
+        "UELLM_HOME. Workers of a host may share it.",
+    )
+    cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="What these files may take; those that were not used for the longest time go "
+        "first. 0: what the disk has, but for 256 MiB.",
+    )
+    uploads: int = Field(
+        2,
+        ge=0,
+        description="Workers that are sent model files at the same time; others wait. 0: none is.",
     )
     step_policy: str = Field(
         DEFAULT_POLICY,
@@ -82,3 +102,9 @@ class WorkerSettings(ServiceSettings):
     def data_address(self) -> str:
         """Address that activations travel by."""
         return self.data_host or self.advertised_host
+
+    @property
+    def cache_path(self) -> Path:
+        """Where files of other workers are kept."""
+        named = self.cache_directory
+        return Path(named).expanduser().absolute() if named else home() / "models"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from uellm.logs import logger
 from uellm.models.tokenizer import Tokenizer
-from uellm.v1 import deployer_pb2, engine_pb2, topology_pb2
+from uellm.v1 import deployer_pb2, engine_pb2, topology_pb2, worker_pb2
 from uellm_worker.leader import Leader
 from uellm_worker.stage_child import StageChild
 
@@ -31,6 +31,7 @@ class Stage:
         child: its child, once there is one.
         leader: of its replica, on stage 0 while it serves.
         tokenizer: of its model, on stage 0.
+        fetched: bytes of files that came from other workers, and that have to.
         loaded: the latest progress of loading.
         prepared: what the child said when the weights were there.
     """
@@ -44,6 +45,7 @@ class Stage:
         self.child: StageChild | None = None
         self.leader: Leader | None = None
         self.tokenizer: Tokenizer | None = None
+        self.fetched = (0, 0)
         self.loaded = engine_pb2.LoadProgress()
         self.prepared = engine_pb2.ShardPrepared()
         self.on_serving: Callable[[Stage], None] = lambda _: None
@@ -70,13 +72,19 @@ class Stage:
         """Wait for the next change of state or progress."""
         await self._news.wait()
 
-    def _tell(self) -> None:
+    def fetching(self, fetched_bytes: int, fetch_bytes: int) -> None:
+        """So much has come from other workers, of so much."""
+        self.fetched = (fetched_bytes, fetch_bytes)
+        self.tell()
+
+    def tell(self) -> None:
+        """Wake whoever waits for news."""
         news, self._news = self._news, asyncio.Event()
         news.set()
 
     def _become(self, state: "deployer_pb2.StageState.ValueType") -> None:
         self.state = state
-        self._tell()
+        self.tell()
         self._changed()
 
     def fail(self, reason: str) -> None:
@@ -102,7 +110,7 @@ class Stage:
                     await self.leader.report(event.step)
             case "progress":
                 self.loaded = event.progress
-                self._tell()
+                self.tell()
             case "prepared":
                 self.prepared = event.prepared
                 self._become(PREPARED)
@@ -127,6 +135,22 @@ class Stage:
     def lost(self, exit_code: int) -> None:
         """See ``uellm_worker.stage_child.Listener``."""
         self.fail(f"CHILD_LOST: its process {describe_exit(exit_code)}")
+
+    def progress(self) -> worker_pb2.PrepareResponse:
+        """How far its loading is, as the deployer is told."""
+        fetched_bytes, fetch_bytes = self.fetched
+        progress = worker_pb2.PrepareResponse(
+            loaded_bytes=self.loaded.loaded_bytes,
+            total_bytes=self.loaded.total_bytes,
+            fetched_bytes=fetched_bytes,
+            fetch_bytes=fetch_bytes,
+        )
+        if self.state == PREPARED:
+            progress.loaded_bytes = progress.total_bytes = self.prepared.total_bytes
+            progress.prepared = True
+            progress.rendezvous = self.prepared.rendezvous
+            progress.kept_bytes = self.prepared.kept_bytes
+        return progress
 
     def status(self, resident_bytes: Callable[[int], int]) -> deployer_pb2.StageStatus:
         """As the deployer is told; ``resident_bytes`` measures a process."""

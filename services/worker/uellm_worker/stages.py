@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from pathlib import Path
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Protocol
 
 from uellm.core.errors import AbortedError, FailedPreconditionError
@@ -19,12 +19,17 @@ from uellm.policy.registry import DEFAULT_POLICY
 from uellm.v1 import common_pb2, engine_pb2, topology_pb2, worker_pb2
 from uellm_worker.children import EngineChild
 from uellm_worker.cores import granted_cores
+from uellm_worker.files.supply import Directories
 from uellm_worker.leader import Leader, Spawn
 from uellm_worker.stage import FAILED, LOADING, PREPARED, SERVING, Stage
 from uellm_worker.stage_child import StageChild
 
 Lead = Callable[[topology_pb2.ShardAssignment, Tokenizer, StageChild], Leader]
-Resolve = Callable[[common_pb2.ModelRef], Path]
+Holders = Sequence[worker_pb2.FilesHolder]
+AtHand = Callable[
+    [topology_pb2.ShardAssignment, Holders, Callable[[int, int], None]],
+    AbstractAsyncContextManager[Directories],
+]
 Simulate = Callable[
     [topology_pb2.ShardAssignment, Mapping[str, int]], Sequence[engine_pb2.SimulatedDevice]
 ]
@@ -44,8 +49,7 @@ class Stages:
     Args:
         spawner: where children come from.
         spawn: runs a coroutine beside the server, under a name.
-        resolve: finds a model's files on this host; blocks.
-        resolve_adapter: the same for a LoRA adapter.
+        at_hand: has the files of a stage on this host; see ``Supply``.
         lead: makes the leader of a replica whose first stage is here.
         threads: that each child may use; 0: its share of the cores.
         data_host: address that the data plane binds to.
@@ -63,8 +67,7 @@ class Stages:
         self,
         spawner: Spawner,
         spawn: Spawn,
-        resolve: Resolve,
-        resolve_adapter: Resolve,
+        at_hand: AtHand,
         lead: Lead,
         *,
         threads: int,
@@ -77,8 +80,7 @@ class Stages:
     ) -> None:
         self._spawner = spawner
         self._spawn = spawn
-        self._resolve = resolve
-        self._resolve_adapter = resolve_adapter
+        self._at_hand = at_hand
         self._lead = lead
         self._threads = threads
         self._data_host = data_host
@@ -105,6 +107,11 @@ class Stages:
                 return f"{stage.replica} is answering"
         return ""
 
+    @property
+    def computing(self) -> bool:
+        """Whether a stage has something to compute, as far as is known here: its leader knows."""
+        return any(stage.serving and (stage.owed_steps or not stage.leads) for stage in self.held)
+
     def held_bytes(self, but: str = "") -> Mapping[str, int]:
         """What the stages hold by device id, those of one replica left out."""
         held: Counter[str] = Counter()
@@ -116,18 +123,23 @@ class Stages:
     # ---- prepare -------------------------------------------------------------------------------
 
     async def prepare(
-        self, assignment: topology_pb2.ShardAssignment
+        self, assignment: topology_pb2.ShardAssignment, holders: Holders = ()
     ) -> AsyncIterator[worker_pb2.PrepareResponse]:
         """Load a stage, or as much of it as an earlier generation's child lacks.
+
+        Args:
+            assignment: the stage.
+            holders: workers that may have files which this host lacks.
 
         Raises:
             AbortedError: a newer generation, or this one, is here already.
             FailedPreconditionError: it cannot be loaded; nothing of it is left.
-            ModelFilesError: the files of model or adapter are not on this host, or are others.
+            ModelFilesError: the files of model or adapter are neither here nor to be had.
+            UnavailableError: workers that have them cannot be reached.
         """
         earlier = self._admit(assignment)
         if earlier is not None and earlier.assignment == assignment and earlier.state == PREPARED:
-            yield _prepared(earlier)
+            yield earlier.progress()
             return
         stage = Stage(assignment, self.changed.set)
         stage.on_serving, stage.on_failed = self._begin, self._failed
@@ -135,14 +147,13 @@ class Stages:
         self._fences[assignment.replica] = assignment.generation
         self.changed.set()
         try:
-            await self._load(stage, earlier)
-            while stage.state == LOADING:
-                await stage.news()
-                if stage.state == LOADING:
-                    yield worker_pb2.PrepareResponse(
-                        loaded_bytes=stage.loaded.loaded_bytes,
-                        total_bytes=stage.loaded.total_bytes,
-                    )
+            async with self._loading(stage, earlier, holders) as loading:
+                while stage.state == LOADING:
+                    if loading.done():
+                        loading.result()
+                    await stage.news()
+                    if stage.state == LOADING:
+                        yield stage.progress()
             self._check_current(stage)
             if stage.state == FAILED:
                 raise FailedPreconditionError(
@@ -153,7 +164,7 @@ class Stages:
         except BaseException:
             await self._discard(stage)
             raise
-        yield _prepared(stage)
+        yield stage.progress()
 
     def _admit(self, assignment: topology_pb2.ShardAssignment) -> Stage | None:
         """Check the fence; the stage that is replaced, if there is one."""
@@ -167,19 +178,32 @@ class Stages:
             raise _stale("Prepare", assignment.replica, assignment.generation, earlier.generation)
         return earlier
 
-    async def _load(self, stage: Stage, earlier: Stage | None) -> None:
-        """Bring a child to load the stage: the earlier generation's, else a new one."""
+    @asynccontextmanager
+    async def _loading(
+        self, stage: Stage, earlier: Stage | None, holders: Holders
+    ) -> AsyncIterator[asyncio.Task[None]]:
+        """Bring a child to load the stage; its files stay at hand as long as the context."""
+        async with AsyncExitStack() as files:
+            loading = asyncio.create_task(self._load(stage, earlier, holders, files))
+            loading.add_done_callback(lambda _: stage.tell())
+            try:
+                yield loading
+            finally:
+                loading.cancel()
+                await asyncio.gather(loading, return_exceptions=True)
+
+    async def _load(
+        self, stage: Stage, earlier: Stage | None, holders: Holders, files: AsyncExitStack
+    ) -> None:
+        """Have a child load the stage: the earlier generation's, else a new one."""
         assignment = stage.assignment
         if earlier is not None:
             stage.child = await self._take_over(earlier)
         self._check_current(stage)
-        directory = await asyncio.to_thread(self._resolve, assignment.model)
-        adapter_dirs = [
-            str(await asyncio.to_thread(self._resolve_adapter, ref)) for ref in assignment.adapters
-        ]
+        found = await files.enter_async_context(self._at_hand(assignment, holders, stage.fetching))
         if stage.leads:
             # Here rather than at Commit, where everyone waits for everyone.
-            stage.tokenizer = await asyncio.to_thread(Tokenizer, directory)
+            stage.tokenizer = await asyncio.to_thread(Tokenizer, found.model)
         if stage.child is None:
             self._check_current(stage)
             stage.child = await self._new_child()
@@ -187,11 +211,11 @@ class Stages:
         stage.child.serve(stage)
         prepare = engine_pb2.PrepareShard(
             assignment=assignment,
-            model_dir=str(directory),
+            model_dir=str(found.model),
             threads=self._threads or max(1, granted_cores() // max(len(self._held), 1)),
             bind_host=self._data_host,
             simulated=self._simulate(assignment, self.held_bytes(but=assignment.replica)),
-            adapter_dirs=adapter_dirs,
+            adapter_dirs=map(str, found.adapters),
         )
         with contextlib.suppress(ConnectionError):  # Its end is heard where its events end.
             await stage.child.send(engine_pb2.EngineCommand(prepare=prepare))
@@ -351,15 +375,4 @@ def _stale(call: str, replica: str, generation: int, fence: int) -> AbortedError
         f"{call} of generation {generation} of {replica}: generation {fence} is here already; "
         "only a newer one is taken",
         metadata={"generation": str(generation), "held_generation": str(fence)},
-    )
-
-
-def _prepared(stage: Stage) -> worker_pb2.PrepareResponse:
-    prepared = stage.prepared
-    return worker_pb2.PrepareResponse(
-        loaded_bytes=prepared.total_bytes,
-        total_bytes=prepared.total_bytes,
-        prepared=True,
-        rendezvous=prepared.rendezvous,
-        kept_bytes=prepared.kept_bytes,
     )

@@ -1,0 +1,103 @@
+"""Which workers have the files of a model: asked when a replica is formed."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+import grpc
+
+from uellm.v1 import common_pb2, files_pb2, topology_pb2, worker_pb2
+from uellm_deployer.links import Links
+from uellm_deployer.replica import worker_of
+from uellm_deployer.workers import Worker, Workers
+
+FIND_SECONDS = 2.0
+"""How long a worker may take to say; one that does not is not counted on."""
+
+
+class Holders:
+    """Asks workers what they have, and remembers who has all of a model.
+
+    Args:
+        links: how to call them.
+        workers: who is there.
+        silence_seconds: after which a worker counts as lost.
+        secret: gives the mesh's.
+    """
+
+    def __init__(
+        self,
+        links: Links,
+        workers: Workers,
+        silence_seconds: float,
+        secret: Callable[[], Awaitable[str]],
+    ) -> None:
+        self._links = links
+        self._workers = workers
+        self._silence_seconds = silence_seconds
+        self._secret = secret
+        self._whole: dict[str, set[tuple[str, int]]] = {}
+
+    async def of(
+        self, assignments: Sequence[topology_pb2.ShardAssignment]
+    ) -> list[worker_pb2.FilesHolder]:
+        """Who has files of what is assigned; nobody if all that it is assigned to have all of it.
+
+        Args:
+            assignments: stages of one replica.
+        """
+        models = [(assignments[0].model, False)]
+        models += [(adapter, True) for adapter in assignments[0].adapters]
+        live = self._workers.live(time.monotonic(), self._silence_seconds)
+        chosen = {worker_of(assignment) for assignment in assignments}
+        here = [worker for worker in live if worker.worker in chosen]
+        found = await self._ask(here, models)
+        if all(self._has_all(worker, models) for worker in here):
+            return []
+        found |= await self._ask([worker for worker in live if worker.worker not in chosen], models)
+        return [
+            worker_pb2.FilesHolder(
+                worker=worker.worker, address=worker.address, digests=found[worker.worker]
+            )
+            for worker in live
+            if found[worker.worker]
+        ]
+
+    def forget(self) -> None:
+        """Ask everybody again: something did not go as was said."""
+        self._whole.clear()
+
+    async def _ask(
+        self, workers: Sequence[Worker], models: Sequence[tuple[common_pb2.ModelRef, bool]]
+    ) -> dict[str, list[str]]:
+        """The digests of what each worker has, in whole or in part, by its id."""
+        pairs = [(worker, ref, adapter) for worker in workers for ref, adapter in models]
+        held = await asyncio.gather(*(self._holds(*pair) for pair in pairs))
+        found: dict[str, list[str]] = {worker.worker: [] for worker in workers}
+        for (worker, ref, _), holds in zip(pairs, held, strict=True):
+            if holds:
+                found[worker.worker].append(ref.digest)
+        return found
+
+    async def _holds(self, worker: Worker, ref: common_pb2.ModelRef, adapter: bool) -> bool:
+        whole, start = self._whole.setdefault(ref.digest, set()), _start(worker)
+        if start in whole:
+            return True
+        request = files_pb2.FindFilesRequest(model=ref, adapter=adapter)
+        metadata = (("authorization", f"Bearer {await self._secret()}"),)
+        try:
+            answer = await self._links.files(worker).FindFiles(
+                request, metadata=metadata, timeout=FIND_SECONDS
+            )
+        except grpc.aio.AioRpcError:
+            return False
+        if answer.whole:
+            whole.add(start)
+        return bool(answer.held_bytes)
+
+    def _has_all(self, worker: Worker, models: Sequence[tuple[common_pb2.ModelRef, bool]]) -> bool:
+        return all(_start(worker) in self._whole[ref.digest] for ref, _ in models)
+
+
+def _start(worker: Worker) -> tuple[str, int]:
+    return worker.worker, worker.incarnation

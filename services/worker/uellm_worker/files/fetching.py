@@ -1,0 +1,423 @@
+"""Getting a model's files from other workers: what is lacking, from whoever has it, checked."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from uellm.core.errors import (
+    ModelFilesError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UellmError,
+    UnavailableError,
+)
+from uellm.logs import logger
+from uellm.models import adapters
+from uellm.models.blocks import block_digest, block_sizes, num_blocks
+from uellm.models.manifest import WHOLE, Manifest, Part, Span
+from uellm.rpc import channel, error_from
+from uellm.v1 import common_pb2, files_pb2, files_pb2_grpc, worker_pb2
+from uellm_worker.files.cache import Entry, FileCache, LockedEntry, file_from_proto, unwritable
+from uellm_worker.files.part_file import PartWriter
+
+_log = logger("fetching")
+STALL_SECONDS = 20.0
+"""A worker that has sent nothing for so long is given up."""
+CALL_SECONDS = 60.0
+LEAST_BYTES_PER_SECOND = 1 << 20
+"""A call may take so long for a part as it would at this speed, and ``CALL_SECONDS`` more."""
+MOST_SOURCES = 2
+"""Workers that parts come from at the same time."""
+MOST_BLOCKS = 3
+"""Of a stream, blocks that are checked and written while the next one comes."""
+
+Tell = Callable[[int, int], None]
+"""Told the bytes that are here, and that there have to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Files that this host lacks.
+
+    Attributes:
+        ref: of the model or adapter, with digest.
+        span: what is needed of a model; None: all.
+        lacking: why the host's own files will not do.
+    """
+
+    ref: common_pb2.ModelRef
+    span: Span | None
+    lacking: ModelFilesError
+
+    def none_has(self, why: str) -> ModelFilesError:
+        """What says that nobody has them."""
+        return ModelFilesError(
+            f"{self.lacking.message.rstrip('.')}; nor can {self.ref.name!r} be fetched: {why}; "
+            "start a worker on a host that has the files (`uellm up --model DIR`, "
+            "`uellm serve worker`), or copy them to this one",
+            field=self.lacking.field,
+            reason="FILES_NOT_IN_MESH",
+        )
+
+
+class _SourceError(Exception):
+    """A worker did not give what it was asked for.
+
+    Attributes:
+        cause: what it said, or what was wrong with what it sent.
+    """
+
+    def __init__(self, cause: UellmError) -> None:
+        super().__init__(cause.message)
+        self.cause = cause
+
+
+@dataclass(eq=False)
+class _Source:
+    """A worker that parts come from.
+
+    Attributes:
+        worker: its id.
+        stub: how to call it.
+        without: names of the files of parts that it has not.
+        out: why it is asked for nothing more.
+    """
+
+    worker: str
+    stub: Any
+    without: set[str] = field(default_factory=set)
+    out: UellmError | None = None
+
+
+class Fetcher:
+    """Fetches what a stage needs, and keeps it in the cache.
+
+    Args:
+        cache: of this host.
+        secret: gives the mesh's.
+        open_channel: to the address of a worker.
+    """
+
+    def __init__(
+        self,
+        cache: FileCache,
+        secret: Callable[[], Awaitable[str]],
+        open_channel: Callable[[str], grpc.aio.Channel] = channel,
+    ) -> None:
+        self._cache = cache
+        self._secret = secret
+        self._open_channel = open_channel
+
+    @asynccontextmanager
+    async def at_hand(
+        self, wanted: Wanted, holders: Sequence[worker_pb2.FilesHolder], tell: Tell
+    ) -> AsyncIterator[Path]:
+        """The directory that has what is wanted; it stays as long as the context.
+
+        Args:
+            wanted: files that are not on this host, or were fetched before.
+            holders: workers that may have them.
+            tell: told how far it is, if anything has to be fetched.
+
+        Raises:
+            ModelFilesError: if there is no room, nobody has them, or what comes is damaged.
+            UnavailableError: if those who have them cannot be reached.
+        """
+        digest = wanted.ref.digest
+        async with AsyncExitStack() as stack:
+            entry = await stack.enter_async_context(self._cache.entry(digest))
+            sources = [
+                _Source(
+                    holder.worker,
+                    files_pb2_grpc.FilesServiceStub(
+                        await stack.enter_async_context(self._open_channel(holder.address))
+                    ),
+                )
+                for holder in holders
+                if digest in holder.digests
+            ]
+            work = _Fetch(entry, wanted, sources, tell, await self._metadata() if sources else ())
+            manifest = await work.manifest()
+            await self._complete(entry, manifest, work, wanted)
+            entry.share()
+            yield entry.directory
+
+    async def _complete(
+        self, entry: LockedEntry, manifest: Manifest, work: "_Fetch", wanted: Wanted
+    ) -> None:
+        """Have all parts that are needed in the entry, undamaged."""
+        parts = [manifest.parts[name] for name in manifest.needed(wanted.span)]
+        lacking = [part for part in parts if not await asyncio.to_thread(entry.check, part)]
+        if lacking:
+            # Written before anything else, so that whatever comes can be found again.
+            await asyncio.to_thread(entry.write_manifest, manifest)
+            begun = sum(_begun(entry, part) for part in lacking)
+            needed = sum(part.file_bytes for part in lacking) - begun
+            what = f"what a stage of {wanted.ref.name!r} lacks here"
+            await asyncio.to_thread(self._cache.make_room, needed, entry, what)
+            await work.fetch(lacking)
+        await asyncio.to_thread(entry.finish, manifest)
+        if WHOLE in manifest.parts and adapters.digest(entry.directory) != wanted.ref.digest:
+            for part in parts:
+                entry.part(part).remove()
+            raise wanted.none_has("what was sent is not the adapter that was deployed")
+
+    async def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {await self._secret()}"),)
+
+
+class _Fetch:
+    """One fetching of parts from several workers.
+
+    Args:
+        entry: where they go.
+        wanted: what for.
+        sources: who has them.
+        tell: told how far it is.
+        metadata: of every call.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        wanted: Wanted,
+        sources: Sequence[_Source],
+        tell: Tell,
+        metadata: tuple[tuple[str, str], ...],
+    ) -> None:
+        self._entry = entry
+        self._wanted = wanted
+        self._sources = sources
+        self._tell = tell
+        self._metadata = metadata
+        self._pending: list[Part] = []
+        self._under_way: dict[Part, int] = {}
+        self._total_bytes = self._done_bytes = 0
+
+    async def manifest(self) -> Manifest:
+        """What the model consists of, as this host or one of the others knows it.
+
+        Raises:
+            ModelFilesError: if none does.
+        """
+        known = await asyncio.to_thread(self._entry.manifest)
+        if known is not None and self._is_right(known):
+            await asyncio.to_thread(self._entry.write_manifest, known)
+            return known
+        for source in self._sources:
+            try:
+                async with asyncio.timeout(CALL_SECONDS):
+                    return await self._ask_for_manifest(source)
+            except TimeoutError:
+                source.out = UnavailableError("it did not answer in time")
+            except _SourceError as error:
+                source.out = error.cause
+        raise self._failure()
+
+    def _is_right(self, manifest: Manifest) -> bool:
+        # An adapter's digest is of all its bytes: it is checked when they are there.
+        return WHOLE in manifest.parts or manifest.digest == self._wanted.ref.digest
+
+    async def _ask_for_manifest(self, source: _Source) -> Manifest:
+        request = files_pb2.ListFilesRequest(digest=self._wanted.ref.digest)
+        try:
+            call = source.stub.ListFiles(request, metadata=self._metadata, timeout=CALL_SECONDS)
+            manifest = Manifest(tuple([file_from_proto(message) async for message in call]))
+        except grpc.aio.AioRpcError as error:
+            raise _SourceError(error_from(error)) from None
+        except ModelFilesError as error:
+            raise _SourceError(error) from None
+        if not self._is_right(manifest):
+            raise _SourceError(ModelFilesError("its files are not those that were deployed"))
+        return manifest
+
+    async def fetch(self, parts: Sequence[Part]) -> None:
+        """Have parts in the entry.
+
+        Raises:
+            ModelFilesError: if nobody has one of them undamaged, or it cannot be written.
+            UnavailableError: if those who have them cannot be reached.
+        """
+        self._pending = list(parts)
+        self._total_bytes = sum(part.tensor_bytes for part in parts)
+        self._show()
+        while self._pending:
+            usable = [source for source in self._sources if self._next(source) is not None]
+            if not usable:
+                raise self._failure()
+            drawing = [asyncio.create_task(self._draw(source)) for source in usable[:MOST_SOURCES]]
+            try:
+                await asyncio.gather(*drawing)
+            finally:
+                for task in drawing:
+                    task.cancel()
+                await asyncio.gather(*drawing, return_exceptions=True)
+
+    def _next(self, source: _Source) -> Part | None:
+        """What a source is to be asked for."""
+        if source.out is not None:
+            return None
+        return next((part for part in self._pending if part.file not in source.without), None)
+
+    async def _draw(self, source: _Source) -> None:
+        """Get one part after another from a source, until there is none or it fails."""
+        while (part := self._next(source)) is not None:
+            self._pending.remove(part)
+            try:
+                await self._receive(source, part)
+            except _SourceError as error:
+                self._pending.insert(0, part)
+                match error.cause:
+                    case ResourceExhaustedError(retry_after_seconds=seconds):
+                        await asyncio.sleep(seconds or 1.0)
+                    case NotFoundError():
+                        source.without.add(part.file)
+                    case _:
+                        source.out = error.cause
+                        _log.warning(
+                            "a worker does not give what it has",
+                            worker=source.worker,
+                            part=part.file,
+                            error=str(error),
+                        )
+            except BaseException:
+                self._pending.insert(0, part)
+                raise
+
+    async def _receive(self, source: _Source, part: Part) -> None:
+        """Get what is lacking of a part.
+
+        Raises:
+            ModelFilesError: if it cannot be written.
+        """
+        try:
+            writer = await asyncio.to_thread(self._entry.writer, part)
+            try:
+                self._under_way[part] = writer.done_bytes
+                if not writer.complete:
+                    await self._stream(source, writer)
+                await asyncio.to_thread(writer.finish)
+                self._done_bytes += part.tensor_bytes
+            finally:
+                self._under_way.pop(part, None)
+                writer.close()
+        except OSError as error:
+            raise unwritable(self._entry.directory / part.file, error) from None
+
+    async def _stream(self, source: _Source, writer: PartWriter) -> None:
+        request = _rest(writer)
+        request.digest = self._wanted.ref.digest
+        left = writer.file.part.tensor_bytes - writer.done_bytes
+        call = source.stub.FetchTensors(
+            request,
+            metadata=self._metadata,
+            timeout=CALL_SECONDS + left / LEAST_BYTES_PER_SECOND,
+        )
+        loop = asyncio.get_running_loop()
+        writing: deque[asyncio.Task[bytes]] = deque()
+        try:
+            async with asyncio.timeout(STALL_SECONDS) as stalled:
+                async for pieces, digest in _blocks(call, writer.file.blocks[writer.done :]):
+                    number = writer.done + len(writing)
+                    put = asyncio.to_thread(_put, writer, number, pieces, digest)
+                    writing.append(asyncio.create_task(put))
+                    if len(writing) == MOST_BLOCKS:
+                        await self._note(writer, writing)
+                    stalled.reschedule(loop.time() + STALL_SECONDS)
+            while writing:
+                await self._note(writer, writing)
+        except grpc.aio.AioRpcError as error:
+            raise _SourceError(error_from(error)) from None
+        except TimeoutError:
+            raise _SourceError(UnavailableError(f"nothing came for {STALL_SECONDS:g} s")) from None
+        finally:
+            call.cancel()
+            # What came whole is kept, whatever happened to what was to follow.
+            for result in await asyncio.gather(*writing, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    break
+                writer.note(result)
+
+    async def _note(self, writer: PartWriter, writing: deque[asyncio.Task[bytes]]) -> None:
+        digest = await asyncio.shield(writing[0])
+        writing.popleft()
+        writer.note(digest)
+        self._under_way[writer.file.part] = writer.done_bytes
+        self._show()
+
+    def _show(self) -> None:
+        self._tell(self._done_bytes + sum(self._under_way.values()), self._total_bytes)
+
+    def _failure(self) -> UellmError:
+        """Why it cannot be had, as things are."""
+        said = "; ".join(
+            f"{source.worker}: {source.out.message if source.out else 'has not all of it'}"
+            for source in self._sources
+        )
+        outs = [source.out for source in self._sources if source.out is not None]
+        if any(isinstance(out, UnavailableError) for out in outs):
+            return UnavailableError(
+                f"{self._wanted.ref.name!r} could not be fetched from those who have it: {said}; "
+                "it goes on where it stopped when it is tried again"
+            )
+        return self._wanted.none_has(said or "no other worker of the mesh has it")
+
+
+async def _blocks(call: Any, sizes: Sequence[int]) -> AsyncIterator[tuple[list[bytes], bytes]]:
+    """The blocks that a call brings: their pieces, and the digests that came with them.
+
+    Raises:
+        _SourceError: if they are not of these sizes.
+    """
+    coming, pieces, got = iter(sizes), list[bytes](), 0
+    size = next(coming, 0)
+    async for message in call:
+        pieces.append(message.data)
+        got += len(message.data)
+        if got > size or (bool(message.sha256) != (got == size)):
+            raise _SourceError(ModelFilesError(f"it sent {got} bytes for a block of {size}"))
+        if message.sha256:
+            yield pieces, message.sha256
+            size, pieces, got = next(coming, 0), [], 0
+    if size:
+        raise _SourceError(UnavailableError("it stopped before the end"))
+
+
+def _put(writer: PartWriter, number: int, pieces: list[bytes], digest: bytes) -> bytes:
+    """Check a block and write it."""
+    if block_digest(*pieces) != digest:
+        raise _SourceError(
+            ModelFilesError(
+                f"block {number} of {writer.file.path.name} is damaged: its SHA-256 is not that "
+                "which came with it",
+                reason="DIGEST_MISMATCH",
+            )
+        )
+    writer.put(number, pieces)
+    return digest
+
+
+def _rest(writer: PartWriter) -> files_pb2.FetchTensorsRequest:
+    """What a part still lacks."""
+    done, skip, names = writer.done, 0, list[str]()
+    for tensor in writer.file.part.tensors:
+        count = num_blocks(tensor.size)
+        if done < count:
+            skip = skip if names else sum(list(block_sizes(tensor.size))[:done])
+            names.append(tensor.name)
+        done = max(done - count, 0)
+    return files_pb2.FetchTensorsRequest(tensors=names, skip_bytes=skip)
+
+
+def _begun(entry: Entry, part: Part) -> int:
+    """Bytes of a part that are on disk already."""
+    try:
+        return entry.part(part).partial.stat().st_size
+    except FileNotFoundError:
+        return 0

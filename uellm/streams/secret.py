@@ -1,0 +1,12 @@
+"""A secret that all have who may use the mesh's Redis, and nobody else: whoever joined."""
+
+import secrets
+
+from uellm.streams.connection import RedisClient
+from uellm.streams.keys import SECRET_KEY
+
+
+async def mesh_secret(redis: RedisClient) -> str:
+    """The mesh's secret; made by the first who asks, and anew if Redis lost it."""
+    await redis.set(SECRET_KEY, secrets.token_urlsafe(), nx=True)
+    return bytes(await redis.get(SECRET_KEY) or b"").decode()
