@@ -155,12 +155,12 @@ class Fetcher:
         parts = [manifest.parts[name] for name in manifest.needed(wanted.span)]
         lacking = [part for part in parts if not await asyncio.to_thread(entry.check, part)]
         if lacking:
-            # Written before anything else, so that whatever comes can be found again.
-            await asyncio.to_thread(entry.write_manifest, manifest)
             begun = sum(_begun(entry, part) for part in lacking)
             needed = sum(part.file_bytes for part in lacking) - begun
             what = f"what a stage of {wanted.ref.name!r} lacks here"
             await asyncio.to_thread(self._cache.make_room, needed, entry, what)
+            # Before anything else, so that whatever comes can be found again.
+            await asyncio.to_thread(entry.write_manifest, manifest)
             await work.fetch(lacking)
         await asyncio.to_thread(entry.finish, manifest)
         if WHOLE in manifest.parts and adapters.digest(entry.directory) != wanted.ref.digest:
@@ -197,8 +197,8 @@ class _Fetch:
         self._tell = tell
         self._metadata = metadata
         self._pending: list[Part] = []
-        self._under_way: dict[Part, int] = {}
-        self._total_bytes = self._done_bytes = 0
+        self._done: dict[str, int] = {}
+        self._total_bytes = 0
 
     async def manifest(self) -> Manifest:
         """What the model consists of, as this host or one of the others knows it.
@@ -246,7 +246,7 @@ class _Fetch:
         """
         self._pending = list(parts)
         self._total_bytes = sum(part.tensor_bytes for part in parts)
-        self._show()
+        self._tell(0, self._total_bytes)
         while self._pending:
             usable = [source for source in self._sources if self._next(source) is not None]
             if not usable:
@@ -299,13 +299,12 @@ class _Fetch:
         try:
             writer = await asyncio.to_thread(self._entry.writer, part)
             try:
-                self._under_way[part] = writer.done_bytes
+                self._show(writer)
                 if not writer.complete:
                     await self._stream(source, writer)
                 await asyncio.to_thread(writer.finish)
-                self._done_bytes += part.tensor_bytes
             finally:
-                self._under_way.pop(part, None)
+                self._show(writer)
                 writer.close()
         except OSError as error:
             raise unwritable(self._entry.directory / part.file, error) from None
@@ -348,11 +347,11 @@ class _Fetch:
         digest = await asyncio.shield(writing[0])
         writing.popleft()
         writer.note(digest)
-        self._under_way[writer.file.part] = writer.done_bytes
-        self._show()
+        self._show(writer)
 
-    def _show(self) -> None:
-        self._tell(self._done_bytes + sum(self._under_way.values()), self._total_bytes)
+    def _show(self, writer: PartWriter) -> None:
+        self._done[writer.file.part.file] = writer.done_bytes
+        self._tell(sum(self._done.values()), self._total_bytes)
 
     def _failure(self) -> UellmError:
         """Why it cannot be had, as things are."""
