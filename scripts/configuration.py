@@ -38,7 +38,8 @@ start, naming the closest one that exists.
 |---|---|
 | `UELLM_SERVER` | Gateway that commands speak to, `host:port`, or several with commas. |
 | `UELLM_JOIN_TOKEN` | What `uellm join` joins by, in place of `--token`. |
-| `UELLM_HOME` | Where logs and state are kept, and model files that came from other workers; by default `~/.local/state/uellm`. |
+| `UELLM_HOME` | Where logs, state and fetched model files are kept; by default \
+`~/.local/state/uellm`. |
 | `UELLM_CONFIG` | The TOML file above; services that `uellm up` starts read it too. |
 
 OpenTelemetry's own `OTEL_EXPORTER_OTLP_*` variables apply with `UELLM_OTEL_EXPORTER=otlp`.

@@ -193,7 +193,7 @@ def copy_parts(source: Path, cache: FileCache, span: Span) -> Path:
                 file.seek(tensor.start)
                 for size in block_sizes(tensor.size):
                     block = file.read(size)
-                    writer.put(number, [block])
+                    writer.put(number, memoryview(block))
                     writer.note(block_digest(block))
                     number += 1
         writer.finish()

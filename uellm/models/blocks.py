@@ -19,9 +19,6 @@ def num_blocks(tensor_bytes: int) -> int:
     return -(-tensor_bytes // BLOCK_BYTES)
 
 
-def block_digest(*data: bytes | memoryview) -> bytes:
-    """Of a block that may be in pieces."""
-    sha = hashlib.sha256()
-    for piece in data:
-        sha.update(piece)
-    return sha.digest()
+def block_digest(data: bytes | memoryview) -> bytes:
+    """Of a block."""
+    return hashlib.sha256(data).digest()

@@ -12,7 +12,6 @@ from uellm.logs import logger
 from uellm.models import files
 from uellm.models.adapters import ADAPTER
 from uellm.service import Context
-from uellm.streams.secret import mesh_secret
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
 from uellm_deployer import planning, reconcile
 from uellm_deployer.budgets import devices_for
@@ -20,7 +19,6 @@ from uellm_deployer.catalog import adapters_by_model, checked, parse_model, reso
 from uellm_deployer.deployment import Deployment
 from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former
-from uellm_deployer.holders import Holders
 from uellm_deployer.leftovers import Leftovers
 from uellm_deployer.links import Links
 from uellm_deployer.live import live, loads
@@ -85,13 +83,7 @@ class Deployer:
             settings=self._settings,
             store=self._store,
             workers=self.workers,
-            former=Former(self._links, self.workers, self._settings),
-            holders=Holders(
-                self._links,
-                self.workers,
-                self._settings.worker_silence_seconds,
-                lambda: mesh_secret(self._context.redis),
-            ),
+            former=Former(self._links, self.workers, self._settings, self._context.redis),
             discovery=self._discovery,
             planning=self._planning,
             replicas=lambda: [r for d in self._deployments.values() for r in d.replicas],

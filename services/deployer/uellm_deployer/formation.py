@@ -82,7 +82,6 @@ async def form(
         attempted = True
         await _bring_up(deployment, replica, planned, copy)
     except UellmError as error:
-        tools.holders.forget()
         lasting = not (isinstance(error, StageError) and error.transient)
         if lasting and attempted:
             await tools.former.release(replica.assignments)
@@ -162,8 +161,7 @@ async def _bring_up(
     await deployment.publish()
     kept = {worker_of(stage) for stage in after}
     await tools.former.release([stage for stage in before if worker_of(stage) not in kept])
-    holders = await tools.holders.of(after)
-    rendezvous = await tools.former.prepare(after, holders, _Progress(deployment, replica))
+    rendezvous = await tools.former.prepare(after, _Progress(deployment, replica))
     replica.message = "joins its stages"
     await deployment.publish()
     tools.check()

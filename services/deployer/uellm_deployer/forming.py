@@ -9,7 +9,9 @@ import grpc
 from uellm.core.errors import AbortedError, FailedPreconditionError, UellmError, UnavailableError
 from uellm.logs import logger
 from uellm.rpc import CALL_SECONDS, error_from
+from uellm.streams.connection import RedisClient
 from uellm.v1 import common_pb2, topology_pb2, worker_pb2
+from uellm_deployer.holders import Holders
 from uellm_deployer.links import Links
 from uellm_deployer.replica import worker_of
 from uellm_deployer.settings import DeployerSettings
@@ -46,22 +48,25 @@ class StageError(UellmError):
 class Former:
     """Calls workers for a replica's stages."""
 
-    def __init__(self, links: Links, workers: Workers, settings: DeployerSettings) -> None:
+    def __init__(
+        self, links: Links, workers: Workers, settings: DeployerSettings, redis: RedisClient
+    ) -> None:
         self._links = links
         self._workers = workers
         self._settings = settings
+        self._holders = Holders(links, workers, settings.worker_silence_seconds, redis)
 
     async def prepare(
         self,
         assignments: Assignments,
-        holders: Sequence[worker_pb2.FilesHolder],
         progress: Progress,
     ) -> str:
         """Load all stages at once; returns where they meet.
 
+        Workers that lack files are told who has them.
+
         Args:
             assignments: of the stages.
-            holders: workers that have what others of them lack.
             progress: told how far it is.
 
         Raises:
@@ -80,9 +85,14 @@ class Former:
                 )
             )
 
-        rendezvous = await _all(
-            self._prepare(assignment, holders, tell) for assignment in assignments
-        )
+        holders = await self._holders.of(assignments)
+        try:
+            rendezvous = await _all(
+                self._prepare(assignment, holders, tell) for assignment in assignments
+            )
+        except StageError:
+            self._holders.forget()
+            raise
         return str(rendezvous[0])
 
     async def _prepare(

@@ -2,10 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 import grpc
 
+from uellm.streams.connection import RedisClient
+from uellm.streams.secret import mesh_secret
 from uellm.v1 import common_pb2, files_pb2, topology_pb2, worker_pb2
 from uellm_deployer.links import Links
 from uellm_deployer.replica import worker_of
@@ -22,7 +24,7 @@ class Holders:
         links: how to call them.
         workers: who is there.
         silence_seconds: after which a worker counts as lost.
-        secret: gives the mesh's.
+        redis: has the mesh's secret.
     """
 
     def __init__(
@@ -30,12 +32,12 @@ class Holders:
         links: Links,
         workers: Workers,
         silence_seconds: float,
-        secret: Callable[[], Awaitable[str]],
+        redis: RedisClient,
     ) -> None:
         self._links = links
         self._workers = workers
         self._silence_seconds = silence_seconds
-        self._secret = secret
+        self._redis = redis
         self._whole: dict[str, set[tuple[str, int]]] = {}
 
     async def of(
@@ -84,7 +86,7 @@ class Holders:
         if start in whole:
             return True
         request = files_pb2.FindFilesRequest(model=ref, adapter=adapter)
-        metadata = (("authorization", f"Bearer {await self._secret()}"),)
+        metadata = (("authorization", f"Bearer {await mesh_secret(self._redis)}"),)
         try:
             answer = await self._links.files(worker).FindFiles(
                 request, metadata=metadata, timeout=FIND_SECONDS

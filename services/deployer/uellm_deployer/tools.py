@@ -7,7 +7,6 @@ from typing import Any
 
 from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former
-from uellm_deployer.holders import Holders
 from uellm_deployer.replica import Replica
 from uellm_deployer.settings import DeployerSettings
 from uellm_deployer.store import Store
@@ -23,7 +22,6 @@ class Tools:
         store: Redis.
         workers: who is there.
         former: calls to them.
-        holders: says which of them have a model's files.
         discovery: how fast devices and the ways between them are.
         planning: held while a plan is made and noted, so that no two plan the same memory.
         replicas: all replicas of all deployments.
@@ -38,7 +36,6 @@ class Tools:
     store: Store
     workers: Workers
     former: Former
-    holders: Holders
     discovery: Discovery
     planning: asyncio.Lock
     replicas: Callable[[], list[Replica]]

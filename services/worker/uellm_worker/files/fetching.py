@@ -1,10 +1,10 @@
 """Getting a model's files from other workers: what is lacking, from whoever has it, checked."""
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,16 @@ from uellm.core.errors import (
 )
 from uellm.logs import logger
 from uellm.models import adapters
-from uellm.models.blocks import block_digest, block_sizes, num_blocks
 from uellm.models.manifest import WHOLE, Manifest, Part, Span
 from uellm.rpc import channel, error_from
 from uellm.v1 import common_pb2, files_pb2, files_pb2_grpc, worker_pb2
 from uellm_worker.files.cache import Entry, FileCache, LockedEntry, file_from_proto, unwritable
 from uellm_worker.files.part_file import PartWriter
+from uellm_worker.files.receiving import CALL_SECONDS, Metadata, SourceError, receive
 
 _log = logger("fetching")
-STALL_SECONDS = 20.0
-"""A worker that has sent nothing for so long is given up."""
-CALL_SECONDS = 60.0
-LEAST_BYTES_PER_SECOND = 1 << 20
-"""A call may take so long for a part as it would at this speed, and ``CALL_SECONDS`` more."""
 MOST_SOURCES = 2
 """Workers that parts come from at the same time."""
-MOST_BLOCKS = 3
-"""Of a stream, blocks that are checked and written while the next one comes."""
 
 Tell = Callable[[int, int], None]
 """Told the bytes that are here, and that there have to be."""
@@ -64,18 +57,6 @@ class Wanted:
             field=self.lacking.field,
             reason="FILES_NOT_IN_MESH",
         )
-
-
-class _SourceError(Exception):
-    """A worker did not give what it was asked for.
-
-    Attributes:
-        cause: what it said, or what was wrong with what it sent.
-    """
-
-    def __init__(self, cause: UellmError) -> None:
-        super().__init__(cause.message)
-        self.cause = cause
 
 
 @dataclass(eq=False)
@@ -168,7 +149,7 @@ class Fetcher:
                 entry.part(part).remove()
             raise wanted.none_has("what was sent is not the adapter that was deployed")
 
-    async def _metadata(self) -> tuple[tuple[str, str], ...]:
+    async def _metadata(self) -> Metadata:
         return (("authorization", f"Bearer {await self._secret()}"),)
 
 
@@ -189,7 +170,7 @@ class _Fetch:
         wanted: Wanted,
         sources: Sequence[_Source],
         tell: Tell,
-        metadata: tuple[tuple[str, str], ...],
+        metadata: Metadata,
     ) -> None:
         self._entry = entry
         self._wanted = wanted
@@ -216,7 +197,7 @@ class _Fetch:
                     return await self._ask_for_manifest(source)
             except TimeoutError:
                 source.out = UnavailableError("it did not answer in time")
-            except _SourceError as error:
+            except SourceError as error:
                 source.out = error.cause
         raise self._failure()
 
@@ -230,11 +211,11 @@ class _Fetch:
             call = source.stub.ListFiles(request, metadata=self._metadata, timeout=CALL_SECONDS)
             manifest = Manifest(tuple([file_from_proto(message) async for message in call]))
         except grpc.aio.AioRpcError as error:
-            raise _SourceError(error_from(error)) from None
+            raise SourceError(error_from(error)) from None
         except ModelFilesError as error:
-            raise _SourceError(error) from None
+            raise SourceError(error) from None
         if not self._is_right(manifest):
-            raise _SourceError(ModelFilesError("its files are not those that were deployed"))
+            raise SourceError(ModelFilesError("its files are not those that were deployed"))
         return manifest
 
     async def fetch(self, parts: Sequence[Part]) -> None:
@@ -271,7 +252,7 @@ class _Fetch:
             self._pending.remove(part)
             try:
                 await self._receive(source, part)
-            except _SourceError as error:
+            except SourceError as error:
                 self._pending.insert(0, part)
                 match error.cause:
                     case ResourceExhaustedError(retry_after_seconds=seconds):
@@ -301,53 +282,15 @@ class _Fetch:
             try:
                 self._show(writer)
                 if not writer.complete:
-                    await self._stream(source, writer)
+                    digest = self._wanted.ref.digest
+                    show = partial(self._show, writer)
+                    await receive(writer, digest, source.stub, self._metadata, show)
                 await asyncio.to_thread(writer.finish)
             finally:
                 self._show(writer)
                 writer.close()
         except OSError as error:
             raise unwritable(self._entry.directory / part.file, error) from None
-
-    async def _stream(self, source: _Source, writer: PartWriter) -> None:
-        request = _rest(writer)
-        request.digest = self._wanted.ref.digest
-        left = writer.file.part.tensor_bytes - writer.done_bytes
-        call = source.stub.FetchTensors(
-            request,
-            metadata=self._metadata,
-            timeout=CALL_SECONDS + left / LEAST_BYTES_PER_SECOND,
-        )
-        loop = asyncio.get_running_loop()
-        writing: deque[asyncio.Task[bytes]] = deque()
-        try:
-            async with asyncio.timeout(STALL_SECONDS) as stalled:
-                async for pieces, digest in _blocks(call, writer.file.blocks[writer.done :]):
-                    number = writer.done + len(writing)
-                    put = asyncio.to_thread(_put, writer, number, pieces, digest)
-                    writing.append(asyncio.create_task(put))
-                    if len(writing) == MOST_BLOCKS:
-                        await self._note(writer, writing)
-                    stalled.reschedule(loop.time() + STALL_SECONDS)
-            while writing:
-                await self._note(writer, writing)
-        except grpc.aio.AioRpcError as error:
-            raise _SourceError(error_from(error)) from None
-        except TimeoutError:
-            raise _SourceError(UnavailableError(f"nothing came for {STALL_SECONDS:g} s")) from None
-        finally:
-            call.cancel()
-            # What came whole is kept, whatever happened to what was to follow.
-            for result in await asyncio.gather(*writing, return_exceptions=True):
-                if isinstance(result, BaseException):
-                    break
-                writer.note(result)
-
-    async def _note(self, writer: PartWriter, writing: deque[asyncio.Task[bytes]]) -> None:
-        digest = await asyncio.shield(writing[0])
-        writing.popleft()
-        writer.note(digest)
-        self._show(writer)
 
     def _show(self, writer: PartWriter) -> None:
         self._done[writer.file.part.file] = writer.done_bytes
@@ -366,52 +309,6 @@ class _Fetch:
                 "it goes on where it stopped when it is tried again"
             )
         return self._wanted.none_has(said or "no other worker of the mesh has it")
-
-
-async def _blocks(call: Any, sizes: Sequence[int]) -> AsyncIterator[tuple[list[bytes], bytes]]:
-    """The blocks that a call brings: their pieces, and the digests that came with them.
-
-    Raises:
-        _SourceError: if they are not of these sizes.
-    """
-    coming, pieces, got = iter(sizes), list[bytes](), 0
-    size = next(coming, 0)
-    async for message in call:
-        pieces.append(message.data)
-        got += len(message.data)
-        if got > size or (bool(message.sha256) != (got == size)):
-            raise _SourceError(ModelFilesError(f"it sent {got} bytes for a block of {size}"))
-        if message.sha256:
-            yield pieces, message.sha256
-            size, pieces, got = next(coming, 0), [], 0
-    if size:
-        raise _SourceError(UnavailableError("it stopped before the end"))
-
-
-def _put(writer: PartWriter, number: int, pieces: list[bytes], digest: bytes) -> bytes:
-    """Check a block and write it."""
-    if block_digest(*pieces) != digest:
-        raise _SourceError(
-            ModelFilesError(
-                f"block {number} of {writer.file.path.name} is damaged: its SHA-256 is not that "
-                "which came with it",
-                reason="DIGEST_MISMATCH",
-            )
-        )
-    writer.put(number, pieces)
-    return digest
-
-
-def _rest(writer: PartWriter) -> files_pb2.FetchTensorsRequest:
-    """What a part still lacks."""
-    done, skip, names = writer.done, 0, list[str]()
-    for tensor in writer.file.part.tensors:
-        count = num_blocks(tensor.size)
-        if done < count:
-            skip = skip if names else sum(list(block_sizes(tensor.size))[:done])
-            names.append(tensor.name)
-        done = max(done - count, 0)
-    return files_pb2.FetchTensorsRequest(tensors=names, skip_bytes=skip)
 
 
 def _begun(entry: Entry, part: Part) -> int:

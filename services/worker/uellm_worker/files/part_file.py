@@ -2,7 +2,6 @@
 
 import os
 import threading
-from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -122,18 +121,14 @@ class PartWriter:
         """Of the blocks that are there and noted."""
         return self._offsets[self.done] - self._offsets[0]
 
-    def put(self, number: int, pieces: Sequence[bytes]) -> None:
+    def put(self, number: int, block: memoryview) -> None:
         """Write a block; it may be written again until it is noted."""
-        left, offset = list(pieces), self._offsets[number]
+        left, offset = block, self._offsets[number]
         with self._open:
             # A thread that nobody waits for any more comes too late, and writes nothing.
             while left and self._data >= 0:
-                written = os.pwritev(self._data, left, offset)
-                offset += written
-                while left and written >= len(left[0]):
-                    written -= len(left.pop(0))
-                if left:
-                    left[0] = left[0][written:]
+                written = os.pwrite(self._data, left, offset)
+                left, offset = left[written:], offset + written
 
     def note(self, digest: bytes) -> None:
         """The next block is there, with this digest."""

@@ -1,6 +1,7 @@
 """Giving other workers the files of models: read, digested and sent block by block."""
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -87,11 +88,14 @@ class Sender:
             places = [held.places[name] for name in request.tensors]
             blocks = list(_blocks(places, request.skip_bytes))
             async with aclosing(_read_ahead(blocks)) as read:
-                async for pieces, digest in read:
+                async for block, digest in read:
                     began = time.monotonic()
-                    for piece in pieces[:-1]:
-                        yield files_pb2.FetchTensorsResponse(data=piece)
-                    yield files_pb2.FetchTensorsResponse(data=pieces[-1], sha256=digest)
+                    for start in range(0, len(block), MESSAGE_BYTES):
+                        end = start + MESSAGE_BYTES
+                        message = files_pb2.FetchTensorsResponse(data=bytes(block[start:end]))
+                        if end >= len(block):
+                            message.sha256 = digest
+                        yield message
                     if self._busy():
                         await asyncio.sleep(time.monotonic() - began)
 
@@ -136,16 +140,23 @@ def _blocks(places: Sequence[Place], skip_bytes: int) -> Iterator[_Block]:
 
 async def _read_ahead(
     blocks: Sequence[_Block],
-) -> AsyncGenerator[tuple[list[bytes], bytes], None]:
-    """The pieces and the digest of each block; the next is read while one is being sent."""
-    reading: asyncio.Task[tuple[list[bytes], bytes]] | None = None
+) -> AsyncGenerator[tuple[memoryview, bytes], None]:
+    """Each block and its digest; the next is read while one is being sent.
+
+    A block is valid until the next is asked for: there are two buffers, used in turn.
+    """
+    buffers = [memoryview(bytearray(max(b.size for b in blocks))) for _ in blocks[:2]]
+    reading: asyncio.Task[bytes] | None = None
     try:
-        for number in range(len(blocks)):
-            found = await (reading or asyncio.to_thread(_read, blocks[number]))
+        for number, block in enumerate(blocks):
+            buffer = buffers[number % 2][: block.size]
+            digest = await (reading or asyncio.to_thread(_read, block, buffer))
             reading = None
             if number + 1 < len(blocks):
-                reading = asyncio.create_task(asyncio.to_thread(_read, blocks[number + 1]))
-            yield found
+                following = blocks[number + 1]
+                ahead = buffers[(number + 1) % 2][: following.size]
+                reading = asyncio.create_task(asyncio.to_thread(_read, following, ahead))
+            yield buffer, digest
     except OSError as error:
         raise UnavailableError(
             f"{error.filename} cannot be read: {error.strerror}", reason=DAMAGED
@@ -156,17 +167,18 @@ async def _read_ahead(
             await asyncio.gather(reading, return_exceptions=True)
 
 
-def _read(block: _Block) -> tuple[list[bytes], bytes]:
-    """The pieces of a block, and its digest; a file that is not as it was fetched is removed."""
+def _read(block: _Block, buffer: memoryview) -> bytes:
+    """Read a block; returns its digest. A file that is not as it was fetched is removed.
+
+    In few calls: each of them may have to wait for the loop's thread to let go of the interpreter.
+    """
     with block.path.open("rb", buffering=0) as file:
-        file.seek(block.start)
-        sizes = range(0, block.size, MESSAGE_BYTES)
-        pieces = [file.read(min(MESSAGE_BYTES, block.size - done)) for done in sizes]
-    if sum(map(len, pieces)) < block.size:
+        size = os.preadv(file.fileno(), [buffer], block.start)
+    if size < block.size:
         raise UnavailableError(f"{block.path} ends too early", reason=DAMAGED)
-    digest = block_digest(*pieces)
+    digest = block_digest(buffer)
     if block.digest and block.digest != digest:
         _log.error("a damaged file is removed", path=str(block.path), offset=block.start)
         block.path.unlink(missing_ok=True)
         raise UnavailableError(f"{block.path} is damaged on this host", reason=DAMAGED)
-    return pieces, digest
+    return digest
