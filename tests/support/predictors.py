@@ -1,6 +1,7 @@
 """A predictor whose fits are as good or bad as a test likes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from threading import Event
 from typing import Any, ClassVar
 
@@ -21,6 +22,21 @@ DUE = 20
 UNFITTED = 1000.0
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What a fit makes of some lengths."""
+
+    fit: Callable[[Sequence[float]], float]
+    lengths: Sequence[float]
+
+    def __call__(self) -> State:
+        return {"value": np.array(self.fit(self.lengths)), "at": np.array(len(self.lengths))}
+
+
+def median(lengths: Sequence[float]) -> float:
+    return float(np.median(lengths))
+
+
 class Guess:
     """Expects every answer to be about as long as its last fit says; never learns otherwise.
 
@@ -36,7 +52,7 @@ class Guess:
     def __init__(
         self,
         settings: Mapping[str, Any] | None = None,
-        fit: Callable[[Sequence[float]], float] = lambda lengths: float(np.median(lengths)),
+        fit: Callable[[Sequence[float]], float] = median,
     ) -> None:
         del settings
         self._fit = fit
@@ -69,8 +85,7 @@ class Guess:
     def refit(self) -> Refit | None:
         if len(self._lengths) < self._fitted_at + DUE:
             return None
-        lengths, at = list(self._lengths), len(self._lengths)
-        return lambda: {"value": np.array(self._fit(lengths)), "at": np.array(at)}
+        return Fit(self._fit, list(self._lengths))
 
     def adopt(self, fitted: State) -> None:
         self._value, self._fitted_at = float(fitted["value"]), int(fitted["at"])
@@ -94,11 +109,11 @@ class Guess:
 
 def unfit(settings: Mapping[str, Any] | None = None) -> Guess:
     """One whose fits fail."""
-
-    def fail(lengths: Sequence[float]) -> float:
-        raise ArithmeticError(f"no fit to {len(lengths)} lengths")
-
     return Guess(settings, fail)
+
+
+def fail(lengths: Sequence[float]) -> float:
+    raise ArithmeticError(f"no fit to {len(lengths)} lengths")
 
 
 class Slow(Guess):

@@ -1,7 +1,8 @@
 """Champion and challenger: what was fitted anew serves only once it has predicted better.
 
 Both predict every outcome before they learn from it, so that each is judged by what it did not know
-(prequential evaluation; Dawid, "Present position and potential developments", 1984).
+(prequential evaluation; Dawid, "Present position and potential developments", 1984). A challenge
+ends as soon as one is surely better.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,11 @@ from uellm.core.request import LEVELS
 from uellm.prediction.interface import CompletionFacts, PredictionRequest, Predictor, Refit, State
 
 OUTCOMES = 200
-"""A challenge lasts for so many answers that ended by themselves."""
+"""A challenge lasts for so many answers that ended by themselves, at most."""
+LEAST_OUTCOMES = 24
+"""Before so many, nothing is sure."""
+SURE = 3.0
+"""One is surely better once the mean difference is so many standard errors from none."""
 LEAST_GAIN = 0.0
 """Share by which a challenger's loss must be less than the champion's."""
 
@@ -71,7 +76,7 @@ class Contest:
 
     Args:
         make: a predictor that has learnt nothing.
-        outcomes: of a challenge.
+        outcomes: of a challenge, at most.
         least_gain: share by which a challenger must be better.
 
     Attributes:
@@ -90,8 +95,7 @@ class Contest:
         self._outcomes = outcomes
         self._least_gain = least_gain
         self._challenger: Predictor | None = None
-        self._scored = 0
-        self._sums = np.zeros(2)
+        self._losses = np.zeros((0, 2))
         self._resting = 0
 
     @property
@@ -116,7 +120,7 @@ class Contest:
         challenger.load(self.champion.state())
         challenger.adopt(fitted)
         self._challenger = challenger
-        self._scored, self._sums = 0, np.zeros(2)
+        self._losses = np.zeros((0, 2))
 
     def serve(self, state: State) -> None:
         """Let what made a state before serve again, without a challenge.
@@ -137,9 +141,8 @@ class Contest:
         self._resting = max(self._resting - len(facts), 0)
         if self._challenger is not None:
             whole = [one for one in facts if not one.censored and one.output_tokens > 0]
-            for place, predictor in enumerate((self.champion, self._challenger)):
-                self._sums[place] += losses(predictor, whole).sum()
-            self._scored += len(whole)
+            both = [losses(predictor, whole) for predictor in (self.champion, self._challenger)]
+            self._losses = np.concatenate((self._losses, np.column_stack(both)))
         for one in facts:
             self.champion.observe(one)
             if self._challenger is not None:
@@ -147,13 +150,23 @@ class Contest:
         return self._judged()
 
     def _judged(self) -> Verdict | None:
-        if self._challenger is None or self._scored < self._outcomes:
+        if self._challenger is None:
             return None
-        champion, challenger = (float(total) / self._scored for total in self._sums)
-        promoted = challenger < champion * (1 - self._least_gain)
+        gains = self._losses @ (1 - self._least_gain, -1.0)
+        if len(gains) < self._outcomes and not _is_sure(gains):
+            return None
+        champion, challenger = self._losses.mean(axis=0).tolist()
+        promoted = bool(gains.mean() > 0)
         if promoted:
             self.champion = self._challenger
         else:
             self.rest()
         self._challenger = None
-        return Verdict(promoted, self._scored, champion, challenger)
+        return Verdict(promoted, len(gains), champion, challenger)
+
+
+def _is_sure(gains: Floats) -> bool:
+    """Whether it is beyond doubt that gains are more, or less, than nothing in the mean."""
+    if len(gains) < LEAST_OUTCOMES:
+        return False
+    return bool(abs(gains.mean()) > SURE * gains.std() / len(gains) ** 0.5)

@@ -62,8 +62,9 @@ class ProfilerApplication:
             await self._learner.leadership.release()
 
     async def close(self) -> None:
-        """Predict no more."""
+        """Predict no more, and fit no more."""
         self._serving.close()
+        await self._learner.stop_fitting()
 
 
 def beginnings(settings: ProfilerSettings) -> tuple[Predictor, Callable[[], Predictor]]:

@@ -13,9 +13,10 @@ from uellm.convert import timestamp
 from uellm.core.errors import AbortedError, InvalidArgumentError
 from uellm.leadership import Leadership
 from uellm.prediction.contest import Contest, Verdict
-from uellm.prediction.interface import GREEDY, CompletionFacts, Predictor, Refit, State
+from uellm.prediction.interface import GREEDY, CompletionFacts, Predictor, State
 from uellm.service import Context
 from uellm.v1 import common_pb2, profiler_pb2, queue_pb2
+from uellm_profiler.fits import fitted
 from uellm_profiler.models import Models
 from uellm_profiler.serving import Serving
 from uellm_profiler.settings import ProfilerSettings
@@ -174,7 +175,8 @@ class Learner:
 
     async def _take_up(self) -> None:
         """Go on where the learner before this one was."""
-        self._contest, self._fitting, self._unkept = self._new_contest(), None, None
+        await self.stop_fitting()
+        self._contest, self._unkept = self._new_contest(), None
         kind = kind_of(self._contest.champion)
         past = None
         try:
@@ -206,7 +208,7 @@ class Learner:
         except InvalidArgumentError as error:
             _log.warning("keeping the version", wanted=number, error=error.message)
             return
-        self._fitting = None
+        await self.stop_fitting()
         await self._begin_version(f"rolled back to version {number}")
 
     async def _learn(self) -> None:
@@ -238,7 +240,7 @@ class Learner:
         if self._fitting is None:
             refit = self._contest.due()
             if refit is not None:
-                self._fitting = asyncio.create_task(_fitted(refit), name="fitting")
+                self._fitting = asyncio.create_task(fitted(refit), name="fitting")
         elif self._fitting.done():
             fitting, self._fitting = self._fitting, None
             if (error := fitting.exception()) is not None:
@@ -247,6 +249,13 @@ class Learner:
                 self._contest.rest()
                 return
             await asyncio.to_thread(self._contest.challenge, fitting.result())
+
+    async def stop_fitting(self) -> None:
+        """Give a fit up, if one is under way."""
+        fitting, self._fitting = self._fitting, None
+        if fitting is not None:
+            fitting.cancel()
+            await asyncio.gather(fitting, return_exceptions=True)
 
     async def _begin_version(self, reason: str, verdict: Verdict | None = None) -> None:
         """Keep what serves from now on as a version of its own."""
@@ -271,9 +280,10 @@ class Learner:
         champion, version = self._contest.champion, self._unkept
         kind, past = kind_of(champion), None
         if version is not None or whole or began >= self._keep_past_at:
-            past = Past(kind, champion.state(), dict(self._places))
+            past = Past(kind, await asyncio.to_thread(champion.state), dict(self._places))
         self._revision += 1
-        learnt = Learnt(kind, self._number, self._revision, champion.serving_state())
+        serving = await asyncio.to_thread(champion.serving_state)
+        learnt = Learnt(kind, self._number, self._revision, serving)
         await self._store.keep(self.leadership.token, learnt, past, version)
         self._changed, self._unkept = False, None
         seconds = self._settings.keep_seconds
@@ -282,7 +292,3 @@ class Learner:
         if past is not None:
             self._past_changed = False
             self._keep_past_at = began + max(rest, PAST_SECONDS_PER_SECOND * seconds)
-
-
-async def _fitted(refit: Refit) -> State:
-    return await asyncio.to_thread(refit)

@@ -36,5 +36,6 @@ class ProfilerSettings(ServiceSettings):
     challenge_outcomes: int = Field(
         200,
         ge=1,
-        description="What was fitted anew serves once it has predicted so many answers better.",
+        description="What was fitted anew serves once it has predicted so many answers better, or "
+        "fewer if that is beyond doubt.",
     )

@@ -22,11 +22,22 @@ _NUMBERS = {
         8: "eight",
         9: "nine",
         10: "ten",
+        11: "eleven",
         12: "twelve dozen",
+        13: "thirteen",
+        14: "fourteen",
         15: "fifteen",
+        16: "sixteen",
+        17: "seventeen",
+        18: "eighteen",
+        19: "nineteen",
         20: "twenty",
+        25: "twenty-five",
+        30: "thirty",
+        40: "forty",
         50: "fifty",
         100: "hundred",
+        1000: "thousand",
     }.items()
     for word in words.split()
 }
@@ -35,11 +46,14 @@ _UNITS = {
     "words": "words? terms? tokens? characters? letters?",
     "sentences": "sentences? lines? bullets? points? statements? verses?",
     "paragraphs": "paragraphs? pages? stanzas? scenes? chapters? sections?",
+    "times": "times? copies repetitions? rounds?",
 }
 _AMOUNTS = [
     re.compile(rf"\b{_NUMBER}[\s-]+(?:\w+[\s-]+)?(?:{units.replace(' ', '|')})\b")
     for units in _UNITS.values()
 ]
+_RANGE = re.compile(r"\b(\d{1,6})\s*(?:to|and|through|until|till|-|\u2013|\.\.\.?)\s*(\d{1,6})\b")
+_QUOTED = re.compile(r"(?<!\w)(?:'([^'\n]+)'|\"([^\"\n]+)\"|“([^”\n]+)”|`([^`\n]+)`)(?!\w)")
 _ITEMS = re.compile(rf"\b{_NUMBER}\s+(?:\w+\s+){{0,2}}?\w{{3,}}s\b")
 
 _KINDS = {
@@ -128,6 +142,8 @@ _FORM = (
     "asks_wh",
     "asks_yes_no",
     "largest_number",
+    "range",
+    "quoted_characters",
 )
 CUES = (*_FORM, *(f"amount_{name}" for name in (*_UNITS, "items")), *_KINDS)
 """Names of the cues, in their order."""
@@ -206,7 +222,15 @@ def _form(
         float(first in _WH),
         float(first in _YES_NO),
         log(max((int(number[:6]) for number in _DIGITS.findall(asked)), default=0)),
+        _range(asked),
+        log(max((len("".join(quoted)) for quoted in _QUOTED.findall(asked)), default=0)),
     )
+
+
+def _range(text: str) -> float:
+    """The logarithm of how many whole numbers the first range holds, -1 if none is named."""
+    found = _RANGE.search(text)
+    return -1.0 if found is None else math.log1p(abs(int(found[1]) - int(found[2])) + 1)
 
 
 def _amount(pattern: re.Pattern[str], text: str) -> float:

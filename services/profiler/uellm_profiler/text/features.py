@@ -15,7 +15,7 @@ from uellm_profiler.text.cues import Cues, cues_of
 
 BITS = 18
 """Hashed features fall into 2^18 buckets."""
-MOST_IDS = 220
+MOST_IDS = 216
 HEAD_CHARACTERS = 1500
 TAIL_CHARACTERS = 500
 _ASKED_WORDS = 60

@@ -117,9 +117,9 @@ def _fitted(data: _Data) -> State:
     scale = [_scale(data.logs[data.key == place]) for place in range(len(data.keys))]
     means, spreads = (np.array([each[i] for each in scale])[data.key] for i in (0, 1))
     target = (data.logs - means) / spreads
-    shared, own, own_keys, columns = _linear(data, target)
+    shared, own, own_keys, columns, score = _linear(data, target)
     halves = (data.prompts >> np.uint64(16)).astype(np.int64) % 2
-    apart = _apart(columns, target, halves, *_CENTRE)
+    apart = score + _apart(columns, target - score, halves, *_CENTRE)
     errors = target - apart
     logs = np.log(np.abs(errors) + _SPREAD_FLOOR)
     widths = np.exp(_apart(columns, logs, halves, *_SPREAD))
@@ -127,7 +127,8 @@ def _fitted(data: _Data) -> State:
         shared=shared,
         own=own,
         own_keys=own_keys,
-        centre=_grow(columns, target, *_CENTRE),
+        limits=_limits(target),
+        centre=_grow(columns, target - score, *_CENTRE),
         spread=_grow(columns, logs, *_SPREAD),
         shrinkage=_shrinkage(data.prompts, errors),
         factors=np.ones(BUCKETS),
@@ -144,10 +145,18 @@ def _scale(logs: Floats) -> tuple[float, float]:
     return float(logs.mean()), max(float(logs.std()), _LEAST_SPREAD)
 
 
-def _linear(data: _Data, target: Floats) -> tuple[Weights, Weights, list[Key], Floats]:
-    """Linear weights, shared and own, and the trees' columns with scores of rows held apart."""
+def _limits(target: Floats) -> tuple[float, float]:
+    return float(target.min()), float(target.max())
+
+
+def _linear(data: _Data, target: Floats) -> tuple[Weights, Weights, list[Key], Floats, Floats]:
+    """Linear weights, shared and own, and with scores of rows held apart the trees' columns.
+
+    Last the scores that the trees begin with.
+    """
     folds = (data.prompts >> np.uint64(8)).astype(np.int64) % _FOLDS
-    design = Design([each.ids for each in data.seen], folds)
+    cues = np.stack([each.cues for each in data.seen])
+    design = Design([each.ids for each in data.seen], cues, folds)
     every = np.arange(len(target))
     # The second is of what a log length says too little of: how long the long ones are.
     fits = [design.fit(every, each) for each in (target, np.exp(np.clip(target, -3.0, 3.0)))]
@@ -161,11 +170,11 @@ def _linear(data: _Data, target: Floats) -> tuple[Weights, Weights, list[Key], F
             break
         weights, own_score[rows] = design.fit(rows, target[rows])
         own.append(weights)
-    cues = np.stack([each.cues for each in data.seen])
+    own_score = np.clip(own_score, *_limits(target))
     columns = columns_of(cues, scores, own_score, ranks.tolist())
     shared = np.stack([weights for weights, _ in fits])
     own_weights = np.stack(own) if own else np.zeros((0, shared.shape[1]), dtype=np.float16)
-    return shared, own_weights, data.keys[: len(own)], columns
+    return shared, own_weights, data.keys[: len(own)], columns, own_score
 
 
 def _grow(columns: Floats, target: Floats, loss: str, most: int) -> Trees:

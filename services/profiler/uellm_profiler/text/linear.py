@@ -1,6 +1,7 @@
-"""Ridge regression on hashed features: fitted by scikit-learn, scored by numpy."""
+"""Ridge regression on hashed features and cues: fitted by scikit-learn, scored by numpy."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,20 +10,32 @@ from uellm_profiler.text.features import BITS, Ids
 
 Floats = npt.NDArray[np.float64]
 Weights = npt.NDArray[np.float16]
-"""One weight per bucket, and the intercept last; in half precision, which predicts as well."""
+"""One weight per bucket, then one per cue, and the intercept last; in half precision, which
+predicts as well."""
 
 RIDGE = 0.7
 """Strength of the penalty where a row's features have length 1."""
+CUE_SCALE = 0.5
+"""What a cue is multiplied by: words, whose squares add up to 1, are many, and say less each."""
 _TOLERANCE = 1e-3
 
 
-def score(ids: Sequence[Ids], weights: Weights) -> Floats:
-    """Scores of prompts, one column per row of ``weights``: intercept plus sum over √count."""
+def score(ids: Sequence[Ids], cues: npt.NDArray[Any], weights: Weights) -> Floats:
+    """Scores of prompts, one column per row of ``weights``.
+
+    The intercept, the sum over hashed features over √count, and the scaled cues, shape
+    [prompts, cues], by their weights.
+    """
     sizes = np.array([len(each) for each in ids])
     gathered = weights[:, np.concatenate(ids)].astype(np.float64)
     starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
     sums: Floats = np.add.reduceat(gathered, starts, axis=1) / np.sqrt(sizes)
-    return (sums + weights[:, -1:]).T
+    # No product of matrices: what one prompt comes to must not depend on those beside it.
+    of_cues = (CUE_SCALE * cues[:, None] * weights[:, 1 << BITS : -1].astype(np.float64)).sum(
+        axis=2
+    )
+    scores: Floats = (sums + weights[:, -1:]).T + of_cues
+    return scores
 
 
 class Design:
@@ -30,17 +43,21 @@ class Design:
 
     Args:
         ids: hashed features of each row, at least one.
+        cues: of each row, shape [rows, cues].
         folds: parts of the data that are predicted from the others.
     """
 
-    def __init__(self, ids: Sequence[Ids], folds: npt.NDArray[np.int64]) -> None:
-        from scipy.sparse import csr_matrix  # noqa: PLC0415 - heavy, for fitting alone
+    def __init__(
+        self, ids: Sequence[Ids], cues: npt.NDArray[Any], folds: npt.NDArray[np.int64]
+    ) -> None:
+        from scipy.sparse import csr_matrix, hstack  # noqa: PLC0415 - heavy, for fitting alone
 
         sizes = np.array([len(each) for each in ids])
         ends = np.concatenate(([0], np.cumsum(sizes)))
         values = np.repeat(1.0 / np.sqrt(sizes), sizes)
         columns = np.concatenate(ids).astype(np.int32)
-        self._matrix = csr_matrix((values, columns, ends), shape=(len(ids), 1 << BITS))
+        words = csr_matrix((values, columns, ends), shape=(len(ids), 1 << BITS))
+        self._matrix = hstack((words, csr_matrix(CUE_SCALE * cues)), format="csr")
         self._folds = folds
 
     def fit(self, rows: npt.NDArray[np.intp], target: Floats) -> tuple[Weights, Floats]:

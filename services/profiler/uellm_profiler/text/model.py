@@ -1,9 +1,11 @@
 """The text model: from what is seen of a prompt to how long its answer is, in relation to others.
 
-In units of a served one's own spread of log lengths, from its own mean. Linear scores of the hashed
-words, one shared by all that are served and one of its own for those with the most completions, are
-inputs of boosted trees beside the cues; a second, smaller forest says how far off they are. What
-was answered to the very same prompt before, by whatever model, is averaged with that.
+In units of a served one's own spread of log lengths, from its own mean. A linear score of the
+hashed words and the cues, shared by all that are served or, for those with the most completions,
+one of its own, is what boosted trees begin with and correct: lengths follow amounts that prompts
+name, which a line says from few examples and trees from many. A second, smaller forest says how
+far off that is. What was answered to the very same prompt before, by whatever model, is averaged
+with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,10 +55,11 @@ class TextModel:
     """See the module.
 
     Attributes:
-        shared: linear weights, shape [2, buckets + 1].
+        shared: linear weights, shape [2, buckets + cues + 1].
         own: those of single served ones.
         own_keys: which.
-        centre: trees of the relative length.
+        limits: least and largest relative length that was learnt from; scores are kept within.
+        centre: trees of what is lacking to the score.
         spread: trees of the logarithm of its error.
         shrinkage: how many answers to a prompt what the text says counts as.
         factors: of the spread, by what is known of the prompt; see ``bucket_of``.
@@ -66,6 +69,7 @@ class TextModel:
     shared: Weights
     own: Weights
     own_keys: Sequence[Key]
+    limits: tuple[float, float]
     centre: Trees
     spread: Trees
     shrinkage: float
@@ -74,15 +78,17 @@ class TextModel:
 
     def by_text(self, seen: Sequence[Seen], keys: Sequence[Key]) -> tuple[Floats, Floats]:
         """Relative lengths and spreads, as far as the text alone says."""
-        ids = [each.ids for each in seen]
-        scores = linear.score(ids, self.shared)
+        ids, cues = [each.ids for each in seen], np.stack([each.cues for each in seen])
+        scores = linear.score(ids, cues, self.shared)
         ranks = [self.own_keys.index(key) if key in self.own_keys else -1 for key in keys]
         own = scores[:, 0].copy()
         for rank in {*ranks} - {-1}:
             rows = [i for i, each in enumerate(ranks) if each == rank]
-            own[rows] = linear.score([ids[i] for i in rows], self.own[rank : rank + 1])[:, 0]
-        columns = columns_of(np.stack([each.cues for each in seen]), scores, own, ranks)
-        return self.centre.predict(columns), np.exp(self.spread.predict(columns))
+            weights = self.own[rank : rank + 1]
+            own[rows] = linear.score([ids[i] for i in rows], cues[rows], weights)[:, 0]
+        own = np.clip(own, *self.limits)
+        columns = columns_of(cues, scores, own, ranks)
+        return own + self.centre.predict(columns), np.exp(self.spread.predict(columns))
 
     def with_known(
         self, seen: Sequence[Seen], relative: Floats, spreads: Floats
@@ -107,6 +113,7 @@ class TextModel:
             "model_shared": self.shared,
             "model_own": self.own,
             "model_own_keys": np.array(self.own_keys, dtype=np.str_).reshape(len(self.own_keys), 3),
+            "model_limits": np.array(self.limits),
             **self.centre.state("model_centre"),
             **self.spread.state("model_spread"),
             "model_shrinkage": np.array(self.shrinkage),
@@ -133,6 +140,7 @@ class TextModel:
             shared=state["model_shared"],
             own=state["model_own"],
             own_keys=[(str(m), str(a), str(r)) for m, a, r in state["model_own_keys"]],
+            limits=(float(state["model_limits"][0]), float(state["model_limits"][1])),
             centre=Trees.of_state("model_centre", state),
             spread=Trees.of_state("model_spread", state),
             shrinkage=float(state["model_shrinkage"]),

@@ -36,7 +36,7 @@ class TextSettings(Settings):
     most_rows: int = setting(
         50_000, "Completions kept to learn from; about 600 bytes each.", least=256, most=1_000_000
     )
-    first_fit: int = setting(256, "Completions before the first fit.", least=64, most=1_000_000)
+    first_fit: int = setting(64, "Completions before the first fit.", least=64, most=1_000_000)
     growth: float = setting(
         1.5, "A fit is due when there were so many times the completions.", above=1.0, most=100.0
     )
@@ -55,7 +55,7 @@ class TextPredictor:
     """
 
     name = "text"
-    version = "1"
+    version = "2"
     needs_text: ClassVar[bool] = True
 
     def __init__(self, settings: Mapping[str, object] | None = None) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from uellm_profiler.text.cues import CUES, Cues
 from uellm_profiler.text.features import BITS, Ids, seen_of
 
-_VERSION = b"\x01"
+_VERSION = b"\x02"
 _PRINT_BYTES = 8
 _CUES_AT = 1 + _PRINT_BYTES
 _IDS_AT = _CUES_AT + 2 * len(CUES)
