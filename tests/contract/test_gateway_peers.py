@@ -154,6 +154,21 @@ async def test_without_a_profiler_the_prior_answers(driver: MeshDriver, redis_ur
         assert max(profile.output_tokens.values) <= 512
 
 
+async def test_without_a_profiler_the_prior_learns_from_what_is_streamed(
+    driver: MeshDriver, redis_url: str
+) -> None:
+    async with running_gateway(redis_url) as gateway:
+        profiles = []
+        for _ in range(30):
+            stream = gateway.stub.Generate(REQUEST, timeout=5)
+            events = aiter(stream)
+            profiles.append((await anext(events)).event.accepted.profile)
+            await driver.answer(await driver.start_next(), ["hi"])
+            assert [each async for each in events][-1].event.HasField("finished")
+    assert all(profile.fallback for profile in profiles)
+    assert profiles[-1].mean_output_tokens < profiles[0].mean_output_tokens / 4
+
+
 async def test_an_estimate_is_the_schedulers(
     driver: MeshDriver, redis: Redis, redis_url: str
 ) -> None:

@@ -32,7 +32,7 @@ async def teach(mesh: Mesh, count: int, **fields: Any) -> None:
     """Completions, as the scripts write them."""
     async with mesh.redis.pipeline(transaction=False) as pipeline:
         for _ in range(count):
-            event = completion(MODEL, **fields)
+            event = completion(mesh.model, **fields)
             pipeline.xadd(mesh.gateway.keys.completions, {"payload": event.SerializeToString()})
         await pipeline.execute()
 

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
+from uellm_profiler import learning
 from uellm_profiler.serving import MOST_WAITING, Serving
 from uellm_profiler.store import PREFIX, Store
 
@@ -28,6 +29,7 @@ from uellm.prediction.interface import GREEDY, CompletionFacts, PredictionReques
 from uellm.prediction.prior import Prior
 from uellm.prediction.states import unpack
 from uellm.rpc import error_from
+from uellm.streams.registry import Registry
 from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.v1 import profiler_pb2
 
@@ -111,6 +113,27 @@ async def test_when_the_learner_dies_another_learns_on_from_what_was_kept(
         await learnt(other, 60)
         [version] = await versions(other)
     assert version.reason == "prior/2 learns from the beginning"
+
+
+async def test_the_places_of_withdrawn_models_are_forgotten(
+    mesh: Mesh, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "MOST_PLACES", 1)
+    other = Mesh(mesh.redis, "other")
+    await other.deploy("r1", slots=100)
+
+    async def places() -> set[str]:
+        return set(json.loads(await mesh.redis.hget(f"{PREFIX}past", "places") or "{}"))
+
+    async def learnt_from(*models: Mesh) -> bool:
+        for each in models:
+            await teach(each, 1, output_tokens=40)
+        return await places() == {each.model for each in models}
+
+    async with profiler(redis_url):
+        await eventually(lambda: learnt_from(mesh, other))
+        await Registry(mesh.redis).withdraw("other")
+        await eventually(lambda: learnt_from(mesh))
 
 
 async def test_a_better_fit_becomes_a_version_and_can_be_rolled_back(

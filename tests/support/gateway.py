@@ -141,12 +141,14 @@ class MeshDriver:
         self, request_id: str, reason: common_pb2.FinishReason = common_pb2.FINISH_REASON_STOP
     ) -> None:
         """End a request well."""
+        tokens = (await self.leader.record(request_id)).tokens
+        usage = common_pb2.Usage(prompt_tokens=1, output_tokens=tokens)
         await self._append(
             Finish(
                 request_id,
                 self.holders[request_id],
                 "DONE",
-                inference_pb2.Finished(reason=reason, usage=common_pb2.Usage(prompt_tokens=1)),
+                inference_pb2.Finished(reason=reason, usage=usage),
                 queue_pb2.CompletionEvent(request_id=request_id, model=self.model),
             )
         )

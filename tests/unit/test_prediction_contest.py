@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 from tests.support.predictors import DUE, UNFITTED, Guess
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import LEVELS
-from uellm.prediction.contest import Contest, losses
+from uellm.prediction.contest import LEAST_OUTCOMES, Contest, losses
 from uellm.prediction.interface import GREEDY, CompletionFacts
 from uellm.prediction.states import pack, unpack
 
@@ -59,6 +59,27 @@ def test_a_worse_fit_never_serves_and_the_next_one_waits() -> None:
     assert contest.due() is None
     contest.observe(facts(900))
     assert contest.due() is not None
+
+
+@pytest.mark.parametrize(("length", "promoted"), [(50, True), (900, False)])
+def test_what_is_beyond_doubt_ends_a_challenge(length: int, promoted: bool) -> None:
+    contest = Contest(lambda: Guess(fit=lambda lengths: 50.0), outcomes=1000)
+    contest.observe(facts(length, DUE))
+    fitted(contest)
+    assert contest.observe(facts(length, LEAST_OUTCOMES - 1)) is None
+    verdict = contest.observe(facts(length))
+    assert verdict is not None
+    assert (verdict.promoted, verdict.outcomes) == (promoted, LEAST_OUTCOMES)
+
+
+def test_of_two_that_are_alike_none_is_beyond_doubt() -> None:
+    contest = Contest(lambda: Guess(fit=lambda lengths: 1.001 * UNFITTED), outcomes=200)
+    rng = np.random.default_rng(2)
+    lengths = [facts(round(length)) for length in rng.lognormal(np.log(UNFITTED), 1, 200)]
+    for length in lengths[:DUE]:
+        contest.observe(length)
+    fitted(contest)
+    assert [contest.observe(length) for length in lengths[:-1]] == [None] * 199
 
 
 def test_a_gain_that_is_too_small_is_none() -> None:

@@ -214,6 +214,12 @@ def test_a_record_holds_what_was_seen_and_no_more_than_it_may(text: str, tokens:
         ("amount_words", "Tell it in 50 words.", "Tell it in words."),
         ("amount_sentences", "Answer in two sentences.", "Answer."),
         ("amount_items", "Name three famous rivers.", "Name a river."),
+        ("amount_items", "Name seventeen rivers.", "Name eleven rivers."),
+        ("amount_times", "Say it 40 times.", "Say it three times."),
+        ("range", "Count from 90 down to 7.", "Count from 90 to 95."),
+        ("range", "List the years 1990-1999.", "List the years."),
+        ("quoted_characters", "Spell 'strawberry'.", "Spell 'fig'."),
+        ("quoted_characters", 'Spell "fig".', "Don't spell it, it's the children's."),
         ("options", "Choose.\nA. one\nB. two", "Choose one or two."),
         ("rest_words", "Shorten this.\nIt is a long text.", "Shorten this."),
     ],
@@ -221,6 +227,24 @@ def test_a_record_holds_what_was_seen_and_no_more_than_it_may(text: str, tokens:
 def test_cues(cue: str, text: str, other: str) -> None:
     place = CUES.index(cue)
     assert see(text, 5).cues[place] > see(other, 5).cues[place]
+
+
+def test_amounts_are_learnt_from_few_and_said_of_others_too() -> None:
+    """Answers as long as they are asked to be; the longest is longer than any that was seen."""
+    rng = np.random.default_rng(13)
+
+    def asked(amount: int) -> str:
+        return f"Repeat the word {rng.choice(NOUNS)} {amount} times."
+
+    amounts = rng.integers(2, 60, 64)
+    predictor = TextPredictor()
+    teach(predictor, [asked(amount) for amount in amounts], 3.0 * amounts)
+    fit(predictor)
+    others = np.array([5, 17, 33, 50])
+    said = medians(predictor, [asked(amount) for amount in others])
+    np.testing.assert_allclose(said, 3.0 * others, rtol=0.25)
+    [beyond] = medians(predictor, [asked(90_000)])
+    assert beyond < 3 * 3 * 60
 
 
 def test_a_state_is_numbers_and_text_and_goes_on_alike(fitted: TextPredictor) -> None:
@@ -273,6 +297,24 @@ def test_completions_are_kept_fairly_and_within_bounds() -> None:
     kept = np.bincount(state["rows_key"])
     names = [str(key[0]) for key in state["rows_keys"]]
     assert dict(zip(names, kept.tolist(), strict=True)) == {"rare": 40, "busy": 216}
+
+
+def test_of_what_is_served_no_more_nothing_is_kept_for_ever() -> None:
+    predictor = TextPredictor({"most_rows": 256, "first_fit": 100_000})
+    texts, lengths = prompts(256, seed=14)
+    for withdrawn in ("one", "two", "three"):
+        teach(predictor, texts[:80], lengths[:80], withdrawn)
+    for _ in range(6):
+        teach(predictor, texts, lengths, "served")
+    other = TextPredictor({"most_rows": 256, "first_fit": 100_000})
+    other.load(predictor.state())
+    for _ in range(2):
+        for each in (predictor, other):
+            teach(each, texts, lengths, "served")
+    state = other.state()
+    assert [str(key[0]) for key in state["rows_keys"]] == ["served"]
+    assert len(state["rows_key"]) == 256
+    np.testing.assert_array_equal(state["rows_number"], predictor.state()["rows_number"])
 
 
 def test_flattened_trees_predict_as_those_that_were_grown() -> None:

@@ -125,6 +125,15 @@ class Admission:
         slo = with_defaults(request.slo, model.class_defaults)
         return PreparedRequest(model, ids, sampling, profiled.profile, slo, profiled.features)
 
+    def learn(
+        self,
+        request: inference_pb2.GenerateRequest,
+        prepared: PreparedRequest,
+        finished: inference_pb2.Finished,
+    ) -> None:
+        """Take how long an answer became."""
+        self._profiling.learn(prepared.model.name, request.adapter, prepared.sampling, finished)
+
     def new_request(
         self,
         request: inference_pb2.GenerateRequest,

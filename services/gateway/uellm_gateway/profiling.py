@@ -6,22 +6,26 @@ from uellm import convert
 from uellm.core.request import LEVELS, QuantileFunction
 from uellm.prediction.interface import (
     MOST_FEATURE_BYTES,
+    CompletionFacts,
     PredictionRequest,
     sampling_regime,
 )
-from uellm.prediction.prior import Prior
+from uellm.prediction.prior import Prior, PriorSettings
 from uellm.prediction.resources import build_profile
-from uellm.v1 import common_pb2, profiler_pb2
+from uellm.v1 import common_pb2, inference_pb2, profiler_pb2
 from uellm_gateway.models import ServedModel
 from uellm_gateway.peers import Peers
 from uellm_gateway.profiler_calls import ProfilerCalls
 
 FEWEST_LEVELS = 9
 MOST_TEXT_CHARACTERS = 16_384
+_WINDOWS = PriorSettings(cell_window=64, model_window=256)
+"""Short ones: where no profiler answers, every request waits for what they say."""
+_ENDED = (common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH)
 
 
 class Profiling:
-    """Asks a profiler, and answers itself where none does.
+    """Asks a profiler, and answers itself where none does, from the answers streamed from here.
 
     Args:
         peers: the profilers.
@@ -30,10 +34,7 @@ class Profiling:
 
     def __init__(self, peers: Peers, budget_seconds: float) -> None:
         self._calls = ProfilerCalls(peers, budget_seconds)
-        # It learns nothing here, so that one answer serves all requests: only the cap differs.
-        prior = Prior()
-        self._prior_name, self._prior_version = prior.name, prior.version
-        self._prior_lengths = prior.predict(PredictionRequest("", "", 1, 0))
+        self._prior = Prior(_WINDOWS)
 
     async def profile(
         self,
@@ -66,18 +67,45 @@ class Profiling:
         profiled = await self._calls.profile(item)
         if profiled is not None and _is_sound(profiled):
             return profiled
-        return profiler_pb2.ProfiledItem(profile=self._fallback(model, sampling, prompt_tokens))
+        return profiler_pb2.ProfiledItem(profile=self._fallback(model, item))
+
+    def learn(
+        self,
+        model: str,
+        adapter: str,
+        sampling: common_pb2.Sampling,
+        finished: inference_pb2.Finished,
+    ) -> None:
+        """Take an answer that was streamed from here, for when no profiler says anything."""
+        if finished.reason in _ENDED:
+            self._prior.observe(
+                CompletionFacts(
+                    model=model,
+                    adapter=adapter,
+                    regime=sampling_regime(sampling.temperature),
+                    prompt_tokens=finished.usage.prompt_tokens,
+                    output_tokens=finished.usage.output_tokens,
+                    censored=finished.reason == common_pb2.FINISH_REASON_LENGTH,
+                )
+            )
 
     def _fallback(
-        self, model: ServedModel, sampling: common_pb2.Sampling, prompt_tokens: int
+        self, model: ServedModel, item: profiler_pb2.ProfileItem
     ) -> common_pb2.ResourceProfile:
+        asked = PredictionRequest(
+            model=item.model,
+            adapter=item.adapter,
+            regime=item.sampling_regime,
+            prompt_tokens=item.prompt_tokens,
+            max_tokens=item.max_tokens,
+        )
         profile = build_profile(
             model.profile,
-            prompt_tokens,
-            self._prior_lengths,
-            sampling.max_tokens,
-            self._prior_name,
-            self._prior_version,
+            item.prompt_tokens,
+            self._prior.predict(asked),
+            item.max_tokens,
+            self._prior.name,
+            self._prior.version,
             fallback=True,
         )
         return convert.profile_to_proto(profile)

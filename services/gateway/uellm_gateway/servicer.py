@@ -71,23 +71,26 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         call = self._calls.begin(context, "gateway.generate", cancels=cancels)
         with trace.use_span(call.span):
             call.span.set_attribute("gen_ai.request.model", request.model)
-            accepted = await self._open(request, call, current_caller())
+            prepared, accepted = await self._open(request, call, current_caller())
         for event in accepted:
             yield inference_pb2.GenerateResponse(event=event)
         async for event in call.stream():
             yield inference_pb2.GenerateResponse(event=event)
+        for answer in call.answers:
+            if answer.finished is not None:
+                self._admission.learn(request, prepared, answer.finished)
         if len(call.answers) == 1:
             _raise_if_refused(call.answers[0])
 
     async def _open(
         self, request: inference_pb2.GenerateRequest, call: Call, caller: Caller
-    ) -> list[inference_pb2.GenerationEvent]:
+    ) -> tuple[PreparedRequest, list[inference_pb2.GenerationEvent]]:
         """Have every choice accepted and watched, or none."""
         prepared = await self._admission.prepare(request)
         frames = await self._answers.frames(prepared.model.name)
         choices = max(request.sampling.n, 1)
         if choices == 1:
-            return [await self._accept(request, prepared, call, frames, caller, 0)]
+            return prepared, [await self._accept(request, prepared, call, frames, caller, 0)]
         results = await asyncio.gather(
             *(self._accept(request, prepared, call, frames, caller, i) for i in range(choices)),
             return_exceptions=True,
@@ -102,7 +105,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                             frames.source.queue, event.request_id, caller.tenant
                         )
                 raise result
-        return events
+        return prepared, events
 
     async def _accept(
         self,

@@ -6,7 +6,7 @@ What serves is a copy, put in its place whole: nothing learns while it predicts.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 
 from uellm import logs
 from uellm.convert import timestamp
@@ -29,6 +29,8 @@ KEEPING_SHARE = 0.1
 PAST_SECONDS_PER_SECOND = 10.0
 """All that was learnt is kept so much less often than what predictions need of it."""
 STANDING_BY_SECONDS = 0.2
+MOST_PLACES = 1024
+"""Models whose places are known; beyond these, withdrawn ones are forgotten."""
 _TEACHES = {
     common_pb2.FINISH_REASON_STOP,
     common_pb2.FINISH_REASON_LENGTH,
@@ -221,10 +223,21 @@ class Learner:
             return
         facts = [one for _, _, event in found if (one := facts_of(event)) is not None]
         verdict = await asyncio.to_thread(self._contest.observe, facts)
-        self._places.update({model: place for model, place, _ in found})
+        self._note(found, models)
         self._changed = self._past_changed = True
         if verdict is not None:
             await self._judged(verdict)
+
+    def _note(
+        self, found: Sequence[tuple[str, str, queue_pb2.CompletionEvent]], deployed: Container[str]
+    ) -> None:
+        """How far each model was read; the latest last."""
+        for model, place, _ in found:
+            self._places.pop(model, None)
+            self._places[model] = place
+        withdrawn = [model for model in self._places if model not in deployed]
+        for model in withdrawn[: max(len(self._places) - MOST_PLACES, 0)]:
+            del self._places[model]
 
     async def _judged(self, verdict: Verdict) -> None:
         losses = f"{verdict.challenger_loss:.4f} against {verdict.champion_loss:.4f}"

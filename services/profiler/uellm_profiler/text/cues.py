@@ -52,7 +52,9 @@ _AMOUNTS = [
     re.compile(rf"\b{_NUMBER}[\s-]+(?:\w+[\s-]+)?(?:{units.replace(' ', '|')})\b")
     for units in _UNITS.values()
 ]
-_RANGE = re.compile(r"\b(\d{1,6})\s*(?:to|and|through|until|till|-|\u2013|\.\.\.?)\s*(\d{1,6})\b")
+_RANGE = re.compile(
+    r"\b(\d{1,6})\s*(?:(?:up |down )?to|and|through|until|till|-|\u2013|\.\.\.?)\s*(\d{1,6})\b"
+)
 _QUOTED = re.compile(r"(?<!\w)(?:'([^'\n]+)'|\"([^\"\n]+)\"|“([^”\n]+)”|`([^`\n]+)`)(?!\w)")
 _ITEMS = re.compile(rf"\b{_NUMBER}\s+(?:\w+\s+){{0,2}}?\w{{3,}}s\b")
 

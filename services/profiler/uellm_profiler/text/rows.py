@@ -29,8 +29,14 @@ class Row:
     record: bytes
 
 
+SILENT = 4
+"""A key of which nothing came while so many times the most rows were taught is given up."""
+
+
 class Rows:
     """The latest completions of each key; where there are too many, the fullest loses its oldest.
+
+    One that has fallen silent, as models do that are withdrawn, loses its own before.
 
     Args:
         most: rows kept.
@@ -47,15 +53,24 @@ class Rows:
 
     def add(self, key: Key, length: int, censored: bool, record: bytes) -> None:
         """Keep one more."""
-        self._rows.setdefault(key, deque()).append(Row(self.taught, length, censored, record))
+        # Taken out and put back, so that the dictionary's order is that of last use.
+        rows = self._rows[key] = self._rows.pop(key, deque())
+        rows.append(Row(self.taught, length, censored, record))
         self.taught += 1
         self._kept += 1
         if self._kept > self._most:
-            fullest = max(self._rows, key=lambda each: len(self._rows[each]))
-            self._rows[fullest].popleft()
+            loser = self._loser()
+            self._rows[loser].popleft()
             self._kept -= 1
-            if not self._rows[fullest]:
-                del self._rows[fullest]
+            if not self._rows[loser]:
+                del self._rows[loser]
+
+    def _loser(self) -> Key:
+        """Whose oldest gives way."""
+        oldest = next(iter(self._rows))
+        if self.taught - self._rows[oldest][-1].number > SILENT * self._most:
+            return oldest
+        return max(self._rows, key=lambda each: len(self._rows[each]))
 
     def __iter__(self) -> Iterator[tuple[Key, Row]]:
         """All of them, as they were taught."""
