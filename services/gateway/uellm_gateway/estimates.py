@@ -60,5 +60,6 @@ class Estimates:
                     retry_after_seconds=1.0,
                 )
             else:
+                peer.answered()
                 return response.promise
         raise problem

@@ -7,8 +7,8 @@ import grpc
 from uellm.rpc import channel
 from uellm.streams.registry import Registry
 
-REST_SECONDS = 1.0
-"""How long a peer that failed is left alone."""
+FIRST_REST_SECONDS, REST_SECONDS = 0.1, 1.0
+"""How long a peer that failed is left alone: twice as long with each failure in a row, at most."""
 
 
 class Peer:
@@ -18,6 +18,7 @@ class Peer:
         self.address = address
         self.channel: grpc.aio.Channel = channel(address)
         self._rests_until = 0.0
+        self._rest_seconds = FIRST_REST_SECONDS
 
     @property
     def resting(self) -> bool:
@@ -25,8 +26,15 @@ class Peer:
         return time.monotonic() < self._rests_until
 
     def rest(self) -> None:
-        """Leave it alone for a while."""
-        self._rests_until = time.monotonic() + REST_SECONDS
+        """It failed: leave it alone for a while."""
+        if self.resting:  # calls that were under way together failed together
+            return
+        self._rests_until = time.monotonic() + self._rest_seconds
+        self._rest_seconds = min(2 * self._rest_seconds, REST_SECONDS)
+
+    def answered(self) -> None:
+        """It did not fail."""
+        self._rest_seconds = FIRST_REST_SECONDS
 
 
 class Peers:

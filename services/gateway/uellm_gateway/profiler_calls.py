@@ -23,7 +23,7 @@ _Waiting: TypeAlias = tuple[
 
 
 class ProfilerCalls:
-    """Asks the profilers in turn; one that fails is left alone for a second.
+    """Asks the profilers in turn; one that fails is left alone for up to a second.
 
     Args:
         peers: the profilers.
@@ -80,4 +80,5 @@ class ProfilerCalls:
         if len(response.items) != len(items):
             peer.rest()
             return unanswered
+        peer.answered()
         return [item if item.HasField("profile") else None for item in response.items]
