@@ -62,7 +62,8 @@ class Scaler:
         self._let_go_of_lost()
         loads = await self._loads()
         async with self._tools.planning:
-            shared = await asyncio.to_thread(self._shared, loads)
+            # Not in a thread: deployments are as they are for a moment only.
+            shared = self._shared(loads)
             predicted = await asyncio.to_thread(capacity, list(shared.tenants.values()))
             tenants = self._follow(shared, loads, predicted)
             self.does = {name: t.efficiency * predicted[name] for name, t in tenants.items()}
@@ -193,6 +194,8 @@ class Scaler:
         proposed: dict[str, set[str]] = {name: set() for name in deployments}
         waiting: set[str] = set()
         for step in steps:
+            if not self._still(step, shared):
+                continue
             deployment, gainer = deployments[step.tenant], step.for_tenant or step.tenant
             coming = sum(name not in shared.replicas for name in proposed[step.tenant])
             replica_id = step.copy.id or next(islice(deployment.free_ids(), coming, None))[0]
@@ -218,6 +221,18 @@ class Scaler:
             if name not in waiting:
                 _withdraw(deployment, proposed[name])
             await deployment.publish()
+
+    def _still(self, step: Step, shared: _Shared) -> bool:
+        """Whether what a step is about is there as it was when it was thought out."""
+        deployments = self._deployments()
+        names = {step.tenant, step.for_tenant} - {""}
+        if any(name not in deployments or deployments[name].ending for name in names):
+            return False
+        deployment = deployments[step.tenant]
+        replica = shared.replicas.get(step.copy.id)
+        return deployment.model is not None and (
+            step.adds or (replica in deployment.replicas and replica.phase is Phase.READY)
+        )
 
     def _planned(self, step: Step, shared: _Shared) -> Planned:
         tenant = shared.tenants[step.tenant]
