@@ -32,10 +32,21 @@ ONE_STAGE = 420 << 20
 class Loaded(Mesh):
     """A mesh whose schedulers say what load they are told to."""
 
-    async def offer(self, model: str, rate: float, **facts: Any) -> None:
+    def __init__(self, *facts: Any) -> None:
+        super().__init__(*facts)
+        self._rates: dict[str, float] = {}
+
+    async def offer(self, model: str, rate: float) -> None:
+        """Say from now on that so many requests come per second."""
+        self._rates[model] = rate
+        await self.say()
+
+    async def say(self) -> None:
+        """What schedulers say every second."""
         now = float((await self.redis.time())[0])
-        load = OfferedLoad(now, 30.0, rate, 0.0, 16.0, 16, 16.0, 16, **facts)
-        await SchedulerQueue(self.redis, model).offer(load, 60_000)
+        for model, rate in self._rates.items():
+            load = OfferedLoad(now, 30.0, rate, 0.0, 16.0, 16, 16.0, 16)
+            await SchedulerQueue(self.redis, model).offer(load, 60_000)
 
     async def want(self, name: str, **wanted: Any) -> None:
         """Have a model served by the objective goodput."""
@@ -45,15 +56,17 @@ class Loaded(Mesh):
 
     async def serving(self, name: str, copies: int) -> topology_pb2.Deployment | None:
         """A deployment once so many copies serve and nothing else is there."""
+        await self.say()
         found = (await self.registry.deployments()).get(name)
         states = [replica.state for replica in found.replicas] if found else []
         return found if states == [READY] * copies else None
 
     async def until(self, name: str, copies: int) -> topology_pb2.Deployment:
-        return await eventually(lambda: self.serving(name, copies), timeout=20.0)
+        return await eventually(lambda: self.serving(name, copies), timeout=40.0)
 
     async def does(self, name: str) -> float:
         """Requests per second that its copies do."""
+        await self.say()
         answer = await self.call("Describe", deployer_pb2.DescribeRequest())
         found = [load for load in answer.loads if load.name == name]
         return float(found[0].capacity_requests_per_second) if found else 0.0
@@ -82,7 +95,7 @@ async def test_load_brings_copies_and_they_are_given_back(mesh: Loaded) -> None:
     await mesh.want(MODEL)
     await mesh.until(MODEL, 1)
     await mesh.offer(MODEL, 0.001)
-    one = await eventually(lambda: mesh.does(MODEL))
+    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
     await mesh.offer(MODEL, 1.5 * one)
     grown = await mesh.until(MODEL, 2)
     assert len(devices(grown)) == 2
@@ -108,7 +121,7 @@ async def test_a_model_that_is_idle_hands_a_device_over(mesh: Loaded) -> None:
     await mesh.want(OTHER)
     await mesh.until(OTHER, 1)
     await mesh.offer(OTHER, 0.001)
-    one = await eventually(lambda: mesh.does(OTHER))
+    one = await eventually(lambda: mesh.does(OTHER), timeout=20.0)
     await mesh.offer(OTHER, 1.5 * one)
     before = await mesh.until(OTHER, 2)
     # Nobody needs it now; it would be kept for an hour.
@@ -129,24 +142,25 @@ async def test_with_approval_a_copy_is_proposed_first(mesh: Loaded) -> None:
     await mesh.want(MODEL)
     await mesh.until(MODEL, 1)
     await mesh.offer(MODEL, 0.001)
-    one = await eventually(lambda: mesh.does(MODEL))
+    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
     await mesh.offer(MODEL, 1.5 * one)
 
     async def proposed() -> topology_pb2.PlacementChange | None:
+        await mesh.say()
         found = await mesh.published()
         return next((c for c in found.changes if c.state == PROPOSED), None) if found else None
 
-    change = await eventually(proposed)
+    change = await eventually(proposed, timeout=20.0)
     assert (change.kind, change.replica) == (ADD, f"{MODEL}-1")
     await stays(lambda: _serves(mesh, MODEL, 1), 0.5)
     await mesh.call("Approve", deployer_pb2.ApproveRequest(name=MODEL))
     await mesh.until(MODEL, 2)
     await mesh.offer(MODEL, 0.001)
-    change = await eventually(proposed)
+    change = await eventually(proposed, timeout=20.0)
     assert change.kind == REMOVE
     # What is not worth it any more is not proposed any more.
     await mesh.offer(MODEL, 1.5 * one)
-    await eventually(lambda: _none(proposed))
+    await eventually(lambda: _none(proposed), timeout=20.0)
 
 
 async def _none(find: Any) -> bool:
@@ -166,7 +180,7 @@ async def test_a_copy_that_cannot_be_formed_is_given_up(mesh: Loaded) -> None:
     other = next(w for w in mesh.workers.values() if not used.startswith(w.name))
     other.fail_prepare = [InvalidArgumentError("no such layer")]
     await mesh.offer(MODEL, 0.001)
-    one = await eventually(lambda: mesh.does(MODEL))
+    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
     await mesh.offer(MODEL, 1.5 * one)
 
     async def given_up() -> topology_pb2.PlacementChange | None:
@@ -175,7 +189,7 @@ async def test_a_copy_that_cannot_be_formed_is_given_up(mesh: Loaded) -> None:
         failed = topology_pb2.CHANGE_STATE_FAILED
         return next((change for change in changes if change.state == failed), None)
 
-    change = await eventually(given_up)
+    change = await eventually(given_up, timeout=20.0)
     assert "no such layer" in change.reason
     found = await mesh.published()
     assert found is not None
@@ -188,7 +202,7 @@ async def test_the_next_deployer_goes_on_with_as_many_copies(mesh: Loaded) -> No
     await mesh.want(MODEL)
     await mesh.until(MODEL, 1)
     await mesh.offer(MODEL, 0.001)
-    one = await eventually(lambda: mesh.does(MODEL))
+    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
     await mesh.offer(MODEL, 1.5 * one)
     before = await mesh.until(MODEL, 2)
     await mesh.stop_deployer(0)
@@ -198,7 +212,7 @@ async def test_the_next_deployer_goes_on_with_as_many_copies(mesh: Loaded) -> No
     for worker in mesh.workers.values():
         await worker.turn_to(mesh.addresses)
     await mesh.offer(MODEL, 0.001)
-    await eventually(lambda: mesh.does(MODEL))
+    await eventually(lambda: mesh.does(MODEL), timeout=20.0)
     await stays(lambda: _serves(mesh, MODEL, 2), 1.0)
     after = await mesh.published()
     assert after is not None
