@@ -19,6 +19,7 @@ from itertools import permutations
 from pathlib import Path
 
 import psutil
+from uellm_worker.cores import control_groups
 
 from uellm.mesh.tether import tethered
 from uellm.placement.topology import LinkSpeed
@@ -271,6 +272,25 @@ def quota(name: str) -> Iterator[Quota]:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """This process, and what it starts, in a control group without a limit.
+
+    Kernels that group processes by session share processors evenly among sessions, and a priority
+    says nothing beyond its own. Control groups are exempt.
+
+    Raises:
+        NoHostsError: if none can be made.
+    """
+    before = next(control_groups("cpu"), groups())
+    with quota("rest") as rest:
+        rest.hold([os.getpid()])
+        try:
+            yield
+        finally:
+            Quota(before).hold([os.getpid()])
 
 
 def _keep_priority(group: Path) -> None:

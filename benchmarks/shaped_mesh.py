@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.hosts import OUTSIDE, Host, Quota, network, quota
+from benchmarks.hosts import OUTSIDE, Host, Quota, apart, network, quota
 from uellm.embedded import redis_url
 from uellm.mesh.joining import Token
 from uellm.mesh.tether import tethered
@@ -234,6 +234,7 @@ async def shaped_mesh(
     }
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="uellm-shaped-")))
+        stack.enter_context(apart())
         hosts = stack.enter_context(network([spec.name for spec in specs], between))
         members = {
             spec.name: Member(spec, hosts[spec.name], stack.enter_context(quota(spec.name)))

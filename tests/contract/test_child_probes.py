@@ -102,7 +102,8 @@ async def test_a_paced_device_is_as_slow_as_it_says(spawner: ChildSpawner) -> No
     assignment = ShardAssignment(device_ids=["w/sim:0"], dtype="float32")
     probed = (await block(spawner, assignment=assignment, simulated=simulated)).block_probed
     one = min(p.layer_seconds for p in probed.points if p.tokens == 1)
-    assert one >= 0.95 * probed.weight_bytes / pace
+    # A difference of two times, each of which a busy host stretches.
+    assert one >= 0.8 * probed.weight_bytes / pace
 
 
 async def test_what_cannot_be_measured_is_said(spawner: ChildSpawner, tmp_path: Path) -> None:

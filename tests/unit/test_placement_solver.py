@@ -57,6 +57,7 @@ def everything(costs: Costs) -> Iterator[Point]:
     """Every order of every set, every cut, that fits and keeps workers together."""
     n, num_layers = len(costs.devices), costs.num_layers
     layer, head = costs.layer[:, 0].tolist(), costs.head_total.tolist()
+    stage = costs.stage_total.tolist()
     link, busy = costs.link.tolist(), costs.busy.tolist()
     size = int(costs.layer_bytes[0])
     need = costs.need
@@ -80,7 +81,7 @@ def everything(costs: Costs) -> Iterator[Point]:
             for cut in cuts(num_layers, count):
                 if any(k > room for k, room in zip(cut, most, strict=True)):
                     continue
-                work = [layer[d] * k for d, k in zip(order, cut, strict=True)]
+                work = [layer[d] * k + stage[d] for d, k in zip(order, cut, strict=True)]
                 work[-1] += head[order[-1]]
                 seconds = sum(work) + on_links
                 yield Point(
@@ -456,6 +457,34 @@ def test_measured_layers_override_flops_and_bandwidth() -> None:
     costs = costs_of(request)
     assert costs.prefill[:, 0].tolist() == pytest.approx([1.0, 0.2])
     assert costs.decode[:, 0].tolist() == pytest.approx([0.5, 0.01])
+
+
+@pytest.mark.parametrize("objective", ["lr", "throughput"])
+def test_what_a_stage_takes_beside_its_layers_counts(method: str, objective: Objective) -> None:
+    for seed in range(40):
+        bare = random_request(seed, 2 + seed % 3, objective)
+        rng = random.Random(seed)  # noqa: S311 - repeatable
+        times = {
+            d.id: LayerTimes(
+                ((1.0, 1e-4), (1e3, 0.1)),
+                ((1.0, rng.uniform(1e-3, 5e-3)),),
+                stage=rng.choice([0, 0.05]),
+            )
+            for d in bare.topology.devices
+        }
+        request = replace(bare, layer_times=times)
+        costs = costs_of(request)
+        found = list(everything(costs))
+        plan = solve(request)
+        assert bool(plan.replicas) == bool(found), seed
+        if not found:
+            continue
+        seconds, _, pace = facts(plan, costs)
+        best = min(p.seconds if objective == "lr" else p.pace for p in found)
+        got = seconds if objective == "lr" else pace
+        assert got >= best * (1 - CLOSE)
+        assert method != "sets" or got == pytest.approx(best, rel=1e-6), seed
+        check_certificate(plan)
 
 
 def different_layers(seed: int) -> PlanRequest:

@@ -145,7 +145,7 @@ def chain_of(costs: Costs, pins: Sequence[Pin] = (), layer_bytes: float | None =
     return Chain(
         num_layers=num_layers,
         layer=costs.layer.mean(axis=1),
-        fixed=np.zeros(n),
+        fixed=costs.stage_total,
         first=np.zeros(n),
         last=costs.head_total,
         link=costs.link,

@@ -42,6 +42,7 @@ class Costs:
         prefill: [n, L], seconds for a batch's prompts.
         decode: [n, L], seconds for one step.
         head: [n], seconds for the logits of one step.
+        stage: [n], seconds of any step beside layers and head.
         link_prefill: [n, n], seconds for the activations of a batch's prompts.
         link_decode: [n, n], seconds for those of one step.
         busy: [n, n], seconds that a batch keeps a link busy: latency does not.
@@ -58,6 +59,7 @@ class Costs:
     prefill: Array
     decode: Array
     head: Array
+    stage: Array
     link_prefill: Array
     link_decode: Array
     busy: Array
@@ -92,6 +94,12 @@ class Costs:
         return total
 
     @cached_property
+    def stage_total(self) -> Array:
+        """[n], seconds of a batch from prompt to last token, beside layers and head."""
+        total: Array = self.stage * self.output_tokens
+        return total
+
+    @cached_property
     def link(self) -> Array:
         """[n, n], seconds of a batch from prompt to last token."""
         total: Array = self.link_prefill + self.steps * self.link_decode
@@ -123,6 +131,7 @@ class Costs:
             prefill=self.prefill[some],
             decode=self.decode[some],
             head=self.head[some],
+            stage=self.stage[some],
             link_prefill=self.link_prefill[pairs],
             link_decode=self.link_decode[pairs],
             busy=self.busy[pairs],
@@ -161,6 +170,9 @@ def costs_of(request: PlanRequest, slots: int | None = None) -> Costs:
         prefill=prefill,
         decode=decode,
         head=_head_times(devices, model, batch),
+        stage=np.array(
+            [d.slowdown * t.stage if t else 0.0 for d, t in zip(devices, times, strict=True)]
+        ),
         link_prefill=latency + hop + prompt * per_byte,
         link_decode=latency + hop + activation * per_byte,
         busy=busy,

@@ -33,7 +33,8 @@ def best_cut(
     for index, device in enumerate(order):
         first, last = index == 0, index == stages - 1
         work_to = np.concatenate([[0.0], np.cumsum(costs.layer[device])])
-        work = work_to[None, :] - work_to[:, None] + (costs.head_total[device] if last else 0.0)
+        besides = costs.stage_total[device] + (costs.head_total[device] if last else 0.0)
+        work = work_to[None, :] - work_to[:, None] + besides
         room = costs.room[device] - costs.need.fixed(first=first, last=last)
         # [s, e]: layers s to e - 1 on this device.
         may = upper & (bytes_to[None, :] - bytes_to[:, None] <= room) & (work <= pace)

@@ -85,6 +85,7 @@ class BlockCost:
                 (batch, self.layer.seconds(batch, context=batch * context))
                 for batch in sorted({*map(float, _BATCHES), float(knee)})
             ),
+            stage=self.step_seconds,
         )
 
     def describe(self, device: Device) -> Device:

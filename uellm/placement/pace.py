@@ -42,7 +42,7 @@ class Pipeline:
         """Seconds between the ends of two batches."""
         chain = self.problem.chain
         order = np.asarray(route.order)
-        work = chain.layer[order] * np.asarray(route.layers)
+        work = chain.layer[order] * np.asarray(route.layers) + self.problem.chain.fixed[order]
         work[0] += chain.first[order[0]]
         work[-1] += chain.last[order[-1]]
         links = self.busy[order[:-1], order[1:]].max(initial=0.0)
@@ -59,13 +59,13 @@ class Pipeline:
             bounded = np.clip(np.floor(layers), 0, chain.num_layers)
             return np.minimum(cap, np.where(time >= 0, bounded, 0)).astype(np.int64)
 
-        zero = np.zeros(chain.size)
+        fixed = chain.fixed
         return replace(
             chain,
-            middle_cap=most(chain.middle_cap, zero),
-            first_cap=most(chain.first_cap, chain.first),
-            last_cap=most(chain.last_cap, chain.last),
-            only_cap=most(chain.only_cap, chain.first + chain.last),
+            middle_cap=most(chain.middle_cap, fixed),
+            first_cap=most(chain.first_cap, fixed + chain.first),
+            last_cap=most(chain.last_cap, fixed + chain.last),
+            only_cap=most(chain.only_cap, fixed + chain.first + chain.last),
             link=np.where(self.busy > pace * (1 + 1e-12), np.inf, chain.link),
         )
 
@@ -105,7 +105,7 @@ class _Bisection:
         """All times that a stage or a link can take."""
         chain = self._problem.chain
         layers = np.arange(1, chain.num_layers + 1)
-        work = chain.layer[:, None] * layers
+        work = chain.layer[:, None] * layers + chain.fixed[:, None]
         ends = [work, work + chain.first[:, None], work + chain.last[:, None]]
         ends.append(ends[1] + chain.last[:, None])
         busy = self._pipeline.busy[np.isfinite(self._pipeline.busy)]

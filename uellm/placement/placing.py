@@ -182,7 +182,7 @@ def _even_layers(costs: Costs, wish: Wish) -> Chain:
     return replace(
         chain,
         layer=per_unit,
-        fixed=-below * (per_unit - per_unit.min()),
+        fixed=chain.fixed - below * (per_unit - per_unit.min()),
         middle_cap=_one_more(chain.middle_cap, one.middle_cap),
         first_cap=_one_more(chain.first_cap, one.first_cap),
         last_cap=_one_more(chain.last_cap, one.last_cap),

@@ -46,10 +46,11 @@ def predict(costs: Costs, layout: Layout) -> Prediction:
     ways = list(pairwise(layout.order))
     prefill = sum(float(costs.prefill[d, a : b + 1].sum()) for d, (a, b) in stages)
     decode = sum(float(costs.decode[d, a : b + 1].sum()) for d, (a, b) in stages)
-    prefill += float(costs.head[last]) + sum(float(costs.link_prefill[way]) for way in ways)
-    decode += float(costs.head[last]) + sum(float(costs.link_decode[way]) for way in ways)
+    besides = float(costs.head[last]) + sum(float(costs.stage[d]) for d, _ in stages)
+    prefill += besides + sum(float(costs.link_prefill[way]) for way in ways)
+    decode += besides + sum(float(costs.link_decode[way]) for way in ways)
     total = prefill + costs.steps * decode
-    work = [float(costs.layer[d, a : b + 1].sum()) for d, (a, b) in stages]
+    work = [float(costs.layer[d, a : b + 1].sum() + costs.stage_total[d]) for d, (a, b) in stages]
     work[-1] += float(costs.head_total[last])
     limits = [(seconds, costs.devices[d].id) for seconds, d in zip(work, layout.order, strict=True)]
     limits += [
@@ -74,7 +75,7 @@ def planned(costs: Costs, layout: Layout) -> PlannedReplica:
     num_layers = costs.num_layers
     for index, (device, (first, last)) in enumerate(zip(layout.order, layout.ranges, strict=True)):
         has_head = last == num_layers - 1
-        head = float(costs.head[device]) if has_head else 0.0
+        besides = float(costs.stage[device]) + (float(costs.head[device]) if has_head else 0.0)
         after = layout.order[index + 1] if index + 1 < len(layout.order) else device
         stages.append(
             PlannedStage(
@@ -85,8 +86,8 @@ def planned(costs: Costs, layout: Layout) -> PlannedReplica:
                 has_head=has_head,
                 memory_bytes=costs.need.stage(first, last),
                 kv_bytes=costs.need.kv(first, last),
-                prefill_seconds=float(costs.prefill[device, first : last + 1].sum()) + head,
-                decode_seconds=float(costs.decode[device, first : last + 1].sum()) + head,
+                prefill_seconds=float(costs.prefill[device, first : last + 1].sum()) + besides,
+                decode_seconds=float(costs.decode[device, first : last + 1].sum()) + besides,
                 send_seconds=float(costs.link_decode[device, after]),
             )
         )

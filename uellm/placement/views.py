@@ -72,10 +72,12 @@ class LayerTimes:
     Attributes:
         prefill: prompts, tokens of all sequences together.
         decode: one step, one token of each sequence.
+        stage: seconds of any step on the device, whatever layers it has.
     """
 
     prefill: tuple[tuple[float, float], ...]
     decode: tuple[tuple[float, float], ...]
+    stage: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
