@@ -36,7 +36,7 @@ def test_every_cluster_is_a_topology() -> None:
 def test_a_plan_is_shown_with_its_proof_and_what_was_not_chosen() -> None:
     status, out = plan(*SMALL, "--slots", "2", "--explain")
     assert status == 0, out
-    assert "0-31 +embedding +head" in out
+    assert "0-31 +embed +head" in out
     assert "helr: the best there is" in out
     assert "best of 2" in out
 
@@ -77,7 +77,7 @@ def test_a_trace_says_what_it_needs(tmp_path: Path) -> None:
     path.write_text("arrival_s,prompt_tokens,output_tokens\n" + "\n".join(rows) + "\n")
     status, out = plan("--model", "llama-2-7b", "--topology", "3090x4", "--trace", str(path))
     assert status == 0, out
-    assert "99% of this trace's minutes (10 requests/s of up to 200 + 150 tokens)" in out
+    assert "99% of this trace's minutes (10 requests/s of up to 200 + 150 tokens, 150 of the" in out
     assert "1 more RTX3090 would do" in out
 
 
@@ -90,7 +90,7 @@ def test_a_trace_of_a_moment_is_the_load_of_a_second(
     path.write_text(f"arrival_s,prompt_tokens,output_tokens\n{rows}")
     status, out = plan(*SMALL[:4], "--trace", str(path))
     assert status == 0, out
-    assert f"({rate} requests/s of up to 200 + 150 tokens)" in out
+    assert f"({rate} requests/s of up to 200 + 150 tokens, 150 of the answer on average)" in out
 
 
 def test_a_trace_in_other_units_is_refused(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ _CHANGES = {
 def plan_table(replica: topology_pb2.PlannedReplica, title: str) -> Table:
     """Where a replica's layers would go."""
     table = Table(box=None, title=title, title_justify="left")
-    for column in ("layers", "device", "memory", "prefill", "a step", "to the next"):
-        table.add_column(column, no_wrap=column != "device", overflow="fold")
+    for column in ("layers", "device", "memory", "prefill", "step", "send"):
+        table.add_column(column, no_wrap=True, overflow="fold")
     for stage in replica.stages:
         table.add_row(
             f"{stage.first_layer}-{stage.last_layer}",
@@ -141,9 +141,9 @@ def _replica_table(
         title=f"{replica.id}: {state}, generation {replica.epoch}{load}",
         title_justify="left",
     )
-    columns = ("layers", "device", "memory", "latest step", "predicted for it", "smoothed", "seen")
-    for column in columns:
-        table.add_column(column, no_wrap=column != "device", overflow="fold")
+    # The latest step, what was predicted of it, their smoothed ratio, and when that was.
+    for column in ("layers", "device", "memory", "step", "predicted", "ratio", "seen"):
+        table.add_column(column, no_wrap=True, overflow="fold")
     seen = {stage.device_id: stage for stage in live.stages} if live is not None else {}
     for stage in replica.planned.stages:
         found = seen.get(stage.device_id)

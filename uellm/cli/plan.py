@@ -127,8 +127,9 @@ def plan(
         requests_per_second=rate,
         slo_seconds=slo,
     )
+    mean_output_tokens = 0.0
     if trace is not None:
-        workload = planning.of_trace(trace, workload)
+        workload, mean_output_tokens = planning.of_trace(trace, workload)
     pins, layer_pins = read_pins(pin or ())
     request = PlanRequest(
         topology=found,
@@ -142,5 +143,5 @@ def plan(
         costs=dict(read_cost(text) for text in cost or ()),
         layer_times=discovered.layer_times(model, dtype, workload) if discovered else {},
     )
-    asked = planning.Asked(request, explain, as_json, plot, what_if or (), trace)
+    asked = planning.Asked(request, explain, as_json, plot, what_if or (), mean_output_tokens)
     raise typer.Exit(planning.run(asked))

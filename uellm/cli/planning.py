@@ -55,7 +55,8 @@ class Asked:
     as_json: bool
     plot: Path | None
     what_if: Sequence[str]
-    trace: Path | None
+    mean_output_tokens: float = 0.0
+    """Of a trace that is to be planned for; 0: there is none."""
 
 
 def find_topology(name: str) -> Topology:
@@ -134,8 +135,11 @@ def check(request: PlanRequest) -> None:
         )
 
 
-def of_trace(path: Path, workload: Workload) -> Workload:
+def of_trace(path: Path, workload: Workload) -> tuple[Workload, float]:
     """The load of a trace: lengths that 90 % stay below, and the rate of its busiest minute.
+
+    Returns:
+        The load, and the mean length of an answer: how many tokens that rate comes to.
 
     Raises:
         InvalidArgumentError: if it cannot be read, or is longer than a year.
@@ -154,13 +158,14 @@ def of_trace(path: Path, workload: Workload) -> Workload:
     windows = np.bincount((at // WINDOW_SECONDS).astype(np.int64))
     # What arrives in a moment is a load for a second at least.
     length = min(WINDOW_SECONDS, max(seconds, 1.0))
-    return replace(
+    load = replace(
         workload,
         prompt_tokens=max(round(float(np.quantile(prompts, 0.9))), 1),
         output_tokens=max(round(float(np.quantile(outputs, 0.9))), 1),
         requests_per_second=float(np.quantile(windows, SERVED_SHARE, method="higher")) / length,
         batch=workload.batch or 8,
     )
+    return load, max(float(np.mean(outputs)), 1.0)
 
 
 def run(asked: Asked) -> int:
@@ -178,7 +183,7 @@ def run(asked: Asked) -> int:
         request = replace(asked.request, topology=topology, layer_times=times, previous=plan)
         other, _ = _solved(request)
         others.append((str(change), other, figures(other, tokens)))
-    advice = _advice(asked) if asked.trace is not None else []
+    advice = _advice(asked) if asked.mean_output_tokens else []
     if asked.plot is not None:
         from uellm.cli.plan_drawing import draw
 
@@ -211,14 +216,16 @@ def _solved(request: PlanRequest) -> tuple[Plan, float]:
 
 def _advice(asked: Asked) -> list[str]:
     """What a trace needs that is not there, in the user's terms."""
-    request = replace(asked.request, objective="goodput")
-    workload = request.workload
-    needed = workload.requests_per_second * workload.output_tokens
+    workload, mean = asked.request.workload, asked.mean_output_tokens
+    needed = workload.requests_per_second * mean
+    # Room and time are for lengths that most requests stay below; the tokens are those of all.
+    load = replace(workload, requests_per_second=needed / workload.output_tokens)
+    request = replace(asked.request, objective="goodput", workload=load)
     share = f"{SERVED_SHARE:.0%} of this trace's minutes"
     has = figures(solve(request), workload.output_tokens)
     rate = (
         f"{workload.requests_per_second:.3g} requests/s of up to {workload.prompt_tokens} + "
-        f"{workload.output_tokens} tokens"
+        f"{workload.output_tokens} tokens, {mean:.0f} of the answer on average"
     )
     if has.tokens_per_second >= needed:
         return [
@@ -254,11 +261,11 @@ def _print(asked: Asked, plan: Plan, found: Figures) -> None:
         console.print(f"cannot be placed: {plan.infeasible_reason}", soft_wrap=True)
     for index, replica in enumerate(plan.replicas):
         table = Table(box=None, title=f"replica {index}", title_justify="left")
-        for column in ("layers", "device", "", "memory", "prefill", "a step", "to the next"):
-            # Names give way where a terminal is narrow, and nothing is cut off.
-            table.add_column(column, no_wrap=column not in ("device", ""), overflow="fold")
+        for column in ("layers", "device", "", "memory", "prefill", "step", "send"):
+            # What a device is called gives way where a terminal is narrow.
+            table.add_column(column, no_wrap=column != "", overflow="fold")
         for stage in replica.stages:
-            ends = f"{' +embedding' if stage.has_embed else ''}{' +head' if stage.has_head else ''}"
+            ends = f"{' +embed' if stage.has_embed else ''}{' +head' if stage.has_head else ''}"
             table.add_row(
                 f"{stage.first_layer}-{stage.last_layer}{ends}",
                 stage.device_id,
