@@ -21,8 +21,8 @@ from uellm_worker.files.cache import file_to_proto
 from uellm_worker.files.host import HostFiles, Place
 
 _log = logger("sending")
-MESSAGE_BYTES = 128 << 10
-"""Of a message; larger ones are slower, as the C library maps memory anew for each."""
+MESSAGE_BYTES = 512 << 10
+"""Of a message. Smaller ones cost more calls, larger ones bring nothing."""
 BUSY_SECONDS = 0.5
 """When to try again where as many are being served as may be."""
 DAMAGED = "FILES_DAMAGED"
