@@ -13,12 +13,36 @@ from uellm.rpc import ErrorInterceptor, channel
 from uellm.v1 import (
     deployer_pb2,
     deployer_pb2_grpc,
+    files_pb2,
+    files_pb2_grpc,
     topology_pb2,
     worker_pb2,
     worker_pb2_grpc,
 )
 
 GIB = 1 << 30
+
+
+class RecordingFiles(files_pb2_grpc.FilesServiceServicer):
+    """Says what a worker is told that it has.
+
+    Attributes:
+        share: of every model, from 0 to 1.
+        asked: digests and what was shown, of every call.
+    """
+
+    def __init__(self) -> None:
+        self.share = 1.0
+        self.asked: list[tuple[str, str]] = []
+
+    async def FindFiles(
+        self, request: files_pb2.FindFilesRequest, context: Any
+    ) -> files_pb2.FindFilesResponse:
+        shown = dict(context.invocation_metadata()).get("authorization", "")
+        self.asked.append((request.model.digest, shown))
+        return files_pb2.FindFilesResponse(
+            whole=self.share == 1, held_bytes=round(1000 * self.share)
+        )
 
 
 class RecordingWorker(worker_pb2_grpc.WorkerServiceServicer):
@@ -28,6 +52,9 @@ class RecordingWorker(worker_pb2_grpc.WorkerServiceServicer):
         calls: name, replica and generation of every call.
         fail_prepare: the next calls of Prepare fail with these.
         hold_prepare: Prepare waits while this is cleared.
+        files: what it has of models.
+        holders: who the latest Prepare said has files.
+        progress: what Prepare tells before it is done.
     """
 
     def __init__(self, name: str, memory_bytes: int = 2 * GIB, devices: int = 1) -> None:
@@ -39,6 +66,12 @@ class RecordingWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.fail_prepare: list[UellmError] = []
         self.hold_prepare = asyncio.Event()
         self.hold_prepare.set()
+        self.files = RecordingFiles()
+        self.holders: list[worker_pb2.FilesHolder] = []
+        self.progress = [
+            worker_pb2.PrepareResponse(loaded_bytes=loaded, total_bytes=100)
+            for loaded in (0, 40, 100)
+        ]
         self.stages: dict[str, deployer_pb2.StageStatus] = {}
         self.assignments: dict[str, topology_pb2.ShardAssignment] = {}
         self._memory_bytes = memory_bytes
@@ -56,11 +89,12 @@ class RecordingWorker(worker_pb2_grpc.WorkerServiceServicer):
         wanted = request.assignment
         self.calls.append(("prepare", wanted.replica, wanted.generation))
         self._fence(wanted.replica, wanted.generation)
+        self.holders = list(request.holders)
         if self.fail_prepare:
             raise self.fail_prepare.pop(0)
         self._set(wanted, deployer_pb2.STAGE_STATE_LOADING)
-        for loaded in (0, 40, 100):
-            yield worker_pb2.PrepareResponse(loaded_bytes=loaded, total_bytes=100)
+        for told in self.progress:
+            yield told
         await self.hold_prepare.wait()
         self._set(wanted, deployer_pb2.STAGE_STATE_PREPARED)
         rendezvous = "127.0.0.1:1" if wanted.stage_index == 0 else ""
@@ -142,6 +176,10 @@ class RecordingWorker(worker_pb2_grpc.WorkerServiceServicer):
         """Serve, and give signs of life to the first of these addresses that answers."""
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()])
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, self._server)
+        files_pb2_grpc.add_FilesServiceServicer_to_server(
+            self.files,  # type: ignore[arg-type]  # the deployer asks for no more
+            self._server,
+        )
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         await self._server.start()
         self._beating = asyncio.create_task(self._beat(deployers))

@@ -30,6 +30,9 @@ _log = logger("fetching")
 MOST_SOURCES = 2
 """Workers that parts come from at the same time."""
 
+TOLD_SHARE = 0.005
+"""How far it is, is told in steps of this share."""
+
 Tell = Callable[[int, int], None]
 """Told the bytes that are here, and that there have to be."""
 
@@ -179,7 +182,7 @@ class _Fetch:
         self._metadata = metadata
         self._pending: list[Part] = []
         self._done: dict[str, int] = {}
-        self._total_bytes = 0
+        self._total_bytes = self._told_bytes = 0
 
     async def manifest(self) -> Manifest:
         """What the model consists of, as this host or one of the others knows it.
@@ -294,7 +297,10 @@ class _Fetch:
 
     def _show(self, writer: PartWriter) -> None:
         self._done[writer.file.part.file] = writer.done_bytes
-        self._tell(sum(self._done.values()), self._total_bytes)
+        done = sum(self._done.values())
+        if done - self._told_bytes >= TOLD_SHARE * self._total_bytes or done == self._total_bytes:
+            self._told_bytes = done
+            self._tell(done, self._total_bytes)
 
     def _failure(self) -> UellmError:
         """Why it cannot be had, as things are."""

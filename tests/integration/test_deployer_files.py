@@ -1,0 +1,93 @@
+"""The deployer tells workers without a model's files who has them, and shows how far they are."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from tests.integration.test_deployer import REPLICA, Mesh
+from tests.support.checkpoints import write_adapter, write_checkpoint
+from tests.support.waiting import eventually
+from tests.support.workers import RecordingWorker
+from uellm.core.errors import ModelFilesError, UnavailableError
+from uellm.models import adapters, files
+from uellm.streams.secret import mesh_secret
+from uellm.v1 import common_pb2, worker_pb2
+
+
+@pytest.fixture
+async def mesh(redis: Redis, redis_url: str, tmp_path: Path) -> AsyncIterator[Mesh]:
+    mesh = Mesh(redis, redis_url, write_checkpoint(tmp_path / "model", layers=6))
+    await mesh.add_deployer()
+    for name in ("w1", "w2", "w3"):
+        await mesh.add_worker(name)
+    yield mesh
+    await mesh.close()
+
+
+def named(worker: RecordingWorker) -> dict[str, list[str]]:
+    """Who was said to have what, in the latest Prepare."""
+    return {holder.worker: list(holder.digests) for holder in worker.holders}
+
+
+async def test_nobody_is_named_where_all_have_the_files(mesh: Mesh) -> None:
+    await mesh.apply(stages=2)
+    await mesh.ready()
+    assert named(mesh.workers["w1"]) == named(mesh.workers["w2"]) == {}
+    digest = files.digest(mesh.source)
+    secret = await mesh_secret(mesh.redis)
+    assert mesh.workers["w1"].files.asked == [(digest, f"Bearer {secret}")]
+    assert mesh.workers["w3"].files.asked == []  # It is not concerned.
+    # What is known to be there is not asked for again.
+    mesh.workers["w1"].fail_stage(REPLICA, "CHILD_LOST")
+    await mesh.ready(above=1)
+    assert len(mesh.workers["w1"].files.asked) == 1
+
+
+async def test_those_that_have_the_files_are_named(mesh: Mesh, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", layers=6)
+    mesh.workers["w2"].files.share = 0.0
+    mesh.workers["w3"].files.share = 0.25
+    await mesh.apply(stages=2, adapters=[common_pb2.ModelRef(name="a", source=str(adapter))])
+    await mesh.ready()
+    both = [files.digest(mesh.source), adapters.digest(adapter)]
+    assert named(mesh.workers["w2"]) == {"w1": both, "w3": both}
+    (holder,) = (h for h in mesh.workers["w2"].holders if h.worker == "w1")
+    assert holder.address == mesh.workers["w1"].address
+    # A worker is not told of itself.
+    assert "w1" not in named(mesh.workers["w1"])
+
+
+async def test_what_a_worker_said_is_asked_again_when_it_does_not_hold(mesh: Mesh) -> None:
+    gone = mesh.workers["w1"]
+    gone.fail_prepare = [ModelFilesError("no directory '/model'")]
+    await mesh.apply(stages=3)
+    await mesh.ready()
+    assert len(gone.files.asked) == 2
+
+
+async def test_those_who_are_gone_are_no_reason_to_go_elsewhere(mesh: Mesh) -> None:
+    mesh.workers["w2"].fail_prepare = [UnavailableError("'tiny' could not be fetched from w1")]
+    await mesh.apply(stages=2)
+    deployment = await mesh.ready()
+    (replica,) = deployment.replicas
+    assert [stage.device_ids[0] for stage in replica.stages] == ["w1/cpu:0", "w2/cpu:0"]
+
+
+async def test_fetching_is_shown(mesh: Mesh) -> None:
+    one, other = mesh.workers["w1"], mesh.workers["w2"]
+    one.progress = []
+    other.progress = [worker_pb2.PrepareResponse(fetched_bytes=3 << 20, fetch_bytes=12 << 20)]
+    for worker in (one, other):
+        worker.hold_prepare.clear()
+    await mesh.apply(stages=2)
+
+    async def shown() -> bool:
+        found = await mesh.published()
+        return found is not None and "fetching 25 % of 12.0 MiB from other workers" in found.status
+
+    await eventually(shown)
+    for worker in (one, other):
+        worker.hold_prepare.set()
+    assert (await mesh.ready()).status == ""
