@@ -80,6 +80,8 @@ def profile_from_proto(message: common_pb2.ResourceProfile) -> ResourceProfile:
         predictor=message.predictor,
         predictor_version=message.predictor_version,
         fallback=message.fallback,
+        image_tokens=message.image_tokens,
+        bucket=message.bucket,
     )
 
 
@@ -99,6 +101,8 @@ def profile_to_proto(profile: ResourceProfile) -> common_pb2.ResourceProfile:
         predictor=profile.predictor,
         predictor_version=profile.predictor_version,
         fallback=profile.fallback,
+        image_tokens=profile.image_tokens,
+        bucket=profile.bucket,
     )
 
 

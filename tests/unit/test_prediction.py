@@ -10,7 +10,7 @@ from uellm.core.request import LEVELS, QuantileFunction
 from uellm.prediction import prior
 from uellm.prediction.interface import CompletionFacts, PredictionRequest, Predictor
 from uellm.prediction.prior import Prior
-from uellm.prediction.resources import build_profile, flops, kv_bytes
+from uellm.prediction.resources import bucket_of, build_profile, flops, kv_bytes
 
 
 def request(prompt_tokens: int = 100, max_tokens: int = 0, **facts: str) -> PredictionRequest:
@@ -210,3 +210,19 @@ def test_a_profile_is_capped_and_sized_at_its_median() -> None:
     assert built.kv_bytes == 2 * 10 * (20 + 60)
     assert built.flops == flops(profile, 20, 60)
     assert (built.predictor, built.predictor_version, built.fallback) == ("p", "1", True)
+    assert built.bucket == 10
+
+
+def test_a_bucket_is_a_tenth_of_the_longest_answer() -> None:
+    assert [bucket_of(length, 100) for length in (1, 10, 10.5, 90, 91, 100, 120)] == [
+        *(1, 1, 2, 9, 10, 10, 10)
+    ]
+
+
+def test_images_count_with_their_tokens_and_their_encoder() -> None:
+    profile = model(layers=2, kv_bytes_per_token=10)
+    quantiles = QuantileFunction((0.1, 0.5, 0.9), (10, 100, 1000))
+    built = build_profile(profile, 600, quantiles, 0, "p", "1", image_tokens=576, image_flops=1e9)
+    assert built.image_tokens == 576
+    assert built.kv_bytes == 2 * 10 * (600 + 100)
+    assert built.flops == flops(profile, 600, 100) + 1e9

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from uellm_gateway.models import sampling_defaults
 from uellm_gateway.validation import (
+    check_images,
     check_request,
     check_token_ids,
     resolve_sampling,
@@ -47,11 +48,6 @@ WRONG = [
     (chat(ChatMessage(role="user", content=[text("")])), "chat.messages", "EMPTY_PROMPT"),
     (chat(ChatMessage(role="tool")), "chat.messages[0].role", "INVALID_ARGUMENT"),
     (
-        chat(ChatMessage(role="user", content=[text("a"), IMAGE])),
-        "chat.messages[0].content[1].image",
-        "IMAGE_NOT_SUPPORTED",
-    ),
-    (
         chat(
             ChatMessage(role="user", content=[text("a")]),
             ChatMessage(role="user", content=[ContentPart()]),
@@ -66,6 +62,7 @@ WRONG = [
     (request(idempotency_key="a/0"), "idempotency_key", "INVALID_ARGUMENT"),
     (request(idempotency_key="k" * 201), "idempotency_key", "INVALID_ARGUMENT"),
 ]
+FIELD = "chat.messages[0].content[0].image"
 WRONG_SAMPLING = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"temperature": -0.1}, "temperature"),
@@ -213,3 +210,21 @@ def test_unknown_models_list_the_known() -> None:
     assert (error.field, error.reason) == ("model", "MODEL_NOT_FOUND")
     assert "a, b" in error.message
     assert "deploy one" in unknown_model("x", []).message
+
+
+def test_an_image_alone_is_a_prompt() -> None:
+    check_request(chat(ChatMessage(role="user", content=[IMAGE])), MOST_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("takes_images", "answered", "said"),
+    [(False, False, "takes text only"), (False, True, "takes text only"), (True, True, "Estimate")],
+)
+def test_images_that_nobody_looks_at_are_refused(
+    takes_images: bool, answered: bool, said: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=said) as caught:
+        check_images(FIELD, "m", takes_images=takes_images, answered=answered)
+    assert (caught.value.field, caught.value.reason) == (FIELD, "IMAGE_NOT_SUPPORTED")
+    check_images("", "m", takes_images=takes_images, answered=answered)
+    check_images(FIELD, "m", takes_images=True, answered=False)

@@ -1,4 +1,4 @@
-"""Commands: profiler train, eval, versions, rollback. Predictors of output lengths."""
+"""Commands: profiler train, eval, profile, versions, rollback. Predictors of output lengths."""
 
 import json
 import sys
@@ -123,6 +123,38 @@ def evaluate(
         return
     for name, value in facts.items():
         shown = f"{value:.4g}" if isinstance(value, float) else "-" if value is None else value
+        sys.stdout.write(f"{name:22} {shown}\n")
+
+
+@app.command()
+def profile(
+    model: Annotated[
+        Path, typer.Option(metavar="DIR", help="Its config.json and tokenizer; no weights.")
+    ],
+    prompt: Annotated[str, typer.Argument(help="What a user says.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Shown with it: PNG, JPEG, WebP or GIF; repeatable."),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=0, help="Most tokens to generate; 0: the context that is left.")
+    ] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float16",
+    profiler: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A predictor that `train` has kept; by default prior."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a request would take of a model, by its files alone; images included."""
+    from uellm.cli import profiling
+
+    facts = profiling.profile(model, prompt, image or [], max_tokens, dtype, profiler)
+    if as_json:
+        _write(facts)
+        return
+    for name, value in facts.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
         sys.stdout.write(f"{name:22} {shown}\n")
 
 

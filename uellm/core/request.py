@@ -151,6 +151,9 @@ class ResourceProfile:
         predictor: who predicted.
         predictor_version: which version of it.
         fallback: the profiler did not answer in time; the caller's prior did.
+        image_tokens: of the prompt's, those that stand for images.
+        bucket: which tenth of the longest answer possible the median is in, from 1 (the paper's
+            profiler tells nothing else); 0: not known.
     """
 
     prompt_tokens: int
@@ -160,6 +163,8 @@ class ResourceProfile:
     predictor: str = ""
     predictor_version: str = ""
     fallback: bool = False
+    image_tokens: int = 0
+    bucket: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,13 +90,20 @@ def resolve(
     return _resolve_hub(source, revision, contents, download=allow_download, cache_dir=cache_dir)
 
 
-def resolve_ref(ref: common_pb2.ModelRef, *, cache_dir: Path | None = None) -> Path:
+def resolve_ref(
+    ref: common_pb2.ModelRef, *, cache_dir: Path | None = None, contents: Contents | None = None
+) -> Path:
     """The directory of a model that was deployed elsewhere, checked to be the same model.
+
+    Args:
+        ref: as it was deployed.
+        cache_dir: see ``resolve``.
+        contents: see ``resolve``.
 
     Raises:
         ModelFilesError: as ``resolve``, and if the digest is another.
     """
-    directory = resolve(ref.source, ref.revision, cache_dir=cache_dir)
+    directory = resolve(ref.source, ref.revision, cache_dir=cache_dir, contents=contents)
     if ref.digest and (found := digest(directory)) != ref.digest:
         raise ModelFilesError(
             f"{directory} is not the model that was deployed as {ref.name!r}: its digest is "
@@ -119,6 +126,20 @@ def check(directory: Path) -> None:
     _refuse_unservable(directory / CONFIG, config)
     for path in tensor_files(directory):
         read_header(path)
+    _check_tokenizer(directory)
+
+
+def check_text(directory: Path) -> None:
+    """Fail unless a directory says how a model reads text, whether or not it can be served.
+
+    Raises:
+        ModelFilesError: naming what is missing.
+    """
+    read_json(directory / CONFIG, "name a directory that holds a model")
+    _check_tokenizer(directory)
+
+
+def _check_tokenizer(directory: Path) -> None:
     if not (directory / TOKENIZER).is_file():
         raise ModelFilesError(
             f"{directory} has no {TOKENIZER}; write one with transformers: "
@@ -134,6 +155,14 @@ MODEL = Contents(
     check=check,
 )
 """A checkpoint."""
+
+TEXT = Contents(
+    field="model.source",
+    files=f"{CONFIG} and {TOKENIZER}",
+    wanted=("*.json", "*.jinja"),
+    check=check_text,
+)
+"""What says how a model reads text and counts images."""
 
 
 def tensor_files(directory: Path) -> list[Path]:

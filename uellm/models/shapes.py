@@ -14,6 +14,7 @@ from uellm.core.errors import ModelFilesError
 from uellm.core.model import LayerProfile, ModelProfile
 from uellm.models.attention import read_attention
 from uellm.models.families import Number
+from uellm.models.files import CONFIG, read_json
 from uellm.models.profile import EXPERTS, dtype_bytes
 
 _PLAIN_MLP = {"gpt2", "gpt_neox", "opt", "starcoder2", "phi", "gptj", "falcon"}
@@ -55,6 +56,42 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "qwen2.5-32b": _shape(64, 5120, 40, 8, 27648, 152064, max_position_embeddings=8192),
 }
 """Of well-known models, by name."""
+
+
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": SHAPES["llama-2-7b"],
+    "mistral": SHAPES["mistral-7b"],
+    "gemma3_text": _shape(
+        *(26, 2304, 8, 4, 9216, 262_208),
+        head_dim=256,
+        max_position_embeddings=131_072,
+        tie_word_embeddings=True,
+    ),
+}
+"""What configs of models with images leave out of their decoder's, by its model_type."""
+
+
+def decoder_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the decoder: all of it, or its ``text_config``."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    shared = {
+        name: config[name] for name in ("architectures", "tie_word_embeddings") & config.keys()
+    }
+    return {**_DEFAULTS.get(str(text.get("model_type")), {}), **text, **shared}
+
+
+def read_decoder_shape(directory: Path, dtype: str) -> ModelProfile:
+    """What the decoder of a model needs that takes images, or of any other, by its config alone.
+
+    Raises:
+        InvalidArgumentError: for a dtype that is not offered.
+        ModelFilesError: naming the file and what it lacks.
+    """
+    path = directory / CONFIG
+    config = read_json(path, "name a directory that holds a model")
+    return profile_of_shape(decoder_config(config), dtype, str(path))
 
 
 def read_shape(path: Path, dtype: str) -> ModelProfile:

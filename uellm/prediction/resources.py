@@ -1,7 +1,12 @@
 """From a predicted length to what it takes: KV cache and work (paper, section III-A)."""
 
+import math
+
 from uellm.core.model import ModelProfile
 from uellm.core.request import QuantileFunction, ResourceProfile
+
+BUCKETS = 10
+"""Into which predictors of classes, the paper's and S³'s, put lengths."""
 
 
 def kv_bytes(model: ModelProfile, prompt_tokens: int, output_tokens: float) -> int:
@@ -37,8 +42,13 @@ def build_profile(
     predictor: str,
     version: str,
     fallback: bool = False,
+    image_tokens: int = 0,
+    image_flops: float = 0.0,
 ) -> ResourceProfile:
-    """A request's profile from its predicted length, capped by ``max_tokens`` (0: no cap)."""
+    """A request's profile from its predicted length, capped by ``max_tokens`` (0: no cap).
+
+    Images count with their tokens, which are among the prompt's, and their encoder's work.
+    """
     most = float(max_tokens) if max_tokens > 0 else float("inf")
     capped = quantiles.clipped(1.0, max(1.0, most))
     median = capped.at(0.5)
@@ -46,8 +56,15 @@ def build_profile(
         prompt_tokens=prompt_tokens,
         output_tokens=capped,
         kv_bytes=kv_bytes(model, prompt_tokens, median),
-        flops=flops(model, prompt_tokens, median),
+        flops=flops(model, prompt_tokens, median) + image_flops,
         predictor=predictor,
         predictor_version=version,
         fallback=fallback,
+        image_tokens=image_tokens,
+        bucket=bucket_of(median, max_tokens or model.max_tokens - prompt_tokens),
     )
+
+
+def bucket_of(length: float, longest: int) -> int:
+    """Which of ``BUCKETS`` equal parts of the longest answer a length is in, from 1."""
+    return min(math.ceil(BUCKETS * length / max(longest, 1)), BUCKETS)

@@ -387,6 +387,8 @@ class ResourceProfile(_message.Message):
     PREDICTOR_FIELD_NUMBER: _builtins.int
     PREDICTOR_VERSION_FIELD_NUMBER: _builtins.int
     FALLBACK_FIELD_NUMBER: _builtins.int
+    IMAGE_TOKENS_FIELD_NUMBER: _builtins.int
+    BUCKET_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Prompt length by the model's own tokenizer and chat template."""
     mean_output_tokens: _builtins.float
@@ -401,6 +403,10 @@ class ResourceProfile(_message.Message):
     """Which version of it."""
     fallback: _builtins.bool
     """The profiler did not answer in time; the gateway's prior did."""
+    image_tokens: _builtins.int
+    """Of the prompt's tokens, those that stand for images."""
+    bucket: _builtins.int
+    """Which tenth of the longest answer possible the median is in, from 1: the paper's bucket."""
     @_builtins.property
     def output_tokens(self) -> Global___QuantileFunction:
         """Output length as a distribution, capped by max_tokens and the context left."""
@@ -416,10 +422,12 @@ class ResourceProfile(_message.Message):
         predictor: _builtins.str = ...,
         predictor_version: _builtins.str = ...,
         fallback: _builtins.bool = ...,
+        image_tokens: _builtins.int = ...,
+        bucket: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output_tokens", b"output_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fallback", b"fallback", "flops", b"flops", "kv_bytes", b"kv_bytes", "mean_output_tokens", b"mean_output_tokens", "output_tokens", b"output_tokens", "predictor", b"predictor", "predictor_version", b"predictor_version", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket", b"bucket", "fallback", b"fallback", "flops", b"flops", "image_tokens", b"image_tokens", "kv_bytes", b"kv_bytes", "mean_output_tokens", b"mean_output_tokens", "output_tokens", b"output_tokens", "predictor", b"predictor", "predictor_version", b"predictor_version", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

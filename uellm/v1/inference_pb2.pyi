@@ -56,7 +56,9 @@ class ContentPart(_message.Message):
     """Text."""
     @_builtins.property
     def image(self) -> Global___Image:
-        """An inline image. Refused for now: no served architecture takes one."""
+        """An inline image. Estimate counts it, for models that take images; Generate and Submit refuse
+        it for now, as no engine answers about one.
+        """
 
     def __init__(
         self,
@@ -83,9 +85,9 @@ class Image(_message.Message):
     MEDIA_TYPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     media_type: _builtins.str
-    """For instance image/png."""
+    """image/png, image/jpeg, image/webp or image/gif."""
     data: _builtins.bytes
-    """The encoded file."""
+    """The encoded file itself: no URL and no base64. At most 8 MiB and 40 million pixels."""
     def __init__(
         self,
         *,

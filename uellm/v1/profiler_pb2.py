@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from uellm.v1 import common_pb2 as uellm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17uellm/v1/profiler.proto\x12\x08uellm.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15uellm/v1/common.proto\"\x94\x01\n\x0bProfileItem\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x17\n\x0fsampling_regime\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\x13\n\x0btraceparent\x18\x07 \x01(\t\"6\n\x0eProfileRequest\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.uellm.v1.ProfileItem\"L\n\x0cProfiledItem\x12*\n\x07profile\x18\x01 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0c\"8\n\x0fProfileResponse\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.uellm.v1.ProfiledItem\"%\n\x14\x44\x65scribeModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x8e\x01\n\x15\x44\x65scribeModelResponse\x12\x14\n\x0cobservations\x18\x01 \x01(\x04\x12\x31\n\routput_tokens\x18\x02 \x01(\x0b\x32\x1a.uellm.v1.QuantileFunction\x12\x11\n\tpredictor\x18\x03 \x01(\t\x12\x19\n\x11predictor_version\x18\x04 \x01(\t\"\xc4\x01\n\x10PredictorVersion\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\tpredictor\x18\x02 \x01(\t\x12\x19\n\x11predictor_version\x18\x03 \x01(\t\x12-\n\tserved_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x10\n\x08outcomes\x18\x06 \x01(\r\x12\x0c\n\x04loss\x18\x07 \x01(\x01\x12\x13\n\x0bloss_before\x18\x08 \x01(\x01\"\x15\n\x13ListVersionsRequest\"D\n\x14ListVersionsResponse\x12,\n\x08versions\x18\x01 \x03(\x0b\x32\x1a.uellm.v1.PredictorVersion\"!\n\x0fRollbackRequest\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\x12\n\x10RollbackResponse2\xb5\x02\n\x0fProfilerService\x12>\n\x07Profile\x12\x18.uellm.v1.ProfileRequest\x1a\x19.uellm.v1.ProfileResponse\x12P\n\rDescribeModel\x12\x1e.uellm.v1.DescribeModelRequest\x1a\x1f.uellm.v1.DescribeModelResponse\x12M\n\x0cListVersions\x12\x1d.uellm.v1.ListVersionsRequest\x1a\x1e.uellm.v1.ListVersionsResponse\x12\x41\n\x08Rollback\x12\x19.uellm.v1.RollbackRequest\x1a\x1a.uellm.v1.RollbackResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17uellm/v1/profiler.proto\x12\x08uellm.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15uellm/v1/common.proto\"\xbf\x01\n\x0bProfileItem\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x17\n\x0fsampling_regime\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\x13\n\x0btraceparent\x18\x07 \x01(\t\x12\x14\n\x0cimage_tokens\x18\x08 \x01(\r\x12\x13\n\x0bimage_flops\x18\t \x01(\x01\"6\n\x0eProfileRequest\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.uellm.v1.ProfileItem\"L\n\x0cProfiledItem\x12*\n\x07profile\x18\x01 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0c\"8\n\x0fProfileResponse\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.uellm.v1.ProfiledItem\"%\n\x14\x44\x65scribeModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x8e\x01\n\x15\x44\x65scribeModelResponse\x12\x14\n\x0cobservations\x18\x01 \x01(\x04\x12\x31\n\routput_tokens\x18\x02 \x01(\x0b\x32\x1a.uellm.v1.QuantileFunction\x12\x11\n\tpredictor\x18\x03 \x01(\t\x12\x19\n\x11predictor_version\x18\x04 \x01(\t\"\xc4\x01\n\x10PredictorVersion\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\tpredictor\x18\x02 \x01(\t\x12\x19\n\x11predictor_version\x18\x03 \x01(\t\x12-\n\tserved_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x10\n\x08outcomes\x18\x06 \x01(\r\x12\x0c\n\x04loss\x18\x07 \x01(\x01\x12\x13\n\x0bloss_before\x18\x08 \x01(\x01\"\x15\n\x13ListVersionsRequest\"D\n\x14ListVersionsResponse\x12,\n\x08versions\x18\x01 \x03(\x0b\x32\x1a.uellm.v1.PredictorVersion\"!\n\x0fRollbackRequest\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\x12\n\x10RollbackResponse2\xb5\x02\n\x0fProfilerService\x12>\n\x07Profile\x12\x18.uellm.v1.ProfileRequest\x1a\x19.uellm.v1.ProfileResponse\x12P\n\rDescribeModel\x12\x1e.uellm.v1.DescribeModelRequest\x1a\x1f.uellm.v1.DescribeModelResponse\x12M\n\x0cListVersions\x12\x1d.uellm.v1.ListVersionsRequest\x1a\x1e.uellm.v1.ListVersionsResponse\x12\x41\n\x08Rollback\x12\x19.uellm.v1.RollbackRequest\x1a\x1a.uellm.v1.RollbackResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,27 +34,27 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'uellm.v1.profiler_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PROFILEITEM']._serialized_start=94
-  _globals['_PROFILEITEM']._serialized_end=242
-  _globals['_PROFILEREQUEST']._serialized_start=244
-  _globals['_PROFILEREQUEST']._serialized_end=298
-  _globals['_PROFILEDITEM']._serialized_start=300
-  _globals['_PROFILEDITEM']._serialized_end=376
-  _globals['_PROFILERESPONSE']._serialized_start=378
-  _globals['_PROFILERESPONSE']._serialized_end=434
-  _globals['_DESCRIBEMODELREQUEST']._serialized_start=436
-  _globals['_DESCRIBEMODELREQUEST']._serialized_end=473
-  _globals['_DESCRIBEMODELRESPONSE']._serialized_start=476
-  _globals['_DESCRIBEMODELRESPONSE']._serialized_end=618
-  _globals['_PREDICTORVERSION']._serialized_start=621
-  _globals['_PREDICTORVERSION']._serialized_end=817
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=819
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=840
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=842
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=910
-  _globals['_ROLLBACKREQUEST']._serialized_start=912
-  _globals['_ROLLBACKREQUEST']._serialized_end=945
-  _globals['_ROLLBACKRESPONSE']._serialized_start=947
-  _globals['_ROLLBACKRESPONSE']._serialized_end=965
-  _globals['_PROFILERSERVICE']._serialized_start=968
-  _globals['_PROFILERSERVICE']._serialized_end=1277
+  _globals['_PROFILEITEM']._serialized_end=285
+  _globals['_PROFILEREQUEST']._serialized_start=287
+  _globals['_PROFILEREQUEST']._serialized_end=341
+  _globals['_PROFILEDITEM']._serialized_start=343
+  _globals['_PROFILEDITEM']._serialized_end=419
+  _globals['_PROFILERESPONSE']._serialized_start=421
+  _globals['_PROFILERESPONSE']._serialized_end=477
+  _globals['_DESCRIBEMODELREQUEST']._serialized_start=479
+  _globals['_DESCRIBEMODELREQUEST']._serialized_end=516
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_start=519
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_end=661
+  _globals['_PREDICTORVERSION']._serialized_start=664
+  _globals['_PREDICTORVERSION']._serialized_end=860
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=862
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=883
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=885
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=953
+  _globals['_ROLLBACKREQUEST']._serialized_start=955
+  _globals['_ROLLBACKREQUEST']._serialized_end=988
+  _globals['_ROLLBACKRESPONSE']._serialized_start=990
+  _globals['_ROLLBACKRESPONSE']._serialized_end=1008
+  _globals['_PROFILERSERVICE']._serialized_start=1011
+  _globals['_PROFILERSERVICE']._serialized_end=1320
 # @@protoc_insertion_point(module_scope)

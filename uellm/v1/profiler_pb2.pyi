@@ -33,6 +33,8 @@ class ProfileItem(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    IMAGE_TOKENS_FIELD_NUMBER: _builtins.int
+    IMAGE_FLOPS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Served name."""
     adapter: _builtins.str
@@ -47,6 +49,10 @@ class ProfileItem(_message.Message):
     """The prompt as the user wrote it; may be empty. Never logged."""
     traceparent: _builtins.str
     """W3C trace context of the request."""
+    image_tokens: _builtins.int
+    """Of the prompt's tokens, those that stand for images."""
+    image_flops: _builtins.float
+    """Work of encoding the images."""
     def __init__(
         self,
         *,
@@ -57,10 +63,12 @@ class ProfileItem(_message.Message):
         max_tokens: _builtins.int = ...,
         text: _builtins.str = ...,
         traceparent: _builtins.str = ...,
+        image_tokens: _builtins.int = ...,
+        image_flops: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "max_tokens", b"max_tokens", "model", b"model", "prompt_tokens", b"prompt_tokens", "sampling_regime", b"sampling_regime", "text", b"text", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "image_flops", b"image_flops", "image_tokens", b"image_tokens", "max_tokens", b"max_tokens", "model", b"model", "prompt_tokens", b"prompt_tokens", "sampling_regime", b"sampling_regime", "text", b"text", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,9 +26,10 @@ from uellm_gateway.auth import Caller
 from uellm_gateway.cancelling import cancel_request
 from uellm_gateway.models import ModelView, ServedModel
 from uellm_gateway.profiling import Profiling
-from uellm_gateway.prompts import prompt_ids, prompt_text
+from uellm_gateway.prompts import image_field, prompt_text, read_prompt
 from uellm_gateway.settings import GatewaySettings
 from uellm_gateway.validation import (
+    check_images,
     check_request,
     check_token_ids,
     resolve_sampling,
@@ -92,8 +93,14 @@ class Admission:
             settings.waiting_requests, settings.waiting_tokens, settings.tenant_requests
         )
 
-    async def prepare(self, request: inference_pb2.GenerateRequest) -> PreparedRequest:
+    async def prepare(
+        self, request: inference_pb2.GenerateRequest, *, answered: bool = True
+    ) -> PreparedRequest:
         """Check, tokenise and profile a request.
+
+        Args:
+            request: as it came.
+            answered: an answer is wanted, and not only an estimate.
 
         Raises:
             InvalidArgumentError: naming field, limit and remedy.
@@ -108,10 +115,16 @@ class Admission:
         vocab_size = model.profile.vocab_size or text.tokenizer.vocab_size
         if request.HasField("token_ids"):
             check_token_ids(request.token_ids.ids, vocab_size)
-        ids = await prompt_ids(request, text.tokenizer)
+        check_images(
+            image_field(request),
+            model.name,
+            takes_images=text.images is not None,
+            answered=answered,
+        )
+        prompt = await read_prompt(request, text.tokenizer, text.images)
         sampling = resolve_sampling(
             request.sampling,
-            prompt_tokens=len(ids),
+            prompt_tokens=len(prompt.ids),
             context_tokens=model.context_tokens,
             vocab_size=vocab_size,
             defaults=text.defaults,
@@ -119,11 +132,13 @@ class Admission:
         )
         with span("gateway.profile") as current:
             profiled = await self._profiling.profile(
-                model, request.adapter, sampling, len(ids), prompt_text(request), traceparent()
+                model, request.adapter, sampling, prompt, prompt_text(request), traceparent()
             )
             current.set_attribute("uellm.profile.fallback", profiled.profile.fallback)
         slo = with_defaults(request.slo, model.class_defaults)
-        return PreparedRequest(model, ids, sampling, profiled.profile, slo, profiled.features)
+        return PreparedRequest(
+            model, prompt.ids, sampling, profiled.profile, slo, profiled.features
+        )
 
     def learn(
         self,

@@ -11,7 +11,8 @@ from uellm import convert
 from uellm.core.errors import ModelFilesError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger
-from uellm.models.files import resolve_ref
+from uellm.models.files import TEXT, resolve_ref
+from uellm.models.image_tokens import ImageCounter, read_image_counter
 from uellm.models.tokenizer import Tokenizer
 from uellm.streams.registry import Registry
 from uellm.v1 import common_pb2, topology_pb2
@@ -29,10 +30,12 @@ class ModelText:
     Attributes:
         tokenizer: its tokenizer.
         defaults: its own temperature, top_p and top_k; empty: it decodes greedily.
+        images: how it counts images; None: it takes none.
     """
 
     tokenizer: Tokenizer
     defaults: Mapping[str, float]
+    images: ImageCounter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +100,10 @@ def load_text(ref: common_pb2.ModelRef) -> ModelText:
     Raises:
         ModelFilesError: if the files are not on this host, or not those that were deployed.
     """
-    directory = resolve_ref(ref)
-    return ModelText(Tokenizer(directory), sampling_defaults(directory))
+    directory = resolve_ref(ref, contents=TEXT)
+    return ModelText(
+        Tokenizer(directory), sampling_defaults(directory), read_image_counter(directory)
+    )
 
 
 class ModelView:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from uellm import convert
 from uellm.core.request import LEVELS, QuantileFunction
+from uellm.models.prompt import Prompt
 from uellm.prediction.interface import (
     MOST_FEATURE_BYTES,
     CompletionFacts,
@@ -41,7 +42,7 @@ class Profiling:
         model: ServedModel,
         adapter: str,
         sampling: common_pb2.Sampling,
-        prompt_tokens: int,
+        prompt: Prompt,
         text: str,
         traceparent: str = "",
     ) -> profiler_pb2.ProfiledItem:
@@ -51,7 +52,7 @@ class Profiling:
             model: the model.
             adapter: its adapter, or "".
             sampling: with defaults filled in.
-            prompt_tokens: prompt length.
+            prompt: by the model's tokenizer.
             text: the prompt as the user wrote it.
             traceparent: W3C context to pass on.
         """
@@ -59,10 +60,12 @@ class Profiling:
             model=model.name,
             adapter=adapter,
             sampling_regime=sampling_regime(sampling.temperature),
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=len(prompt.ids),
             max_tokens=sampling.max_tokens,
             text=text[:MOST_TEXT_CHARACTERS],
             traceparent=traceparent,
+            image_tokens=prompt.image_tokens,
+            image_flops=prompt.image_flops,
         )
         profiled = await self._calls.profile(item)
         if profiled is not None and _is_sound(profiled):
@@ -107,6 +110,8 @@ class Profiling:
             self._prior.name,
             self._prior.version,
             fallback=True,
+            image_tokens=item.image_tokens,
+            image_flops=item.image_flops,
         )
         return convert.profile_to_proto(profile)
 

@@ -3,6 +3,9 @@
 import asyncio
 
 from uellm.core.errors import InvalidArgumentError
+from uellm.models.image_tokens import ImageCounter, ImageNeeds
+from uellm.models.images import check_count, read_image
+from uellm.models.prompt import Prompt, chat_prompt
 from uellm.models.tokenizer import Tokenizer
 from uellm.v1 import inference_pb2
 
@@ -18,33 +21,73 @@ def prompt_text(request: inference_pb2.GenerateRequest) -> str:
     return request.text
 
 
-async def prompt_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer) -> list[int]:
+def image_field(request: inference_pb2.GenerateRequest) -> str:
+    """Where the first image is; "" if there is none."""
+    return next(
+        (
+            f"chat.messages[{i}].content[{j}].image"
+            for i, message in enumerate(request.chat.messages)
+            for j, part in enumerate(message.content)
+            if part.HasField("image")
+        ),
+        "",
+    )
+
+
+async def read_prompt(
+    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, counter: ImageCounter | None
+) -> Prompt:
     """The prompt by the model's tokenizer and chat template; token ids as they are.
 
+    Args:
+        request: checked; with images only if there is a ``counter``.
+        tokenizer: the model's.
+        counter: how it counts images.
+
     Raises:
-        InvalidArgumentError: if the template refuses the messages, or nothing is left of the text.
+        InvalidArgumentError: if the template refuses the messages, nothing is left of the text, or
+            an image is not what it should be.
     """
     if request.HasField("token_ids"):
-        return list(request.token_ids.ids)
+        return Prompt(list(request.token_ids.ids))
     # Four bytes a character at most; the exact length does not matter.
     if request.ByteSize() <= INLINE_CHARACTERS:
-        ids = _encode(request, tokenizer)
+        prompt = _read(request, tokenizer, counter)
     else:
-        ids = await asyncio.to_thread(_encode, request, tokenizer)
-    if not ids:
+        prompt = await asyncio.to_thread(_read, request, tokenizer, counter)
+    if not prompt.ids:
         raise InvalidArgumentError(
             "prompt: the model's tokenizer leaves nothing of it; give some text",
             field="prompt",
             reason="EMPTY_PROMPT",
         )
-    return ids
+    return prompt
 
 
-def _encode(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer) -> list[int]:
+def _read(
+    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, counter: ImageCounter | None
+) -> Prompt:
     if not request.HasField("chat"):
-        return tokenizer.encode(request.text, special=True)
-    messages = [
-        {"role": message.role, "content": "".join(part.text for part in message.content)}
-        for message in request.chat.messages
+        return Prompt(tokenizer.encode(request.text, special=True))
+    messages = request.chat.messages
+    check_count(
+        sum(part.HasField("image") for message in messages for part in message.content),
+        "chat.messages",
+    )
+    contents = [
+        (
+            message.role,
+            [
+                part.text
+                if counter is None or not part.HasField("image")
+                else _image(part.image, counter, f"chat.messages[{i}].content[{j}].image")
+                for j, part in enumerate(message.content)
+            ],
+        )
+        for i, message in enumerate(messages)
     ]
-    return tokenizer.encode(tokenizer.render_chat(messages), special=False)
+    return chat_prompt(contents, tokenizer, counter)
+
+
+def _image(image: inference_pb2.Image, counter: ImageCounter, field: str) -> ImageNeeds:
+    return counter.needs(read_image(image.data, image.media_type, field), field)

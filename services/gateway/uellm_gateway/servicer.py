@@ -253,7 +253,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.EstimateRequest, context: ServicerContext
     ) -> inference_pb2.EstimateResponse:
         """Say what would be promised now."""
-        prepared = await self._admission.prepare(request.request)
+        prepared = await self._admission.prepare(request.request, answered=False)
         promise = await self._estimates.promise(
             prepared.model.name, prepared.slo, prepared.profile, context.time_remaining()
         )

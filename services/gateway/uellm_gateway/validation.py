@@ -71,17 +71,34 @@ def _check_chat(chat: inference_pb2.Chat) -> None:
         if message.role not in ROLES:
             raise _refuse(f"{at}.role", f"{message.role[:40]!r} is none of {', '.join(ROLES)}")
         for j, part in enumerate(message.content):
-            kind = part.WhichOneof("part")
-            if kind == "image":
-                raise _refuse(
-                    f"{at}.content[{j}].image",
-                    "images are not taken by any served model; send text",
-                    "IMAGE_NOT_SUPPORTED",
-                )
-            if kind is None:
-                raise _refuse(f"{at}.content[{j}]", "empty part; set text")
-    if not any(part.text for message in chat.messages for part in message.content):
+            if part.WhichOneof("part") is None:
+                raise _refuse(f"{at}.content[{j}]", "empty part; set text or image")
+    parts = [part for message in chat.messages for part in message.content]
+    if not any(part.text or part.HasField("image") for part in parts):
         raise _refuse("chat.messages", "all are empty; give one of them text", "EMPTY_PROMPT")
+
+
+def check_images(field: str, model: str, *, takes_images: bool, answered: bool) -> None:
+    """Refuse images that nobody would look at.
+
+    Args:
+        field: where the first one is; "" if there is none.
+        model: which is asked.
+        takes_images: whether it does.
+        answered: an answer is wanted, and not only an estimate.
+
+    Raises:
+        InvalidArgumentError: saying so.
+    """
+    if field and not takes_images:
+        raise _refuse(field, f"{model} takes text only: leave the image out", "IMAGE_NOT_SUPPORTED")
+    if field and answered:
+        raise _refuse(
+            field,
+            f"{model} takes images, but no engine answers about them yet: Estimate says what it "
+            "would take; leave the image out for an answer",
+            "IMAGE_NOT_SUPPORTED",
+        )
 
 
 def check_sampling(sampling: common_pb2.Sampling) -> None:

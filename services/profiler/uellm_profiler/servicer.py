@@ -65,6 +65,8 @@ class ProfilerServicer(profiler_pb2_grpc.ProfilerServiceServicer):
             item.max_tokens,
             self._serving.predictor.name,
             self._serving.version,
+            image_tokens=item.image_tokens,
+            image_flops=item.image_flops,
         )
         return profiler_pb2.ProfiledItem(
             profile=profile_to_proto(profile), features=prediction.features
@@ -140,4 +142,10 @@ def check_items(items: Sequence[profiler_pb2.ProfileItem]) -> None:
             raise InvalidArgumentError(
                 f"items[{index}].prompt_tokens: 0; a prompt has at least one token",
                 field=f"items[{index}].prompt_tokens",
+            )
+        if item.image_tokens > item.prompt_tokens:
+            raise InvalidArgumentError(
+                f"items[{index}].image_tokens: {item.image_tokens}; they are among prompt_tokens, "
+                f"which are {item.prompt_tokens}",
+                field=f"items[{index}].image_tokens",
             )
