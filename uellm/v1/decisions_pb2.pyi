@@ -288,12 +288,16 @@ class RecordedProfile(_message.Message):
     PREDICTOR_FIELD_NUMBER: _builtins.int
     PREDICTOR_VERSION_FIELD_NUMBER: _builtins.int
     FALLBACK_FIELD_NUMBER: _builtins.int
+    IMAGE_TOKENS_FIELD_NUMBER: _builtins.int
+    BUCKET_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     kv_bytes: _builtins.int
     flops: _builtins.float
     predictor: _builtins.str
     predictor_version: _builtins.str
     fallback: _builtins.bool
+    image_tokens: _builtins.int
+    bucket: _builtins.int
     @_builtins.property
     def output_tokens(self) -> _common_pb2.QuantileFunction: ...
     def __init__(
@@ -306,10 +310,12 @@ class RecordedProfile(_message.Message):
         predictor: _builtins.str = ...,
         predictor_version: _builtins.str = ...,
         fallback: _builtins.bool = ...,
+        image_tokens: _builtins.int = ...,
+        bucket: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output_tokens", b"output_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fallback", b"fallback", "flops", b"flops", "kv_bytes", b"kv_bytes", "output_tokens", b"output_tokens", "predictor", b"predictor", "predictor_version", b"predictor_version", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket", b"bucket", "fallback", b"fallback", "flops", b"flops", "image_tokens", b"image_tokens", "kv_bytes", b"kv_bytes", "output_tokens", b"output_tokens", "predictor", b"predictor", "predictor_version", b"predictor_version", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
