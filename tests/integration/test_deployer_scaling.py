@@ -171,6 +171,23 @@ async def _serves(mesh: Loaded, name: str, copies: int) -> bool:
     return await mesh.serving(name, copies) is not None
 
 
+async def test_a_rate_that_is_expected_brings_copies_up_to_the_most(mesh: Loaded) -> None:
+    await mesh.add_deployer(**AT_ONCE)
+    await workers(mesh, 3)
+    await mesh.want(MODEL)
+    await mesh.until(MODEL, 1)
+    await mesh.offer(MODEL, 0.0)
+    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    await mesh.want(MODEL, requests_per_second=10 * one, most_replicas=2)
+    await mesh.until(MODEL, 2)
+    await stays(lambda: _serves(mesh, MODEL, 2), 0.5)
+    await mesh.want(MODEL, requests_per_second=10 * one)
+    await mesh.until(MODEL, 3)
+    # Fewer are wanted: what was more goes.
+    await mesh.want(MODEL, most_replicas=1)
+    await mesh.until(MODEL, 1)
+
+
 async def test_a_copy_that_cannot_be_formed_is_given_up(mesh: Loaded) -> None:
     await mesh.add_deployer(**AT_ONCE | {"replan_cooldown_seconds": 3600.0})
     await workers(mesh, 2)

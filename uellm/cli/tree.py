@@ -15,6 +15,7 @@ from uellm.models.adapters import resolve_adapter
 from uellm.models.profile import read_profile
 from uellm.models.tokenizer import Tokenizer
 from uellm.placement.explain import size
+from uellm.placement.placers import placer_of
 
 
 class Progress:
@@ -52,6 +53,8 @@ def check(options: MeshOptions, *, allow_download: bool) -> None:
     Raises:
         UellmError: naming what is missing or impossible, and the remedy.
     """
+    if options.objective:
+        placer_of(options.objective)
     longest = 0
     for model in options.models:
         directory = files.resolve(model.source, allow_download=allow_download)
