@@ -123,6 +123,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         (["serve", "cook"], exits.USAGE, "cook"),
         (["up", "--workers", "0"], exits.USAGE, "workers"),
         (["up", "--max-model-len", "99999999"], exits.USAGE, "at most 1024"),
+        (["up", "--objective", "cheapest"], exits.USAGE, "'cheapest' is none of helr"),
         (["up", "--port", "47999", "--host", "192.0.2.1"], exits.USAGE, "correct --host"),
         (["models", "--server", "localhost"], exits.USAGE, "not host:port"),
         (["models", "--server", "http://127.0.0.1:1"], exits.USAGE, "not host:port"),
