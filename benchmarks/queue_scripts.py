@@ -187,7 +187,7 @@ async def run(server: EmbeddedRedis, count: int) -> list[Cost]:
     rest = [i for group in groups[half:] for i in group]
     async with meter.measure("finish by the scheduler", len(rest)):
         for request_id in rest:
-            await scheduler.finish(token, ended(request_id))
+            await scheduler.finish(token, [ended(request_id)])
     await redis.aclose()
     return meter.costs
 

@@ -65,6 +65,11 @@ class ServiceSettings(BaseSettings):
     lease_seconds: float = Field(
         5.0, gt=0, description="After this silence a service, an owner or a holder counts as gone."
     )
+    retention_seconds: int = Field(
+        3600,
+        gt=0,
+        description="So long after its end a request's result is kept, and its idempotency key.",
+    )
     decisions_kept: int = Field(
         4096,
         ge=0,

@@ -28,7 +28,7 @@ from uellm.embedded import EmbeddedRedis
 from uellm.rpc import error_from
 from uellm.streams.connection import UNREACHABLE, connect
 from uellm.streams.gateway_queue import GatewayQueue
-from uellm.streams.messages import Limits, NewRequest
+from uellm.streams.messages import Door, Limits, NewRequest
 from uellm.v1 import common_pb2, inference_pb2, queue_pb2
 from uellm.v1.inference_pb2 import (
     CancelRequest,
@@ -392,6 +392,32 @@ async def _unfinished(driver: MeshDriver, key: str, count: int) -> bool:
     return await driver.leader._redis.hget(key, "local") == str(count).encode()
 
 
+async def test_at_a_narrow_door_who_prefers_refusal_is_refused_at_once(
+    gateway: Gateway, driver: MeshDriver
+) -> None:
+    await driver.scheduler.keep_door(Door(0.0, retry_seconds=3.0), keep_ms=60_000)
+    refusing = {"on_infeasible": common_pb2.ON_INFEASIBLE_REFUSE}
+    # The first to come brings the news; best effort always passes.
+    best_effort = gateway.stub.Generate(request(idempotency_key="before", **refusing))
+    queued = await driver.next_request()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(gateway.stub.Generate(request(idempotency_key="after", **refusing)))
+    error = error_from(caught.value)
+    assert isinstance(error, errors.ResourceExhaustedError)
+    assert (error.reason, error.field) == ("OVERLOADED", "slo.deadline")
+    assert error.retry_after_seconds is not None and 3 <= error.retry_after_seconds <= 6
+    with pytest.raises(grpc.aio.AioRpcError, match="far more is asked"):
+        await gateway.stub.Submit(SubmitRequest(request=request(**refusing)))
+    # One that was accepted before finds itself again.
+    again = gateway.stub.Generate(request(idempotency_key="before", **refusing))
+    unhurried = gateway.stub.Generate(request())
+    other = await driver.next_request()
+    for each in (queued, other):
+        await driver.answer(await driver.dispatch(each), ["a"])
+    for stream in (best_effort, again, unhurried):
+        assert (await collect(stream)).finished.reason == common_pb2.FINISH_REASON_STOP
+
+
 async def test_a_refusal_is_an_event_and_a_status(gateway: Gateway, driver: MeshDriver) -> None:
     asked = request(
         slo=common_pb2.Slo(deadline=duration(1)), on_infeasible=common_pb2.ON_INFEASIBLE_REFUSE
@@ -403,7 +429,7 @@ async def test_a_refusal_is_an_event_and_a_status(gateway: Gateway, driver: Mesh
     promise = common_pb2.Promise(earliest_feasible_finish={"seconds": earliest})
     facts = {"earliest_feasible_finish": promise.earliest_feasible_finish}
     await driver.promise(request_id, 1e9 - 7, **facts)
-    await driver.refuse(queued, "too much is waiting")
+    await driver.refuse(queued, "too much is waiting", 7)
     held = Collected([], [])
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await collect(stream, held)

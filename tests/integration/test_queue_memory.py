@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -64,7 +65,9 @@ async def test_everything_else_goes_on(full: Sides) -> None:
     await full.redis.config_set("maxmemory", 1)
     assert (await full.reap()).requeued == (held,)
     assert await full.leader.hand_back(REPLICA, 1, [(queued, 1)]) == [True]
-    assert await full.scheduler.finish(full.token, finish(expired, 0, "EXPIRED"), dead_reason="X")
+    assert await full.scheduler.finish(
+        full.token, [replace(finish(expired, 0, "EXPIRED"), dead_reason="X")]
+    ) == [True]
     await full.gateway.open_frames(GATEWAY, 60)
     await full.gateway.open_frames("gateway-2", 60)
     await full.gateway.watch(held, "local", "gateway-2")

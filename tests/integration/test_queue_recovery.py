@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -224,8 +225,8 @@ async def test_a_request_that_takes_its_holders_down_is_given_up(sides: Sides) -
     assert reaped.given_up == ((request_id, generation),)
     # Until the scheduler has ended it, each call says so again.
     assert (await sides.reap()).given_up == reaped.given_up
-    end = finish(request_id, generation, "DEAD")
-    assert await sides.scheduler.finish(sides.token, end, dead_reason="STRIKES")
+    end = replace(finish(request_id, generation, "DEAD"), dead_reason="STRIKES")
+    assert await sides.scheduler.finish(sides.token, [end]) == [True]
     assert (await sides.reap()).given_up == ()
     assert await sides.unrest() == []
 

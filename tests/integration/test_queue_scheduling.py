@@ -1,5 +1,7 @@
 """The scheduler's side: owning, reading, promising, dispatching."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.support.queues import (
@@ -69,7 +71,7 @@ async def test_a_scheduler_that_lost_the_model_can_change_nothing(sides: Sides) 
         queue.promise(stale, {request_id: common_pb2.Promise(revision=1)}),
         queue.dispatch(stale, REPLICA, 1, LEASE_MS, "batch", [batch_entry(request_id, 1)]),
         queue.reap(stale, LEASE_MS, most_gap_ms=1000, most_strikes=3),
-        queue.finish(stale, finish(request_id, 0, "EXPIRED")),
+        queue.finish(stale, [finish(request_id, 0, "EXPIRED")]),
     ):
         with pytest.raises(AbortedError):
             await attempt
@@ -198,10 +200,10 @@ async def test_a_scheduler_ends_what_waits(sides: Sides) -> None:
     request_id = await sides.queued()
     await sides.events()
     end = finish(request_id, 0, "EXPIRED")
-    assert await sides.scheduler.finish(sides.token, end)
-    assert await sides.scheduler.finish(sides.token, end), "the same call again"
-    assert not await sides.scheduler.finish(sides.token, finish(request_id, 0, "FAILED"))
-    assert not await sides.scheduler.finish(sides.token, finish("none", 0, "FAILED"))
+    assert await sides.scheduler.finish(sides.token, [end]) == [True]
+    assert await sides.scheduler.finish(sides.token, [end]) == [True], "the same call again"
+    others = [finish(request_id, 0, "FAILED"), finish("none", 0, "FAILED")]
+    assert await sides.scheduler.finish(sides.token, others) == [False, False]
     (event,) = await sides.events()
     assert event.finished.reason == common_pb2.FINISH_REASON_EXPIRED
     assert len(await sides.completions()) == 1
@@ -210,15 +212,15 @@ async def test_a_scheduler_ends_what_waits(sides: Sides) -> None:
 
 async def test_a_scheduler_cannot_end_what_moved_on(sides: Sides) -> None:
     request_id = await sides.held()
-    assert not await sides.scheduler.finish(sides.token, finish(request_id, 0, "EXPIRED"))
+    assert await sides.scheduler.finish(sides.token, [finish(request_id, 0, "EXPIRED")]) == [False]
     assert (await sides.gateway.record(request_id)).state == "LEASED"
 
 
 async def test_given_up_requests_stand_in_the_dead_letter_stream(sides: Sides) -> None:
     request_id = await sides.queued()
-    end = finish(request_id, 0, "DEAD")
+    end = replace(finish(request_id, 0, "DEAD"), dead_reason="STRIKES")
     for _ in range(2):
-        assert await sides.scheduler.finish(sides.token, end, dead_reason="STRIKES")
+        assert await sides.scheduler.finish(sides.token, [end]) == [True]
     ((_, fields),) = await sides.redis.xrange(sides.keys.dead)
     assert fields[b"id"].decode() == request_id
     assert fields[b"reason"] == b"STRIKES"
@@ -254,3 +256,17 @@ async def test_several_records_are_read_at_once(sides: Sides) -> None:
     first, second = await sides.queued(), await sides.queued(gateway=GATEWAY)
     records = await sides.scheduler.records([first, "none", second])
     assert [record.request_id if record else None for record in records] == [first, None, second]
+
+
+async def test_many_are_refused_at_once_and_kept_briefly_where_their_clients_are_told(
+    sides: Sides,
+) -> None:
+    told, submitted = [await sides.queued(gateway=gateway) for gateway in (GATEWAY, "")]
+    promise = common_pb2.Promise(revision=1, reason="refused")
+    ends = [replace(finish(i, 0, "FAILED"), promise=promise) for i in (told, submitted)]
+    assert await sides.scheduler.finish(sides.token, ends) == [True, True]
+    for request_id, least, most in ((told, 1, 15), (submitted, 3000, 3600)):
+        record = await sides.gateway.record(request_id)
+        assert (record.state, record.promise) == ("FAILED", promise)
+        assert least <= await sides.redis.ttl(sides.keys.request(request_id)) <= most
+    assert await sides.unrest() == []

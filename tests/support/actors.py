@@ -222,7 +222,7 @@ class Scheduler:
         self._take(await queue.read_requests(self._name, 10, 10))
         reaped = await queue.reap(token, LEASE_MS, most_gap_ms=150, most_strikes=5)
         for request_id, generation in reaped.given_up:
-            if await queue.finish(token, finish(request_id, generation, "DEAD")):
+            if all(await queue.finish(token, [finish(request_id, generation, "DEAD")])):
                 self._world.history.append(Ended(request_id, "DEAD"))
         batch = list(self._waiting.values())[: rng.randrange(1, 8)]
         replica = rng.choice(sorted(self._world.epochs))

@@ -13,6 +13,7 @@ from uellm_gateway.settings import GatewaySettings
 
 from tests.support.models import write_tiny_model_files
 from uellm import convert
+from uellm.convert import duration
 from uellm.models.profile import read_profile
 from uellm.models.tokenizer import Tokenizer
 from uellm.rpc import channel
@@ -153,15 +154,17 @@ class MeshDriver:
             )
         )
 
-    async def refuse(self, queued: QueuedEntry, message: str) -> None:
+    async def refuse(self, queued: QueuedEntry, message: str, retry_after: float) -> None:
         """End a request that does not fit its deadline."""
         finished = inference_pb2.Finished(
             reason=common_pb2.FINISH_REASON_REFUSED,
-            failure=inference_pb2.Failure(reason="DEADLINE_INFEASIBLE", message=message),
+            failure=inference_pb2.Failure(
+                reason="DEADLINE_INFEASIBLE", message=message, retry_after=duration(retry_after)
+            ),
         )
         completion = queue_pb2.CompletionEvent(model=self.model)
         finish = Finish(queued.entry.request_id, queued.generation, "FAILED", finished, completion)
-        assert await self.scheduler.finish(self._token, finish)
+        assert await self.scheduler.finish(self._token, [finish]) == [True]
 
     async def answer(self, request_id: str, parts: Sequence[str]) -> None:
         """Say some parts and finish."""

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +20,6 @@ from uellm.policy.due import PATIENCE_SECONDS
 from uellm.policy.edf import EdfDispatch
 from uellm.policy.estimate import peak_tokens
 from uellm.policy.fcfs import FcfsDispatch, FcfsStep
-from uellm.policy.prospects import Forecasts, Prospects
 from uellm.policy.views import (
     DispatchDecision,
     DispatchPolicy,
@@ -288,34 +286,6 @@ def test_a_first_token_that_comes_too_late_is_refused_or_expires_too() -> None:
     (refusal,) = EdfDispatch().dispatch(waits, [busy], NOW + 5).refusals
     assert refusal.expired
     assert "slo.ttft" in refusal.message
-
-
-def test_who_has_next_to_no_chance_is_refused_with_a_time_to_try_again() -> None:
-    class Sober:
-        """Knows that nobody is in time."""
-
-        def prospects(self, forecasts: Forecasts, now: float) -> Prospects:
-            count = len(forecasts)
-            times = np.full((count, 2, 2), now + 30.0)
-            return Prospects(times, np.full(count, 0.01), np.full(count, 0.01))
-
-    views = {True: queued("q", 10, refusable=True), False: queued("q", 10)}
-    for refusable, view in views.items():
-        queue = QueueView([view], unpromised=frozenset({"q"}), experience=Sober())
-        decision = EdfDispatch().dispatch(queue, [replica()], NOW)
-        assert bool(decision.refusals) == refusable
-        assert sent(decision) == ([] if refusable else ["q"])
-    (refusal,) = (
-        EdfDispatch()
-        .dispatch(
-            QueueView([views[True]], unpromised=frozenset({"q"}), experience=Sober()),
-            [replica()],
-            NOW,
-        )
-        .refusals
-    )
-    assert refusal.retry_after_seconds == pytest.approx(20)
-    assert "try again in 20 s" in refusal.message
 
 
 def test_a_request_is_not_refused_later_than_at_first_sight_until_it_expires() -> None:

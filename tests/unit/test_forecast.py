@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.test_dispatch_policies import NOW, QUEUES, queued, replica
 from uellm.core.cost import StepCost
 from uellm.policy.columns import ColumnsCache
-from uellm.policy.forecast import forecasts
+from uellm.policy.forecast import backlog_of, forecasts
 from uellm.policy.promising import everybody
 from uellm.policy.prospects import Forecasts
 from uellm.policy.views import Answered, InFlightView, QueuedView, ReplicaView
@@ -26,7 +26,8 @@ def forecast(order: list[QueuedView], *views: ReplicaView) -> Forecasts:
         [np.arange(people.waiting, len(people.sent_at)), np.arange(people.waiting)]
     )
     wanted = np.arange(people.waiting)
-    return forecasts(people.columns, line, people.sent_at, wanted, views, NOW, begun=people.begun)
+    work = backlog_of(people.columns, line, people.sent_at, views, NOW, begun=people.begun)
+    return forecasts(people.columns, work, wanted, NOW)
 
 
 def test_an_idle_replica_takes_prefill_and_steps() -> None:
@@ -78,7 +79,8 @@ def own_finish(view: ReplicaView) -> float:
     """When the answer that comes is forecast to end, in seconds from now."""
     people = everybody(ColumnsCache().of([]), [view], ColumnsCache())
     line = np.array([0])
-    found = forecasts(people.columns, line, people.sent_at, line, [view], NOW, begun=people.begun)
+    work = backlog_of(people.columns, line, people.sent_at, [view], NOW, begun=people.begun)
+    found = forecasts(people.columns, work, line, NOW)
     return float(found.finish[0])
 
 

@@ -157,11 +157,14 @@ def dispatch_record(
         waiting=tuple(find(request_id) for request_id in order),
         unpromised=near & queue.unpromised,
         horizon=queue.horizon,
+        margin=queue.margin,
+        price=queue.price,
     )
     kept = DispatchDecision(
         dispatches=decision.dispatches,
         promises=promises,
         refusals=decision.refusals[:most],
+        let_in={i: cost for i, cost in decision.let_in.items() if i in near},
         order=order,
         reconsider_at=decision.reconsider_at,
     )

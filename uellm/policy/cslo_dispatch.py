@@ -170,6 +170,7 @@ class CsloOdbsDispatch(Dispatcher):
                     kv_token_seconds=(prompt + median / 2) * seconds,
                     prefill_seconds=prefill / len(replicas),
                     kv_tokens=prompt + median,
+                    committed=columns.views[i].refusable,
                 )
             )
         free = kv_tokens - held if kv_tokens else inf

@@ -14,16 +14,18 @@ import numpy as np
 
 from uellm.core.request import Promise
 from uellm.core.settings import Settings, setting
+from uellm.policy.admitting import Admission, admit
 from uellm.policy.columns import Columns, ColumnsCache, Floats, Ids, Places
 from uellm.policy.estimate import Speed, fastest_of
+from uellm.policy.forecast import Backlog, backlog_of
 from uellm.policy.placing import Room, place, plain_room
 from uellm.policy.promising import Everybody, Promiser, everybody
 from uellm.policy.refusing import (
+    crowded_refusal,
     expired_refusal,
     infeasible_refusal,
     lost_ones,
     to_refuse,
-    unlikely_refusal,
 )
 from uellm.policy.rows import sorted_by
 from uellm.policy.track_record import TrackRecord
@@ -140,46 +142,35 @@ class Dispatcher(ABC):
         fastest = fastest_of(replicas)
         columns = self._columns.of(queue.waiting)
         expired, hopeless = to_refuse(columns, queue.unpromised, fastest, now)
-        people, line = None, None
-        if replicas and (queue.unpromised or queue.promised):
+        out = [*expired, *hopeless]
+        refusals = [expired_refusal(columns.views[i], now) for i in expired]
+        people, line, admission = None, None, Admission()
+        if fastest is not None and (queue.unpromised or queue.promised):
             # All in one line, so that each is seen behind whoever goes first, sent or not.
             people = everybody(columns, replicas, self._sent)
             keys = self.keys(people.columns, fastest, now)
             line = people.lined_up(sorted_by(keys))
             ranked = line[line < people.waiting]
             keys = tuple(key[: people.waiting] for key in keys)
+            if hopeless:
+                promiser = self._promiser(queue, people, line, replicas, now)
+                refusals += _infeasible(promiser, hopeless, ranked, columns, fastest, now)
+            admission = self._admission(queue, people, _without(line, out), replicas, now)
+            refusals += [
+                crowded_refusal(columns.views[i], why, self.name, now)
+                for i, why in admission.kept_out.items()
+            ]
+            out += admission.kept_out
+            line = _without(line, out)
         else:
             keys = self.keys(columns, fastest, now)
             ranked = sorted_by(keys)
-        promiser = None
-        if people is not None and line is not None:
-            experience = queue.experience or TrackRecord()
-            promiser = Promiser(
-                people,
-                line,
-                replicas,
-                experience,
-                self.name,
-                fastest,
-                now,
-                preempts=self.preempts,
-            )
-        order = _without(ranked, [*expired, *hopeless])
-        refusals = [expired_refusal(columns.views[i], now) for i in expired]
-        if promiser is not None and fastest is not None:
-            refusals += self._infeasible(promiser, hopeless, ranked, columns, fastest, now)
-        order = self.arranged(order, keys[0], columns, replicas, now)
+        order = self.arranged(_without(ranked, out), keys[0], columns, replicas, now)
         promises: dict[str, Promise] = {}
-        if promiser is not None and people is not None:
+        if people is not None and line is not None and len(line):
             wanted, positions = _wanted(order, people, queue)
+            promiser = self._promiser(queue, people, line, replicas, now)
             promises = promiser.promises(wanted, positions, queue.promised)
-            unlikely = self._unlikely(promises, queue.unpromised, columns, order)
-            refusals += [
-                unlikely_refusal(columns.views[i], promises[columns.views[i].request_id])
-                for i in unlikely
-            ]
-            order = _without(order, unlikely)
-            hopeless += unlikely
         views = columns.views
         dispatches, gone = self.placed(
             (views[i] for i in order), replicas, now, suspects=bool(columns.struck[order].any())
@@ -188,61 +179,103 @@ class Dispatcher(ABC):
         expiring = np.where(
             columns.refusable, np.minimum(columns.deadline, columns.first_token), inf
         )
-        expiring[[*expired, *hopeless, *order[gone].tolist()]] = inf
+        expiring[[*out, *order[gone].tolist()]] = inf
         again = expiring.min(initial=inf)
         if (at := self.reconsidered(rest, columns, replicas, now)) is not None:
             again = min(again, at)
-        for refusal in refusals:
-            promises.pop(refusal.request_id, None)
         return DispatchDecision(
             dispatches=dispatches,
             promises=promises,
             refusals=tuple(refusals),
+            let_in={views[i].request_id: cost for i, cost in admission.let_in.items()},
+            crowded={views[i].request_id: cost for i, cost in admission.crowded.items()},
             order=Ids(columns.ids, rest),
             reconsider_at=None if again == inf else float(again),
         )
 
-    def _infeasible(
+    def _promiser(
         self,
-        promiser: Promiser,
-        hopeless: list[int],
-        ranked: Places,
-        columns: Columns,
-        fastest: Speed,
+        queue: QueueView,
+        people: Everybody,
+        line: Places,
+        replicas: Sequence[ReplicaView],
         now: float,
-    ) -> list[Refusal]:
-        """Refusals of those that would be late even if they started at once."""
-        if not hopeless:
-            return []
-        places = np.array(hopeless)
-        positions = np.flatnonzero(np.isin(ranked, places))
-        promises = promiser.promises(ranked[positions], positions, {})
-        return [
-            infeasible_refusal(
-                columns.views[i], promises[columns.views[i].request_id], fastest, now
-            )
-            for i in hopeless
-        ]
+    ) -> Promiser:
+        """Promises to those in line."""
+        return Promiser(
+            people,
+            self._backlog(people, line, replicas, now),
+            replicas,
+            queue.experience or TrackRecord(),
+            self.name,
+            fastest_of(replicas),
+            now,
+        )
 
-    def _unlikely(
+    def _backlog(
+        self, people: Everybody, line: Places, replicas: Sequence[ReplicaView], now: float
+    ) -> Backlog:
+        return backlog_of(
+            people.columns,
+            line,
+            people.sent_at,
+            replicas,
+            now,
+            preempts=self.preempts,
+            begun=people.begun,
+        )
+
+    def _admission(
         self,
-        promises: dict[str, Promise],
-        unpromised: frozenset[str],
-        columns: Columns,
-        order: Places,
-    ) -> list[int]:
-        """Places of those that are seen for the first time and will hardly be in time."""
-        least = self._settings.least_chance
-        ids = {
-            request_id
-            for request_id in promises.keys() & unpromised
-            if (chance := promises[request_id].p_meet) is not None and chance < least
-        }
-        if not ids:
-            return []
-        return [
-            int(i) for i in order[columns.refusable[order]] if columns.views[i].request_id in ids
+        queue: QueueView,
+        people: Everybody,
+        line: Places,
+        replicas: Sequence[ReplicaView],
+        now: float,
+    ) -> Admission:
+        """Whom to let in of those that are seen for the first time."""
+        columns = people.columns
+        refusable = line[columns.refusable[line]]
+        new = [
+            i
+            for i in np.sort(refusable[refusable < people.waiting]).tolist()
+            if columns.views[i].request_id in queue.unpromised and not columns.views[i].attempt
         ]
+        if not new:
+            return Admission()
+        committed = np.zeros(len(columns.views), dtype=np.bool_)
+        committed[refusable] = True
+        committed[new] = False
+        committed &= ~lost_ones(columns, fastest_of(replicas), now)
+        backlog = self._backlog(people, line, replicas, now)
+        return admit(
+            columns,
+            backlog,
+            new,
+            committed,
+            now,
+            least_chance=self._settings.least_chance,
+            margin=queue.margin,
+            price=queue.price,
+        )
+
+
+def _infeasible(
+    promiser: Promiser,
+    hopeless: list[int],
+    ranked: Places,
+    columns: Columns,
+    fastest: Speed,
+    now: float,
+) -> list[Refusal]:
+    """Refusals of those that would be late even if they started at once."""
+    places = np.array(hopeless)
+    positions = np.flatnonzero(np.isin(ranked, places))
+    promises = promiser.promises(ranked[positions], positions, {})
+    return [
+        infeasible_refusal(columns.views[i], promises[columns.views[i].request_id], fastest, now)
+        for i in hopeless
+    ]
 
 
 def _wanted(order: Places, people: Everybody, queue: QueueView) -> tuple[Places, Places]:

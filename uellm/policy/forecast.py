@@ -40,50 +40,91 @@ class _Crew:
     per_prompt_token: float
 
 
-def forecasts(
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """The work that there is, and who does it.
+
+    Attributes:
+        crew: all replicas as one.
+        line: places of those that are to be served, in the order in which they are.
+        busy: seconds that each takes a place.
+        variance: of that.
+        begun: who is being answered.
+        since: seconds since it was last looked at how far those are; 0 of all others.
+    """
+
+    crew: _Crew
+    line: Places
+    busy: Floats
+    variance: Floats
+    begun: Flags
+    since: Floats
+
+    def decoding(self, tokens: Floats) -> Floats:
+        """Seconds of so many tokens, from which those are taken that came since."""
+        seconds: Floats = np.maximum(tokens * self.crew.step - self.since, self.crew.step)
+        return seconds
+
+    def wait(self, ahead: Places, work: Floats) -> Floats:
+        """Seconds until so few of those ahead are left that a place is free."""
+        return _wait(ahead, work, self.crew.places)
+
+
+def backlog_of(
     everybody: Columns,
     line: Places,
     sent_at: Floats,
-    wanted: Places,
     replicas: Sequence[ReplicaView],
     now: float,
     *,
     preempts: bool = False,
     begun: Flags | None = None,
-) -> Forecasts:
-    """What some requests can expect.
+) -> Backlog:
+    """The work that there is.
 
     Args:
         everybody: who waits and who was sent.
-        line: their places in the policy's order.
+        line: places of those that are to be served, in the policy's order.
         sent_at: when each was sent, or, if it has begun, was last looked at; infinite: it waits.
-        wanted: places of those that are asked about.
         replicas: at least one.
         now: in seconds.
         preempts: who is first may take the slot of one that runs; else those go on.
         begun: who is being answered, as of ``sent_at``; None: nobody.
     """
-    crew = _crew(everybody, replicas)
+    crew = _crew(everybody, line, replicas)
     if begun is None:
-        begun = np.zeros(len(line), dtype=np.bool_)
+        begun = np.zeros(len(sent_at), dtype=np.bool_)
     if not preempts:
         line = _behind_running(line, sent_at, begun, crew)
     left = _left(everybody, line, sent_at, crew, now)
     busy = left * crew.step + everybody.prefill * crew.per_prompt_token
     variance = ((everybody.high - everybody.median) * (crew.step / Z90)) ** 2
-    rank = np.empty(len(line), dtype=np.intp)
+    since = np.where(begun, np.maximum(now - sent_at, 0.0), 0.0)
+    return Backlog(crew, line, busy, variance, begun, since)
+
+
+def forecasts(everybody: Columns, backlog: Backlog, wanted: Places, now: float) -> Forecasts:
+    """What some requests can expect.
+
+    Args:
+        everybody: who waits and who was sent.
+        backlog: their work.
+        wanted: places of those that are asked about, all in the line.
+        now: in seconds.
+    """
+    crew, line, busy, variance = backlog.crew, backlog.line, backlog.busy, backlog.variance
+    rank = np.empty(len(busy), dtype=np.intp)
     rank[line] = np.arange(len(line))
     work, doubt = np.cumsum(busy[line]), np.cumsum(variance[line])
 
     ahead = rank[wanted]
-    wait = _wait(ahead, work[ahead] - busy[wanted], crew.places)
+    wait = backlog.wait(ahead, work[ahead] - busy[wanted])
     # It has a slot, and few lose theirs.
-    wait[begun[wanted]] = 0.0
+    wait[backlog.begun[wanted]] = 0.0
     vague = Z90 * np.sqrt(doubt[ahead] - variance[wanted]) / crew.places * (wait > 0)
-    drain = _wait(np.full(len(wanted), len(line)), np.full(len(wanted), work[-1]), crew.places)
+    drain = backlog.wait(np.full(len(wanted), len(line)), np.full(len(wanted), work[-1]))
     prefill = everybody.prefill[wanted] * crew.per_prompt_token
-    since = np.where(begun[wanted], np.maximum(now - sent_at[wanted], 0.0), 0.0)
-    own = prefill + np.maximum(everybody.median[wanted] * crew.step - since, crew.step)
+    own = prefill + backlog.decoding(everybody.median)[wanted]
     start = wait + prefill + crew.step
     finish = wait + own
     longer = (everybody.high[wanted] - everybody.median[wanted]) * crew.step
@@ -118,7 +159,7 @@ def _behind_running(line: Places, sent_at: Floats, begun: Flags, crew: _Crew) ->
     """The order, in which those that have a slot come first: who has begun, or was sent first."""
     sent = line[np.isfinite(sent_at[line])]
     running = sent[np.lexsort((sent_at[sent], ~begun[sent]))][: max(int(crew.places), 1)]
-    others = np.ones(len(line), dtype=np.bool_)
+    others = np.ones(len(sent_at), dtype=np.bool_)
     others[running] = False
     return np.concatenate([running, line[others[line]]])
 
@@ -156,15 +197,15 @@ def _left(everybody: Columns, line: Places, sent_at: Floats, crew: _Crew, now: f
     return left
 
 
-def _crew(everybody: Columns, replicas: Sequence[ReplicaView]) -> _Crew:
-    """What the replicas can do together for requests such as these."""
-    lengths = everybody.mean
+def _crew(everybody: Columns, line: Places, replicas: Sequence[ReplicaView]) -> _Crew:
+    """What the replicas can do together for requests such as those in line."""
+    lengths, prompts_of = everybody.mean[line], everybody.prefill[line]
     # A long answer is met more often in a running batch than at the door.
-    spread = (everybody.high - everybody.low) / (2 * Z90)
+    spread = (everybody.high[line] - everybody.low[line]) / (2 * Z90)
     total = float(lengths.sum())
     squares = float((lengths**2 + spread**2).sum())
-    context = float((lengths * everybody.prefill).sum()) / total + squares / total / 2
-    prompt, length = float(everybody.prefill.mean()), total / len(lengths)
+    context = float((lengths * prompts_of).sum()) / total + squares / total / 2
+    prompt, length = float(prompts_of.mean()), total / len(lengths)
     places = [_places(view, context) for view in replicas]
     share = min(1.0, len(lengths) / sum(places))
     steps, prompts = 0.0, 0.0

@@ -9,7 +9,7 @@ import numpy as np
 from uellm.core.request import Promise, QuantileFunction, ResourceProfile, Slo
 from uellm.policy.columns import Columns, ColumnsCache, Flags, Floats, Places
 from uellm.policy.estimate import Speed
-from uellm.policy.forecast import forecasts
+from uellm.policy.forecast import Backlog, forecasts
 from uellm.policy.prospects import Forecasts, Prospects
 from uellm.policy.refusing import lost
 from uellm.policy.remaining import left_of
@@ -59,7 +59,12 @@ def everybody(waiting: Columns, replicas: Sequence[ReplicaView], cache: ColumnsC
     answered_at, left = _progress(replicas)
     columns = waiting.joined(cache.of([request.request or _stand_in(request) for request in sent]))
     sent_at = np.full(len(columns.views), inf)
-    sent_at[len(waiting.views) :] = [request.dispatched_at for request in sent]
+    # Who had not begun by then has come no further since it was sent than from then on.
+    sent_at[len(waiting.views) :] = [
+        max(request.dispatched_at, view.answered_at)
+        for view in replicas
+        for request in view.in_flight
+    ]
     strangers = np.zeros(len(columns.views), dtype=np.bool_)
     strangers[len(waiting.views) :] = [request.request is None for request in sent]
     begun = np.zeros(len(columns.views), dtype=np.bool_)
@@ -103,31 +108,26 @@ class Promiser:
 
     Args:
         people: who waits and who was sent.
-        line: their places, in the policy's order.
+        backlog: their work.
         replicas: at least one.
         experience: how promises were kept.
         policy: its name.
         fastest: the best replica's pace.
         now: in seconds.
-        preempts: see ``uellm.policy.forecast.forecasts``.
     """
 
     def __init__(
         self,
         people: Everybody,
-        line: Places,
+        backlog: Backlog,
         replicas: Sequence[ReplicaView],
         experience: Experience,
         policy: str,
         fastest: Speed | None,
         now: float,
-        *,
-        preempts: bool = False,
     ) -> None:
-        self._preempts = preempts
         self._people = people
-        self._line = line
-        self._replicas = replicas
+        self._backlog = backlog
         self._experience = experience
         self._policy = policy
         self._fastest = fastest
@@ -137,18 +137,8 @@ class Promiser:
 
     def prospects(self, wanted: Places) -> tuple[Forecasts, Prospects]:
         """What requests can expect, before and after correction."""
-        columns, now = self._people.columns, self._now
-        found = forecasts(
-            columns,
-            self._line,
-            self._people.sent_at,
-            wanted,
-            self._replicas,
-            now,
-            preempts=self._preempts,
-            begun=self._people.begun,
-        )
-        return found, self._experience.prospects(found, now)
+        found = forecasts(self._people.columns, self._backlog, wanted, self._now)
+        return found, self._experience.prospects(found, self._now)
 
     def promises(
         self, wanted: Places, positions: Places, promised: Mapping[str, float]

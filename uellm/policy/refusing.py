@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from uellm.core.request import Promise
+from uellm.policy.admitting import Crowded
 from uellm.policy.columns import Columns
 from uellm.policy.estimate import Speed, first_token_seconds, shortest_seconds
 from uellm.policy.views import QueuedView, Refusal
@@ -103,21 +104,32 @@ def infeasible_refusal(
     return Refusal(request.request_id, False, message, promise)
 
 
-def unlikely_refusal(request: QueuedView, promise: Promise) -> Refusal:
-    """The refusal of a request that could be in time, but not behind all the work that there is."""
+def crowded_refusal(request: QueuedView, why: Crowded, policy: str, now: float) -> Refusal:
+    """The refusal of a request that could be in time, but not with all the work that there is."""
     slo, accepted = request.slo, request.slo.accepted_at
-    field, needed, feasible = "slo.ttft", slo.ttft_at, promise.start_p90
-    if slo.deadline_at is not None and promise.finish_p90 > slo.deadline_at:
-        field, needed, feasible = "slo.deadline", slo.deadline_at, promise.finish_p90
-    late = max(feasible - (needed or accepted), 0.0)
+    field, limit = "slo.deadline", slo.deadline_at
+    if limit is None or (slo.ttft_at is not None and now + why.finish <= limit):
+        field, limit = "slo.ttft", slo.ttft_at or now
+    # Who is too dear may be let in when what is there now has been done.
+    late = why.excess if why.excess > 0 else why.finish
+    whom = "requests that were let in before would be late" if why.others else "will not do"
     message = (
-        f"{field}: {(needed or accepted) - accepted:.3g} s will not do with "
-        f"{promise.queue_position} ahead; allow {feasible - accepted:.3g} s, try again in "
-        f"{late:.3g} s, or {BEST_EFFORT}"
+        f"{field}: {limit - accepted:.3g} s: with {why.ahead} ahead {whom}; try again in "
+        f"{late:.3g} s, allow {limit - accepted + late:.3g} s, or {BEST_EFFORT}"
     )
-    promise = replace(
-        promise,
+    finish = now + why.finish + (late if why.others else 0.0)
+    _, median, high = request.profile.output_tokens.low_median_high
+    promise = Promise(
+        start_p50=now + why.wait,
+        start_p90=now + why.wait,
+        finish_p50=finish,
+        finish_p90=finish,
+        p_meet=None,
+        queue_position=why.ahead,
+        policy=policy,
         reason="refused: too much work ahead",
-        earliest_feasible_finish=promise.finish_p90,
+        output_tokens_p50=round(median),
+        output_tokens_p90=round(high),
+        earliest_feasible_finish=finish,
     )
     return Refusal(request.request_id, False, message, promise, retry_after_seconds=late)

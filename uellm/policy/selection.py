@@ -15,6 +15,7 @@ class Job(NamedTuple):
         kv_token_seconds: KV room that it takes, times how long.
         prefill_seconds: how long its prefill keeps others from theirs.
         kv_tokens: KV room that it takes at its peak.
+        committed: it is left out only where nobody else is to blame.
     """
 
     latest_start: float
@@ -22,6 +23,7 @@ class Job(NamedTuple):
     kv_token_seconds: float
     prefill_seconds: float
     kv_tokens: float
+    committed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ def late_ones(jobs: Iterable[Job], engine: Fluid, now: float) -> set[int]:
 
     Jobs that find a free slot and KV room start at once, but for the prefills ahead of them; each
     other one when the engine has worked off those between. Where one would start too late, the
-    job that takes the most of the engine so far is left out (Moore 1968, Hodgson's algorithm). On
+    job that takes the most of the engine so far is left out (Moore 1968, Hodgson's algorithm),
+    first of those that nobody is committed to. On
     one slot, with jobs in the order of ``latest_start + slot_seconds``, no choice has fewer late.
 
     Args:
@@ -58,12 +61,12 @@ def late_ones(jobs: Iterable[Job], engine: Fluid, now: float) -> set[int]:
         Their places in ``jobs``.
     """
     slots = max(engine.slots, 1)
-    kept: list[tuple[float, int, Job]] = []
+    kept: list[tuple[bool, float, int, Job]] = []
     late: set[int] = set()
     count, kv_tokens, work, prefill = 0, 0.0, 0.0, 0.0
     for place, job in enumerate(jobs):
         share = _share(job, slots, engine.kv_tokens)
-        heapq.heappush(kept, (-share, place, job))
+        heapq.heappush(kept, (job.committed, -share, place, job))
         count += 1
         kv_tokens += job.kv_tokens
         at_once = count <= engine.free_slots and kv_tokens <= engine.free_kv_tokens
@@ -71,7 +74,7 @@ def late_ones(jobs: Iterable[Job], engine: Fluid, now: float) -> set[int]:
         work += share
         prefill += job.prefill_seconds
         if start > job.latest_start:
-            negative, dropped, largest = heapq.heappop(kept)
+            _, negative, dropped, largest = heapq.heappop(kept)
             late.add(dropped)
             count -= 1
             kv_tokens -= largest.kv_tokens

@@ -228,13 +228,13 @@ class TrackRecord:
         self._learn(entry, FINISH, took)
         self._close(entry)
 
-    def gone(self, request_id: str, at: float) -> None:
-        """A request ended without its answer, at its caller's will or by a fault."""
+    def gone(self, request_id: str, at: float, *, late: bool = False) -> None:
+        """A request ended without its answer: at its caller's will, by a fault, or too late."""
         entry = self._open.pop(request_id, None)
         if entry is None:
             return
         if entry.number < 0:
-            self._file(entry, late=False, judged=False)
+            self._file(entry, late=late, judged=late)
         for outcomes, number in self._places(entry):
             outcomes.lose(number, at - entry.since)
         self._close(entry)

@@ -69,10 +69,10 @@ class TrackRecords:
         self.first.finished(request_id, at)
         self.begun.finished(request_id, at)
 
-    def gone(self, request_id: str, at: float) -> None:
-        """A request ended without its answer, at its caller's will or by a fault."""
-        self.first.gone(request_id, at)
-        self.begun.gone(request_id, at)
+    def gone(self, request_id: str, at: float, *, late: bool = False) -> None:
+        """A request ended without its answer: at its caller's will, by a fault, or too late."""
+        self.first.gone(request_id, at, late=late)
+        self.begun.gone(request_id, at, late=late)
 
     def state(self) -> State:
         """What was learnt, promises that are open aside."""

@@ -65,6 +65,9 @@ class QueueView:
         promised: the latest promise's median finish of those whose promise may be revised now,
             whether they wait or were sent.
         horizon: promise only to so many first of the order, however long the queue is; None: all.
+        margin: so much longer than forecast, as a share, those may take that are let in; see
+            ``uellm.policy.margin``.
+        price: what one of those may cost; see ``uellm.policy.price``.
         experience: how promises were kept; None: nothing is known of that.
     """
 
@@ -72,6 +75,8 @@ class QueueView:
     unpromised: frozenset[str] = frozenset()
     promised: Mapping[str, float] = field(default_factory=dict)
     horizon: int | None = None
+    margin: float = 0.1
+    price: float = inf
     experience: Experience | None = field(
         default=None, compare=False, metadata={NOT_RECORDED: True}
     )
@@ -188,6 +193,9 @@ class DispatchDecision:
         dispatches: batches to send now.
         promises: new or materially changed promises, by request id.
         refusals: requests to end.
+        let_in: of those that are seen for the first time, would rather be refused than late, and
+            stay although not everybody has a slot: the seconds that each takes one, by id.
+        crowded: the same of those that the others leave no time.
         order: ids of the requests that go on waiting, first to go first.
         reconsider_at: ask again at this time even if nothing happens, or None.
     """
@@ -195,6 +203,8 @@ class DispatchDecision:
     dispatches: tuple[Dispatch, ...] = ()
     promises: dict[str, Promise] = field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
+    let_in: Mapping[str, float] = field(default_factory=dict)
+    crowded: Mapping[str, float] = field(default_factory=dict)
     order: Sequence[str] = ()
     reconsider_at: float | None = None
 
@@ -208,13 +218,13 @@ class DispatchSettings:
             does not starve between a finish and the next dispatch.
         kv_headroom: how much of a replica's KV room the predicted peaks (90 % quantile) of what
             is in flight may add up to; a little over 1, because they do not peak together.
-        least_chance: who is likely to be in time with less than this probability is refused, if
-            its caller prefers that.
+        least_chance: who would rather be refused than late is let in beside others if it is in
+            time even with an answer as long as this share of such answers at most is.
     """
 
     lookahead_requests: int = 2
     kv_headroom: float = 1.1
-    least_chance: float = 0.02
+    least_chance: float = 0.9
 
 
 class DispatchPolicy(Protocol):

@@ -204,7 +204,10 @@ class Mesh:
 
     def _arrival(self, request: Request, profiler: Profiler) -> Callable[[float], None]:
         def arrive(now: float) -> None:
-            del now
+            if self._settings.refusable and self._scheduler.sheds(request):
+                record = self._records[request.request_id]
+                record.outcome, record.finished_at = Outcome.REFUSED, now
+                return
             self._scheduler.accept(request, profiler.profile(request))
             self._changed = True
 
@@ -234,7 +237,7 @@ class Mesh:
             record = self._records[refusal.request_id]
             record.outcome = Outcome.EXPIRED if refusal.expired else Outcome.REFUSED
             record.finished_at = now
-            self._scheduler.refused(refusal.request_id, now)
+            self._scheduler.refused(refusal.request_id, now, expired=refusal.expired)
 
     def _wake(self, again: float) -> None:
         """Decide at a time, unless a sooner one has been set; that one will set the next."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
 from uellm.core.request import Promise, ResourceProfile
+from uellm.policy.admissions import Admissions
+from uellm.policy.shedding import shed
 from uellm.policy.track_records import TrackRecords
 from uellm.policy.views import (
     DispatchDecision,
@@ -42,6 +44,7 @@ class Scheduler:
         waiting: by id, in order of arrival.
         asked: times that the policy was asked.
         record: how promises were kept.
+        admissions: how those fared that would rather be refused than late.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Scheduler:
         self.waiting: dict[str, QueuedView] = {}
         self.asked = 0
         self.record = TrackRecords(report_seconds)
+        self.admissions = Admissions(report_seconds)
         self._policy = policy
         self._engines = engines
         self._report_seconds = report_seconds
@@ -81,6 +85,10 @@ class Scheduler:
         self._sent_to: dict[str, int] = {}
         self._unpromised: set[str] = set()
 
+    def sheds(self, request: Request) -> bool:
+        """Whether a gateway refuses a request at the door."""
+        return shed(request.request_id, self.admissions.shedding.share)
+
     def accept(self, request: Request, profile: ResourceProfile) -> None:
         """A request came."""
         self.waiting[request.request_id] = QueuedView(
@@ -105,16 +113,19 @@ class Scheduler:
         self.ended(request_id)
         self.record.first_token(request_id, first_token_at)
         self.record.finished(request_id, finished_at)
+        self.admissions.began({request_id: first_token_at})
+        self.admissions.finished(request_id, finished_at)
 
     def ended(self, request_id: str) -> None:
         """A request left its replica."""
         number = self._sent_to.pop(request_id)
         del self._replicas[number].in_flight[request_id]
 
-    def refused(self, request_id: str, now: float) -> None:
+    def refused(self, request_id: str, now: float, *, expired: bool) -> None:
         """A request was refused."""
         del self.waiting[request_id]
-        self.record.gone(request_id, now)
+        self.record.gone(request_id, now, late=expired)
+        self.admissions.gone(request_id, late=expired)
         self._unpromised.discard(request_id)
 
     def promised(self, decision: DispatchDecision, now: float) -> dict[str, Promise]:
@@ -149,6 +160,7 @@ class Scheduler:
         if now - self._reported_at >= self._report_seconds:
             self._read_reports(now)
         self.record.advance(now)
+        self.admissions.advance(now)
         queue = QueueView(
             list(self.waiting.values()),
             unpromised=frozenset(self._unpromised),
@@ -158,7 +170,10 @@ class Scheduler:
             replace(found.view, in_flight=tuple(found.in_flight.values()))
             for found in self._replicas
         ]
-        return self._policy.dispatch(queue, replicas, now)
+        queue = self.admissions.seen_by(queue)
+        decision = self._policy.dispatch(queue, replicas, now)
+        self.admissions.decided(queue, decision, self.waiting.get, now)
+        return decision
 
     def _read_reports(self, now: float) -> None:
         self._reported_at = now
@@ -175,3 +190,4 @@ class Scheduler:
             )
             for request_id, answered in found.view.answered.items():
                 self.record.first_token(request_id, answered.first_token_at)
+                self.admissions.began({request_id: answered.first_token_at})

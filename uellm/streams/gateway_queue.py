@@ -6,12 +6,13 @@ from redis.exceptions import OutOfMemoryError
 
 from uellm.core.errors import ResourceExhaustedError
 from uellm.streams.messages import (
-    RETENTION_SECONDS,
     AcceptResult,
+    Door,
     Limits,
     NewRequest,
     Standing,
     not_found,
+    parse_door,
     stream_entries,
 )
 from uellm.streams.queue import ModelQueue
@@ -28,7 +29,7 @@ class GatewayQueue(ModelQueue):
             ResourceExhaustedError: if Redis has no memory left for it.
         """
         try:
-            status, request_id, accepted_ms = await self._run(
+            status, request_id, accepted_ms, door = await self._run(
                 "accept", *_accept_arguments(request, limits)
             )
         except OutOfMemoryError:
@@ -37,7 +38,14 @@ class GatewayQueue(ModelQueue):
                 reason="QUEUE_MEMORY",
                 retry_after_seconds=5.0,
             ) from None
-        return AcceptResult(status.decode(), request_id.decode(), accepted_ms / 1000)
+        return AcceptResult(
+            status.decode(), request_id.decode(), accepted_ms / 1000, parse_door(door)
+        )
+
+    async def known(self, tenant: str, idempotency_key: str) -> tuple[bool, Door]:
+        """Whether a request was accepted under a key, and how wide the door is."""
+        known, door = await self._run("known", tenant, idempotency_key)
+        return bool(known), parse_door(door)
 
     async def watch(self, request_id: str, tenant: str, gateway: str) -> str:
         """Have a request's events sent to a gateway from now on; returns the request's state.
@@ -73,7 +81,6 @@ class GatewayQueue(ModelQueue):
         tenant: str,
         finished: inference_pb2.Finished,
         completion: queue_pb2.CompletionEvent,
-        retention_seconds: int = RETENTION_SECONDS,
     ) -> str:
         """End a request; returns its state, which is another than CANCELLED if it had ended.
 
@@ -86,7 +93,7 @@ class GatewayQueue(ModelQueue):
             tenant,
             finished.SerializeToString(),
             completion.SerializeToString(),
-            retention_seconds,
+            self._retention_seconds,
         )
         if state == b"unknown":
             raise not_found(request_id)

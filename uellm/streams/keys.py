@@ -93,6 +93,14 @@ class Keys:
         return f"{self.prefix}offered"
 
     @property
+    def door(self) -> str:
+        """String: which share of those is looked at that would rather be refused than late.
+
+        And in how many seconds the others may try again. Only there while it is not all.
+        """
+        return f"{self.prefix}door"
+
+    @property
     def decisions(self) -> str:
         """Stream of DecisionSegments, trimmed; nothing depends on it."""
         return f"{self.prefix}decisions"

@@ -22,8 +22,14 @@ from uellm.v1 import queue_pb2
 class LeaderQueue(ModelQueue):
     """A replica leader's side of a model's queues."""
 
-    def __init__(self, redis: RedisClient, model: str, scripts: Scripts | None = None) -> None:
-        super().__init__(redis, model, scripts)
+    def __init__(
+        self,
+        redis: RedisClient,
+        model: str,
+        scripts: Scripts | None = None,
+        retention_seconds: int = RETENTION_SECONDS,
+    ) -> None:
+        super().__init__(redis, model, scripts, retention_seconds)
         self._batches: dict[str, GroupReader] = {}
 
     async def read_batches(
@@ -65,7 +71,6 @@ class LeaderQueue(ModelQueue):
         report: queue_pb2.ReplicaReport | None = None,
         renew: Sequence[str] = (),
         operations: Sequence[Start | Append | Finish] = (),
-        retention_seconds: int = RETENTION_SECONDS,
     ) -> list[str]:
         """Say everything that one engine step has to say, at once.
 
@@ -91,7 +96,7 @@ class LeaderQueue(ModelQueue):
                 epoch,
                 report.SerializeToString() if report is not None else b"",
                 lease_ms,
-                retention_seconds,
+                self._retention_seconds,
                 *arguments,
             )
         )

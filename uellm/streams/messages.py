@@ -10,6 +10,8 @@ from uellm.core.errors import NotFoundError
 from uellm.v1 import common_pb2, inference_pb2, queue_pb2
 
 RETENTION_SECONDS = 3600
+REFUSED_RETENTION_SECONDS = 15
+"""Who is refused is told at once; under overload that is nearly everybody."""
 TERMINAL = frozenset({"DONE", "FAILED", "CANCELLED", "EXPIRED", "DEAD"})
 
 
@@ -38,12 +40,27 @@ class NewRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Door:
+    """Which share is looked at of those that would rather be refused than late.
+
+    The others may try again after a while.
+    """
+
+    share: float = 1.0
+    retry_seconds: float = 1.0
+
+
+OPEN = Door()
+
+
+@dataclass(frozen=True, slots=True)
 class AcceptResult:
     """What came of it: ``status`` is ok, existing, mismatch, depth, tokens or tenant."""
 
     status: str
     request_id: str
     accepted_at: float
+    door: Door = OPEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +109,19 @@ class Append:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The engine ended a request. The script adds the exact token count to both messages."""
+    """A request ended. The script adds the exact token count to both messages.
+
+    Of one that no replica held, there may be the promise that it was refused with, or the reason
+    why it was given up.
+    """
 
     request_id: str
     generation: int
     state: str
     finished: inference_pb2.Finished
     completion: queue_pb2.CompletionEvent
+    promise: common_pb2.Promise | None = None
+    dead_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +217,14 @@ def parse_record(request_id: str, raw: Mapping[bytes, bytes]) -> Record:
     )
 
 
+def parse_door(raw: bytes) -> Door:
+    """How wide a model's door is; empty: open."""
+    if not raw:
+        return OPEN
+    share, retry = raw.split()
+    return Door(float(share), float(retry))
+
+
 def parse_queued(fields: Mapping[bytes, bytes]) -> QueuedEntry:
     """A waiting request from its stream fields."""
     return QueuedEntry(
@@ -262,7 +293,7 @@ def operation_arguments(operation: Start | Append | Finish) -> list[Any]:
                 tokens.SerializeToString(),
                 count,
             ]
-        case Finish(request_id, generation, state, finished, completion):
+        case Finish(request_id, generation, state, finished, completion, _, _):
             return [
                 "finish",
                 request_id,

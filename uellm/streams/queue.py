@@ -18,18 +18,39 @@ from uellm.core.errors import AbortedError
 from uellm.core.load import OfferedLoad
 from uellm.streams.connection import RedisClient
 from uellm.streams.keys import Keys
-from uellm.streams.messages import Record, ReplicaRoute, not_found, parse_policy, parse_record
+from uellm.streams.messages import (
+    RETENTION_SECONDS,
+    Record,
+    ReplicaRoute,
+    not_found,
+    parse_policy,
+    parse_record,
+)
 from uellm.streams.reading import ensure_group
 from uellm.streams.scripts import Scripts
 from uellm.v1 import common_pb2, queue_pb2
 
 
 class ModelQueue:
-    """The queues and records of one model."""
+    """The queues and records of one model.
 
-    def __init__(self, redis: RedisClient, model: str, scripts: Scripts | None = None) -> None:
+    Args:
+        redis: the client.
+        model: which model.
+        scripts: shared with others, or its own.
+        retention_seconds: how long records, logs and keys are kept of those that end here.
+    """
+
+    def __init__(
+        self,
+        redis: RedisClient,
+        model: str,
+        scripts: Scripts | None = None,
+        retention_seconds: int = RETENTION_SECONDS,
+    ) -> None:
         self.keys = Keys(model)
         self.model = model
+        self._retention_seconds = retention_seconds
         self._redis = redis
         self._scripts = scripts or Scripts(redis)
 

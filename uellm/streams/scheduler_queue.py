@@ -11,7 +11,9 @@ from uellm.core.errors import ResourceExhaustedError
 from uellm.core.load import OfferedLoad
 from uellm.streams.connection import RedisClient
 from uellm.streams.messages import (
+    REFUSED_RETENTION_SECONDS,
     RETENTION_SECONDS,
+    Door,
     Finish,
     QueuedEntry,
     Reaped,
@@ -31,8 +33,14 @@ PROGRESS_AT_ONCE = 500
 class SchedulerQueue(ModelQueue):
     """A scheduler's side of a model's queues."""
 
-    def __init__(self, redis: RedisClient, model: str, scripts: Scripts | None = None) -> None:
-        super().__init__(redis, model, scripts)
+    def __init__(
+        self,
+        redis: RedisClient,
+        model: str,
+        scripts: Scripts | None = None,
+        retention_seconds: int = RETENTION_SECONDS,
+    ) -> None:
+        super().__init__(redis, model, scripts, retention_seconds)
         self._requests = GroupReader(redis, self.keys.requests, "scheduler")
 
     async def own(self, scheduler: str, lease_ms: int) -> int:
@@ -73,6 +81,12 @@ class SchedulerQueue(ModelQueue):
     async def track_record(self) -> bytes:
         """How the model's promises were kept, as an owner left it; empty: none did."""
         return bytes(await self._redis.get(self.keys.track_record) or b"")
+
+    async def keep_door(self, door: Door, keep_ms: int) -> None:
+        """Say how wide the door is; for so long it is taken to be, unless said anew."""
+        with suppress(OutOfMemoryError):
+            text = f"{door.share:.4g} {door.retry_seconds:.4g}"
+            await self._redis.set(self.keys.door, text, px=keep_ms)
 
     async def keep_track_record(self, packed: bytes) -> None:
         """Keep it for the next owner; a Redis that is full keeps the one that it has."""
@@ -178,33 +192,26 @@ class SchedulerQueue(ModelQueue):
             ),
         )
 
-    async def finish(
-        self,
-        token: int,
-        finish: Finish,
-        *,
-        dead_reason: str = "",
-        retention_seconds: int = RETENTION_SECONDS,
-    ) -> bool:
-        """End a request that no replica holds; returns False if it had moved on.
+    async def finish(self, token: int, finishes: Sequence[Finish]) -> list[bool]:
+        """End requests that no replica holds; returns which: the others had moved on.
 
         Raises:
             AbortedError: if ``token`` is no longer the owner's.
         """
-        reply = self._fenced(
-            await self._run(
-                "finish",
-                token,
+        refused_seconds = min(REFUSED_RETENTION_SECONDS, self._retention_seconds)
+        arguments: list[Any] = [self._retention_seconds, refused_seconds]
+        for finish in finishes:
+            arguments += [
                 finish.request_id,
                 finish.generation,
                 finish.state,
                 finish.finished.SerializeToString(),
                 finish.completion.SerializeToString(),
-                retention_seconds,
-                dead_reason,
-            )
-        )
-        return bool(reply[0] == b"ok")
+                finish.promise.SerializeToString() if finish.promise is not None else b"",
+                finish.dead_reason,
+            ]
+        reply = self._fenced(await self._run("finish", token, *arguments))
+        return [bool(ended) for ended in reply[1]]
 
     async def read_completions(
         self, after: str, count: int, block_ms: int | None

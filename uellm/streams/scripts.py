@@ -20,6 +20,7 @@ NAMES = (
     "dispatch",
     "finish",
     "hand_back",
+    "known",
     "learnt",
     "open_frames",
     "own",

@@ -462,7 +462,11 @@ class RecordedQueue(_message.Message):
     UNPROMISED_FIELD_NUMBER: _builtins.int
     PROMISED_FIELD_NUMBER: _builtins.int
     HORIZON_FIELD_NUMBER: _builtins.int
+    MARGIN_FIELD_NUMBER: _builtins.int
+    PRICE_FIELD_NUMBER: _builtins.int
     horizon: _builtins.int
+    margin: _builtins.float
+    price: _builtins.float
     @_builtins.property
     def waiting(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -476,10 +480,12 @@ class RecordedQueue(_message.Message):
         unpromised: _abc.Iterable[_builtins.int] | None = ...,
         promised: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
         horizon: _builtins.int | None = ...,
+        margin: _builtins.float = ...,
+        price: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_horizon", b"_horizon", "horizon", b"horizon"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_horizon", b"_horizon", "horizon", b"horizon", "promised", b"promised", "unpromised", b"unpromised", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_horizon", b"_horizon", "horizon", b"horizon", "margin", b"margin", "price", b"price", "promised", b"promised", "unpromised", b"unpromised", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__horizon: _TypeAlias = _typing.Literal["horizon"]  # noqa: Y015
     _WhichOneofArgType__horizon: _TypeAlias = _typing.Literal["_horizon", b"_horizon"]  # noqa: Y015
@@ -783,11 +789,53 @@ class RecordedDispatchDecision(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class LetInEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class CrowdedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     DISPATCHES_FIELD_NUMBER: _builtins.int
     PROMISES_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
     RECONSIDER_AT_FIELD_NUMBER: _builtins.int
+    LET_IN_FIELD_NUMBER: _builtins.int
+    CROWDED_FIELD_NUMBER: _builtins.int
     reconsider_at: _builtins.float
     @_builtins.property
     def dispatches(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordedDispatch]: ...
@@ -797,6 +845,10 @@ class RecordedDispatchDecision(_message.Message):
     def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordedRefusal]: ...
     @_builtins.property
     def order(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def let_in(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]: ...
+    @_builtins.property
+    def crowded(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]: ...
     def __init__(
         self,
         *,
@@ -805,10 +857,12 @@ class RecordedDispatchDecision(_message.Message):
         refusals: _abc.Iterable[Global___RecordedRefusal] | None = ...,
         order: _abc.Iterable[_builtins.int] | None = ...,
         reconsider_at: _builtins.float | None = ...,
+        let_in: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
+        crowded: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_reconsider_at", b"_reconsider_at", "reconsider_at", b"reconsider_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reconsider_at", b"_reconsider_at", "dispatches", b"dispatches", "order", b"order", "promises", b"promises", "reconsider_at", b"reconsider_at", "refusals", b"refusals"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reconsider_at", b"_reconsider_at", "crowded", b"crowded", "dispatches", b"dispatches", "let_in", b"let_in", "order", b"order", "promises", b"promises", "reconsider_at", b"reconsider_at", "refusals", b"refusals"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__reconsider_at: _TypeAlias = _typing.Literal["reconsider_at"]  # noqa: Y015
     _WhichOneofArgType__reconsider_at: _TypeAlias = _typing.Literal["_reconsider_at", b"_reconsider_at"]  # noqa: Y015

@@ -24,6 +24,7 @@ from uellm.telemetry import span, traceparent
 from uellm.v1 import common_pb2, inference_pb2, queue_pb2
 from uellm_gateway.auth import Caller
 from uellm_gateway.cancelling import cancel_request
+from uellm_gateway.doors import Doors
 from uellm_gateway.models import ModelView, ServedModel
 from uellm_gateway.profiling import Profiling
 from uellm_gateway.prompts import image_field, prompt_text, read_prompt
@@ -79,6 +80,9 @@ class Admission:
         settings: its limits.
         models: what is served.
         profiling: predicts what requests need.
+
+    Attributes:
+        doors: who is refused before all that.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Admission:
         self._profiling = profiling
         self._most_bytes = settings.max_request_bytes
         self._accept_seconds = settings.accept_seconds
+        self.doors = Doors()
         self._limits = Limits(
             settings.waiting_requests, settings.waiting_tokens, settings.tenant_requests
         )
@@ -206,6 +211,7 @@ class Admission:
         """
         with span("gateway.accept"):
             result = await self._accept_patiently(queue, new)
+        self.doors.heard(queue.model, result.door)
         if result.status == "mismatch":
             raise AlreadyExistsError(
                 "idempotency_key: it was used for another request; use a new key for new content",

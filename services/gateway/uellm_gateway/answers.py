@@ -7,6 +7,7 @@ from uellm.service import Context
 from uellm.streams.connection import UNREACHABLE
 from uellm.streams.gateway_queue import GatewayQueue
 from uellm.streams.keys import model_of
+from uellm.streams.messages import RETENTION_SECONDS
 from uellm_gateway.batching import CONCURRENT_READS, BatchedScripts, SharedQueue
 from uellm_gateway.frames import CHECK_SECONDS, ModelFrames
 from uellm_gateway.models import ModelView
@@ -19,9 +20,13 @@ class Answers:
     Args:
         context: the service's.
         models: what is served.
+        retention_seconds: how long results are kept of those that end here.
     """
 
-    def __init__(self, context: Context, models: ModelView) -> None:
+    def __init__(
+        self, context: Context, models: ModelView, retention_seconds: int = RETENTION_SECONDS
+    ) -> None:
+        self._retention_seconds = retention_seconds
         self._context = context
         self._models = models
         self._scripts = BatchedScripts(context.redis)
@@ -41,7 +46,9 @@ class Answers:
         known = self._frames.get(model)
         if known is not None:
             return known.source.queue
-        return SharedQueue(self._context.redis, model, self._scripts, self._reads)
+        return SharedQueue(
+            self._context.redis, model, self._scripts, self._reads, self._retention_seconds
+        )
 
     async def frames(self, model: str) -> ModelFrames:
         """A model's frames, coming from now on."""

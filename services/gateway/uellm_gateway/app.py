@@ -34,7 +34,7 @@ class GatewayApplication:
         self._profilers = Peers(context.registry, "profiler")
         self._schedulers = Peers(context.registry, "scheduler")
         self._models = ModelView(context.registry)
-        self._answers = Answers(context, self._models)
+        self._answers = Answers(context, self._models, settings.retention_seconds)
         self._calls = Calls(context, context.identity, settings.stream_interval_seconds)
 
     def add_to(self, server: grpc.aio.Server) -> None:

@@ -108,12 +108,18 @@ class SharedQueue(GatewayQueue):
         model: which model.
         scripts: shared by all models.
         reads: bounds the reads of all models.
+        retention_seconds: see ModelQueue.
     """
 
     def __init__(
-        self, redis: RedisClient, model: str, scripts: Scripts, reads: asyncio.Semaphore
+        self,
+        redis: RedisClient,
+        model: str,
+        scripts: Scripts,
+        reads: asyncio.Semaphore,
+        retention_seconds: int,
     ) -> None:
-        super().__init__(redis, model, scripts)
+        super().__init__(redis, model, scripts, retention_seconds)
         self._reads = reads
 
     async def record(self, request_id: str) -> Record:

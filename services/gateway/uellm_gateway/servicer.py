@@ -86,6 +86,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, call: Call, caller: Caller
     ) -> tuple[PreparedRequest, list[inference_pb2.GenerationEvent]]:
         """Have every choice accepted and watched, or none."""
+        queue = self._answers.queue(request.model)
+        async with self._admission.doors.passing(queue, request, caller.tenant):
+            return await self._accept_all(request, call, caller)
+
+    async def _accept_all(
+        self, request: inference_pb2.GenerateRequest, call: Call, caller: Caller
+    ) -> tuple[PreparedRequest, list[inference_pb2.GenerationEvent]]:
         prepared = await self._admission.prepare(request)
         frames = await self._answers.frames(prepared.model.name)
         choices = max(request.sampling.n, 1)
@@ -161,10 +168,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._calls.check_open()
         caller = current_caller()
         with span("gateway.submit", **{"gen_ai.request.model": request.request.model}):
-            prepared = await self._admission.prepare(request.request)
-            results = await self._admission.submit(
-                self._answers.queue(prepared.model.name), request.request, prepared, caller
-            )
+            queue = self._answers.queue(request.request.model)
+            async with self._admission.doors.passing(queue, request.request, caller.tenant):
+                prepared = await self._admission.prepare(request.request)
+                results = await self._admission.submit(queue, request.request, prepared, caller)
         return inference_pb2.SubmitResponse(
             request_ids=[result.request_id for result in results],
             accepted_at=convert.timestamp(results[0].accepted_at),
@@ -292,12 +299,13 @@ def _raise_if_refused(answer: Answer) -> None:
     if finished is None or finished.reason != common_pb2.FINISH_REASON_REFUSED:
         return
     metadata = {"request_id": answer.request_id}
-    retry_after = 1.0
     if answer.promise is not None and answer.promise.HasField("earliest_feasible_finish"):
-        earliest = answer.promise.earliest_feasible_finish
-        metadata["earliest_feasible_finish"] = earliest.ToJsonString()
-        lacking = convert.seconds(earliest) - convert.seconds(answer.promise.finish_p90)
-        retry_after = max(retry_after, lacking)
+        metadata["earliest_feasible_finish"] = (
+            answer.promise.earliest_feasible_finish.ToJsonString()
+        )
+    retry_after = None
+    if finished.failure.HasField("retry_after"):
+        retry_after = convert.duration_seconds(finished.failure.retry_after)
     raise ResourceExhaustedError(
         finished.failure.message or "slo.deadline: it cannot be met",
         reason="DEADLINE_INFEASIBLE",

@@ -169,6 +169,11 @@ class Book:
         """What a policy may look at of a waiting request."""
         return self.waiting[request_id].view
 
+    def waiting_view(self, request_id: str) -> QueuedView | None:
+        """The same, if it waits."""
+        ticket = self.waiting.get(request_id)
+        return ticket.view if ticket is not None else None
+
     def unpromised(self) -> list[str]:
         """Ids of requests that have no promise, those included that were sent without one."""
         everybody = chain(self.waiting.values(), self.in_flight.values())

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 from uellm import logs
 from uellm.convert import promise_to_proto, timestamp
@@ -18,6 +19,9 @@ from uellm_scheduler.tracing import queue_span
 
 PROMISES_AT_ONCE = 200
 """Promises in one script call: a longer one would hold up everyone else's."""
+
+FINISHES_AT_ONCE = 64
+"""Ends in one script call, likewise."""
 
 _log = logs.logger("effects")
 
@@ -107,42 +111,55 @@ class Effects:
                 self._book.drop(ticket.request_id)
         return True
 
-    async def refuse(self, refusal: Refusal, now: float) -> None:
-        """End a request that expired or has no chance, its promise recorded first."""
-        ticket = self._book.waiting.get(refusal.request_id)
-        if ticket is None:
-            return
-        if refusal.promise is not None:
-            await self.promise({refusal.request_id: refusal.promise}, now)
-        reason, failure = (
-            (common_pb2.FINISH_REASON_EXPIRED, "DEADLINE_EXPIRED")
-            if refusal.expired
-            else (common_pb2.FINISH_REASON_REFUSED, "DEADLINE_INFEASIBLE")
-        )
-        finish = finish_of(
-            ticket, reason, failure, refusal.message, now, refusal.retry_after_seconds
-        )
-        await self._end(ticket, finish)
+    async def refuse(self, refusals: Sequence[Refusal], now: float) -> None:
+        """End requests that expired, have no chance, or are not let in."""
+        for i in range(0, len(refusals), FINISHES_AT_ONCE):
+            found = [
+                (ticket, refusal)
+                for refusal in refusals[i : i + FINISHES_AT_ONCE]
+                if (ticket := self._book.waiting.get(refusal.request_id)) is not None
+            ]
+            await self._end(
+                [ticket for ticket, _ in found],
+                [_refused(ticket, refusal, now) for ticket, refusal in found],
+            )
 
-    async def fail(self, ticket: Ticket, failure: str, message: str, now: float) -> None:
-        """End a request that nothing will answer any more."""
+    async def fail(self, tickets: Sequence[Ticket], failure: str, message: str, now: float) -> None:
+        """End requests that nothing will answer any more."""
         reason = common_pb2.FINISH_REASON_FAILED
-        await self._end(ticket, finish_of(ticket, reason, failure, message, now))
+        for i in range(0, len(tickets), FINISHES_AT_ONCE):
+            some = tickets[i : i + FINISHES_AT_ONCE]
+            await self._end(
+                some, [finish_of(ticket, reason, failure, message, now) for ticket in some]
+            )
 
     async def bury(self, ticket: Ticket, failure: str, message: str, now: float) -> None:
         """End a request that was given up, and note it in the dead-letter stream."""
         finish = finish_of(ticket, common_pb2.FINISH_REASON_DEAD, failure, message, now)
-        if await self._end(ticket, finish, dead_reason=failure):
+        if all(await self._end([ticket], [replace(finish, dead_reason=failure)])):
             _log.warning("request given up", request_id=ticket.request_id, reason=failure)
 
-    async def _end(self, ticket: Ticket, finish: Finish, *, dead_reason: str = "") -> bool:
-        """End a request; False if it had moved on, and may come back by another turn."""
-        ended = await self._queue.finish(self._token, finish, dead_reason=dead_reason)
-        if ended:
-            self._book.end(ticket.request_id)
-        else:
-            self._book.drop(ticket.request_id)
+    async def _end(self, tickets: Sequence[Ticket], finishes: Sequence[Finish]) -> list[bool]:
+        """End requests; who had moved on may come back by another turn."""
+        if not finishes:
+            return []
+        ended = await self._queue.finish(self._token, finishes)
+        for ticket, done in zip(tickets, ended, strict=True):
+            (self._book.end if done else self._book.drop)(ticket.request_id)
         return ended
+
+
+def _refused(ticket: Ticket, refusal: Refusal, now: float) -> Finish:
+    reason, failure = (
+        (common_pb2.FINISH_REASON_EXPIRED, "DEADLINE_EXPIRED")
+        if refusal.expired
+        else (common_pb2.FINISH_REASON_REFUSED, "DEADLINE_INFEASIBLE")
+    )
+    finish = finish_of(ticket, reason, failure, refusal.message, now, refusal.retry_after_seconds)
+    if refusal.promise is None:
+        return finish
+    revision = ticket.promise.revision + 1 if ticket.promise else 1
+    return replace(finish, promise=promise_to_proto(refusal.promise, revision))
 
 
 def _batch_entry(

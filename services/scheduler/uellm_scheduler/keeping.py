@@ -2,8 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from uellm import logs
 from uellm.core.errors import InvalidArgumentError
+from uellm.policy.admissions import Admissions
 from uellm.policy.track_records import TrackRecords
 from uellm.policy.views import Answered
 from uellm.prediction.states import pack, unpack
@@ -27,11 +30,13 @@ class Keeping:
         queue: the model's.
 
     Attributes:
-        record: what was learnt.
+        record: what was learnt of promises.
+        admissions: what was learnt of those that would rather be refused than late.
     """
 
     def __init__(self, queue: SchedulerQueue) -> None:
         self.record = TrackRecords(HEARING_SECONDS)
+        self.admissions = Admissions(HEARING_SECONDS)
         self._queue = queue
         self._saving = Timer(SAVE_SECONDS)
         self._changed = False
@@ -46,7 +51,10 @@ class Keeping:
         if not packed:
             return
         try:
-            self.record.load(unpack(packed))
+            state = unpack(packed)
+            self.record.load(state)
+            if "margin" in state:
+                self.admissions.margin.value = float(state["margin"])
         except (InvalidArgumentError, ValueError) as error:
             _log.warning("promises are learnt anew", model=self._queue.model, error=str(error))
 
@@ -55,11 +63,14 @@ class Keeping:
         for event in ended:
             at = event.finished_ms / 1000
             if event.first_token_ms:
-                self.record.first_token(event.request_id, event.first_token_ms / 1000)
+                self._began(event.request_id, event.first_token_ms / 1000)
             if event.finish_reason in ANSWERED:
                 self.record.finished(event.request_id, at)
+                self.admissions.finished(event.request_id, at)
             else:
-                self.record.gone(event.request_id, at)
+                late = event.finish_reason == common_pb2.FINISH_REASON_EXPIRED
+                self.record.gone(event.request_id, at, late=late)
+                self.admissions.gone(event.request_id, late=late)
             self._changed = True
 
     def promised(self, request_ids: Iterable[str], now: float) -> None:
@@ -67,14 +78,29 @@ class Keeping:
         for request_id in request_ids:
             self.record.promised(request_id, now)
 
+    def advance(self, now: float) -> None:
+        """Take note of what has not happened in time."""
+        self.record.advance(now)
+        self.admissions.advance(now)
+
+    def _began(self, request_id: str, at: float) -> None:
+        self.record.first_token(request_id, at)
+        self.admissions.began({request_id: at})
+
+    def began(self, answered: Mapping[str, Answered]) -> None:
+        """These have begun."""
+        for request_id, found in answered.items():
+            self._began(request_id, found.first_token_at)
+
     def seen(self, answered: Mapping[str, Answered], now: float) -> None:
         """These have begun; what they can expect was asked in this decision."""
-        for request_id, found in answered.items():
-            self.record.first_token(request_id, found.first_token_at)
+        for request_id in answered:
             self.record.seen_begun(request_id, now)
 
     async def save(self) -> None:
         """Keep what was learnt, if it is time and there is news."""
         if self._changed and self._saving.due():
             self._changed = False
-            await self._queue.keep_track_record(pack(self.record.state()))
+            await self._queue.keep_track_record(
+                pack(self.record.state() | {"margin": np.array(self.admissions.margin.value)})
+            )

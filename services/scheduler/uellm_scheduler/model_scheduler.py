@@ -12,10 +12,10 @@ from uellm.class_defaults import check_class_defaults
 from uellm.convert import profile_from_proto, slo_from_proto
 from uellm.core.errors import AbortedError, UnavailableError
 from uellm.core.request import Promise
-from uellm.policy.views import QueuedView, QueueView, Refusal
+from uellm.policy.views import QueuedView, QueueView
 from uellm.service import RETRY_SECONDS, Context
 from uellm.streams.decisions import DecisionLog
-from uellm.streams.messages import ReplicaRoute
+from uellm.streams.messages import Door, ReplicaRoute
 from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.v1 import common_pb2, queue_pb2
 from uellm_scheduler.book import REVISE_SECONDS, Book
@@ -31,6 +31,8 @@ from uellm_scheduler.upkeep import Timer, Upkeep
 
 POLL_SECONDS = 0.25
 """How often replicas are looked at while there is work."""
+DOOR_KEPT_MS = 1500
+"""For so long gateways refuse at the door without hearing of it again."""
 HORIZON = 256
 """While a full round of promises would take too much time, only so many first get theirs."""
 FULL_ROUND_SHARE = 0.2
@@ -87,7 +89,8 @@ class ModelScheduler:
         # Goes on after a recovery, so that no two batches of a term have one name.
         self._numbers = count(1)
         self._polling = Timer(POLL_SECONDS)
-        self._following = Timer(REVISE_SECONDS)
+        self._dooring = Timer(POLL_SECONDS)
+        self._following = Timer(POLL_SECONDS)
         self._reconsider_at: float | None = None
         self._full_round_at = 0.0
         self._revise_at = 0.0
@@ -153,6 +156,7 @@ class ModelScheduler:
                     await upkeep.tend(self._context.clock.now())
                 if self.withdrawn and book.waiting:
                     await self._give_up_waiting(effects)
+                await self._say_door()
                 progressed = await self._follow()
                 if book.waiting or book.unpromised() or progressed:
                     await self._decide(effects, inbox)
@@ -173,7 +177,16 @@ class ModelScheduler:
             return False
         sent = list(self.book.in_flight)
         self.book.progressed(await self._queue.progress(sent), self._context.clock.now())
-        return bool(self.book.answered())
+        answered = self.book.answered()
+        self._keeping.began(answered)
+        return bool(answered)
+
+    async def _say_door(self) -> None:
+        """Tell gateways to refuse some at the door, if it is time to."""
+        share = self._keeping.admissions.shedding.share
+        if share < 1 and self._dooring.due():
+            door = Door(share, self._keeping.admissions.retry_seconds)
+            await self._queue.keep_door(door, DOOR_KEPT_MS)
 
     async def _say_load(self) -> None:
         """Tell the deployer what is asked of the model, if it is time to."""
@@ -191,14 +204,13 @@ class ModelScheduler:
         if any(route.state == "READY" for route in self.routes.values()):
             return
         now = self._context.clock.now()
-        for ticket in list(self.book.waiting.values()):
-            await effects.fail(
-                ticket,
-                "MODEL_WITHDRAWN",
-                f"{self.model} was withdrawn while the request waited; deploy it again, or ask "
-                "another model",
-                now,
-            )
+        await effects.fail(
+            list(self.book.waiting.values()),
+            "MODEL_WITHDRAWN",
+            f"{self.model} was withdrawn while the request waited; deploy it again, or ask another "
+            "model",
+            now,
+        )
 
     async def _read_routes(self, inbox: Inbox) -> bool:
         """Look at the replicas if it is time; True if one was re-formed under another epoch."""
@@ -225,9 +237,9 @@ class ModelScheduler:
         revise = full and began >= self._revise_at
         room = sum(max(0, view.slots - len(view.in_flight)) for view in replicas)
         horizon = None if full else max(HORIZON, 2 * room)
-        self._keeping.record.advance(now)
-        queue = book.queue_view(
-            now, revise=revise, horizon=horizon, experience=self._keeping.record
+        self._keeping.advance(now)
+        queue = self._keeping.admissions.seen_by(
+            book.queue_view(now, revise=revise, horizon=horizon, experience=self._keeping.record)
         )
         decision = self.in_force.policy.dispatch(queue, replicas, now)
         self._recorder.note(self.in_force.choice, queue, replicas, now, decision, book.view)
@@ -239,12 +251,17 @@ class ModelScheduler:
         self.order = decision.order
         self._reconsider_at = decision.reconsider_at
         self._keeping.promised(decision.promises.keys() & queue.unpromised, now)
+        self._keeping.admissions.decided(queue, decision, book.waiting_view, now)
         if revise:
             self._keeping.seen(book.answered(), now)
-        if not await effects.carry_out(decision.promises, decision.dispatches, now):
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(effects.refuse(decision.refusals, now))
+            carried_out = tasks.create_task(
+                effects.carry_out(decision.promises, decision.dispatches, now)
+            )
+        if not carried_out.result():
             inbox.routed = True
             inbox.wake()
-        await _refuse(effects, decision.refusals, now)
         if seconds > LONG_SECONDS:
             await asyncio.sleep(seconds)
 
@@ -314,10 +331,3 @@ def _keep_estimates(report: queue_pb2.ReplicaReport, before: queue_pb2.ReplicaRe
             setattr(report, name, getattr(before, name))
     if not report.HasField("cost") and before.HasField("cost"):
         report.cost.CopyFrom(before.cost)
-
-
-async def _refuse(effects: Effects, refusals: Sequence[Refusal], now: float) -> None:
-    for i in range(0, len(refusals), REFUSALS_AT_ONCE):
-        async with asyncio.TaskGroup() as tasks:
-            for refusal in refusals[i : i + REFUSALS_AT_ONCE]:
-                tasks.create_task(effects.refuse(refusal, now))

@@ -53,7 +53,9 @@ class Ownership:
             await self._queue(name).own(self._settings.identity, 0)
 
     def _queue(self, model: str) -> SchedulerQueue:
-        return SchedulerQueue(self._context.redis, model, self._scripts)
+        return SchedulerQueue(
+            self._context.redis, model, self._scripts, self._settings.retention_seconds
+        )
 
     async def _sweep(self) -> None:
         deployments = await self._context.registry.deployments()

@@ -32,11 +32,12 @@ class SchedulerSettings(ServiceSettings):
         "add up beyond its KV room (1: not beyond).",
     )
     least_chance: float = Field(
-        0.02,
-        ge=0,
-        le=1,
-        description="A request whose caller prefers a refusal to being late is refused when it is "
-        "less likely than this to be in time. 0: only when it cannot be.",
+        0.9,
+        gt=0,
+        lt=1,
+        description="A request whose caller prefers a refusal to being late is let in beside "
+        "others only if it is in time even with an answer as long as this share of such answers "
+        "at most is. Lower: more are let in, and more of them are late.",
     )
     most_strikes: int = Field(
         3,

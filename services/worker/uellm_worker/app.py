@@ -170,7 +170,11 @@ class WorkerApplication:
             return stage_facts([assignment])
 
         return Leader(
-            LeaderQueue(self._context.redis, assignment.deployment),
+            LeaderQueue(
+                self._context.redis,
+                assignment.deployment,
+                retention_seconds=self._settings.retention_seconds,
+            ),
             self._context.clock,
             tokenizer,
             Leadership(assignment.replica, assignment.generation, assignment.stage_count, stages),

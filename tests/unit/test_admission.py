@@ -1,0 +1,218 @@
+"""Who is let in of those that would rather be refused than late, and what is learnt of it."""
+
+from math import inf
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.test_dispatch_policies import NOW, queued, replica
+from uellm.core.cost import StepCost
+from uellm.policy.admitting import LISTED, starts
+from uellm.policy.cslo_dispatch import CsloOdbsDispatch
+from uellm.policy.edf import EdfDispatch
+from uellm.policy.margin import FIRST, KEPT, LEAST, MOST, Margin
+from uellm.policy.price import Price, passes
+from uellm.policy.selection import Fluid, Job, late_ones
+from uellm.policy.shedding import CHOICE, WINDOW_SECONDS, Shedding, shed
+from uellm.policy.views import DispatchDecision, QueuedView, QueueView
+from uellm.simulator.mesh import Mesh, MeshSettings, Outcome, Record
+from uellm.simulator.platforms import Platform
+from uellm.simulator.predictors import profiler
+from uellm.simulator.requests import Request
+
+SLOTS = 2
+
+
+def decide(
+    *requests: QueuedView, new: str, price: float = inf, slots: int = SLOTS
+) -> DispatchDecision:
+    """A decision on the request ``new``; the others were let in before."""
+    queue = QueueView(requests, unpromised=frozenset({new}), price=price)
+    return EdfDispatch().dispatch(queue, [replica(slots=slots)], NOW)
+
+
+def asked(name: str, deadline: float, tokens: float = 100.0) -> QueuedView:
+    """A request that takes about ``tokens`` steps of 10 ms."""
+    return queued(name, deadline, refusable=True, tokens=tokens)
+
+
+@given(st.lists(st.floats(0.1, 10.0), max_size=40), st.integers(1, 6))
+def test_each_starts_where_a_place_is_free_first(busy: list[float], places: int) -> None:
+    found = starts(np.array(busy), places)
+    free = [0.0] * places
+    for seconds, start in zip(busy, found, strict=False):
+        place = free.index(min(free))
+        assert start == pytest.approx(free[place])
+        free[place] += seconds
+    assert found[-1] == pytest.approx(min(free))
+
+
+def test_behind_a_long_line_work_runs_off_like_water() -> None:
+    busy = np.ones(2 * LISTED)
+    found = starts(busy, 4)
+    assert len(found) == len(busy) + 1
+    assert (np.diff(found) >= 0).all()
+    assert found[-1] == pytest.approx(len(busy) / 4, rel=0.01)
+
+
+def test_a_newcomer_that_would_make_another_late_is_refused_with_a_time_to_try_again() -> None:
+    # Three before it have just time enough on two slots; its own deadline is earlier than theirs.
+    before = [asked(f"q{i}", 3.2) for i in range(3)]
+    decision = decide(*before, asked("new", 2.0), new="new")
+    (refusal,) = decision.refusals
+    assert (refusal.request_id, refusal.expired) == ("new", False)
+    assert refusal.retry_after_seconds is not None and refusal.retry_after_seconds > 0
+    assert "requests that were let in before would be late" in refusal.message
+    assert "try again in" in refusal.message
+    assert decision.crowded.keys() == {"new"}
+    # Those before are untouched, and without them it is let in.
+    assert set(decision.order) | {i for d in decision.dispatches for i in d.request_ids} == {
+        "q0",
+        "q1",
+        "q2",
+    }
+    assert not decide(asked("new", 2.0), new="new").refusals
+
+
+def test_who_asks_for_best_effort_is_never_kept_out() -> None:
+    before = [asked(f"q{i}", 3.2) for i in range(8)]
+    assert not decide(*before, queued("new", 1.0, tokens=100.0), new="new").refusals
+
+
+def test_a_place_that_is_free_is_taken_whatever_the_price() -> None:
+    decision = decide(asked("q0", 3.0), asked("new", 3.0), new="new", price=1e-9)
+    assert not decision.refusals
+    assert not decision.let_in
+    decision = decide(asked("q0", 3.0), asked("q1", 3.0), asked("new", 9.0), new="new", price=1e-9)
+    (refusal,) = decision.refusals
+    assert refusal.retry_after_seconds is not None and refusal.retry_after_seconds > 0
+    assert not decision.crowded, "it was too dear, not crowded out"
+
+
+def test_newcomers_are_let_in_one_after_the_other_as_far_as_time_goes() -> None:
+    crowd = [asked(f"q{i}", 3.3) for i in range(20)]
+    queue = QueueView(crowd, unpromised=frozenset(view.request_id for view in crowd))
+    decision = CsloOdbsDispatch().dispatch(queue, [replica(slots=SLOTS)], NOW)
+    stay = len(crowd) - len(decision.refusals)
+    # Each takes about 1.4 s cautiously, and 3.3 s are enough for two turns of two.
+    assert SLOTS < stay <= 2 * SLOTS
+    assert [r.request_id for r in decision.refusals] == [f"q{i}" for i in range(stay, 20)]
+
+
+def test_whom_nobody_is_committed_to_yields_first() -> None:
+    def job(committed: bool, seconds: float) -> Job:
+        return Job(NOW + 1.5, seconds, 0.0, 0.0, 0.0, committed)
+
+    jobs = [job(True, 2.0), job(False, 1.0), job(True, 0.1)]
+    assert late_ones(jobs, Fluid(1, 0.0, 0, inf), NOW) >= {1}
+    assert 0 not in late_ones(jobs[:2], Fluid(1, 0.0, 0, inf), NOW)
+
+
+# ---- what is learnt ----------------------------------------------------------------------------
+
+
+def test_the_margin_grows_with_who_is_late_and_shrinks_with_who_is_not() -> None:
+    margin = Margin()
+    margin.let_in([asked("late", 1.0)])
+    margin.advance(NOW + 0.5)
+    assert margin.value == FIRST
+    margin.advance(NOW + 1.5)
+    late = margin.value
+    assert late > FIRST
+    margin.finished("late", NOW + 2)
+    assert margin.value == late, "it has been counted"
+    margin.let_in([asked("kept", 9.0)])
+    margin.finished("kept", NOW + 5)
+    assert FIRST < margin.value < late
+
+
+def test_a_first_token_that_comes_too_late_is_late() -> None:
+    margin = Margin()
+    margin.let_in([queued("q", 9.0, ttft_at=NOW + 1, refusable=True)])
+    margin.began("q", NOW + 1.2)
+    assert margin.value > FIRST
+    margin = Margin()
+    margin.let_in([queued("q", 9.0, ttft_at=NOW + 1, refusable=True)])
+    margin.began("q", NOW + 0.8)
+    margin.advance(NOW + 5)
+    assert margin.value == FIRST, "the deadline is still to come"
+    margin.finished("q", NOW + 6)
+    assert margin.value < FIRST
+
+
+def test_the_margin_comes_to_rest_where_enough_are_in_time() -> None:
+    rng = np.random.default_rng(0)
+    margin, kept = Margin(), []
+    for i in range(6000):
+        # A forecast that is short by some, and by much now and then.
+        in_time = rng.exponential(0.15) < margin.value
+        margin.let_in([asked(f"q{i}", 1.0)])
+        margin.finished(f"q{i}", NOW + (0.5 if in_time else 2.0))
+        kept.append(in_time)
+    assert np.mean(kept[1000:]) == pytest.approx(KEPT, abs=0.01)
+    assert LEAST <= margin.value <= MOST
+
+
+def test_the_price_falls_when_time_is_taken_and_goes_when_it_is_not() -> None:
+    price = Price()
+    price.learn([1.0] * 10, [])
+    assert price.value == inf
+    for _ in range(300):
+        price.learn([], [1.0, 3.0])
+    fallen = price.value
+    assert fallen < 1.0
+    names = [f"r{i}" for i in range(1000)]
+    cheap, dear = (sum(passes(n, cost, fallen) for n in names) for cost in (0.1, 1.0))
+    assert dear < cheap
+    assert all(passes(name, 100.0, inf) for name in names)
+    for _ in range(5000):
+        price.learn([], [], easy=1)
+    assert price.value == inf
+
+
+@pytest.mark.parametrize("factor", [2, 40])
+def test_enough_pass_the_door_to_choose_from(factor: float) -> None:
+    door, passed, now = Shedding(), 0, 0.0
+    for _ in range(60):
+        # 50 are let in in each window, whoever they are.
+        passed = sum(not shed(f"{now}-{i}", door.share) for i in range(int(50 * factor)))
+        now += WINDOW_SECONDS
+        door.learn(passed, min(passed, 50), now)
+    assert passed / 50 == pytest.approx(min(factor, CHOICE), rel=0.4)
+    for _ in range(20):
+        now += WINDOW_SECONDS
+        door.learn(10, 10, now)
+    assert door.share == 1.0
+
+
+# ---- all of it, on the simulator ---------------------------------------------------------------
+
+PACED = Platform("paced", StepCost(0.0, 0.02, 1e-6), kv_tokens=4096, slots=16, chunk_tokens=2048)
+CAPACITY = 16 / (24 * 0.02)
+
+
+def served(load: float, seconds: float) -> list[Record]:
+    """What becomes of requests of 8 to 40 tokens that have four times as long as they take."""
+    rng = np.random.default_rng(1)
+    at = np.cumsum(rng.exponential(1 / (load * CAPACITY), int(1.3 * load * CAPACITY * seconds)))
+    requests = [
+        Request(f"r{i:05d}", float(t), 13, int(n), "any", int(n), deadline=0.08 * int(n))
+        for i, (t, n) in enumerate(zip(at, rng.integers(8, 41, len(at)), strict=True))
+        if t < seconds
+    ]
+    policy = CsloOdbsDispatch()
+    from uellm.policy.cslo_odbs import CsloOdbsStep  # noqa: PLC0415
+
+    mesh = Mesh(PACED, policy, CsloOdbsStep, MeshSettings(refusable=True))
+    return list(mesh.run(requests, profiler("oracle", requests, rng)).records)
+
+
+def test_what_is_let_in_is_in_time_and_as_much_as_ever_under_overload() -> None:
+    below = [record for record in served(1.0, 8.0) if record.request.arrival > 2]
+    assert sum(record.met for record in below) > 0.97 * len(below)
+    over = [record for record in served(8.0, 12.0) if record.request.arrival > 5]
+    let_in = [record for record in over if record.outcome is not Outcome.REFUSED]
+    assert sum(record.met for record in let_in) >= 0.95 * len(let_in)
+    assert sum(record.met for record in over) / 7 >= 0.95 * CAPACITY

@@ -1,0 +1,83 @@
+"""What a model's owner learns of admission, and tells its policy and its gateways."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from uellm.policy.margin import Margin
+from uellm.policy.price import Price
+from uellm.policy.shedding import Shedding
+from uellm.policy.views import DispatchDecision, QueuedView, QueueView
+
+REMEMBERED = 64
+"""The time to try again is the mean of about so many."""
+
+
+class Admissions:
+    """How those fared that would rather be refused than late. Its caller tells it what happens.
+
+    Args:
+        hearing_seconds: how long after it happened something may be heard of.
+
+    Attributes:
+        margin: how much longer than forecast those may take that are let in.
+        price: what they may cost.
+        shedding: how many are looked at.
+        retry_seconds: after which those that are not let in may try again, in the mean.
+    """
+
+    def __init__(self, hearing_seconds: float = 0.0) -> None:
+        self.margin = Margin(hearing_seconds)
+        self.price = Price()
+        self.shedding = Shedding()
+        self.retry_seconds = 1.0
+
+    def seen_by(self, queue: QueueView) -> QueueView:
+        """A queue, with what was learnt."""
+        return replace(queue, margin=self.margin.value, price=self.price.value)
+
+    def decided(
+        self,
+        queue: QueueView,
+        decision: DispatchDecision,
+        find: Callable[[str], QueuedView | None],
+        now: float,
+    ) -> None:
+        """A decision was made.
+
+        Args:
+            queue: of what.
+            decision: which.
+            find: the waiting request of an id, if it waits.
+            now: when.
+        """
+        refused = 0
+        for refusal in decision.refusals:
+            refused += refusal.request_id in queue.unpromised
+            if (retry := refusal.retry_after_seconds) is not None:
+                self.retry_seconds += (retry - self.retry_seconds) / REMEMBERED
+        easy = sum(
+            (view := find(request_id)) is not None and view.refusable
+            for request_id in decision.promises.keys() & queue.unpromised
+            if request_id not in decision.let_in
+        )
+        let_in = len(decision.let_in) + easy
+        self.margin.let_in(view for i in decision.let_in if (view := find(i)) is not None)
+        self.price.learn(decision.let_in.values(), decision.crowded.values(), easy)
+        self.shedding.learn(let_in + refused, let_in, now)
+
+    def began(self, first_tokens: Mapping[str, float]) -> None:
+        """First tokens came, by request id."""
+        for request_id, at in first_tokens.items():
+            self.margin.began(request_id, at)
+
+    def finished(self, request_id: str, at: float) -> None:
+        """A request's last token came."""
+        self.margin.finished(request_id, at)
+
+    def gone(self, request_id: str, *, late: bool) -> None:
+        """A request ended without its answer: too late, or for another reason."""
+        self.margin.gone(request_id, late=late)
+
+    def advance(self, now: float) -> None:
+        """Take note of what has not happened in time."""
+        self.margin.advance(now)

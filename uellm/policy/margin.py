@@ -1,0 +1,79 @@
+"""How much longer than forecast those may take that are let in, so that enough are in time.
+
+A forecast need not be unbiased, and whoever was let in beside others is late as soon as it errs. So
+the margin grows with each of them that is late, and shrinks with each that is not, until as many as
+wanted are in time: adaptive conformal inference (Gibbs and Candès, 2021) with the margin in place
+of the level. Who found a slot free says nothing of it, and would have been let in with any.
+"""
+
+import heapq
+from collections.abc import Iterable
+
+from uellm.policy.views import QueuedView
+
+KEPT = 0.975
+"""Share of those let in that are to be in time."""
+FIRST = 0.1
+"""Before anything is known."""
+LEAST, MOST = -0.5, 1.0
+RATE = 0.03
+
+
+class Margin:
+    """The margin of one model, and those whose end it is learnt from.
+
+    Args:
+        hearing_seconds: how long after it happened an end may be heard of.
+
+    Attributes:
+        value: as a share of the time that is forecast.
+    """
+
+    def __init__(self, hearing_seconds: float = 0.0) -> None:
+        self.value = FIRST
+        self._hearing = hearing_seconds
+        self._open: dict[str, tuple[float, float]] = {}
+        self._due: list[tuple[float, str]] = []
+
+    def let_in(self, requests: Iterable[QueuedView]) -> None:
+        """These were let in, and not everybody has a slot."""
+        for request in requests:
+            slo, name = request.slo, request.request_id
+            times = [float("inf") if at is None else at for at in (slo.ttft_at, slo.deadline_at)]
+            self._open[name] = times[0], times[1]
+            heapq.heappush(self._due, (min(times) + self._hearing, name))
+
+    def began(self, request_id: str, at: float) -> None:
+        """A first token came."""
+        first, deadline = self._open.get(request_id, (at, at))
+        if at > first:
+            self._judge(request_id, in_time=False)
+        elif request_id in self._open and first < float("inf"):
+            self._open[request_id] = float("inf"), deadline
+            if deadline < float("inf"):
+                heapq.heappush(self._due, (deadline + self._hearing, request_id))
+            else:
+                self._judge(request_id, in_time=True)
+
+    def finished(self, request_id: str, at: float) -> None:
+        """A last token came."""
+        if request_id in self._open:
+            self._judge(request_id, in_time=at <= self._open[request_id][1])
+
+    def gone(self, request_id: str, *, late: bool) -> None:
+        """A request ended without its answer: too late, or for another reason."""
+        if request_id in self._open and late:
+            self._judge(request_id, in_time=False)
+        self._open.pop(request_id, None)
+
+    def advance(self, now: float) -> None:
+        """Take note of who is late."""
+        while self._due and self._due[0][0] <= now:
+            _, request_id = heapq.heappop(self._due)
+            if request_id in self._open and min(self._open[request_id]) + self._hearing <= now:
+                self._judge(request_id, in_time=False)
+
+    def _judge(self, request_id: str, *, in_time: bool) -> None:
+        del self._open[request_id]
+        moved = self.value + RATE * ((0.0 if in_time else 1.0) - (1.0 - KEPT))
+        self.value = min(max(moved, LEAST), MOST)

@@ -1,0 +1,52 @@
+"""How dear a request may be under overload, so that those let in have not to be crowded out.
+
+Time far ahead is free while time soon is taken: whoever has long deadlines would claim all of it
+before others come. So the door is narrowed before the time is gone, the more for whom takes more:
+a request passes with probability ``exp(-cost / price)``. Nobody is shut out, and as many as
+possible are served. The price falls whenever somebody who has passed finds all time taken, and
+rises with each who does not, until few do.
+"""
+
+from collections.abc import Collection
+from math import exp, inf
+from zlib import crc32
+
+CROWDED = 0.25
+"""Share of those that pass that may find all time taken."""
+RATE = 0.02
+DEAREST = 8.0
+"""From so many mean costs on, there is no price; nor is it less than the mean cost over this."""
+REMEMBERED = 256
+"""The mean is of about so many."""
+
+
+class Price:
+    """The price of one model.
+
+    Attributes:
+        value: in seconds that a request takes a place; infinite: all pass.
+    """
+
+    def __init__(self) -> None:
+        self.value = inf
+        self._mean = 0.0
+
+    def learn(self, let_in: Collection[float], crowded: Collection[float], easy: int = 0) -> None:
+        """Some passed.
+
+        Args:
+            let_in: costs of those that were let in.
+            crowded: costs of those that found no time.
+            easy: how many more found a place free.
+        """
+        for cost in (*let_in, *crowded):
+            self._mean += (cost - self._mean) / REMEMBERED if self._mean else cost
+        most = DEAREST * self._mean
+        factor = exp(RATE * (CROWDED * (len(let_in) + easy) - (1.0 - CROWDED) * len(crowded)))
+        value = max(min(self.value, most) * factor, self._mean / DEAREST)
+        self.value = inf if value >= most else value
+
+
+def passes(request_id: str, cost: float, price: float) -> bool:
+    """Whether a request passes; drawn by its id, so that asking again gives the same answer."""
+    return crc32(request_id.encode()) / 2**32 < exp(-cost / price)
