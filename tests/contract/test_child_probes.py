@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from safetensors.numpy import load_file
 from uellm_worker.children import ChildSpawner, EngineChild
+from uellm_worker.files.stand_in import write_stand_in
 
 from tests.support.checkpoints import write_checkpoint
+from uellm.models import files
+from uellm.models.manifest import read_manifest
 from uellm.placement.measuring import BlockSample, fit_block, fit_link
 from uellm.v1.engine_pb2 import (
     BlockProbed,
@@ -50,13 +54,18 @@ async def block(
     directory: str = "",
     budget_seconds: float = 0.3,
     room_bytes: int = 0,
+    *,
+    stand_in: bool = False,
     **shard: Any,
 ) -> EngineEvent:
     assignment = ShardAssignment(device_ids=["w/cpu:0"], dtype="float32")
     shard = {"assignment": assignment, "model_dir": directory, "threads": 1} | shard
     child = await spawner.spawn()
     command = ProbeBlock(
-        shard=PrepareShard(**shard), budget_seconds=budget_seconds, room_bytes=room_bytes
+        shard=PrepareShard(**shard),
+        budget_seconds=budget_seconds,
+        room_bytes=room_bytes,
+        stand_in=stand_in,
     )
     event = await answer(child, EngineCommand(probe_block=command))
     await child.kill()
@@ -79,6 +88,31 @@ async def test_layers_of_a_model_are_timed(spawner: ChildSpawner, tmp_path: Path
     check(event.block_probed)
     # Two for every weight that a token meets; norms are weights as well.
     assert event.block_probed.flops_per_token == event.block_probed.weight_bytes / 2
+
+
+async def test_layers_are_timed_without_their_numbers(
+    spawner: ChildSpawner, tmp_path: Path
+) -> None:
+    model = write_checkpoint(tmp_path / "model", layers=4, hidden=64, shards=2)
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    write_stand_in(read_manifest(model), shape)
+    assert files.digest(shape) == files.digest(model)
+    known = (await block(spawner, str(model))).block_probed
+    probed = (await block(spawner, str(shape), stand_in=True)).block_probed
+    check(probed)
+    assert (probed.weight_bytes, probed.flops_per_token) == (
+        known.weight_bytes,
+        known.flops_per_token,
+    )
+    filled = {
+        name: tensor.any()
+        for path in files.tensor_files(shape)
+        for name, tensor in load_file(path).items()
+    }
+    # No more was written than had to be measured.
+    assert filled["model.layers.2.mlp.up_proj.weight"]
+    assert not filled["model.embed_tokens.weight"]
 
 
 async def test_a_shape_stands_for_any_model(spawner: ChildSpawner) -> None:

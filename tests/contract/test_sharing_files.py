@@ -13,8 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from uellm_worker.files import sending
 from uellm_worker.files.cache import SPARE_BYTES, FileCache
+from uellm_worker.files.fetching import Fetcher
 from uellm_worker.files.host import HostFiles
 from uellm_worker.files.part_file import PartFile
+from uellm_worker.files.supply import Supply
 
 from tests.support.checkpoints import write_adapter
 from tests.support.sharing import (
@@ -242,6 +244,24 @@ async def test_a_damaged_cache_gives_nothing_out(model: Path, tmp_path: Path, ho
         with pytest.raises(UnavailableError, match="is damaged on this host"):
             await host.fetch(stage(ref, (0, 0)), damaged.holder(ref))
     assert not part.exists()
+
+
+async def test_layers_can_be_measured_without_the_files(model: Path, host: Host) -> None:
+    ref = model_ref(model)
+    peer = peer_with(model, "p", ref)
+    supply = Supply(HostFiles(host.cache), Fetcher(host.cache, secret), allow_download=False)
+    async with serving(peer):
+        async with supply.shaped_like(ref, [peer.holder(ref)]) as (shape, stands_in):
+            assert stands_in
+            assert files.digest(shape) == ref.digest
+        assert not shape.exists()
+        async with supply.shaped_like(model_ref(model, str(model)), []) as (shape, stands_in):
+            assert (shape, stands_in) == (model, False)
+        with pytest.raises(ModelFilesError, match="no other worker of the mesh has it"):
+            async with supply.shaped_like(ref, []):
+                pass
+    assert peer.sent == 0
+    assert not host.cache.directory.exists()
 
 
 async def test_two_stages_fetch_the_same_once(model: Path, tmp_path: Path) -> None:

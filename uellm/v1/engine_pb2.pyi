@@ -196,10 +196,13 @@ class ProbeBlock(_message.Message):
     SHARD_FIELD_NUMBER: _builtins.int
     BUDGET_SECONDS_FIELD_NUMBER: _builtins.int
     ROOM_BYTES_FIELD_NUMBER: _builtins.int
+    STAND_IN_FIELD_NUMBER: _builtins.int
     budget_seconds: _builtins.float
     """How long to measure at most, loading aside."""
     room_bytes: _builtins.int
     """Memory that the weights may take."""
+    stand_in: _builtins.bool
+    """The model's files have holes for tensors, which are to be filled with any numbers."""
     @_builtins.property
     def shard(self) -> Global___PrepareShard:
         """The model, the device, the dtype and the threads; layers are chosen by the child. Without files,
@@ -212,10 +215,11 @@ class ProbeBlock(_message.Message):
         shard: Global___PrepareShard | None = ...,
         budget_seconds: _builtins.float = ...,
         room_bytes: _builtins.int = ...,
+        stand_in: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shard", b"shard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_seconds", b"budget_seconds", "room_bytes", b"room_bytes", "shard", b"shard"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_seconds", b"budget_seconds", "room_bytes", b"room_bytes", "shard", b"shard", "stand_in", b"stand_in"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,7 +28,7 @@ from uellm.v1 import deployer_pb2 as uellm_dot_v1_dot_deployer__pb2
 from uellm.v1 import topology_pb2 as uellm_dot_v1_dot_topology__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15uellm/v1/worker.proto\x12\x08uellm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15uellm/v1/common.proto\x1a\x17uellm/v1/deployer.proto\x1a\x17uellm/v1/topology.proto\"g\n\x0ePrepareRequest\x12-\n\nassignment\x18\x01 \x01(\x0b\x32\x19.uellm.v1.ShardAssignment\x12&\n\x07holders\x18\x02 \x03(\x0b\x32\x15.uellm.v1.FilesHolder\"?\n\x0b\x46ilesHolder\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x03(\t\"\xa2\x01\n\x0fPrepareResponse\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x10\n\x08prepared\x18\x03 \x01(\x08\x12\x12\n\nrendezvous\x18\x04 \x01(\t\x12\x12\n\nkept_bytes\x18\x05 \x01(\x04\x12\x15\n\rfetched_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x66\x65tch_bytes\x18\x07 \x01(\x04\"j\n\rCommitRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x12\n\nrendezvous\x18\x03 \x01(\t\x12 \n\x04\x63ost\x18\x04 \x01(\x0b\x32\x12.uellm.v1.StepCost\"\x10\n\x0e\x43ommitResponse\"H\n\x0eReleaseRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x11\n\timmediate\x18\x03 \x01(\x08\"\x11\n\x0fReleaseResponse\"\x1f\n\x0cProbeRequest\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\" \n\rProbeResponse\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"\x83\x01\n\x11ProbeBlockRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12!\n\x05model\x18\x02 \x01(\x0b\x32\x12.uellm.v1.ModelRef\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12)\n\x06\x62udget\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"i\n\x12ProbeBlockResponse\x12$\n\x06points\x18\x01 \x03(\x0b\x32\x14.uellm.v1.BlockPoint\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x66lops_per_token\x18\x03 \x01(\x01\"\x9d\x01\n\x10ProbeLinkRequest\x12\x0b\n\x03src\x18\x01 \x01(\t\x12\x0b\n\x03\x64st\x18\x02 \x01(\t\x12\x12\n\nrendezvous\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12)\n\x06\x62udget\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04host\x18\x07 \x01(\t\"d\n\x11ProbeLinkResponse\x12\x12\n\nrendezvous\x18\x01 \x01(\t\x12%\n\x07samples\x18\x02 \x03(\x0b\x32\x14.uellm.v1.LinkSample\x12\x14\n\x0cwire_seconds\x18\x03 \x01(\x01\"?\n\x12ProbeCopiesRequest\x12)\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"=\n\x13ProbeCopiesResponse\x12&\n\x06\x63opies\x18\x01 \x03(\x0b\x32\x16.uellm.v1.DeviceCopies\"\x12\n\x10GetStatusRequest\"m\n\x11GetStatusResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12!\n\x07\x64\x65vices\x18\x02 \x03(\x0b\x32\x10.uellm.v1.Device\x12%\n\x06stages\x18\x03 \x03(\x0b\x32\x15.uellm.v1.StageStatus2\xab\x04\n\rWorkerService\x12@\n\x07Prepare\x12\x18.uellm.v1.PrepareRequest\x1a\x19.uellm.v1.PrepareResponse0\x01\x12;\n\x06\x43ommit\x12\x17.uellm.v1.CommitRequest\x1a\x18.uellm.v1.CommitResponse\x12>\n\x07Release\x12\x18.uellm.v1.ReleaseRequest\x1a\x19.uellm.v1.ReleaseResponse\x12\x38\n\x05Probe\x12\x16.uellm.v1.ProbeRequest\x1a\x17.uellm.v1.ProbeResponse\x12G\n\nProbeBlock\x12\x1b.uellm.v1.ProbeBlockRequest\x1a\x1c.uellm.v1.ProbeBlockResponse\x12\x46\n\tProbeLink\x12\x1a.uellm.v1.ProbeLinkRequest\x1a\x1b.uellm.v1.ProbeLinkResponse0\x01\x12J\n\x0bProbeCopies\x12\x1c.uellm.v1.ProbeCopiesRequest\x1a\x1d.uellm.v1.ProbeCopiesResponse\x12\x44\n\tGetStatus\x12\x1a.uellm.v1.GetStatusRequest\x1a\x1b.uellm.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15uellm/v1/worker.proto\x12\x08uellm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15uellm/v1/common.proto\x1a\x17uellm/v1/deployer.proto\x1a\x17uellm/v1/topology.proto\"g\n\x0ePrepareRequest\x12-\n\nassignment\x18\x01 \x01(\x0b\x32\x19.uellm.v1.ShardAssignment\x12&\n\x07holders\x18\x02 \x03(\x0b\x32\x15.uellm.v1.FilesHolder\"?\n\x0b\x46ilesHolder\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x03(\t\"\xa2\x01\n\x0fPrepareResponse\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x10\n\x08prepared\x18\x03 \x01(\x08\x12\x12\n\nrendezvous\x18\x04 \x01(\t\x12\x12\n\nkept_bytes\x18\x05 \x01(\x04\x12\x15\n\rfetched_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x66\x65tch_bytes\x18\x07 \x01(\x04\"j\n\rCommitRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x12\n\nrendezvous\x18\x03 \x01(\t\x12 \n\x04\x63ost\x18\x04 \x01(\x0b\x32\x12.uellm.v1.StepCost\"\x10\n\x0e\x43ommitResponse\"H\n\x0eReleaseRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x11\n\timmediate\x18\x03 \x01(\x08\"\x11\n\x0fReleaseResponse\"\x1f\n\x0cProbeRequest\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\" \n\rProbeResponse\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"\xab\x01\n\x11ProbeBlockRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12!\n\x05model\x18\x02 \x01(\x0b\x32\x12.uellm.v1.ModelRef\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12)\n\x06\x62udget\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x07holders\x18\x05 \x03(\x0b\x32\x15.uellm.v1.FilesHolder\"i\n\x12ProbeBlockResponse\x12$\n\x06points\x18\x01 \x03(\x0b\x32\x14.uellm.v1.BlockPoint\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x66lops_per_token\x18\x03 \x01(\x01\"\x9d\x01\n\x10ProbeLinkRequest\x12\x0b\n\x03src\x18\x01 \x01(\t\x12\x0b\n\x03\x64st\x18\x02 \x01(\t\x12\x12\n\nrendezvous\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12)\n\x06\x62udget\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04host\x18\x07 \x01(\t\"d\n\x11ProbeLinkResponse\x12\x12\n\nrendezvous\x18\x01 \x01(\t\x12%\n\x07samples\x18\x02 \x03(\x0b\x32\x14.uellm.v1.LinkSample\x12\x14\n\x0cwire_seconds\x18\x03 \x01(\x01\"?\n\x12ProbeCopiesRequest\x12)\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"=\n\x13ProbeCopiesResponse\x12&\n\x06\x63opies\x18\x01 \x03(\x0b\x32\x16.uellm.v1.DeviceCopies\"\x12\n\x10GetStatusRequest\"m\n\x11GetStatusResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12!\n\x07\x64\x65vices\x18\x02 \x03(\x0b\x32\x10.uellm.v1.Device\x12%\n\x06stages\x18\x03 \x03(\x0b\x32\x15.uellm.v1.StageStatus2\xab\x04\n\rWorkerService\x12@\n\x07Prepare\x12\x18.uellm.v1.PrepareRequest\x1a\x19.uellm.v1.PrepareResponse0\x01\x12;\n\x06\x43ommit\x12\x17.uellm.v1.CommitRequest\x1a\x18.uellm.v1.CommitResponse\x12>\n\x07Release\x12\x18.uellm.v1.ReleaseRequest\x1a\x19.uellm.v1.ReleaseResponse\x12\x38\n\x05Probe\x12\x16.uellm.v1.ProbeRequest\x1a\x17.uellm.v1.ProbeResponse\x12G\n\nProbeBlock\x12\x1b.uellm.v1.ProbeBlockRequest\x1a\x1c.uellm.v1.ProbeBlockResponse\x12\x46\n\tProbeLink\x12\x1a.uellm.v1.ProbeLinkRequest\x1a\x1b.uellm.v1.ProbeLinkResponse0\x01\x12J\n\x0bProbeCopies\x12\x1c.uellm.v1.ProbeCopiesRequest\x1a\x1d.uellm.v1.ProbeCopiesResponse\x12\x44\n\tGetStatus\x12\x1a.uellm.v1.GetStatusRequest\x1a\x1b.uellm.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -54,21 +54,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROBERESPONSE']._serialized_start=727
   _globals['_PROBERESPONSE']._serialized_end=759
   _globals['_PROBEBLOCKREQUEST']._serialized_start=762
-  _globals['_PROBEBLOCKREQUEST']._serialized_end=893
-  _globals['_PROBEBLOCKRESPONSE']._serialized_start=895
-  _globals['_PROBEBLOCKRESPONSE']._serialized_end=1000
-  _globals['_PROBELINKREQUEST']._serialized_start=1003
-  _globals['_PROBELINKREQUEST']._serialized_end=1160
-  _globals['_PROBELINKRESPONSE']._serialized_start=1162
-  _globals['_PROBELINKRESPONSE']._serialized_end=1262
-  _globals['_PROBECOPIESREQUEST']._serialized_start=1264
-  _globals['_PROBECOPIESREQUEST']._serialized_end=1327
-  _globals['_PROBECOPIESRESPONSE']._serialized_start=1329
-  _globals['_PROBECOPIESRESPONSE']._serialized_end=1390
-  _globals['_GETSTATUSREQUEST']._serialized_start=1392
-  _globals['_GETSTATUSREQUEST']._serialized_end=1410
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1412
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1521
-  _globals['_WORKERSERVICE']._serialized_start=1524
-  _globals['_WORKERSERVICE']._serialized_end=2079
+  _globals['_PROBEBLOCKREQUEST']._serialized_end=933
+  _globals['_PROBEBLOCKRESPONSE']._serialized_start=935
+  _globals['_PROBEBLOCKRESPONSE']._serialized_end=1040
+  _globals['_PROBELINKREQUEST']._serialized_start=1043
+  _globals['_PROBELINKREQUEST']._serialized_end=1200
+  _globals['_PROBELINKRESPONSE']._serialized_start=1202
+  _globals['_PROBELINKRESPONSE']._serialized_end=1302
+  _globals['_PROBECOPIESREQUEST']._serialized_start=1304
+  _globals['_PROBECOPIESREQUEST']._serialized_end=1367
+  _globals['_PROBECOPIESRESPONSE']._serialized_start=1369
+  _globals['_PROBECOPIESRESPONSE']._serialized_end=1430
+  _globals['_GETSTATUSREQUEST']._serialized_start=1432
+  _globals['_GETSTATUSREQUEST']._serialized_end=1450
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1452
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1561
+  _globals['_WORKERSERVICE']._serialized_start=1564
+  _globals['_WORKERSERVICE']._serialized_end=2119
 # @@protoc_insertion_point(module_scope)

@@ -284,6 +284,7 @@ class ProbeBlockRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """On which device."""
     dtype: _builtins.str
@@ -296,6 +297,10 @@ class ProbeBlockRequest(_message.Message):
     def budget(self) -> _duration_pb2.Duration:
         """How long to measure at most, loading aside; unset: a second."""
 
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___FilesHolder]:
+        """Workers that have files of it, for one that has none: it measures layers of the same shape."""
+
     def __init__(
         self,
         *,
@@ -303,10 +308,11 @@ class ProbeBlockRequest(_message.Message):
         model: _common_pb2.ModelRef | None = ...,
         dtype: _builtins.str = ...,
         budget: _duration_pb2.Duration | None = ...,
+        holders: _abc.Iterable[Global___FilesHolder] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "device_id", b"device_id", "dtype", b"dtype", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "device_id", b"device_id", "dtype", b"dtype", "holders", b"holders", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

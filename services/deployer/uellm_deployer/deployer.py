@@ -19,10 +19,12 @@ from uellm_deployer.catalog import adapters_by_model, checked, parse_model, reso
 from uellm_deployer.deployment import Deployment
 from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former
+from uellm_deployer.holders import Holders
 from uellm_deployer.leftovers import Leftovers
 from uellm_deployer.links import Links
 from uellm_deployer.live import live, loads
 from uellm_deployer.measurements import Measurements
+from uellm_deployer.probing import Prober
 from uellm_deployer.replanning import Replanner
 from uellm_deployer.replica import Replica
 from uellm_deployer.settings import DeployerSettings
@@ -57,20 +59,18 @@ class Deployer:
         self._leadership = leadership
         self._store = Store(context)
         self._links = Links(context, self._wake)
+        silence = settings.worker_silence_seconds
+        self._holders = Holders(self._links, self.workers, silence, context.redis)
+        prober = Prober(self._links, self._holders)
         self._discovery = Discovery(
-            settings,
-            Measurements(context.redis),
-            self.workers,
-            self._links,
-            context.clock.now,
+            settings, Measurements(context.redis), self.workers, prober, context.clock.now
         )
         self._planning = asyncio.Lock()
         self._term = 0
         self._deployments: dict[str, Deployment] = {}
         self._woken = asyncio.Event()
         self._news = asyncio.Event()
-        self._reassert_at = 0.0
-        self._acting_since = 0.0
+        self._reassert_at = self._acting_since = 0.0
         self._tools = self._make_tools()
         self._leftovers = Leftovers(self._tools.former, context.spawn)
         self._replanner = Replanner(self._tools, lambda: self._deployments)
@@ -83,7 +83,7 @@ class Deployer:
             settings=self._settings,
             store=self._store,
             workers=self.workers,
-            former=Former(self._links, self.workers, self._settings, self._context.redis),
+            former=Former(self._links, self.workers, self._settings, self._holders),
             discovery=self._discovery,
             planning=self._planning,
             replicas=lambda: [r for d in self._deployments.values() for r in d.replicas],

@@ -30,7 +30,6 @@ from uellm.streams.connection import UNREACHABLE
 from uellm.topology_file import complete, read_topology
 from uellm.v1 import common_pb2, deployer_pb2, queue_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
-from uellm_deployer.links import Links
 from uellm_deployer.measurements import Measurements
 from uellm_deployer.notes import Notes, name_of, workers_of
 from uellm_deployer.planning import dtype_for, nominal_seconds
@@ -79,7 +78,7 @@ class Discovery:
         settings: the deployer's.
         measurements: what is kept of them.
         workers: who is there.
-        links: how to call them.
+        prober: calls them.
         now: the present by Redis TIME.
     """
 
@@ -88,13 +87,13 @@ class Discovery:
         settings: DeployerSettings,
         measurements: Measurements,
         workers: Workers,
-        links: Links,
+        prober: Prober,
         now: Callable[[], float],
     ) -> None:
         self._settings = settings
         self._measurements = measurements
         self._workers = workers
-        self._prober = Prober(links)
+        self._prober = prober
         self._now = now
         self._measuring = asyncio.Lock()
         self._retry_at: dict[Hashable, float] = {}

@@ -9,7 +9,6 @@ import grpc
 from uellm.core.errors import AbortedError, FailedPreconditionError, UellmError, UnavailableError
 from uellm.logs import logger
 from uellm.rpc import CALL_SECONDS, error_from
-from uellm.streams.connection import RedisClient
 from uellm.v1 import common_pb2, topology_pb2, worker_pb2
 from uellm_deployer.holders import Holders
 from uellm_deployer.links import Links
@@ -49,12 +48,12 @@ class Former:
     """Calls workers for a replica's stages."""
 
     def __init__(
-        self, links: Links, workers: Workers, settings: DeployerSettings, redis: RedisClient
+        self, links: Links, workers: Workers, settings: DeployerSettings, holders: Holders
     ) -> None:
         self._links = links
         self._workers = workers
         self._settings = settings
-        self._holders = Holders(links, workers, settings.worker_silence_seconds, redis)
+        self._holders = holders
 
     async def prepare(
         self,

@@ -50,8 +50,18 @@ class Holders:
         """
         models = [(assignments[0].model, False)]
         models += [(adapter, True) for adapter in assignments[0].adapters]
+        return await self._find({worker_of(assignment) for assignment in assignments}, models)
+
+    async def for_one(
+        self, worker: str, model: common_pb2.ModelRef
+    ) -> list[worker_pb2.FilesHolder]:
+        """Who has files of a model; nobody if a worker has all of it."""
+        return await self._find({worker}, [(model, False)])
+
+    async def _find(
+        self, chosen: set[str], models: Sequence[tuple[common_pb2.ModelRef, bool]]
+    ) -> list[worker_pb2.FilesHolder]:
         live = self._workers.live(time.monotonic(), self._silence_seconds)
-        chosen = {worker_of(assignment) for assignment in assignments}
         here = [worker for worker in live if worker.worker in chosen]
         found = await self._ask(here, models)
         if all(self._has_all(worker, models) for worker in here):

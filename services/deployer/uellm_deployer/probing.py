@@ -12,6 +12,7 @@ from uellm.placement.measuring import BlockCost, BlockSample, fit_block, fit_lin
 from uellm.placement.topology import Link
 from uellm.rpc import error_from
 from uellm.v1 import common_pb2, topology_pb2, worker_pb2
+from uellm_deployer.holders import Holders
 from uellm_deployer.links import Links
 from uellm_deployer.planning import host_of
 from uellm_deployer.workers import Worker
@@ -54,10 +55,16 @@ class MeasuredLink:
 
 
 class Prober:
-    """Calls workers to measure."""
+    """Calls workers to measure.
 
-    def __init__(self, links: Links) -> None:
+    Args:
+        links: how to call them.
+        holders: says who has the files of a model, for those that have not.
+    """
+
+    def __init__(self, links: Links, holders: Holders) -> None:
         self._links = links
+        self._holders = holders
 
     async def link(
         self,
@@ -148,6 +155,8 @@ class Prober:
         request = worker_pb2.ProbeBlockRequest(
             device_id=device_id, model=model, dtype=dtype, budget=duration(BLOCK_SECONDS)
         )
+        if model is not None:
+            request.holders.extend(await self._holders.for_one(worker.worker, model))
         try:
             answer = await self._links.stub(worker).ProbeBlock(request, timeout=CALL_SECONDS)
         except grpc.aio.AioRpcError as error:

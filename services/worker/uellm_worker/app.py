@@ -3,7 +3,6 @@
 import asyncio
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import grpc
 
@@ -16,7 +15,6 @@ from uellm.streams.decisions import DecisionLog, DecisionWriter
 from uellm.streams.leader_queue import LeaderQueue
 from uellm.streams.secret import mesh_secret
 from uellm.v1 import (
-    common_pb2,
     engine_pb2,
     files_pb2,
     files_pb2_grpc,
@@ -99,7 +97,7 @@ class WorkerApplication:
         self._probes = Probes(
             self._spawner,
             self._devices,
-            self._find,
+            supply.shaped_like,
             threads=settings.threads,
             data_host=settings.data_address,
             busy=self._stages.busy,
@@ -151,9 +149,6 @@ class WorkerApplication:
         await self._stages.close()
         await self._spawner.close()
         await self._agent.close()
-
-    def _find(self, ref: common_pb2.ModelRef) -> Path:
-        return self._host_files.find(ref, download=self._settings.allow_download)
 
     async def _secret(self) -> str:
         return await mesh_secret(self._context.redis)

@@ -1,8 +1,8 @@
 """Measuring devices and the ways between them, each time in a child process of its own."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 from uellm.convert import duration_seconds
@@ -13,6 +13,10 @@ from uellm_worker.cores import granted_cores
 from uellm_worker.devices import Devices
 from uellm_worker.stages import Spawner
 
+ShapedLike = Callable[
+    [common_pb2.ModelRef, Sequence[worker_pb2.FilesHolder]],
+    AbstractAsyncContextManager[tuple[Path, bool]],
+]
 BLOCK_SECONDS = 1.0
 COPIES_SECONDS = 1.0
 LINK_SECONDS = 0.5
@@ -30,7 +34,7 @@ class Probes:
     Args:
         spawner: where children come from.
         devices: what the worker has.
-        resolve: finds a model's files on this host; blocks.
+        shaped_like: gives files to measure a model's layers by; see ``Supply``.
         threads: that a child may compute with; 0: the cores that are granted.
         data_host: address that the data plane binds to.
         busy: why nothing may be measured now, or "".
@@ -40,7 +44,7 @@ class Probes:
         self,
         spawner: Spawner,
         devices: Devices,
-        resolve: Callable[[common_pb2.ModelRef], Path],
+        shaped_like: ShapedLike,
         *,
         threads: int,
         data_host: str,
@@ -48,7 +52,7 @@ class Probes:
     ) -> None:
         self._spawner = spawner
         self._devices = devices
-        self._resolve = resolve
+        self._shaped_like = shaped_like
         self._threads = threads
         self._data_host = data_host
         self._busy = busy
@@ -59,19 +63,29 @@ class Probes:
 
         Raises:
             FailedPreconditionError: the worker is busy, has no such device, or cannot load them.
-            ModelFilesError: the model's files are not on this host, or are others.
+            ModelFilesError: nothing is known of the model's files.
         """
         device = self._device(request.device_id)
-        directory: Path | None = None
-        if request.HasField("model"):
-            directory = await asyncio.to_thread(self._resolve, request.model)
+        if not request.HasField("model"):
+            return await self._block(request, device, "")
+        async with self._shaped_like(request.model, request.holders) as (directory, stand_in):
+            return await self._block(request, device, str(directory), stand_in=stand_in)
+
+    async def _block(
+        self,
+        request: worker_pb2.ProbeBlockRequest,
+        device: topology_pb2.Device,
+        directory: str,
+        *,
+        stand_in: bool = False,
+    ) -> worker_pb2.ProbeBlockResponse:
         budget = duration_seconds(request.budget) or BLOCK_SECONDS
         assignment = topology_pb2.ShardAssignment(
             device_ids=[device.id], dtype=request.dtype, model=request.model
         )
         shard = engine_pb2.PrepareShard(
             assignment=assignment,
-            model_dir=str(directory or ""),
+            model_dir=directory,
             threads=self._threads or granted_cores(),
             simulated=self._devices.simulated(assignment, {}),
         )
@@ -79,6 +93,7 @@ class Probes:
             shard=shard,
             budget_seconds=budget,
             room_bytes=int(device.memory_free_bytes * ROOM_SHARE),
+            stand_in=stand_in,
         )
         async with self._child(LOAD_SECONDS + 4 * budget) as child:
             await child.send(engine_pb2.EngineCommand(probe_block=command))

@@ -13,10 +13,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from uellm.models.profile import read_profile
+from uellm.models.manifest import read_manifest
+from uellm.models.profile import layer_of, read_profile
 from uellm.v1.engine_pb2 import BlockProbed, PrepareShard, ProbeBlock
 from uellm.v1.topology_pb2 import BlockPoint, ShardAssignment
 from uellm_worker.cores import quota
@@ -37,6 +39,8 @@ _OVERTIME = 4.0
 _PREFILL_TOKENS = (16, 64, 256, 1024)
 _DECODES = ((1, 64), (1, 1024), (4, 256), (16, 512), (32, 128))
 """Sequences, and tokens of context of each."""
+_PATTERN = 1 << 20
+"""Numbers that are repeated where any will do."""
 _SLOTS = max(sequences for sequences, _ in _DECODES)
 
 GENERIC = {
@@ -79,6 +83,8 @@ def _probe(command: ProbeBlock, directory: Path) -> BlockProbed:
     count = _layer_count(len(profile.layers), layer.weight_bytes, command.room_bytes)
     longest = min(profile.max_tokens, max(_PREFILL_TOKENS) + 1)
     first = min(middle, len(profile.layers) - count)
+    if command.stand_in:
+        _fill(directory, {middle, *range(first, first + count)})
     one = _part(command.shard, directory, dtype, (middle, middle), longest)
     many = _part(command.shard, directory, dtype, (first, first + count - 1), longest)
     parts = (one, many) if count > 1 else (one,)
@@ -201,6 +207,29 @@ def _time(parts: tuple[Part, ...], plan: StepPlan, hidden: int, share: float) ->
         max(statistics.median(wall), statistics.median(used) / granted)
         for wall, used in (zip(*seconds, strict=True) for seconds in found)
     ]
+
+
+def _fill(directory: Path, layers: set[int]) -> None:
+    """Fill the holes of files that stand in for a model's, where these layers are.
+
+    With small numbers, as weights are: of zeros an expert is as good as another.
+    """
+    rng = np.random.default_rng(0)
+    numbers = rng.normal(0, 0.02, _PATTERN).astype(np.float32)
+    patterns = {
+        "F32": numbers.tobytes(),
+        "F16": numbers.astype(np.float16).tobytes(),
+        "BF16": (numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes(),
+    }
+    codes = rng.bytes(4 * _PATTERN)
+    for tensor in read_manifest(directory).tensors.values():
+        if layer_of(tensor.name) not in layers:
+            continue
+        pattern = patterns.get(tensor.info.dtype, codes)
+        with (directory / tensor.file).open("r+b") as file:
+            file.seek(tensor.start)
+            for start in range(0, tensor.size, len(pattern)):
+                file.write(pattern[: tensor.size - start])
 
 
 def _write_generic(directory: Path, dtype: torch.dtype) -> None:

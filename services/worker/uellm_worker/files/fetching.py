@@ -29,7 +29,6 @@ from uellm_worker.files.receiving import CALL_SECONDS, Metadata, SourceError, re
 _log = logger("fetching")
 MOST_SOURCES = 2
 """Workers that parts come from at the same time."""
-
 TOLD_SHARE = 0.005
 """How far it is, is told in steps of this share."""
 
@@ -113,24 +112,45 @@ class Fetcher:
             ModelFilesError: if there is no room, nobody has them, or what comes is damaged.
             UnavailableError: if those who have them cannot be reached.
         """
-        digest = wanted.ref.digest
         async with AsyncExitStack() as stack:
-            entry = await stack.enter_async_context(self._cache.entry(digest))
-            sources = [
-                _Source(
-                    holder.worker,
-                    files_pb2_grpc.FilesServiceStub(
-                        await stack.enter_async_context(self._open_channel(holder.address))
-                    ),
-                )
-                for holder in holders
-                if digest in holder.digests
-            ]
-            work = _Fetch(entry, wanted, sources, tell, await self._metadata() if sources else ())
-            manifest = await work.manifest()
-            await self._complete(entry, manifest, work, wanted)
+            entry = await stack.enter_async_context(self._cache.entry(wanted.ref.digest))
+            work = await self._work(stack, entry, wanted, holders, tell)
+            await self._complete(entry, await work.manifest(), work, wanted)
             entry.share()
             yield entry.directory
+
+    async def manifest(self, wanted: Wanted, holders: Sequence[worker_pb2.FilesHolder]) -> Manifest:
+        """What a model consists of; nothing is kept.
+
+        Raises:
+            ModelFilesError: if nobody knows.
+            UnavailableError: if those who do cannot be reached.
+        """
+        async with AsyncExitStack() as stack:
+            entry = self._cache.peek(wanted.ref.digest)
+            work = await self._work(stack, entry, wanted, holders, lambda done, total: None)
+            return await work.manifest()
+
+    async def _work(
+        self,
+        stack: AsyncExitStack,
+        entry: Entry,
+        wanted: Wanted,
+        holders: Sequence[worker_pb2.FilesHolder],
+        tell: Tell,
+    ) -> "_Fetch":
+        """What fetches from those who have files of it."""
+        sources = [
+            _Source(
+                holder.worker,
+                files_pb2_grpc.FilesServiceStub(
+                    await stack.enter_async_context(self._open_channel(holder.address))
+                ),
+            )
+            for holder in holders
+            if wanted.ref.digest in holder.digests
+        ]
+        return _Fetch(entry, wanted, sources, tell, await self._metadata() if sources else ())
 
     async def _complete(
         self, entry: LockedEntry, manifest: Manifest, work: "_Fetch", wanted: Wanted
@@ -143,8 +163,9 @@ class Fetcher:
             needed = sum(part.file_bytes for part in lacking) - begun
             what = f"what a stage of {wanted.ref.name!r} lacks here"
             await asyncio.to_thread(self._cache.make_room, needed, entry, what)
-            # Before anything else, so that whatever comes can be found again.
-            await asyncio.to_thread(entry.write_manifest, manifest)
+        # Before anything else, so that whatever comes can be found again.
+        await asyncio.to_thread(entry.write_manifest, manifest)
+        if lacking:
             await work.fetch(lacking)
         await asyncio.to_thread(entry.finish, manifest)
         if WHOLE in manifest.parts and adapters.digest(entry.directory) != wanted.ref.digest:
@@ -192,7 +213,6 @@ class _Fetch:
         """
         known = await asyncio.to_thread(self._entry.manifest)
         if known is not None and self._is_right(known):
-            await asyncio.to_thread(self._entry.write_manifest, known)
             return known
         for source in self._sources:
             try:

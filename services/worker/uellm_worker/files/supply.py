@@ -5,12 +5,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from uellm.core.errors import ModelFilesError, UnavailableError
 from uellm.models.manifest import Span
 from uellm.v1 import common_pb2, topology_pb2, worker_pb2
 from uellm_worker.files.fetching import Fetcher, Tell, Wanted
 from uellm_worker.files.host import HostFiles
+from uellm_worker.files.stand_in import write_stand_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,32 @@ class Supply:
                 for ref in assignment.adapters
             ]
             yield Directories(model, tuple(adapters))
+
+    @asynccontextmanager
+    async def shaped_like(
+        self, ref: common_pb2.ModelRef, holders: Sequence[worker_pb2.FilesHolder]
+    ) -> AsyncIterator[tuple[Path, bool]]:
+        """A model's files to measure its layers by, and whether they only stand in for them.
+
+        Args:
+            ref: of the model.
+            holders: workers that may have files of it.
+
+        Raises:
+            ModelFilesError: if nobody knows what it consists of.
+            UnavailableError: if those who do cannot be reached.
+        """
+        try:
+            yield await asyncio.to_thread(self._host.find, ref), False
+            return
+        except ModelFilesError as error:
+            if not ref.digest:
+                raise
+            wanted = Wanted(ref, None, error)
+        manifest = await self._fetcher.manifest(wanted, holders)
+        with TemporaryDirectory(prefix="uellm-stand-in-") as directory:
+            await asyncio.to_thread(write_stand_in, manifest, Path(directory))
+            yield Path(directory), True
 
     async def _find(
         self,
