@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
-from uellm_worker.files import sending
+from uellm_worker.files import receiving, sending
 from uellm_worker.files.cache import SPARE_BYTES, FileCache
 from uellm_worker.files.fetching import Fetcher
 from uellm_worker.files.host import HostFiles
@@ -500,6 +500,28 @@ async def test_no_more_are_served_at_once_than_may_be(model: Path, tmp_path: Pat
         peer.gate.set()
         for task in fetching:
             assert same(tensors_in((await task).model), tensors_in(model))
+
+
+async def test_a_worker_may_give_nothing_out(model: Path, host: Host) -> None:
+    ref = model_ref(model)
+    peer = peer_with(model, "p", ref, uploads=0)
+    async with serving(peer):
+        with pytest.raises(ModelFilesError, match="p: this worker gives no files out"):
+            await host.fetch(stage(ref, (0, 3)), peer.holder(ref))
+
+
+async def test_a_worker_that_falls_silent_is_given_up(
+    model: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "STALL_SECONDS", 0.2)
+    ref = model_ref(model)
+    silent, good = peer_with(model, "silent", ref), peer_with(model, "good", ref)
+    silent.gate = asyncio.Event()
+    async with serving(silent, good):
+        found = await host.fetch(stage(ref, (0, 3)), silent.holder(ref), good.holder(ref))
+        assert same(tensors_in(found.model), tensors_in(model))
+        with pytest.raises(UnavailableError, match=r"silent: nothing came for 0\.2 s"):
+            await host.fetch(stage(ref, (0, 3), head=True), silent.holder(ref))
 
 
 async def test_a_busy_worker_rests_between_blocks(

@@ -1,6 +1,7 @@
 """Which models and adapters a worker's host has, whole or in parts."""
 
 import contextlib
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Holding:
 class HostFiles:
     """The model files of this host: where their owner put them, and what was fetched.
 
-    All methods block.
+    All methods block, and may be called by several threads.
 
     Args:
         cache: what was fetched.
@@ -71,6 +72,7 @@ class HostFiles:
         self._cache = cache
         self._found: dict[str, tuple[Path, bool]] = {}
         self._read: OrderedDict[str, Holding] = OrderedDict()
+        self._reading = threading.Lock()
 
     def find(
         self, ref: common_pb2.ModelRef, *, adapter: bool = False, download: bool = False
@@ -111,7 +113,8 @@ class HostFiles:
             NotFoundError: if nothing is.
         """
         try:
-            held = self._put_here(digest) or self._fetched(digest)
+            with self._reading:
+                held = self._put_here(digest) or self._fetched(digest)
         except (ModelFilesError, OSError):
             held = None
         if held is None or not held.places:

@@ -16,7 +16,7 @@ from uellm_worker.files.part_file import PartWriter
 STALL_SECONDS = 20.0
 """A worker that has sent nothing for so long is given up."""
 CALL_SECONDS = 60.0
-LEAST_BYTES_PER_SECOND = 1 << 20
+LEAST_BYTES_PER_SECOND = 1 << 16
 """A call may take so long for a part as it would at this speed, and ``CALL_SECONDS`` more."""
 MOST_BLOCKS = 3
 """Blocks that are checked and written while the next one comes."""
@@ -71,13 +71,16 @@ async def receive(
 
     try:
         async with asyncio.timeout(STALL_SECONDS) as stalled:
-            async for buffer, block, sha256 in _blocks(call, sizes, buffers):
+
+            def heard() -> None:
+                stalled.reschedule(loop.time() + STALL_SECONDS)
+
+            async for buffer, block, sha256 in _blocks(call, sizes, buffers, heard):
                 put = asyncio.to_thread(_put, writer, writer.done + len(writing), block, sha256)
                 writing.append(asyncio.create_task(put))
                 filled.append(buffer)
                 if len(writing) == MOST_BLOCKS:
                     await note()
-                stalled.reschedule(loop.time() + STALL_SECONDS)
         while writing:
             await note()
     except grpc.aio.AioRpcError as error:
@@ -93,7 +96,7 @@ async def receive(
 
 
 async def _blocks(
-    call: Any, sizes: Sequence[int], buffers: deque[bytearray]
+    call: Any, sizes: Sequence[int], buffers: deque[bytearray], heard: Callable[[], None]
 ) -> AsyncIterator[tuple[bytearray, memoryview, bytes]]:
     """The blocks that a call brings.
 
@@ -101,6 +104,7 @@ async def _blocks(
         call: brings messages.
         sizes: of the blocks.
         buffers: that may be filled; there has to be one whenever a block begins.
+        heard: called with each message.
 
     Yields:
         A buffer that was filled, the block in it, and the digest that came with it.
@@ -111,6 +115,7 @@ async def _blocks(
     coming, got = iter(sizes), 0
     size = next(coming, 0)
     async for message in call:
+        heard()
         end = got + len(message.data)
         if end == got or end > size or (bool(message.sha256) != (end == size)):
             raise SourceError(ModelFilesError(f"it sent {end} bytes for a block of {size}"))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uellm.core.errors import (
+    FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
@@ -71,6 +72,7 @@ class Sender:
         """Tensors of a model.
 
         Raises:
+            FailedPreconditionError: if nothing is given out.
             InvalidArgumentError: if what is to be skipped cannot be.
             NotFoundError: if one of them is not here.
             ResourceExhaustedError: if as many callers are being served as may be.
@@ -101,6 +103,10 @@ class Sender:
 
     @contextmanager
     def _stream(self) -> Iterator[None]:
+        if not self._most_streams:
+            raise FailedPreconditionError(
+                "this worker gives no files out (UELLM_WORKER_UPLOADS=0)", reason="NO_UPLOADS"
+            )
         if self._streams >= self._most_streams:
             raise ResourceExhaustedError(
                 f"{self._streams} workers are being sent files, the most that may be at once "
