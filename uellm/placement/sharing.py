@@ -6,9 +6,13 @@ counts is the share of its load that each model is served, the least one first (
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from uellm.placement import held_karp
+from uellm.placement.costs import costs_of
 from uellm.placement.explain import explain_plan
 from uellm.placement.memory import Need
 from uellm.placement.placers import rated
@@ -19,6 +23,7 @@ from uellm.placement.views import Plan, PlannedReplica, PlannedStage, PlanReques
 
 _BUDGET_SECONDS = 1.0
 _DIGITS = 6
+_ROOMS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,8 @@ class _State:
 
     tenants: Mapping[str, Tenant]
     copies: Mapping[str, tuple[Copy, ...]]
+    rates: dict[Hashable, float] = field(default_factory=dict)
+    """Known already, for all states that came of one."""
 
     def stages(self) -> Iterator[PlannedStage]:
         for copies in self.copies.values():
@@ -135,7 +142,17 @@ class _State:
         """Requests per second of a tenant's copies."""
         tenant = self.tenants[name]
         users = Counter(stage.device_id for stage in self.stages())
-        return tenant.efficiency * sum(_rate(tenant, each, users) for each in self.copies[name])
+        return tenant.efficiency * sum(
+            self._rate(tenant, each, users) for each in self.copies[name]
+        )
+
+    def _rate(self, tenant: Tenant, copy: Copy, users: Counter[str]) -> float:
+        """Requests per second of a copy, whose devices are shared by so many."""
+        sharing = tuple(users[stage.device_id] for stage in copy.placed.stages)
+        key = (tenant.name, copy.placed, copy.plan.slots, sharing)
+        if key not in self.rates:
+            self.rates[key] = _rate(tenant, copy, users)
+        return self.rates[key]
 
     def share(self, name: str) -> float:
         """Of what a tenant needs, what it has."""
@@ -230,6 +247,8 @@ def _grow(state: _State, least_gain: float) -> _Way | None:
             way = _with_one_more(state, start, given, name, unused=unused)
             if way is not None and way.steps[-1].gain >= least_gain:
                 ways.append(way)
+                if way.after.share(name) >= 1.0 and unused and not given:
+                    break  # Nothing serves it more, and nobody gives anything for it.
         better = [way for way in ways if way.after.shares() > state.shares()]
         if better:
             return max(better, key=lambda way: way.key)
@@ -248,44 +267,74 @@ def _places(state: _State, name: str) -> Iterator[tuple[_State, tuple[Step, ...]
     for donor in sorted(state.tenants.keys() - {name}):
         if len(state.copies[donor]) <= state.tenants[donor].least:
             continue
-        for copy in state.copies[donor]:
+        for copy in _different(state, donor):
             left = state.without(donor, copy)
             # Who would be served no better than the one that is helped has nothing to give.
             if left.share(donor) > served:
                 yield left, (Step(donor, copy, adds=False, gain=0.0, for_tenant=name),), True
 
 
+def _different(state: _State, name: str) -> list[Copy]:
+    """A tenant's copies, of those that are alike the latest."""
+    tenant = state.tenants[name]
+    names = {device.id: device.name for device in tenant.request.topology.devices}
+    users = Counter(stage.device_id for stage in state.stages())
+    found = {
+        tuple((names.get(s.device_id), users[s.device_id]) for s in copy.placed.stages): copy
+        for copy in state.copies[name]
+    }
+    return list(found.values())
+
+
 def _with_one_more(
     state: _State, start: _State, given: tuple[Step, ...], name: str, *, unused: bool
 ) -> _Way | None:
-    tenant, request = state.tenants[name], state.tenants[name].request
+    request = state.tenants[name].request
     devices = start.devices(name, unused=unused)
     usable = {device.id for device in devices if device.healthy}
     if not usable:
         return None
-    lacking = max(tenant.needed - start.capacity(name), 0.0) / tenant.efficiency
-    plan = solve(
-        replace(
-            request,
-            topology=replace(request.topology, devices=devices),
-            objective="goodput",
-            workload=replace(request.workload, replicas=1, requests_per_second=lacking),
-            # A pinned device serves as many copies as it has room for.
-            pins=tuple(pin for pin in request.pins if pin.device_id in usable),
-            previous=None,
-            budget_seconds=_BUDGET_SECONDS,
-        )
+    one = replace(
+        request,
+        topology=replace(request.topology, devices=devices),
+        objective="helr",
+        workload=replace(request.workload, replicas=1),
+        # A pinned device serves as many copies as it has room for.
+        pins=tuple(pin for pin in request.pins if pin.device_id in usable),
+        previous=None,
+        budget_seconds=_BUDGET_SECONDS,
     )
-    fastest = max(plan.replicas, key=_tokens_per_second, default=None)
-    if fastest is None:
+    plan = solve(_on_the_fastest(one))
+    if not plan.replicas:
         return None
+    (placed,) = plan.replicas
     need = Need(request.model, plan.slots, plan.max_tokens, request.workload.kv_tokens)
-    words = explain_plan((fastest,), need, request, None)
-    copy = Copy("", replace(plan, replicas=(fastest,), explanation=words, certificate=None))
+    copy = Copy("", replace(plan, explanation=explain_plan((placed,), need, request, None)))
     after = start.with_copies(name, [*start.copies[name], copy])
     before = state.share(name)
     gain = after.share(name) / before - 1 if before > 0 else 1.0
     return _Way(after, (*given, Step(name, copy, adds=True, gain=gain)))
+
+
+def _on_the_fastest(request: PlanRequest) -> PlanRequest:
+    """A request with only as many of the fastest devices as hold a copy twice over.
+
+    So it is solved soon, whatever the size of the cluster. Devices that are pinned stay.
+    """
+    costs = costs_of(request)
+    least = max(held_karp.MOST_DEVICES, request.workload.stages)
+    kept = {pin.device_id for pin in request.pins}
+    room = 0
+    for index in np.argsort(costs.layer.mean(axis=1), kind="stable"):
+        if len(kept) >= least and room >= _ROOMS * costs.need.in_parts(len(kept)):
+            break
+        kept.add(costs.devices[index].id)
+        room += int(costs.room[index])
+    devices = tuple(
+        device if device.id in kept else replace(device, healthy=False)
+        for device in request.topology.devices
+    )
+    return replace(request, topology=replace(request.topology, devices=devices))
 
 
 def _spare(state: _State, name: str, least_gain: float) -> tuple[_State, Step] | None:

@@ -61,17 +61,18 @@ class Scaler:
         """Learn the load, and change the number of copies where that is worth it."""
         self._let_go_of_lost()
         loads = await self._loads()
+        # Not in a thread: deployments are as they are for a moment only.
+        shared, before = self._shared(loads), self._places()
+        predicted = await asyncio.to_thread(capacity, list(shared.tenants.values()))
+        tenants = self._follow(shared, loads, predicted)
+        self.does = {name: t.efficiency * predicted[name] for name, t in tenants.items()}
+        if self._unsettled():
+            return
+        gain = self._tools.settings.replan_gain
+        steps = await asyncio.to_thread(share_out, list(tenants.values()), gain)
         async with self._tools.planning:
-            # Not in a thread: deployments are as they are for a moment only.
-            shared = self._shared(loads)
-            predicted = await asyncio.to_thread(capacity, list(shared.tenants.values()))
-            tenants = self._follow(shared, loads, predicted)
-            self.does = {name: t.efficiency * predicted[name] for name, t in tenants.items()}
-            if self._unsettled():
-                return
-            gain = self._tools.settings.replan_gain
-            steps = await asyncio.to_thread(share_out, list(tenants.values()), gain)
-            if not self._unsettled():
+            # What was placed meanwhile may stand where a copy was to go: it is thought out again.
+            if not self._unsettled() and self._places() == before:
                 await self._carry_out(steps, replace(shared, tenants=tenants))
 
     def _let_go_of_lost(self) -> None:
@@ -92,6 +93,13 @@ class Scaler:
             if load is not None and now - load.measured_at <= STALE_SECONDS:
                 found[name] = deployment.demand.with_lengths(load)
         return found
+
+    def _places(self) -> list[tuple[str, Phase, object]]:
+        """Where all replicas are, or are to be."""
+        return [
+            (replica.id, replica.phase, replica.planned.stages if replica.planned else ())
+            for replica in self._tools.replicas()
+        ]
 
     def _unsettled(self) -> bool:
         """Devices are being given back, and go to whoever lacks them then; or it is too early."""
