@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from uellm.placement import held_karp
 from uellm.placement.costs import costs_of
 from uellm.placement.explain import explain_plan
 from uellm.placement.memory import Need
@@ -23,7 +22,8 @@ from uellm.placement.views import Plan, PlannedReplica, PlannedStage, PlanReques
 
 _BUDGET_SECONDS = 1.0
 _DIGITS = 6
-_ROOMS = 2
+# One copy is looked for on so many devices, or as many as hold it so many times over.
+_FEW, _ROOMS = 10, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +322,7 @@ def _on_the_fastest(request: PlanRequest) -> PlanRequest:
     So it is solved soon, whatever the size of the cluster. Devices that are pinned stay.
     """
     costs = costs_of(request)
-    least = max(held_karp.MOST_DEVICES, request.workload.stages)
+    least = max(_FEW, request.workload.stages)
     kept = {pin.device_id for pin in request.pins}
     room = 0
     for index in np.argsort(costs.layer.mean(axis=1), kind="stable"):
