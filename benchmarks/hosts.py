@@ -294,8 +294,8 @@ def apart() -> Iterator[None]:
 
 
 def _keep_priority(group: Path) -> None:
-    """Groups compete as a whole: without a word, nice processes would not be so in theirs."""
-    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    """Groups compete as a whole: without a word, a high priority would be lost in one."""
+    nice = min(os.getpriority(os.PRIO_PROCESS, 0), 0)
     if (group / "cpu.weight.nice").exists():
         (group / "cpu.weight.nice").write_text(str(nice))
     else:

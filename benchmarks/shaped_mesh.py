@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,9 +126,11 @@ class Member:
         if self._process is None or self._process.returncode is not None:
             return
         tree = psutil.Process(self._process.pid).children(recursive=True)
-        for process in (*tree, self._process):
-            with suppress(psutil.Error, ProcessLookupError):
+        for process in tree:
+            with suppress(psutil.Error):
                 process.kill()
+        with suppress(ProcessLookupError):
+            self._process.kill()
         await self._process.wait()
         psutil.wait_procs(tree, timeout=STOP_SECONDS)
 
@@ -139,13 +141,17 @@ class ShapedMesh:
     Attributes:
         members: by name, whether or not they have joined.
         directory: of logs.
-        ports: a gateway's address, from outside.
+        way: how fast the wire from a host to another is.
     """
 
     def __init__(
-        self, members: dict[str, Member], directory: Path, environment: dict[str, str]
+        self,
+        members: dict[str, Member],
+        directory: Path,
+        environment: dict[str, str],
+        way: Callable[[str, str], LinkSpeed],
     ) -> None:
-        self.members, self.directory = members, directory
+        self.members, self.directory, self.way = members, directory, way
         self._environment = environment
         self._head = next(iter(members.values()))
         self._token = ""
@@ -206,13 +212,15 @@ class ShapedMesh:
 
 @asynccontextmanager
 async def shaped_mesh(
-    specs: Sequence[HostSpec], way: dict[str, LinkSpeed], joined: Sequence[str]
+    specs: Sequence[HostSpec],
+    ways: Mapping[str, LinkSpeed],
+    joined: Sequence[str],
 ) -> AsyncIterator[ShapedMesh]:
     """A mesh over hosts; some of them have joined.
 
     Args:
         specs: the hosts; the first has the services, and a worker.
-        way: to and from each of the hosts: of two, the slower one counts.
+        ways: to and from each of the hosts: of two, the slower one counts.
         joined: names of hosts to join at once.
 
     Raises:
@@ -220,7 +228,7 @@ async def shaped_mesh(
     """
 
     def between(one: str, other: str) -> LinkSpeed:
-        ends = [way[name] for name in (one, other) if name != OUTSIDE]
+        ends = [ways[name] for name in (one, other) if name != OUTSIDE]
         return LinkSpeed(
             max(end.latency_seconds for end in ends), min(end.bytes_per_second for end in ends)
         )
@@ -228,7 +236,7 @@ async def shaped_mesh(
     environment = {k: v for k, v in os.environ.items() if not k.startswith("UELLM_")}
     environment |= {
         "UELLM_DEPLOYER_PROBE_SECONDS": "120",
-        "UELLM_DEPLOYER_WORKER_SILENCE_SECONDS": "6",
+        "UELLM_DEPLOYER_REPLAN_COOLDOWN_SECONDS": "5",
         "UELLM_WORKER_STEP_POLICY": "fcfs",
         "UELLM_SCHEDULER_POLICY": "fcfs",
     }
@@ -242,7 +250,7 @@ async def shaped_mesh(
         }
         for member in members.values():
             stack.push_async_callback(member.kill)
-        mesh = ShapedMesh(members, directory, environment)
+        mesh = ShapedMesh(members, directory, environment, between)
         try:
             await mesh.up()
             await asyncio.gather(*(mesh.join(name) for name in joined))

@@ -20,7 +20,7 @@ from uellm_deployer.workers import Worker
 CALL_SECONDS = 30.0
 """How long a probe may take with all that goes with it."""
 BLOCK_SECONDS = 1.0
-LINK_SECONDS = 0.4
+LINK_SECONDS = 0.8
 COPIES_SECONDS = 1.0
 HIDDEN_SIZE = 2048
 """Where nothing is known of a model."""

@@ -119,6 +119,7 @@ def _send(command: ProbeLink, group: Group, carrier: Carrier, inbox: Inbox) -> L
     wire = _wire_seconds(command.bind_host, group)
     width = max(command.hidden_size, 1) * (4 if command.dtype == "float32" else 2)
     found: list[tuple[int, float]] = []
+    back = 0.0
     sizes = [rows for rows in _ROWS if rows == 1 or rows * width <= _MOST_BYTES]
     for left, rows in zip(range(len(sizes), 0, -1), sizes, strict=True):
         share = (end - time.perf_counter()) / left
@@ -129,10 +130,11 @@ def _send(command: ProbeLink, group: Group, carrier: Carrier, inbox: Inbox) -> L
             carrier.send(_HEADER.pack(_ACTIVATION, rows), rows)
             inbox.wait_result()
 
-        found.append((rows * width, _median_seconds(there_and_back, share)))
+        seconds = _times(there_and_back, share)
+        # What disturbs a way makes it longer: the least of the times is nearest to its own.
+        back = back or min(seconds) / 2
+        found.append((rows * width, statistics.median(seconds)))
     group.send_step(_HEADER.pack(_END, 0))
-    back = found[0][1] / 2
-    # Where others disturbed the shortest, the way back was shorter than it seemed.
     samples = [LinkSample(bytes=size, seconds=max(seconds - back, back)) for size, seconds in found]
     return LinkProbed(samples=samples, wire_seconds=wire)
 
@@ -145,7 +147,7 @@ def _expected(found: Sequence[tuple[int, float]], size: int) -> float:
     return long + max(long - short, 0.0) * (size - large) / (large - small)
 
 
-def _median_seconds(work: Callable[[], None], share: float) -> float:
+def _times(work: Callable[[], None], share: float) -> list[float]:
     seconds: list[float] = []
     end = time.perf_counter() + share
     work()
@@ -155,7 +157,7 @@ def _median_seconds(work: Callable[[], None], share: float) -> float:
         seconds.append(time.perf_counter() - started)
         if len(seconds) >= _LEAST_REPEATS and time.perf_counter() > end:
             break
-    return statistics.median(seconds)
+    return seconds
 
 
 def _answer(group: Group, carrier: Carrier, inbox: Inbox) -> None:

@@ -1,0 +1,46 @@
+"""How well predictions order what was measured. Pure."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from statistics import mean, median
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 1; equal values share the mean of theirs."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    found = [0.0] * len(values)
+    at = 0
+    while at < len(order):
+        end = at
+        while end < len(order) and values[order[end]] == values[order[at]]:
+            end += 1
+        for place in order[at:end]:
+            found[place] = (at + 1 + end) / 2
+        at = end
+    return found
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's rho: the correlation of ranks; 0 where one of both is constant."""
+    first, second = ranks(one), ranks(other)
+    a, b = [x - mean(first) for x in first], [x - mean(second) for x in second]
+    norm = (sum(x * x for x in a) * sum(x * x for x in b)) ** 0.5
+    return sum(x * y for x, y in zip(a, b, strict=True)) / norm if norm else 0.0
+
+
+def kendall(one: Sequence[float], other: Sequence[float]) -> float:
+    """Kendall's tau-a: pairs in the same order less pairs in the other, as a share of all."""
+    pairs = list(combinations(range(len(one)), 2))
+    signs = [(one[i] - one[j]) * (other[i] - other[j]) for i, j in pairs]
+    return sum((s > 0) - (s < 0) for s in signs) / len(pairs) if pairs else 0.0
+
+
+def regret(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    """How much more the plan that was predicted to take least takes than the best one; a share."""
+    chosen = min(range(len(predicted)), key=lambda i: predicted[i])
+    return measured[chosen] / min(measured) - 1
+
+
+def median_error(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    """Median of ``|predicted / measured - 1|``."""
+    return median(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True))
