@@ -385,7 +385,33 @@ def test_of_those_that_run_few_have_waited_too_long() -> None:
     fresh = sequence("fresh", ttft_at=NOW + 50)
     for running, first in ((others + elders[:1], "elder"), (others + elders, "fresh")):
         view = engine(running, [elder, fresh], slots=64, kv_tokens_total=10_000)
-        assert step_policy("cslo-odbs").step(view, NOW).admit[0] == first
+        assert step_policy("cslo-odbs", {"elder_every": 8}).step(view, NOW).admit[0] == first
+
+
+def test_the_urgent_are_lent_room_that_others_will_need_if_somebody_can_give_it_back() -> None:
+    rich = [decoding(f"rich-{i}", 100, tokens=300, deadline_at=NOW + 100) for i in range(4)]
+    urgent = sequence("urgent", ttft_at=NOW + 0.2, tokens=100)
+    # 404 tokens are held; all answers together come to far more than there is.
+    view = engine(rich, [urgent], slots=64, kv_tokens_total=700)
+    lent = step_policy("cslo-odbs").step(view, NOW)
+    assert (lent.admit, lent.preempt) == (("urgent",), ())
+    never = step_policy("cslo-odbs", {"lent_steps": 1000}).step(view, NOW)
+    assert never.admit == ("urgent",)
+    assert never.preempt
+    # Whoever is short of time itself gives nothing back, and is not taken its room.
+    tight = [decoding(f"tight-{i}", 100, tokens=300, deadline_at=NOW + 5) for i in range(4)]
+    refused = step_policy("cslo-odbs").step(replace(view, running=tight), NOW)
+    assert (refused.admit, refused.preempt) == ((), ())
+
+
+def test_where_many_are_lost_the_short_come_first() -> None:
+    long = sequence("long", tokens=400, deadline_at=NOW + 40)
+    short = sequence("short", tokens=10, deadline_at=NOW + 42)
+    lost = [sequence(f"lost-{i}", deadline_at=NOW - 1) for i in range(8)]
+    calm = engine([], [long, short], slots=1)
+    assert step_policy("cslo-odbs").step(calm, NOW).admit == ("long",)
+    flooded = replace(calm, waiting=[*lost, long, short])
+    assert step_policy("cslo-odbs").step(flooded, NOW).admit == ("short",)
 
 
 def test_one_that_is_lost_gives_way_first_and_out_of_room_too() -> None:

@@ -48,6 +48,31 @@ class CsloOdbsSettings(CsloSettings):
     urgent_steps: float = setting(
         60.0, "A request is urgent when it has to start within so many steps.", least=0
     )
+    foresight: float = setting(
+        0.7,
+        "For how long a request can wait, lengths are taken so far from their median to their 90 % "
+        "quantile.",
+        least=0,
+        most=1,
+    )
+    overload_weight: float = setting(
+        3.0,
+        "w2 besides, times the share of those that wait that is lost: where not all can be in "
+        "time, more are if the short go first.",
+        least=0,
+    )
+    lent_steps: int = setting(
+        8,
+        "The urgent are let in beyond the predicted peak where there is room for so many steps: "
+        "whoever has time is preempted only if room really runs out.",
+        least=0,
+    )
+    recompute_factor: float = setting(
+        2.0,
+        "Computing anew who is preempted may take so many times what an urgent one takes of the "
+        "engine.",
+        least=0,
+    )
     most_preemptions: int = setting(
         3, "Who was preempted so often is not preempted for an urgent one. 0: nobody is.", least=0
     )
@@ -107,7 +132,15 @@ class CsloOdbsStep:
         settings = self._settings
         facts = self._running.of(engine.running)
         pace = pace_of(engine, facts, engine.cost or DEFAULT_COST)
-        running = outlook(engine.running, facts, pace, now, engine.block_tokens, settings.caution)
+        running = outlook(
+            engine.running,
+            facts,
+            pace,
+            now,
+            engine.block_tokens,
+            settings.caution,
+            settings.foresight,
+        )
         least = max(settings.min_chunk_tokens, ceil(settings.keep_up * pace.turnover))
         chunk = paced_chunk(running, engine.max_chunk_tokens, pace, least, now)
         again = now + settings.urgent_steps * pace.step / 2 if engine.waiting else None
@@ -125,6 +158,7 @@ class CsloOdbsStep:
             now,
             engine.block_tokens,
             settings.caution,
+            settings.foresight,
         )
         urgent = ~waiting.lost & (waiting.latest_start - now < settings.urgent_steps * pace.step)
         if standing.places <= 0 and not urgent.any():
@@ -185,7 +219,8 @@ class CsloOdbsStep:
         """Places of who waits, first to go first."""
         settings = self._settings
         score = settings.slo_weight * (waiting.due - now)
-        score = score + settings.length_weight * waiting.median * pace.step
+        weight = settings.length_weight + settings.overload_weight * waiting.lost.mean()
+        score = score + weight * waiting.median * pace.step
         score[waiting.lost] = inf
         order = sorted_by((score, np.where(waiting.lost, waiting.accepted, 0.0), *waiting.arrived))
         able = len(order) - int(waiting.lost.sum())
@@ -276,7 +311,9 @@ class CsloOdbsStep:
             elder = i == order[0] and overdue[i]
             gone: list[int] | None = None
             places = standing.places + (standing.beyond if urgent[i] else 0)
-            if places > 0 and standing.room.fits(held, cautious):
+            if places > 0 and (
+                standing.room.fits(held, cautious) or (urgent[i] and self._lent(held, standing))
+            ):
                 gone = []
             elif urgent[i] and not elder:
                 need = float(waiting.prefill[i] + waiting.median[i] * pace.step)
@@ -293,6 +330,15 @@ class CsloOdbsStep:
             admitted.append(i)
         names = standing.running.sequences
         return admitted, tuple(names[i].request_id for i in preempted)
+
+    def _lent(self, held: float, standing: _Standing) -> bool:
+        """Whether an urgent one may have room now that others will come to need.
+
+        There has to be somebody to give it back, by being preempted when that time comes.
+        """
+        growth = self._settings.lent_steps * (standing.count + 1)
+        able = standing.yields & (standing.running.lost | (standing.spare > 0))
+        return bool(able.any()) and held + growth <= standing.room.free
 
     def _cleared(
         self,
@@ -311,7 +357,8 @@ class CsloOdbsStep:
         """
         running = standing.running
         # In time, with as much again to spare, and computed anew at less than what it makes wait.
-        worth = (standing.spare > 1.5 * need) & (running.prefill <= need / max(standing.count, 1))
+        price = self._settings.recompute_factor * need / max(standing.count, 1)
+        worth = (standing.spare > 1.5 * need) & (running.prefill <= price)
         yields = np.flatnonzero(standing.yields & (running.lost | worth))
         places = standing.places + standing.beyond
         if places + min(len(yields), _MOST_VICTIMS) <= 0:

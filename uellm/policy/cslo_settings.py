@@ -24,5 +24,5 @@ class CsloSettings(Settings):
         600.0, "Who has waited longer than this has a claim on a slot.", above=0
     )
     elder_every: int = setting(
-        8, "One in so many slots is for those that have waited too long.", least=1
+        16, "One in so many slots is for those that have waited too long.", least=1
     )

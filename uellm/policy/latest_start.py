@@ -119,7 +119,7 @@ class Outlook:
         median: tokens that they will still generate: median.
         cautious: tokens that they will hardly exceed.
         prefill: seconds to compute what a slot would have to be filled with anew.
-        latest_start: they are in time if they have a slot from then on.
+        latest_start: they are in time if they have a slot from then on, and are not too long.
         last_chance: the same, if their answers are short and steps are fast.
         due: when they are due.
         lost: their objectives cannot be met any more.
@@ -152,8 +152,12 @@ def outlook(
     now: float,
     block_tokens: int,
     caution: float,
+    foresight: float,
 ) -> Outlook:
     """What is to be expected of sequences, waiting or running.
+
+    Lengths are taken so far from their median to their 90 % quantile: ``caution`` where room is
+    concerned, in which many make up for each other, ``foresight`` where each has to be in time.
 
     An objective counts as lost if even a short answer (``median² / high``) at the best pace is
     too late: a test that wrongly gives up one in a hundred costs more than it gains.
@@ -167,7 +171,8 @@ def outlook(
         prefill = prefill + cost.per_pair * known * (known + 1) / 2
     decoding = computed >= prompt
     short = np.minimum(np.maximum(median * median / high, 1.0), median)
-    latest = deadline - prefill - median * pace.step
+    own = (median + foresight * (high - median)) * pace.step
+    latest = deadline - prefill - own
     chance = deadline - np.where(decoding, 0.0, prefill) - short * pace.best
     by = ttft - prefill
     latest = np.minimum(latest, by - pace.step)
@@ -177,7 +182,7 @@ def outlook(
     paced = np.isfinite(tpot) & np.isfinite(first)
     if paced.any():
         end = first + tpot * (answered + median)
-        latest = np.where(paced, np.fmin(latest, end - prefill - median * pace.step), latest)
+        latest = np.where(paced, np.fmin(latest, end - prefill - own), latest)
         end = first + tpot * (answered + high)
         chance = np.where(paced, np.fmin(chance, end - high * pace.best), chance)
     due = np.minimum(deadline, np.where(ttft > now, ttft, inf))

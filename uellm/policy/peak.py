@@ -29,6 +29,11 @@ class PeakRoom:
         self._shorter: Floats = -left[order]
         self._held: Floats = np.asarray(held, dtype=np.float64)[order]
 
+    @property
+    def free(self) -> float:
+        """Room that is not held at present, whatever is to come."""
+        return self._room - float(self._held.sum())
+
     def fits(self, held: float, remaining: float) -> bool:
         """Whether it does. Alone, everything fits."""
         if not len(self._held):
