@@ -6,6 +6,7 @@ would be SLO-ODBS again (``uellm.policy.static``).
 """
 
 from dataclasses import dataclass
+from itertools import starmap
 from math import ceil, inf
 
 import numpy as np
@@ -285,7 +286,7 @@ class CsloOdbsStep:
             strict=True,
         )
         free = room - float(standing.running.held.sum())
-        return late_ones(map(Job._make, jobs), Fluid(cap, room, standing.places, free), now)
+        return late_ones(starmap(Job, jobs), Fluid(cap, room, standing.places, free), now)
 
     # ---- admission -----------------------------------------------------------------------------
 
