@@ -148,7 +148,11 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "requests": len(outcomes),
         "fallbacks": sum(each.fallback for each in outcomes),
         "windows": [
-            {"from": start, **_named(errors[start : start + WINDOW].mean(axis=0))}
+            {
+                "from": start,
+                **_named(errors[start : start + WINDOW].mean(axis=0)),
+                "fallbacks": sum(each.fallback for each in outcomes[start : start + WINDOW]),
+            }
             for start in range(0, len(errors), WINDOW)
         ],
         "settled": _named(means),
@@ -212,7 +216,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--requests", type=int, default=1500)
-    parser.add_argument("--concurrency", type=int, default=8, help="requests under way")
+    parser.add_argument("--concurrency", type=int, default=4, help="requests under way")
     parser.add_argument("--seed", type=int, default=0, help="of the tasks")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw error against requests")

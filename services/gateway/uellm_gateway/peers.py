@@ -17,6 +17,8 @@ class Peer:
     def __init__(self, address: str) -> None:
         self.address = address
         self.channel: grpc.aio.Channel = channel(address)
+        # Now and not with the first call, which is not to wait for it.
+        self.channel.get_state(try_to_connect=True)
         self._rests_until = 0.0
         self._rest_seconds = FIRST_REST_SECONDS
 

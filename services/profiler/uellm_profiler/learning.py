@@ -126,7 +126,7 @@ class Learner:
         self._unkept: profiler_pb2.PredictorVersion | None = None
         self._places: dict[str, str] = {}
         self._fitting: asyncio.Task[State] | None = None
-        self._keep_at = self._keep_past_at = 0.0
+        self._fitting_since = self._keep_at = self._keep_past_at = 0.0
         self._changed = self._past_changed = False
 
     async def turn(self) -> None:
@@ -254,6 +254,7 @@ class Learner:
             refit = self._contest.due()
             if refit is not None:
                 self._fitting = asyncio.create_task(fitted(refit), name="fitting")
+                self._fitting_since = time.monotonic()
         elif self._fitting.done():
             fitting, self._fitting = self._fitting, None
             if (error := fitting.exception()) is not None:
@@ -261,6 +262,8 @@ class Learner:
                 _log.error("a fit failed", exc_info=error)
                 self._contest.rest()
                 return
+            seconds = time.monotonic() - self._fitting_since
+            _log.info("fitted anew; to be judged", seconds=round(seconds, 1))
             await asyncio.to_thread(self._contest.challenge, fitting.result())
 
     async def stop_fitting(self) -> None:
