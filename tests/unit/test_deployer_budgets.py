@@ -6,7 +6,7 @@ import pytest
 from uellm_deployer.adoption import planned_of
 from uellm_deployer.budgets import devices_for
 from uellm_deployer.catalog import checked, parse_model, resolve
-from uellm_deployer.planning import assignments, plan
+from uellm_deployer.planning import NOTHING, assignments, better, plan
 from uellm_deployer.replica import Phase, Replica
 from uellm_deployer.settings import DeployerSettings
 from uellm_deployer.workers import Worker
@@ -157,6 +157,27 @@ def test_models_are_a_list_in_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert DeployerSettings.load().models == ("a=/x", "org/b")
     monkeypatch.setenv("UELLM_DEPLOYER_MODELS", '["a=/x"]')
     assert DeployerSettings.load().models == ("a=/x",)
+
+
+@pytest.mark.parametrize("free", [1 << 30, 1 << 20])
+async def test_what_is_where_it_was_told_to_be_stays_however_full_it_is(
+    tmp_path: Path, free: int
+) -> None:
+    source = write_checkpoint(tmp_path / "m", layers=4)
+    model = await resolve(
+        deployer_pb2.PlanRequest(model=common_pb2.ModelRef(name="m", source=str(source)))
+    )
+    room = [Device(f"{w}/cpu:0", w, w, "cpu", 1 << 30) for w in "ab"]
+    request = deployer_pb2.PlanRequest(slots=2, objective="lr")
+    request.layout.add(device_id="a/cpu:0", first_layer=0, last_layer=3)
+    (there,) = plan(model, request, room, 1).plan.replicas
+    present = topology_pb2.Deployment(slots=2, max_tokens=64, dtype="float32")
+    now = [Device("a/cpu:0", "a", "a", "cpu", free), room[1]]
+    assert better(model, request, now, present, there, NOTHING)[1] == 0
+    request.layout[0].device_id = "b/cpu:0"
+    found, gained = better(model, request, now, present, there, NOTHING)
+    assert gained == 1
+    assert [stage.device_id for stage in found.plan.replicas[0].stages] == ["b/cpu:0"]
 
 
 async def test_the_solver_places_where_the_even_split_does(tmp_path: Path) -> None:

@@ -88,9 +88,12 @@ def plan(
 
 def _placer(request: deployer_pb2.PlanRequest) -> Placer:
     if request.layout:
-        told = planned_from_proto(topology_pb2.PlannedReplica(stages=request.layout))
-        return ToldPlacer(told.stages)
+        return ToldPlacer(_told(request).stages)
     return placer_of(request.objective or EVEN)
+
+
+def _told(request: deployer_pb2.PlanRequest) -> PlannedReplica:
+    return planned_from_proto(topology_pb2.PlannedReplica(stages=request.layout))
 
 
 def freely(request: deployer_pb2.PlanRequest) -> deployer_pb2.PlanRequest:
@@ -158,8 +161,10 @@ def better(
     before = Plan((replica,), present.slots, present.max_tokens, request.objective, "")
     if request.layout:
         told = plan(model, request, devices, 1, before, knowledge)
-        if told.plan.replicas or request.objective == EVEN:
-            return told, float(not any(_alike(copy, replica) for copy in told.plan.replicas))
+        # What is there stays, however full its devices have become.
+        as_told = _alike(_told(request), replica)
+        if as_told or told.plan.replicas or request.objective == EVEN:
+            return told, float(bool(told.plan.replicas) and not as_told)
     wanted = request_for(model, request, devices, present.dtype, 1, before, knowledge)
     found, gained = improvement(wanted, before)
     return Planned(found, present.dtype, wanted.model, _by_id(wanted)), gained
