@@ -2,7 +2,9 @@
 
 Runs the policies and the track record of the live service on the simulator. A case passes where
 the promised 90 % quantile of the finish covers 88 to 92 % of each class, and the odds of each bin
-of at least 400 requests are within 5 points of what came true.
+of at least 400 requests are within 5 points of what came true. A class is what a scheduler can
+tell apart: how urgent a request is, and which times it asks for. Intervals are a bootstrap's over
+runs of one seed each: in a run, requests share their queue and their fate.
 
     python -m benchmarks.promises --requests 20000 --seeds 10 --json --plot reliability.png
 
@@ -21,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from uellm.core.request import Priority
 from uellm.simulator.experiments import Cell, Setup, serve
 from uellm.simulator.mesh import Outcome, Record
 from uellm.simulator.platforms import find_platform
@@ -30,6 +33,7 @@ COVERED = (0.88, 0.92)
 MOST_OFF = 0.05
 LEAST_IN_BIN = 400
 BINS = 10
+BOOTSTRAPS = 2000
 
 Floats = npt.NDArray[np.float64]
 
@@ -54,6 +58,7 @@ class Kept:
         requests: how many finished.
         p50: share that finished by the promised median.
         p90: likewise by the 90 % quantile.
+        p90_interval: in 95 of 100 bootstraps over the seeds it is in there.
         start_p90: the same of first tokens.
         width: mean seconds from median to quantile, over the mean time taken.
         sharpness: see the module.
@@ -62,6 +67,7 @@ class Kept:
     requests: int
     p50: float
     p90: float
+    p90_interval: tuple[float, float]
     start_p90: float
     width: float
     sharpness: float
@@ -95,18 +101,48 @@ class Result:
 def measure(case: Case, requests: int, seeds: int) -> Result:
     """Simulate a case."""
     setup = Setup(find_platform(case.platform), case.workload, case.predictor, requests, case.cv)
-    records: list[Record] = []
-    for seed in range(seeds):
-        records += serve(setup, Cell(case.policy, case.load, seed)).records
-    kinds = sorted({record.request.kind for record in records})
+    runs = [serve(setup, Cell(case.policy, case.load, seed)).records for seed in range(seeds)]
+    names = sorted({_name(record) for run in runs for record in run})
     return Result(
         case,
-        {kind: _kept([r for r in records if r.request.kind == kind]) for kind in kinds},
-        _bins(records),
+        {name: _kept([[r for r in run if _name(r) == name] for run in runs]) for name in names},
+        _bins([record for run in runs for record in run]),
     )
 
 
-def _kept(records: Sequence[Record]) -> Kept:
+def _name(record: Record) -> str:
+    """A request's class, as far as a scheduler knows it."""
+    slo = record.request.slo
+    asks = [
+        name
+        for name, at in (("ttft", slo.ttft_at), ("deadline", slo.deadline_at))
+        if at is not None
+    ]
+    return f"{Priority(slo.priority).name.lower()} {'+'.join(asks)}"
+
+
+def _kept(runs: Sequence[Sequence[Record]]) -> Kept:
+    rows = [_rows(run) for run in runs]
+    took, median, high, started = np.concatenate(rows, axis=1)
+    shares = np.array([(run[0] <= run[2]).mean() for run in rows])
+    sizes = np.array([run.shape[1] for run in rows], dtype=np.float64)
+    picks = np.random.default_rng(0).integers(0, len(rows), (BOOTSTRAPS, len(rows)))
+    drawn = (shares * sizes)[picks].sum(axis=1) / sizes[picks].sum(axis=1)
+    low, most = np.quantile(drawn, (0.025, 0.975))
+    baseline = _pinball(took - float(np.quantile(took, LEVEL)))
+    return Kept(
+        requests=len(took),
+        p50=float(np.mean(took <= median)),
+        p90=float(np.mean(took <= high)),
+        p90_interval=(float(low), float(most)),
+        start_p90=float(np.mean(started)),
+        width=float(np.mean(high - median) / np.mean(took)),
+        sharpness=_pinball(took - high) / max(baseline, 1e-12),
+    )
+
+
+def _rows(records: Sequence[Record]) -> Floats:
+    """Seconds taken, promised as median and 90 % quantile, and whether it began in time."""
     rows = [
         (
             record.finished_at - record.promised_at,
@@ -119,16 +155,7 @@ def _kept(records: Sequence[Record]) -> Kept:
         and record.outcome is Outcome.FINISHED
         and record.first_token_at is not None
     ]
-    took, median, high, started = np.array(rows, dtype=np.float64).T
-    baseline = _pinball(took - float(np.quantile(took, LEVEL)))
-    return Kept(
-        requests=len(rows),
-        p50=float(np.mean(took <= median)),
-        p90=float(np.mean(took <= high)),
-        start_p90=float(np.mean(started)),
-        width=float(np.mean(high - median) / np.mean(took)),
-        sharpness=_pinball(took - high) / max(baseline, 1e-12),
-    )
+    return np.array(rows, dtype=np.float64).reshape(-1, 4).T
 
 
 def _pinball(late: Floats) -> float:
@@ -173,9 +200,10 @@ def _show(result: Result) -> None:
         f"load {case.load:g} cv {case.cv:g}"
     )
     for kind, kept in result.classes.items():
+        low, high = kept.p90_interval
         print(
-            f"      {kind:12} p50 {kept.p50:.3f} p90 {kept.p90:.3f} start p90 "
-            f"{kept.start_p90:.3f} width {kept.width:.2f} sharpness {kept.sharpness:.2f}"
+            f"      {kind:20} p50 {kept.p50:.3f} p90 {kept.p90:.3f} ({low:.3f} to {high:.3f}) "
+            f"start p90 {kept.start_p90:.3f} width {kept.width:.2f} sharpness {kept.sharpness:.2f}"
         )
     bins = "  ".join(f"{b.said:.2f}>{b.came_true:.2f} ({b.requests})" for b in result.bins)
     print(f"      odds {bins}", flush=True)

@@ -1,6 +1,7 @@
 """The scheduler service on a real server: order, promises, successors, faults."""
 
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -61,14 +62,15 @@ async def test_every_request_is_promised(mesh: Mesh, redis_url: str) -> None:
         ids = [await mesh.accept(deadline=600, output=100) for _ in range(3)]
         promises = [await mesh.promised(request_id) for request_id in ids]
     finishes = sorted(p.finish_p50.ToNanoseconds() / 1e9 for p in promises)
-    # One slot: they run one after the other, 100 tokens of half a second each.
-    assert finishes[1] - finishes[0] == pytest.approx(50, rel=0.15)
-    assert finishes[2] - finishes[1] == pytest.approx(50, rel=0.15)
+    # One slot: they run one after the other, 100 tokens of half a second each. A new mesh has not
+    # shown yet that it is that fast.
+    for earlier, later in pairwise(finishes):
+        assert 45 < later - earlier < 75
     for promise in promises:
         assert promise.revision == 1
         assert promise.policy == "edf"
         assert promise.plan_epoch == 1
-        assert promise.p_meet > 0.9
+        assert 0.8 < promise.p_meet < 0.9
         assert promise.start_p50.ToNanoseconds() <= promise.start_p90.ToNanoseconds()
         assert promise.finish_p50.ToNanoseconds() < promise.finish_p90.ToNanoseconds()
         assert promise.output_tokens_p50 == 100

@@ -270,7 +270,8 @@ def test_a_refusal_without_a_chance_says_what_would_have_one() -> None:
     assert sent(again) == ["q"]
     promise = again.promises["q"]
     assert promise.p_meet is not None
-    assert promise.p_meet >= 0.85
+    # As sure as one is of a mesh that has answered nothing yet.
+    assert promise.p_meet >= 0.8
 
 
 def test_a_first_token_that_comes_too_late_is_refused_or_expires_too() -> None:

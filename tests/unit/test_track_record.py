@@ -71,6 +71,21 @@ def test_ignorance_is_wide_and_knowledge_narrow() -> None:
     assert last == pytest.approx([10.0, 10.0], rel=0.15)
 
 
+def test_what_resembles_nothing_known_is_promised_widely() -> None:
+    record = TrackRecord()
+    serve(record, forecast(), (10 * np.random.default_rng(0).lognormal(0, 0.05, 200)).tolist())
+    known = (record.prospects(forecast(), 1e6).times - 1e6)[0, FINISH]
+    strange = (record.prospects(forecast(features=(5.0,)), 1e6).times - 1e6)[0, FINISH]
+    assert known[1] / known[0] < 1.2
+    assert strange[1] / strange[0] > 3
+
+
+def test_a_new_mesh_does_not_reassure() -> None:
+    found = TrackRecord().prospects(forecast(deadline=1e4), 0.0)
+    assert found.p_meet[0] < 0.9
+    assert found.times[0, FINISH, 1] >= 1e4
+
+
 @pytest.mark.parametrize("bias", [0.3, 1.0, 4.0])
 def test_a_biased_forecast_is_put_right(bias: float) -> None:
     rng = np.random.default_rng(1)
@@ -90,6 +105,47 @@ def test_coverage_follows_when_the_traffic_changes() -> None:
     given = serve(TrackRecord(), forecast(), took)
     kept = np.array([b[FINISH, 1] >= t for (b, _), t in zip(given, took, strict=True)])
     assert kept[900:].mean() == pytest.approx(0.9, abs=0.03)
+
+
+def test_many_of_one_time_do_not_crowd_out_other_times() -> None:
+    """Requests that wait in one queue share their fate: a crowd is early or late together."""
+    kept = []
+    for seed in range(4):
+        rng, record = np.random.default_rng(seed), TrackRecord()
+        for number in range(40):
+            since, took = 1e4 * number, 10 * float(rng.lognormal(0, 0.5))
+            names = [f"{number}.{i}" for i in range(100)]
+            record.advance(since)
+            asked = replace(forecast().some(np.zeros(100, dtype=np.intp)), ids=names)
+            found = record.prospects(asked, since)
+            for name in names:
+                record.promised(name, since)
+            if number >= 5:
+                kept.append(found.times[:, FINISH, 1].mean() - since >= took)
+            record.advance(since + took)
+            for name in names:
+                record.finished(name, since + took)
+    assert np.mean(kept) >= 0.8
+
+
+def test_who_cannot_have_their_turn_in_time_are_told_before_the_first_is_late() -> None:
+    """A queue that grows slowly: the odds fall when the turn nears the limit, not when it passed.
+
+    Times are known to a hundredth, so nothing but the limit makes the outcome uncertain.
+    """
+    rng = np.random.default_rng(9)
+    record = TrackRecord()
+    said = []
+    for i in range(900):
+        finish = 1.0 + 0.02 * i
+        asked = forecast(finish, deadline=15.0, features=(np.log(finish), np.log(15.0 / finish)))
+        _, odds = promise(record, f"r{i}", asked, 100.0 * i)
+        took = 2 * finish * float(rng.lognormal(0, 0.01))
+        said.append((odds, took <= 15.0))
+        record.advance(100.0 * i + took)
+        record.finished(f"r{i}", 100.0 * i + took)
+    odds, true = np.array(said, dtype=float)[100:].T
+    assert np.mean((odds - true) ** 2) < 0.02
 
 
 def test_odds_come_true() -> None:
@@ -207,9 +263,9 @@ def test_whatever_was_learnt_promises_are_coherent(
     assert (np.diff(found.times, axis=2) >= 0).all()
     assert (found.times[:, START] <= found.times[:, FINISH]).all()
     assert 0 <= found.p_meet[0] <= 1
-    # More time, everything else alike, is no worse.
+    # With more time, everything else alike, the turn comes no less likely in time.
     later = record.prospects(replace(asked, deadline=asked.deadline * 2), now)
-    assert later.p_meet[0] >= found.p_meet[0] - 1e-9
+    assert later.in_turn[0] >= found.in_turn[0] - 1e-9
 
 
 def test_promises_to_who_is_being_answered_are_learnt_apart() -> None:

@@ -192,7 +192,7 @@ class Remembered:
             elif request_id in self._promised:
                 # It was asked about, and nothing was worth saying.
                 times[row] = self._promised[request_id]
-        return Prospects(times, p_meet, found.said)
+        return Prospects(times, p_meet, found.said, found.in_turn)
 
 
 def differences(record: Record, again: Any, *, by_another: bool = False) -> list[Difference]:

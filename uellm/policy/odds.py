@@ -25,18 +25,19 @@ class Odds:
 
     def corrected(self, share: Floats) -> Floats:
         """What comes true of what is said."""
-        found: Floats = 1.0 / (1.0 + np.exp(-self.bias - self.slope * _logit(share)))
+        found: Floats = 1.0 / (1.0 + np.exp(-self.bias - self.slope * logit(share)))
         return found
 
     def learn(self, said: float, came_true: bool) -> None:
         """Take in one outcome, by a step of gradient descent."""
-        logit = float(_logit(np.array([said]))[0])
-        error = came_true - 1.0 / (1.0 + np.exp(-self.bias - self.slope * logit))
+        before = float(logit(np.array([said]))[0])
+        error = came_true - 1.0 / (1.0 + np.exp(-self.bias - self.slope * before))
         self.bias += BIAS_RATE * error
-        self.slope = min(max(self.slope + SLOPE_RATE * error * logit, 0.2), 2.0)
+        self.slope = min(max(self.slope + SLOPE_RATE * error * before, 0.2), 2.0)
 
 
-def _logit(share: Floats) -> Floats:
+def logit(share: Floats) -> Floats:
+    """The logarithm of the odds; nothing is quite sure."""
     sure = np.clip(share, LEAST_SHARE, 1.0 - LEAST_SHARE)
-    logit: Floats = np.log(sure / (1.0 - sure))
-    return logit
+    found: Floats = np.log(sure / (1.0 - sure))
+    return found

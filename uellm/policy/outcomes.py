@@ -3,48 +3,52 @@
 The truth is compared with a forecast as the logarithm of their ratio. Of the latest requests a
 ridge regression explains what it can by the features; what is left, in units of the forecast's
 spread, is a distribution, in which those count most that resemble the one asked about: localised
-conformal prediction (Guan, 2023). Who was late is kept apart, for a deadline that is lost changes
-a request's place in the order: whether it is lost is one distribution, when it ends then another.
-Who has not ended yet counts as "later than now" (Kaplan and Meier, 1958).
+conformal prediction (Guan, 2023). There are two: of the time until a request's turn, which those
+that missed what they asked for only exceed, and of the time that these take, for a deadline that
+is lost changes a request's place in the order. Who has not ended yet counts as "later than now".
 """
 
-from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from uellm.policy import residuals
 from uellm.policy.columns import Flags, Floats
 from uellm.policy.forecast import FEATURES
+from uellm.policy.odds import logit
 from uellm.policy.prospects import Forecasts
+from uellm.policy.residuals import Residuals
+from uellm.policy.rows import Places
 
 START, FINISH = 0, 1
 SIZE = 512
 """Latest requests that are kept."""
 BANDWIDTH = 0.5
 """Of the kernel, in each feature: requests that differ by this factor's logarithm are alike."""
-LEVEL_RIDGE = 4.0
-"""How many requests the assumption counts as that a forecast is unbiased."""
-SLOPE_RIDGES = (16.0, 256.0)
-"""And that features explain nothing: of the punctual, and of the late, who are few and far off."""
+RIDGE, LATE_RIDGE = 16.0, 256.0
+"""How many requests the assumption counts as that features explain nothing: of the punctual, and
+of the late, who are few and far off."""
 REFIT = 16
-"""The regression is made anew after so many changes."""
+"""All is fitted anew after so many changes."""
 FEW = 64
 """With fewer requests than this, after each."""
 VAGUE = 8.0
 """How many requests count for ignorance at first, and ever less."""
-GUESSED = 0.5
-"""How many requests the forecast's own odds of being in time count as."""
-UNTAUGHT_SPREAD = 0.5
-"""Spread of the logarithm of a forecast's unknown bias, before the first outcome."""
-MOST_RESIDUAL = 8.0
-"""Farther off is as far: a forecast that was sure and wrong is not held against vague ones."""
+UNTAUGHT_SPREAD = 0.8
+"""Spread of the logarithm of a forecast's unknown bias, while nothing alike has an outcome."""
+UNSURE = (0.05, 0.85)
+"""A forecast by itself is never surer than this: nobody is refused on a guess, nor reassured."""
+THOUGHT = 0.5
+"""How far apart in logits odds may be to count as about the same."""
+GUESSED = 8.0
+"""How many requests the odds by the time until the turn count as."""
 _LEAST_SECONDS = 1e-6
+PUNCTUAL, LATE, IN_TURN = range(3)
 
 State = dict[str, npt.NDArray[Any]]
 """What was learnt, as arrays."""
-Indices = npt.NDArray[np.intp]
 
 _NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 16) for i in range(16)])
 PUNCTUAL_GUESS = 1.5 * _NORMAL
@@ -59,196 +63,181 @@ def features_of(forecasts: Forecasts) -> Floats:
     return scaled
 
 
+def limits_of(forecasts: Forecasts) -> Floats:
+    """Seconds until the first and the last token are needed, shape (requests, 2)."""
+    return np.column_stack([forecasts.ttft, forecasts.deadline])
+
+
 def late_reference(forecasts: Forecasts) -> Floats:
     """What the times of those that are late are compared with."""
-    limit = np.minimum(forecasts.ttft, forecasts.deadline)
+    limit = limits_of(forecasts).min(axis=1)
     reference: Floats = np.maximum(forecasts.drained, np.where(np.isfinite(limit), limit, 0.0))
     return reference
-
-
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """Residuals of one target, of the punctual or of the late, ascending.
-
-    Attributes:
-        rows: whose; one beyond the last is nobody's: a guess.
-        values: the residuals.
-        ended: known; the others exceed their value.
-        slopes: of the features.
-        middle: features at which they explain nothing.
-        least: features beyond which nothing is extrapolated.
-        most: likewise.
-    """
-
-    rows: Indices
-    values: Floats
-    ended: Flags
-    slopes: Floats
-    middle: Floats
-    least: Floats
-    most: Floats
-
-    def shift(self, features: Floats) -> Floats:
-        """What the features explain, by request."""
-        rows = np.column_stack([np.ones(len(features)), np.clip(features, self.least, self.most)])
-        shift: Floats = (rows - self.middle) @ self.slopes
-        return shift
-
-    def quantile(self, weights: Floats, levels: Floats) -> Floats:
-        """Residuals at levels; rows are those of the weights."""
-        weights = weights[:, self.rows]
-        if self.ended.all():
-            reached = np.cumsum(weights, axis=1)
-            cdf = (reached - weights / 2) / reached[:, -1:]
-        else:
-            at_risk = np.cumsum(weights[:, ::-1], axis=1)[:, ::-1]
-            stays = 1.0 - weights * self.ended / np.maximum(at_risk, 1e-300)
-            survival = np.cumprod(stays, axis=1)
-            before = np.column_stack([np.ones(len(survival)), survival[:, :-1]])
-            cdf = 1.0 - (survival + before) / 2
-        found = [self._at(cdf, level) for level in levels.T]
-        return np.column_stack(found)
-
-    def _at(self, cdf: Floats, levels: Floats) -> Floats:
-        above = np.clip((cdf < levels[:, None]).sum(axis=1), 1, len(self.values) - 1)
-        row = np.arange(len(levels))
-        low, high = cdf[row, above - 1], cdf[row, above]
-        share = np.clip((levels - low) / np.maximum(high - low, 1e-12), 0.0, 1.0)
-        values: Floats = self.values[above - 1] + share * (
-            self.values[above] - self.values[above - 1]
-        )
-        return values
 
 
 class Outcomes:
     """The latest requests of a kind; the oldest are overwritten.
 
     Args:
-        size: how many are kept.
+        hearing_seconds: how long after it happened something may be heard of.
 
     Attributes:
         seen: requests taken in.
     """
 
-    def __init__(self, size: int = SIZE) -> None:
-        self.size = size
+    def __init__(self, hearing_seconds: float = 0.0) -> None:
         self.seen = 0
-        self._features = np.zeros((size, FEATURES))
-        self._spread = np.ones((size, 2))
-        self._late = np.zeros(size, dtype=np.bool_)
-        self._judged = np.zeros(size, dtype=np.bool_)
-        self._since = np.zeros(size)
-        self._expected = np.ones((size, 2))
-        self._took = np.full((size, 2), np.nan)
+        self._hearing = hearing_seconds
+        self._features = np.zeros((SIZE, FEATURES))
+        self._spread = np.ones(SIZE)
+        self._expected = np.ones((2, SIZE, 2))
+        self._limit = np.full(SIZE, np.inf)
+        self._in_turn = np.zeros(SIZE)
+        self._since = np.zeros(SIZE)
+        self._late = np.zeros(SIZE, dtype=np.bool_)
+        self._judged = np.zeros(SIZE, dtype=np.bool_)
+        self._took = np.full((SIZE, 2), np.nan)
         # Seconds that it was watched for, if it will not be longer; else infinite.
-        self._watched = np.full(size, np.inf)
-        self._fits: list[list[_Fit]] = []
+        self._watched = np.full(SIZE, np.inf)
+        self._fits: list[list[Residuals]] = []
         self._changes = REFIT
 
     @property
     def kept(self) -> int:
         """How many are kept."""
-        return min(self.seen, self.size)
+        return min(self.seen, SIZE)
 
-    def add(self, forecast: Forecasts, since: float, *, late: bool, judged: bool = True) -> int:
+    def add(
+        self,
+        forecast: Forecasts,
+        in_turn: float,
+        since: float,
+        *,
+        late: bool,
+        judged: bool = True,
+    ) -> int:
         """Take in a request; returns its number, for ``learn``.
 
         Args:
             forecast: of it alone.
+            in_turn: its probability of being in time by that alone; see ``in_turn``.
             since: when that was made.
             late: it missed what it asked for.
             judged: that is known.
         """
-        place = self.seen % self.size
+        place = self.seen % SIZE
         self._features[place] = features_of(forecast)[0]
-        self._late[place], self._judged[place] = late, judged
+        self._spread[place] = forecast.spread[0]
+        self._expected[0, place] = forecast.start[0], forecast.finish[0]
+        self._expected[1, place] = late_reference(forecast)[0]
+        self._limit[place] = limits_of(forecast)[0].min()
+        self._in_turn[place] = logit(np.array([in_turn]))[0]
         self._since[place] = since
-        if late:
-            self._spread[place] = 1.0
-            self._expected[place] = late_reference(forecast)[0]
-        else:
-            self._spread[place] = 1.0, forecast.spread[0]
-            self._expected[place] = forecast.start[0], forecast.finish[0]
-        self._took[place] = np.nan
-        self._watched[place] = np.inf
+        self._late[place], self._judged[place] = late, judged
+        self._took[place], self._watched[place] = np.nan, np.inf
         self.seen += 1
         self._changes += 1
         return self.seen - 1
 
     def learn(self, number: int, target: int, seconds: float) -> None:
         """A request's first or last token came after so many seconds."""
-        if self.seen - number <= self.size:
-            self._took[number % self.size, target] = max(seconds, _LEAST_SECONDS)
+        if self.seen - number <= SIZE:
+            self._took[number % SIZE, target] = max(seconds, _LEAST_SECONDS)
             self._changes += 1
 
     def lose(self, number: int, seconds: float) -> None:
         """No more will be heard of a request that was watched for so many seconds."""
-        if self.seen - number <= self.size:
-            self._watched[number % self.size] = max(seconds, _LEAST_SECONDS)
+        if self.seen - number <= SIZE:
+            self._watched[number % SIZE] = max(seconds, _LEAST_SECONDS)
 
     # ---- keeping -------------------------------------------------------------------------------
 
     def state(self) -> State:
         """What became of those that ended or will be late; of the others nothing is known."""
-        rows = np.arange(self.seen - self.kept, self.seen) % self.size
-        rows = rows[~np.isnan(self._took[rows, FINISH]) | np.isfinite(self._watched[rows])]
+        rows = self._by_age()
+        known = ~np.isnan(self._took[rows, FINISH]) | np.isfinite(self._watched[rows])
+        rows = rows[known]
+        single = np.float32
         return {
-            "features": self._features[rows].astype(np.float32),
-            "spread": self._spread[rows].astype(np.float32),
-            "expected": self._expected[rows].astype(np.float32),
-            "took": self._took[rows].astype(np.float32),
-            "watched": self._watched[rows].astype(np.float32),
+            "features": self._features[rows].astype(single),
+            "spread": self._spread[rows].astype(single),
+            "expected": self._expected[:, rows].astype(single),
+            "limit": self._limit[rows].astype(single),
+            "in_turn": self._in_turn[rows].astype(single),
+            "took": self._took[rows].astype(single),
+            "watched": self._watched[rows].astype(single),
             "late": self._late[rows],
             "judged": self._judged[rows],
         }
 
-    @classmethod
-    def of(cls, state: State) -> "Outcomes":
-        """Those that were kept.
+    def load(self, state: State) -> None:
+        """Go on from those that were kept; the first thing that is done.
 
         Raises:
             KeyError: if something is missing.
             ValueError: if something has another shape.
         """
-        outcomes = cls()
         count = len(state["late"])
         rows = slice(0, count)
-        if count > outcomes.size:
-            raise ValueError(f"{count} outcomes, and {outcomes.size} are kept")
-        outcomes._features[rows] = state["features"]
-        outcomes._spread[rows] = state["spread"]
-        outcomes._expected[rows] = state["expected"]
-        outcomes._took[rows] = state["took"]
-        outcomes._watched[rows] = state["watched"]
-        outcomes._late[rows] = state["late"]
-        outcomes._judged[rows] = state["judged"]
-        outcomes.seen = count
-        return outcomes
+        if count > SIZE:
+            raise ValueError(f"{count} outcomes, and {SIZE} are kept")
+        self._features[rows] = state["features"]
+        self._spread[rows] = state["spread"]
+        self._expected[:, rows] = state["expected"]
+        self._limit[rows] = state["limit"]
+        self._in_turn[rows] = state["in_turn"]
+        self._took[rows] = state["took"]
+        self._watched[rows] = state["watched"]
+        self._late[rows] = state["late"]
+        self._judged[rows] = state["judged"]
+        self._since[rows] = -np.inf
+        self.seen = count
 
     # ---- asking --------------------------------------------------------------------------------
 
     def weights(self, forecasts: Forecasts) -> Floats:
         """How much each request kept counts for each asked about, and at last a guess."""
         kept = self.kept
-        guess = np.full((len(forecasts), 1), VAGUE / (1 + kept / 32) / len(_NORMAL))
-        if not kept:
-            return guess
         asked, known = features_of(forecasts), self._features[:kept]
-        distance = (asked**2).sum(axis=1)[:, None] + (known**2).sum(axis=1) - 2 * asked @ known.T
-        # The nearest counts fully, however far it is: there is none better.
-        distance -= distance.min(axis=1, keepdims=True)
-        return np.column_stack([np.exp(-0.5 * distance), guess])
+        weights = np.empty((len(forecasts), kept + 1))
+        near = asked @ known.T
+        near -= (known**2).sum(axis=1) / 2
+        near -= (asked**2).sum(axis=1)[:, None] / 2
+        np.exp(near, out=weights[:, :-1])
+        weights[:, -1] = VAGUE / (1 + kept / 32) / len(_NORMAL)
+        return weights
 
-    def punctual_share(self, weights: Floats, guess: Floats) -> Floats:
-        """Probability of being in time.
+    def in_turn(self, forecasts: Forecasts, weights: Floats, now: float) -> Floats:
+        """Probability of being in time, by the time until a request's turn.
+
+        Args:
+            forecasts: of the requests.
+            weights: see ``weights``.
+            now: in seconds.
+        """
+        share = np.ones(len(forecasts))
+        for target, limit in enumerate(limits_of(forecasts).T):
+            if np.isfinite(limit).any():
+                fit = self._fitted(now)[target][IN_TURN]
+                expected, spread = self._expected_of(forecasts, weights, IN_TURN, target)
+                values = np.log(np.maximum(limit, _LEAST_SECONDS) / expected)
+                values = (values - fit.shift(features_of(forecasts))) / spread
+                share = np.minimum(share, fit.among(weights).share_below(values))
+        return share
+
+    def punctual_share(self, weights: Floats, in_turn: Floats, now: float) -> Floats:
+        """Probability of being in time, by those alike, of whom about the same was thought.
 
         Args:
             weights: see ``weights``.
-            guess: the forecast's own.
+            in_turn: see ``in_turn``.
+            now: in seconds.
         """
-        weights = weights[:, :-1] * self._judged[: self.kept]
-        punctual = (weights * ~self._late[: self.kept]).sum(axis=1)
-        share: Floats = (punctual + GUESSED * guess) / (weights.sum(axis=1) + GUESSED)
+        settled = np.flatnonzero(self._settled(now))
+        apart = (logit(in_turn)[:, None] - self._in_turn[settled]) / THOUGHT
+        among = weights[:, settled] * np.exp(-0.5 * apart * apart)
+        guess = GUESSED * np.minimum(np.maximum(in_turn, UNSURE[0]), UNSURE[1])
+        share: Floats = (among @ ~self._late[settled] + guess) / (among.sum(axis=1) + GUESSED)
         return share
 
     def seconds(
@@ -271,76 +260,72 @@ class Outcomes:
             now: in seconds.
             late: of those that are late; otherwise of those that are in time.
         """
-        fit = self._fitted(now)[target][late]
-        shift = fit.shift(features_of(forecasts))[:, None]
-        values = fit.quantile(weights, levels)
-        if late:
-            late_seconds: Floats = late_reference(forecasts)[:, None] * np.exp(shift + values)
-            return late_seconds
+        which = LATE if late else PUNCTUAL
+        fit = self._fitted(now)[target][which]
+        expected, spread = self._expected_of(forecasts, weights, which, target)
+        values = fit.shift(features_of(forecasts))[:, None]
+        values = values + spread[:, None] * fit.among(weights).quantile(levels)
+        seconds: Floats = expected[:, None] * np.exp(values)
+        return seconds
+
+    def _expected_of(
+        self, forecasts: Forecasts, weights: Floats, which: int, target: int
+    ) -> tuple[Floats, Floats]:
+        """What seconds are compared with, and the unit of what is left."""
+        if which == LATE:
+            return late_reference(forecasts), np.ones(len(forecasts))
         expected = forecasts.start if target == START else forecasts.finish
         spread = np.ones(len(forecasts)) if target == START else forecasts.spread
-        spread = np.hypot(spread, UNTAUGHT_SPREAD / np.sqrt(1.0 + self.kept**2 / 8))
-        seconds: Floats = expected[:, None] * np.exp(shift + spread[:, None] * values)
-        return seconds
+        alike = weights[:, :-1].sum(axis=1)
+        return expected, np.hypot(spread, UNTAUGHT_SPREAD / np.sqrt(1.0 + alike**2 / 8))
 
     # ---- fitting -------------------------------------------------------------------------------
 
-    def _fitted(self, now: float) -> list[list[_Fit]]:
-        """By target: of the punctual, of the late."""
+    def _by_age(self) -> Places:
+        """Places, the oldest first."""
+        return np.arange(self.seen - self.kept, self.seen) % SIZE
+
+    def _settled(self, now: float) -> Flags:
+        """Those of which is known whether they were late, and would be either way."""
+        kept = self.kept
+        over = self._since[:kept] + self._limit[:kept] + self._hearing <= now
+        settled: Flags = self._judged[:kept] & over
+        return settled
+
+    def _fitted(self, now: float) -> list[list[Residuals]]:
+        """By target: of the punctual, of the late, of the time until the turn."""
         if not self._fits or self._changes >= (REFIT if self.seen >= FEW else 1):
             self._fits = [
-                [self._fit(target, late, now) for late in (False, True)]
+                [self._fit(target, which, now) for which in (PUNCTUAL, LATE, IN_TURN)]
                 for target in (START, FINISH)
             ]
             self._changes = 0
         return self._fits
 
-    def _fit(self, target: int, late: bool, now: float) -> _Fit:
-        kept = self.kept
-        took = self._took[:kept, target]
+    def _fit(self, target: int, which: int, now: float) -> Residuals:
+        took, late = self._took[:, target], self._late
         known = ~np.isnan(took)
-        watched = np.minimum(now - self._since[:kept], self._watched[:kept])
-        # Of who is in time, only what was cancelled is not known; it is late who goes on.
-        of_mode = self._late[:kept] == late
-        waits = of_mode & ~known & (watched > 0)
-        if not late:
-            waits &= np.isfinite(self._watched[:kept])
-        rows = np.flatnonzero((of_mode & known) | waits)
-        ended = known[rows]
+        watched = np.minimum(now - self._since - self._hearing, self._watched)
+        lost = np.isfinite(self._watched)
+        if which == LATE:
+            ended, waits = known & late, ~known & late
+        else:
+            ended, waits = known & ~late & self._judged, ~known & ~late & lost
+        if which == IN_TURN:
+            # Who is late would have had his turn after what he asked for.
+            waits, watched = waits | late, np.where(late, self._limit, watched)
+        rows = self._by_age()
+        rows = rows[(ended | (waits & (watched > 0)))[rows]]
+        ended = ended[rows]
         seconds = np.where(ended, took[rows], np.maximum(watched[rows], _LEAST_SECONDS))
-        values = np.log(seconds / self._expected[rows, target])
-        features = np.column_stack([np.ones(len(rows)), self._features[rows]])
-        spread = self._spread[rows, target]
-        middle, slopes = _ridge(features[ended], values[ended], spread[ended], SLOPE_RIDGES[late])
-        residuals = (values - (features - middle) @ slopes) / spread
-        residuals = np.clip(residuals, -MOST_RESIDUAL, MOST_RESIDUAL)
-        guess = LATE_GUESS if late else PUNCTUAL_GUESS
-        residuals = np.concatenate([residuals, guess])
-        order = np.argsort(residuals, kind="stable")
-        plain = features[ended][:, 1:]
-        return _Fit(
-            rows=np.concatenate([rows, np.full(len(guess), kept)])[order],
-            values=residuals[order],
-            ended=np.concatenate([ended, np.ones(len(guess), dtype=np.bool_)])[order],
-            slopes=slopes,
-            middle=middle,
-            least=plain.min(axis=0, initial=np.inf) if len(plain) else np.zeros(FEATURES),
-            most=plain.max(axis=0, initial=-np.inf) if len(plain) else np.zeros(FEATURES),
+        expected = self._expected[int(which == LATE), rows, target]
+        spread = self._spread[rows] if which != LATE and target == FINISH else np.ones(len(rows))
+        return residuals.fit(
+            rows,
+            self._features[rows],
+            np.log(seconds / expected),
+            ended,
+            spread,
+            guess=LATE_GUESS if which == LATE else PUNCTUAL_GUESS,
+            ridge=LATE_RIDGE if which == LATE else RIDGE,
         )
-
-
-def _ridge(features: Floats, values: Floats, spread: Floats, ridge: float) -> tuple[Floats, Floats]:
-    """Where features explain nothing, and their slopes; the first is constant."""
-    width = FEATURES + 1
-    if not len(values):
-        return np.zeros(width), np.zeros(width)
-    middle = features.mean(axis=0)
-    middle[0] = 0.0
-    centred = features - middle
-    weights = 1.0 / spread**2
-    weights = weights / weights.mean()
-    weighted = centred * weights[:, None]
-    penalty = np.full(width, ridge)
-    penalty[0] = LEVEL_RIDGE
-    slopes = np.linalg.solve(weighted.T @ centred + np.diag(penalty), weighted.T @ values)
-    return middle, slopes

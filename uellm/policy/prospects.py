@@ -58,8 +58,10 @@ class Prospects:
         times: of the first and the last token, at each of ``LEVELS``: shape (requests, 2, 2).
         p_meet: probability of being in time; nan where nothing is asked.
         said: the same before the track record of such probabilities corrected it.
+        in_turn: the same if the policy's order were kept.
     """
 
     times: Floats
     p_meet: Floats
     said: Floats
+    in_turn: Floats

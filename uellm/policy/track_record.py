@@ -16,7 +16,7 @@ import numpy as np
 
 from uellm.policy.columns import Floats
 from uellm.policy.odds import Odds
-from uellm.policy.outcomes import FEW, FINISH, PUNCTUAL_GUESS, START, Outcomes, State
+from uellm.policy.outcomes import FEW, FINISH, START, Outcomes, State, limits_of
 from uellm.policy.prospects import Forecasts, Prospects
 
 LEVELS = (0.5, 0.9)
@@ -25,13 +25,23 @@ RATE = 0.02
 """By how much of an error a level is moved."""
 LAG = 0.3
 """The same, for all promises together that are still open: faster, and it would swing."""
-LEAST_LEVEL, MOST_LEVEL = 0.02, 0.995
-UNSURE = 0.05
-"""A forecast by itself is never surer than this, for nobody is refused on a guess."""
+LEAST_LEVEL, MOST_LEVEL = 0.02, 1.3
+FARTHEST = 0.995
+"""The last level that outcomes tell; from there on ..."""
+STRETCH = 2.0
+"""... the time beyond the median grows by so many times what a level has too much."""
+PER_LIFE = 32
+"""Of the requests that are under way at once, about so many are learnt from: what happens to one
+happens to those beside it, and many of one time crowd out what happened at other times."""
 SURE_LEVEL = 0.985
 """From here on a level is taken by its word."""
 MOST_OPEN = 65_536
 """Promises that are followed at once; more are not learnt from."""
+AT_ONCE = 32
+"""So many are asked about together: what is computed of them stays in a core's cache."""
+TICK = 1e-3
+"""Seconds that a promise may be late and is kept: clocks tell no less."""
+_EVERY_KIND = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +52,13 @@ class _Basis:
         forecast: of it alone.
         times: a row of ``Prospects.times``.
         said: likewise.
+        in_turn: likewise.
     """
 
     forecast: Forecasts
     times: Floats
     said: float
+    in_turn: float
 
 
 @dataclass(slots=True)
@@ -56,15 +68,18 @@ class _Open:
     Attributes:
         basis: what it rests on.
         since: when it was made.
-        number: its place among the outcomes, once it is known whether it is in time; else -1.
+        followed: the outcomes that it will be among: of its kind, and of all.
+        places: its number among them, once it is known whether it is in time.
+        filed: that is known.
         first: seconds until its first token; nan: not heard of.
         judged: by target and level: whether it was kept is known.
     """
 
     basis: _Basis
     since: float
-    number: int = -1
-    everywhere: int = -1
+    followed: list[Outcomes]
+    places: list[tuple[Outcomes, int]] = field(default_factory=list)
+    filed: bool = False
     first: float = nan
     judged: list[list[bool]] = field(default_factory=lambda: [[False] * 2, [False] * 2])
 
@@ -91,12 +106,14 @@ class TrackRecord:
         self._hearing = hearing_seconds
         self._targets = (START, FINISH) if hears_first_tokens else (FINISH,)
         self._kinds: dict[int, Outcomes] = {}
-        self._all = Outcomes()
+        self._all = Outcomes(hearing_seconds)
         self._levels: dict[int, Floats] = {}
         self._odds: dict[int, Odds] = {}
         self._open: dict[str, _Open] = {}
         self._asked: dict[str, tuple[Forecasts, Prospects, int]] = {}
         self._unjudged: dict[int, int] = {}
+        self._under_way: dict[int, int] = {}
+        self._turn: dict[int, float] = {}
         self._due: list[tuple[float, int, str, int, int]] = []
         self._numbers = count()
 
@@ -105,12 +122,15 @@ class TrackRecord:
     def prospects(self, forecasts: Forecasts, now: float) -> Prospects:
         """What can be promised."""
         times = np.zeros((len(forecasts), 2, len(LEVELS)))
-        p_meet, said = np.full((2, len(forecasts)), nan)
+        p_meet, said, in_turn = np.full((3, len(forecasts)), nan)
         for kind in np.unique(forecasts.kind):
-            rows = np.flatnonzero(forecasts.kind == kind)
-            found = self._of_kind(int(kind), forecasts.some(rows), now)
-            times[rows], p_meet[rows], said[rows] = found.times, found.p_meet, found.said
-        found = Prospects(times, p_meet, said)
+            alike = np.flatnonzero(forecasts.kind == kind)
+            for start in range(0, len(alike), AT_ONCE):
+                rows = alike[start : start + AT_ONCE]
+                found = self._of_kind(int(kind), forecasts.some(rows), now)
+                times[rows], p_meet[rows] = found.times, found.p_meet
+                said[rows], in_turn[rows] = found.said, found.in_turn
+        found = Prospects(times, p_meet, said, in_turn)
         self._asked |= {name: (forecasts, found, row) for row, name in enumerate(forecasts.ids)}
         return found
 
@@ -120,44 +140,21 @@ class TrackRecord:
             outcomes = self._all
         levels = self._levels.get(kind, _as_promised())
         weights = outcomes.weights(forecasts)
-        asked = np.minimum(forecasts.ttft, forecasts.deadline) < inf
-        punctual = said = np.ones(len(forecasts))
+        asked = np.isfinite(limits_of(forecasts)).any(axis=1)
+        punctual = said = in_turn = np.ones(len(forecasts))
         if asked.any():
-            said = outcomes.punctual_share(weights, _guess(forecasts))
+            in_turn = outcomes.in_turn(forecasts, weights, now)
+            said = outcomes.punctual_share(weights, in_turn, now)
             punctual = np.where(asked, self._odds.get(kind, Odds()).corrected(said), 1.0)
-        seconds = np.zeros((len(forecasts), 2, len(LEVELS)))
-        for target in (START, FINISH):
-            limit = forecasts.ttft if target == START else forecasts.deadline
-            other = forecasts.deadline if target == START else forecasts.ttft
-            # Who is late missed this limit, if it is the only one.
-            floor = np.where(np.isfinite(other) | ~np.isfinite(limit), 0.0, limit)
-            wanted = _wanted(levels[target], punctual)
-            sure = punctual[:, None]
-            found = outcomes.seconds(
-                forecasts,
-                weights,
-                target,
-                np.minimum(wanted / np.maximum(sure, 1e-9), 1.0),
-                now,
-                late=False,
-            )
-            latest = np.maximum(np.minimum(limit, forecasts.deadline), 0.0)
-            found = np.minimum(found, latest[:, None])
-            beyond = wanted > sure
-            if beyond.any():
-                late = outcomes.seconds(
-                    forecasts,
-                    weights,
-                    target,
-                    np.clip((wanted - sure) / np.maximum(1 - sure, 1e-9), 0.0, 1.0),
-                    now,
-                    late=True,
-                )
-                found = np.where(beyond, np.maximum(late, floor[:, None]), found)
-            seconds[:, target] = found
-        seconds = np.maximum.accumulate(seconds, axis=2)
-        seconds[:, START] = np.minimum(seconds[:, START], seconds[:, FINISH])
-        return Prospects(now + seconds, np.where(asked, punctual, nan), said)
+        times = np.stack(
+            [
+                _times(outcomes, forecasts, weights, target, levels[target], punctual, now)
+                for target in (START, FINISH)
+            ],
+            axis=1,
+        )
+        times[:, START] = np.minimum(times[:, START], times[:, FINISH])
+        return Prospects(now + times, np.where(asked, punctual, nan), said, in_turn)
 
     def levels(self, kind: int) -> Floats:
         """Where the levels of a kind stand now: by target and level, as in ``LEVELS``."""
@@ -172,14 +169,18 @@ class TrackRecord:
             return
         forecasts, found, row = asked
         basis = _Basis(
-            forecasts.some(np.array([row])), found.times[row].copy(), float(found.said[row])
+            forecasts.some(np.array([row])),
+            found.times[row].copy(),
+            float(found.said[row]),
+            float(found.in_turn[row]),
         )
-        entry = self._open[request_id] = _Open(basis, now)
-        forecast = basis.forecast
-        self._unjudged[entry.kind] = self._unjudged.get(entry.kind, 0) + 1
-        self._levels.setdefault(entry.kind, _as_promised())
-        self._odds.setdefault(entry.kind, Odds())
-        self._kinds.setdefault(entry.kind, Outcomes())
+        forecast, kind = basis.forecast, int(basis.forecast.kind[0])
+        self._kinds.setdefault(kind, Outcomes(self._hearing))
+        self._levels.setdefault(kind, _as_promised())
+        self._odds.setdefault(kind, Odds())
+        self._unjudged[kind] = self._unjudged.get(kind, 0) + 1
+        self._under_way[kind] = self._under_way.get(kind, 0) + 1
+        self._open[request_id] = _Open(basis, now, self._followed(kind))
         for target in self._targets:
             limit = float((forecast.ttft if target == START else forecast.deadline)[0])
             if limit < inf:
@@ -187,8 +188,26 @@ class TrackRecord:
             for place in range(len(LEVELS)):
                 self._expect(float(basis.times[target, place]), request_id, target, place)
 
+    def _followed(self, kind: int) -> list[Outcomes]:
+        """What a request of a kind is learnt by."""
+        pools = (
+            (kind, self._kinds[kind], self._under_way[kind]),
+            (
+                _EVERY_KIND,
+                self._all,
+                len(self._open) + 1,
+            ),
+        )
+        followed = []
+        for name, outcomes, under_way in pools:
+            turn = self._turn.get(name, 1.0) + min(1.0, PER_LIFE / under_way)
+            if turn >= 1.0:
+                followed.append(outcomes)
+            self._turn[name] = turn % 1.0
+        return followed
+
     def _expect(self, at: float, request_id: str, target: int, place: int) -> None:
-        at += self._hearing
+        at += self._hearing + TICK
         heapq.heappush(self._due, (at, next(self._numbers), request_id, target, place))
 
     def advance(self, now: float) -> None:
@@ -201,7 +220,7 @@ class TrackRecord:
                 continue
             if place >= 0:
                 self._judge(entry, target, place, kept=False)
-            elif entry.number < 0:
+            elif not entry.filed:
                 self._file(entry, late=True)
 
     def first_token(self, request_id: str, at: float) -> None:
@@ -211,10 +230,10 @@ class TrackRecord:
             return
         entry.first = max(at - entry.since, 0.0)
         self._judge_all(entry, START, at)
-        if entry.number < 0 and entry.first > entry.forecast.ttft[0]:
-            self._file(entry, late=True)
-        elif entry.number >= 0:
+        if entry.filed:
             self._learn(entry, START, entry.first)
+        elif entry.first > entry.forecast.ttft[0]:
+            self._file(entry, late=True)
 
     def finished(self, request_id: str, at: float) -> None:
         """A request's last token came."""
@@ -223,7 +242,7 @@ class TrackRecord:
             return
         took = max(at - entry.since, 0.0)
         self._judge_all(entry, FINISH, at)
-        if entry.number < 0:
+        if not entry.filed:
             self._file(entry, late=took > entry.forecast.deadline[0])
         self._learn(entry, FINISH, took)
         self._close(entry)
@@ -233,38 +252,38 @@ class TrackRecord:
         entry = self._open.pop(request_id, None)
         if entry is None:
             return
-        if entry.number < 0:
+        if not entry.filed:
             self._file(entry, late=late, judged=late)
-        for outcomes, number in self._places(entry):
+        for outcomes, number in entry.places:
             outcomes.lose(number, at - entry.since)
         self._close(entry)
 
     def _close(self, entry: _Open) -> None:
+        self._under_way[entry.kind] -= 1
         if not entry.judged[FINISH][-1]:
             entry.judged[FINISH][-1] = True
             self._unjudged[entry.kind] -= 1
 
     def _file(self, entry: _Open, *, late: bool, judged: bool = True) -> None:
         """Whether a request is in time is known."""
-        if judged and min(entry.forecast.ttft[0], entry.forecast.deadline[0]) < inf:
-            self._odds[entry.kind].learn(entry.basis.said, not late)
-        entry.number = self._kinds[entry.kind].add(
-            entry.forecast, entry.since, late=late, judged=judged
-        )
-        entry.everywhere = self._all.add(entry.forecast, entry.since, late=late, judged=judged)
+        basis, forecast = entry.basis, entry.forecast
+        if judged and min(forecast.ttft[0], forecast.deadline[0]) < inf:
+            self._odds[entry.kind].learn(basis.said, not late)
+        entry.filed = True
+        entry.places = [
+            (each, each.add(forecast, basis.in_turn, entry.since, late=late, judged=judged))
+            for each in entry.followed
+        ]
         if entry.first == entry.first:
             self._learn(entry, START, entry.first)
 
-    def _places(self, entry: _Open) -> tuple[tuple[Outcomes, int], tuple[Outcomes, int]]:
-        return (self._kinds[entry.kind], entry.number), (self._all, entry.everywhere)
-
     def _learn(self, entry: _Open, target: int, seconds: float) -> None:
-        for outcomes, number in self._places(entry):
+        for outcomes, number in entry.places:
             outcomes.learn(number, target, seconds)
 
     def _judge_all(self, entry: _Open, target: int, at: float) -> None:
         for place in range(len(LEVELS)):
-            self._judge(entry, target, place, kept=at <= entry.basis.times[target, place])
+            self._judge(entry, target, place, kept=at <= entry.basis.times[target, place] + TICK)
 
     def _judge(self, entry: _Open, target: int, place: int, *, kept: bool) -> None:
         """Move a level by whether it was kept."""
@@ -303,8 +322,11 @@ class TrackRecord:
         """
         try:
             kinds = [int(kind) for kind in state["kinds"]]
-            known = {kind: Outcomes.of(_part(state, str(kind))) for kind in kinds}
-            everything = Outcomes.of(_part(state, "all"))
+            known = {kind: Outcomes(self._hearing) for kind in kinds}
+            for kind, outcomes in known.items():
+                outcomes.load(_part(state, str(kind)))
+            everything = Outcomes(self._hearing)
+            everything.load(_part(state, "all"))
             levels = {
                 kind: np.array(state["levels"][i], dtype=np.float64).reshape(2, len(LEVELS))
                 for i, kind in enumerate(kinds)
@@ -322,6 +344,34 @@ def _part(state: State, name: str) -> State:
     }
 
 
+def _times(
+    outcomes: Outcomes,
+    forecasts: Forecasts,
+    weights: Floats,
+    target: int,
+    levels: Floats,
+    punctual: Floats,
+    now: float,
+) -> Floats:
+    """Seconds at ``LEVELS``, of those that will be in time and those that will not together."""
+    limit, other = limits_of(forecasts).T[:: 1 if target == START else -1]
+    wanted, sure = _wanted(np.minimum(levels, FARTHEST), punctual), punctual[:, None]
+    share = np.minimum(wanted / np.maximum(sure, 1e-9), 1.0)
+    found = outcomes.seconds(forecasts, weights, target, share, now, late=False)
+    latest = np.maximum(np.minimum(limit, forecasts.deadline), 0.0)
+    found = np.minimum(found, latest[:, None])
+    beyond = wanted > sure
+    if beyond.any():
+        share = np.clip((wanted - sure) / np.maximum(1 - sure, 1e-9), 0.0, 1.0)
+        late = outcomes.seconds(forecasts, weights, target, share, now, late=True)
+        # Who is late missed this limit, if it is the only one.
+        floor = np.where(np.isfinite(other) | ~np.isfinite(limit), 0.0, limit)
+        found = np.where(beyond, np.maximum(late, floor[:, None]), found)
+    found = np.maximum.accumulate(found, axis=1)
+    farther = STRETCH * np.maximum(levels - FARTHEST, 0.0)
+    return found + farther * (found - found[:, :1])
+
+
 def _wanted(levels: Floats, punctual: Floats) -> Floats:
     """The levels that are asked for, by request.
 
@@ -337,18 +387,3 @@ def _wanted(levels: Floats, punctual: Floats) -> Floats:
 
 def _as_promised() -> Floats:
     return np.array([LEVELS, LEVELS])
-
-
-def _guess(forecasts: Forecasts) -> Floats:
-    """Probability of being in time by the forecast alone."""
-    odds = [
-        (
-            np.log(np.maximum(limit, 1e-6) / expected)[:, None] / spread[:, None] >= PUNCTUAL_GUESS
-        ).mean(axis=1)
-        for limit, expected, spread in (
-            (forecasts.ttft, forecasts.start, np.ones(len(forecasts))),
-            (forecasts.deadline, forecasts.finish, forecasts.spread),
-        )
-    ]
-    guess: Floats = np.clip(np.minimum(*odds), UNSURE, 1.0 - UNSURE)
-    return guess

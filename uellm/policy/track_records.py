@@ -42,10 +42,11 @@ class TrackRecords:
             some = replace(some, kind=some.kind % BEGUN)
             parts.append((rows, record.prospects(some, now)))
         times = np.empty((len(forecasts), 2, 2))
-        p_meet, said = np.empty((2, len(forecasts)))
+        p_meet, said, in_turn = np.empty((3, len(forecasts)))
         for rows, found in parts:
-            times[rows], p_meet[rows], said[rows] = found.times, found.p_meet, found.said
-        return Prospects(times, p_meet, said)
+            times[rows], p_meet[rows] = found.times, found.p_meet
+            said[rows], in_turn[rows] = found.said, found.in_turn
+        return Prospects(times, p_meet, said, in_turn)
 
     def promised(self, request_id: str, now: float) -> None:
         """A request was given its first promise, as it was last asked for."""

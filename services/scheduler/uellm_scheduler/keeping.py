@@ -26,21 +26,32 @@ _log = logs.logger("keeping")
 class Keeping:
     """The track record of one model's promises, and its way to Redis and back.
 
+    There is one for each policy that was in force: what became of promises under one says little
+    of another's. That of the present one is handed on.
+
     Args:
         queue: the model's.
+        policy: name of the policy in force.
 
     Attributes:
-        record: what was learnt of promises.
+        record: what was learnt of promises under the policy in force.
         admissions: what was learnt of those that would rather be refused than late.
     """
 
-    def __init__(self, queue: SchedulerQueue) -> None:
+    def __init__(self, queue: SchedulerQueue, policy: str) -> None:
         self.record = TrackRecords(HEARING_SECONDS)
+        self._records = {policy: self.record}
         self.admissions = Admissions(HEARING_SECONDS)
         self._queue = queue
         self._saving = Timer(SAVE_SECONDS)
         self._changed = False
         self._loaded = False
+
+    def under(self, policy: str) -> None:
+        """Go on under a policy of that name."""
+        if policy not in self._records:
+            self._records[policy] = TrackRecords(HEARING_SECONDS)
+        self.record = self._records[policy]
 
     async def load(self) -> None:
         """Go on from what the owner before kept; what cannot be read is learnt anew."""
@@ -65,11 +76,13 @@ class Keeping:
             if event.first_token_ms:
                 self._began(event.request_id, event.first_token_ms / 1000)
             if event.finish_reason in ANSWERED:
-                self.record.finished(event.request_id, at)
+                for record in self._records.values():
+                    record.finished(event.request_id, at)
                 self.admissions.finished(event.request_id, at)
             else:
                 late = event.finish_reason == common_pb2.FINISH_REASON_EXPIRED
-                self.record.gone(event.request_id, at, late=late)
+                for record in self._records.values():
+                    record.gone(event.request_id, at, late=late)
                 self.admissions.gone(event.request_id, late=late)
             self._changed = True
 
@@ -84,7 +97,8 @@ class Keeping:
         self.admissions.advance(now)
 
     def _began(self, request_id: str, at: float) -> None:
-        self.record.first_token(request_id, at)
+        for record in self._records.values():
+            record.first_token(request_id, at)
         self.admissions.began({request_id: at})
 
     def began(self, answered: Mapping[str, Answered]) -> None:

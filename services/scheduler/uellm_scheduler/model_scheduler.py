@@ -81,7 +81,7 @@ class ModelScheduler:
         self._queue = queue
         self.in_force = PolicyInForce(settings)
         self._recorder = Recorder(DecisionLog(context.redis, queue.model), settings)
-        self._keeping = Keeping(queue)
+        self._keeping = Keeping(queue, self.in_force.policy.name)
         self._meter = Meter(settings.load_window_seconds)
         self._saying = Timer(LOAD_SECONDS)
         self._inbox: Inbox | None = None
@@ -121,6 +121,7 @@ class ModelScheduler:
         self._meter.arrived(
             sorted((each.view for each in everybody), key=lambda view: view.slo.accepted_at)
         )
+        self._decide_by(await self._queue.policy())
         await self._keeping.load()
         book = self.book
         inbox = self._inbox = Inbox(self._queue, consumer, place)
@@ -149,7 +150,7 @@ class ModelScheduler:
                 await self._keeping.save()
                 await self._say_load()
                 if upkeep.reaping.seconds_left == 0:
-                    self.in_force.follow(await self._queue.policy())
+                    self._decide_by(await self._queue.policy())
                 await upkeep.tend(self._context.clock.now())
                 if await self._read_routes(inbox):
                     upkeep.reaping.hasten()
@@ -160,6 +161,11 @@ class ModelScheduler:
                 progressed = await self._follow()
                 if book.waiting or book.unpromised() or progressed:
                     await self._decide(effects, inbox)
+
+    def _decide_by(self, record: common_pb2.ModelPolicy | None) -> None:
+        """Take on the policy that was chosen, and what is known of its promises."""
+        self.in_force.follow(record)
+        self._keeping.under(self.in_force.policy.name)
 
     def _pause(self, upkeep: Upkeep) -> float:
         seconds = min(upkeep.reaping.seconds_left, self._saying.seconds_left)
@@ -307,7 +313,7 @@ class ModelScheduler:
             check_class_defaults(record)
         await self._queue.set_policy(record)
         previous = self.in_force.policy.name
-        self.in_force.follow(record)
+        self._decide_by(record)
         if self._inbox is not None:
             self._inbox.wake()
         return previous

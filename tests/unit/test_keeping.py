@@ -1,0 +1,72 @@
+"""What an owner learns of its promises belongs to the policy they were made under."""
+
+from typing import Any, cast
+
+import numpy as np
+from uellm_scheduler.keeping import Keeping
+
+from uellm.policy.forecast import FEATURES
+from uellm.policy.prospects import Forecasts
+from uellm.policy.track_record import TrackRecord
+from uellm.v1 import common_pb2, queue_pb2
+
+
+def _asked(name: str) -> Forecasts:
+    row = np.full(1, np.inf)
+    return Forecasts(
+        ids=[name],
+        kind=np.zeros(1),
+        start=np.ones(1),
+        finish=np.full(1, 10.0),
+        drained=np.full(1, 10.0),
+        spread=np.full(1, 0.5),
+        ttft=row,
+        deadline=row,
+        features=np.zeros((1, FEATURES)),
+    )
+
+
+def _serve(keeping: Keeping, name: str, since: float, seconds: float) -> None:
+    keeping.record.prospects(_asked(name), since)
+    keeping.promised([name], since)
+    event = queue_pb2.CompletionEvent(
+        request_id=name,
+        finished_ms=int((since + seconds) * 1000),
+        finish_reason=common_pb2.FINISH_REASON_STOP,
+    )
+    keeping.heard([event])
+
+
+def _width(record: TrackRecord, now: float) -> float:
+    low, high = record.prospects(_asked("asked"), now).times[0, 1] - now
+    return float(high / low)
+
+
+def test_each_policy_has_a_record_of_its_own_and_comes_back_to_it() -> None:
+    keeping = Keeping(cast(Any, None), "cslo-odbs")
+    for i in range(100):
+        _serve(keeping, f"r{i}", 100.0 * i, 10.0 + i % 3)
+    assert _width(keeping.record, 1e5) < 1.5
+    keeping.under("fcfs")
+    assert _width(keeping.record, 1e5) > 3
+    keeping.under("cslo-odbs")
+    assert _width(keeping.record, 1e5) < 1.5
+
+
+def test_an_end_is_told_to_the_policy_that_promised() -> None:
+    keeping = Keeping(cast(Any, None), "cslo-odbs")
+    first = keeping.record
+    first.prospects(_asked("r"), 1000.0)
+    keeping.promised(["r"], 1000.0)
+    keeping.under("fcfs")
+    keeping.heard(
+        [
+            queue_pb2.CompletionEvent(
+                request_id="r",
+                finished_ms=1_010_000,
+                finish_reason=common_pb2.FINISH_REASON_STOP,
+            )
+        ]
+    )
+    assert first.state()["all.took"][0, 1] == 10
+    assert len(keeping.record.state()["all.took"]) == 0
