@@ -2,19 +2,20 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from random import Random
+from threading import Event
 from typing import Any
 
 import grpc
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 from uellm_profiler import learning
-from uellm_profiler.serving import MOST_WAITING, Serving
+from uellm_profiler.serving import FIRST_CAREFUL, MOST_WAITING, Serving
 from uellm_profiler.store import PREFIX, Store
 
 from tests.contract.test_profiler import learnt, profile_request, stub_of, teach
@@ -25,7 +26,12 @@ from uellm.core.errors import ConfigurationError, InvalidArgumentError, Resource
 from uellm.core.request import LEVELS
 from uellm.learning.store import save_predictor
 from uellm.prediction import registry
-from uellm.prediction.interface import GREEDY, CompletionFacts, PredictionRequest
+from uellm.prediction.interface import (
+    GREEDY,
+    CompletionFacts,
+    Prediction,
+    PredictionRequest,
+)
 from uellm.prediction.prior import Prior
 from uellm.prediction.states import unpack
 from uellm.rpc import error_from
@@ -241,6 +247,68 @@ async def test_calls_beyond_the_limit_are_refused_and_the_others_answered() -> N
     finally:
         serving.close()
     assert [len(answer) for answer in answers] == [len(requests)] * 4
+
+
+async def test_some_are_hurried_when_all_together_would_take_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("uellm_profiler.serving.time.perf_counter", lambda: now)
+
+    class Reader(Guess):
+        """Takes 10 ms for each prompt that it reads with care."""
+
+        def predict_batch(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
+            nonlocal now
+            read = sum(not request.hurried and not request.features for request in requests)
+            now += 0.01 * read
+            careful.append(read)
+            return super().predict_batch(requests)
+
+    careful: list[int] = []
+    serving = Serving(Reader())
+    try:
+        for turn in range(40):
+            # Each is as long as no other, and so a prompt of its own.
+            texts = ["." * (64 * turn + i + 1) for i in range(64)]
+            await serving.predict([PredictionRequest(MODEL, GREEDY, 3, 9, text=t) for t in texts])
+        again = await serving.predict([PredictionRequest(MODEL, GREEDY, 3, 9, text=texts[0])])
+        # Whoever was hurried is read with care when there is time.
+        late = await serving.predict([PredictionRequest(MODEL, GREEDY, 3, 9, text=texts[-1])])
+    finally:
+        serving.close()
+    assert careful[0] == FIRST_CAREFUL
+    # 40 ms are four of them; as many as that are tried again and again, and hardly more.
+    assert set(careful[10:40]) <= {2, 3, 4, 5}
+    assert careful[-2:] == [0, 1]
+    assert len(again) == len(late) == 1
+
+
+async def test_whoever_waits_no_longer_is_not_worked_for() -> None:
+    predictor, begun, go_on = Guess(), Event(), Event()
+
+    class Held(Guess):
+        def predict_batch(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
+            begun.set()
+            assert go_on.wait(10)
+            return predictor.predict_batch(requests)
+
+    serving = Serving(Held())
+
+    def asked(text: str) -> list[PredictionRequest]:
+        return [PredictionRequest(MODEL, GREEDY, 3, 9, text=text)]
+
+    try:
+        first = asyncio.create_task(serving.predict(asked("one")))
+        await asyncio.to_thread(begun.wait, 10)
+        gone, stays = (asyncio.create_task(serving.predict(asked(t))) for t in ("two", "three"))
+        await asyncio.sleep(0)
+        gone.cancel()
+        go_on.set()
+        await asyncio.gather(first, stays)
+    finally:
+        serving.close()
+    assert [request.text for request in predictor.seen] == ["one", "three"]
 
 
 async def test_a_learner_that_is_stopped_keeps_all_that_it_learnt(

@@ -23,16 +23,15 @@ Progress = Callable[[str, int], None]
 """Told what is being done, and how many examples that are done with it."""
 
 
-HELD_BACK = 10
-"""Of a tunable predictor's examples, one in so many is not tuned to: its errors are learnt."""
-
-
 @runtime_checkable
 class Tunable(Protocol):
     """A predictor that is trained on prompts themselves, before it serves."""
 
     def tune(self, examples: Sequence[Example], directory: Path, progress: Progress) -> None:
-        """Train; one that was interrupted goes on from what it kept in the directory."""
+        """Learn all that there is to learn from examples, in place of ``teach`` and fits.
+
+        One that was interrupted goes on from what it kept in the directory.
+        """
         ...
 
 
@@ -95,9 +94,7 @@ def train(
         save_predictor(directory, made, settings, training)
 
     if isinstance(made, Tunable):
-        made.tune([e for i, e in enumerate(examples) if i % HELD_BACK], directory, progress)
-        for batch in _batches(examples[::HELD_BACK]):
-            teach(made, batch)
+        made.tune(examples, directory, progress)
         keep(len(examples), complete=True)
         return made
     for start in range(done, len(examples), CHECKPOINT_EXAMPLES):

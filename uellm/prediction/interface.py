@@ -36,6 +36,7 @@ class PredictionRequest:
         adapter: a LoRA adapter's name, or "".
         text: the prompt as the user wrote it; may be empty. Never logged.
         features: what this predictor saw of the prompt before, to be used in place of the text.
+        hurried: an answer that is less good is better than one that takes long.
     """
 
     model: str
@@ -45,6 +46,7 @@ class PredictionRequest:
     adapter: str = ""
     text: str = ""
     features: bytes = b""
+    hurried: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,12 @@ MOST_WAITING = 2048
 """Requests that wait; beyond these, calls are refused, and their gateways answer for themselves."""
 MOST_REMEMBERED = 8192
 """Prompts whose features are remembered: some are asked again and again."""
+AT_ONCE_SECONDS = 0.04
+"""How long those that are predicted together should take. A gateway waits 100 ms: for those before,
+and for its own."""
+FIRST_CAREFUL = 16
+"""Prompts of those that are not hurried at first; then as many as there is time for."""
+_FEWER = 0.75
 
 _Call = tuple[Sequence[PredictionRequest], "asyncio.Future[list[Prediction]]"]
 
@@ -37,6 +44,7 @@ class Serving:
         self._num_waiting = 0
         self._worker: asyncio.Task[None] | None = None
         self._features: OrderedDict[bytes, bytes] = OrderedDict()
+        self._careful = FIRST_CAREFUL
 
     def put(self, predictor: Predictor, number: int) -> None:
         """Let another answer from now on, as the version of that number."""
@@ -93,9 +101,12 @@ class Serving:
         calls: list[_Call] = []
         count = 0
         while self._waiting and (not calls or count + len(self._waiting[0][0]) <= MOST_AT_ONCE):
-            calls.append(self._waiting.pop(0))
-            count += len(calls[-1][0])
-        self._num_waiting -= count
+            call = self._waiting.pop(0)
+            self._num_waiting -= len(call[0])
+            # Whoever waits no longer is not worked for: those that still do would wait, too.
+            if not call[1].done():
+                calls.append(call)
+                count += len(call[0])
         return calls
 
     def _predict(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
@@ -105,18 +116,32 @@ class Serving:
         kind = kind_of(predictor)
         keys = [_digest(kind, request.text) for request in requests]
         known = [self._features.get(key, b"") for key in keys]
-        found = predictor.predict_batch(
-            [
-                replace(request, text="", features=features) if features else request
-                for request, features in zip(requests, known, strict=True)
-            ]
-        )
-        for key, prediction in zip(keys, found, strict=True):
-            self._features[key] = prediction.features
-            self._features.move_to_end(key)
+        asked: list[PredictionRequest] = []
+        unknown = 0
+        for request, features in zip(requests, known, strict=True):
+            if features:
+                asked.append(replace(request, text="", features=features))
+            else:
+                asked.append(replace(request, hurried=unknown >= self._careful))
+                unknown += 1
+        began = time.perf_counter()
+        found = predictor.predict_batch(asked)
+        if unknown:
+            self._pace(time.perf_counter() - began, any(each.hurried for each in asked))
+        for key, request, prediction in zip(keys, asked, found, strict=True):
+            if not request.hurried:
+                self._features[key] = prediction.features
+                self._features.move_to_end(key)
         while len(self._features) > MOST_REMEMBERED:
             self._features.popitem(last=False)
         return found
+
+    def _pace(self, seconds: float, hurried: bool) -> None:
+        """Have fewer predicted carefully if that took too long, more if there was time."""
+        if seconds > AT_ONCE_SECONDS:
+            self._careful = max(int(_FEWER * self._careful), 1)
+        elif hurried:
+            self._careful += 1 + self._careful // 8
 
 
 def _digest(kind: str, text: str) -> bytes:

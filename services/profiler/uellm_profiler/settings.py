@@ -20,8 +20,9 @@ class ProfilerSettings(ServiceSettings):
     )
     predictor: str = Field(
         "text",
-        description="What predicts: text (learns from the words of prompts), prior (running "
-        "quantiles), or one that an installed package offers.",
+        description="What predicts: text (learns from the words of prompts), llm (listens to a "
+        "language model besides; see pretrained), prior (running quantiles), or one that an "
+        "installed package offers.",
     )
     pretrained: str = Field(
         "",

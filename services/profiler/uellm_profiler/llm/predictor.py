@@ -1,65 +1,52 @@
-"""The predictor ``llm``: the paper's (section III-A), a tuned language model over the prompt.
+"""The predictor ``llm``: what ``text`` looks at, and what a tuned language model says of it.
 
-Tuned before it serves (`uellm profiler train --backend llm`); while it serves, the line from what
-the network says to what a model answers, and the distribution about it, are learnt as by ``text``.
+The paper's profiler (section III-A) is such a model alone. Here it is asked for numbers that
+``text`` takes among its cues, so that all that ``text`` learns while it serves is learnt here too.
+See ADR 33.
 """
 
-import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
-from math import isfinite, log
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from uellm.core.errors import InvalidArgumentError
-from uellm.core.request import LEVELS, QuantileFunction
-from uellm.core.settings import Settings, setting
+from uellm.core.settings import setting
 from uellm.learning.examples import Example
-from uellm.learning.training import digest
-from uellm.prediction.interface import (
-    CompletionFacts,
-    Prediction,
-    PredictionRequest,
-    Refit,
-    State,
-)
-from uellm.prediction.prior import Prior
-from uellm_profiler.llm.network import Base, LengthNetwork
-from uellm_profiler.llm.tuning import Sample, Schedule, Tuning
-from uellm_profiler.text.rows import Key
-from uellm_profiler.text.served import Book
+from uellm.prediction.interface import PredictionRequest, State
+from uellm_profiler.llm.halves import forget, tune_halves
+from uellm_profiler.llm.network import Base, LengthNetwork, fast_dtype
+from uellm_profiler.llm.tuning import Schedule
+from uellm_profiler.text.predictor import TextPredictor, TextSettings
+from uellm_profiler.text.record import Seen, as_kept, see
 
 BASE_MODEL = "base_model"
 ADAPTER = "adapter"
-MOST_AT_ONCE = 64
-_PRIOR, _TUNED = "prior_", "tuned_"
-_RECORD = struct.Struct("<Bdd")
-_VERSION = 1
-_LEAST_SPREAD = 0.05
-_LONGEST_LOG = 16.0
-_Z80 = 2.563
-"""Standard deviations between a normal distribution's 10 % and 90 % quantiles."""
+_TUNED = "tuned_"
 
 
 @dataclass(frozen=True)
-class LlmSettings(Settings):
-    """How it is tuned."""
+class LlmSettings(TextSettings):
+    """How it is tuned, beside the settings of ``text``."""
 
-    rank: int = setting(8, "Rank of the LoRA matrices.", least=1, most=256)
+    rank: int = setting(16, "Rank of the LoRA matrices.", least=1, most=256)
     epochs: int = setting(3, "Times through all examples.", least=1, most=1000)
     batch: int = setting(32, "Examples of a step.", least=1, most=4096)
     learning_rate: float = setting(1e-3, "At its height.", above=0.0, most=1.0)
-    seed: int = setting(0, "Of the order of examples.", least=0, most=2**31 - 1)
+    seed: int = setting(0, "Of what is drawn.", least=0, most=2**31 - 1)
+    most_tokens: int = setting(
+        256, "Of a prompt that the language model reads.", least=8, most=32_768
+    )
 
 
-class LlmPredictor:
-    """See ``uellm.prediction.interface.Predictor``.
+class LlmPredictor(TextPredictor):
+    """See ``uellm.prediction.interface.Predictor``, docs/profiler.md and ADR 33.
 
-    Until it is tuned, and for prompts without text, a prior answers.
+    Until it is tuned, and for requests that are hurried, it is ``text``.
 
     Args:
         settings: by name; see ``LlmSettings``, and ``base_model``, a directory.
@@ -69,8 +56,8 @@ class LlmPredictor:
     """
 
     name = "llm"
-    version = "1"
-    needs_text: ClassVar[bool] = True
+    version = "2"
+    listens: ClassVar[bool] = True
 
     def __init__(self, settings: Mapping[str, object] | None = None) -> None:
         given = dict(settings or {})
@@ -81,10 +68,10 @@ class LlmPredictor:
                 "one, and UELLM_PROFILER_PRETRAINED names the result",
                 field=BASE_MODEL,
             )
-        self._settings = LlmSettings.parse(given)
-        self._base = Base.read(Path(str(directory)))
-        self._prior = Prior()
-        self._book = Book()
+        chosen = LlmSettings.parse(given)
+        super().__init__({each.name: getattr(chosen, each.name) for each in fields(TextSettings)})
+        self._chosen = chosen
+        self._base = Base.read(Path(str(directory)), chosen.most_tokens)
         self._tuned: State = {}
         self._network: LengthNetwork | None = None
 
@@ -95,121 +82,67 @@ class LlmPredictor:
         progress: Callable[[str, int], None] = lambda _, __: None,
     ) -> None:
         """Learn from prompts; see ``uellm.learning.training.Tunable``."""
-        settings = self._settings
-        network = LengthNetwork(self._base, settings.rank)
-        samples = _samples(examples)
-        whole = [sample.target for sample in samples if not sample.censored]
-        network.begin_at(np.quantile(whole or [0.0], LEVELS).tolist())
-        schedule = Schedule(settings.epochs, settings.batch, settings.learning_rate, settings.seed)
-        tuning = Tuning(network, samples, schedule, directory, digest(examples))
-        tuning.run(lambda done, loss: progress(f"tuning, loss {loss:.3f}", done))
+        chosen = self._chosen
+        schedule = Schedule(chosen.epochs, chosen.batch, chosen.learning_rate, chosen.seed)
+        tuned, said = tune_halves(self._base, chosen.rank, schedule, examples, directory, progress)
+        network = LengthNetwork(self._base, chosen.rank)
+        network.tune_to(tuned)
         network.save_adapter(directory / ADAPTER)
-        self._take(network.cpu().tuned())
-
-    def predict_batch(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
-        """See ``uellm.prediction.interface.Predictor``."""
-        sights = self._sights(requests)
-        predictions = []
-        for request, sight in zip(requests, sights, strict=True):
-            if sight is None:
-                predictions.append(Prediction(self._prior.predict(request)))
-                continue
-            lengths = self._lengths(request, *sight)
-            predictions.append(Prediction(lengths, _RECORD.pack(_VERSION, *sight)))
-        return predictions
-
-    def observe(self, facts: CompletionFacts) -> None:
-        """See ``uellm.prediction.interface.Predictor``; without features the prior alone learns."""
-        if facts.output_tokens <= 0:
-            return
-        self._prior.observe(facts)
-        sight = _unpacked(facts.features)
-        if sight is not None:
-            served = self._book.learn(_key_of(facts))
-            served.observe(*sight, log(facts.output_tokens), facts.censored)
-
-    def observations(self, model: str) -> int:
-        """See ``uellm.prediction.interface.Predictor``."""
-        return self._prior.observations(model)
-
-    def describe(self, model: str) -> QuantileFunction:
-        """See ``uellm.prediction.interface.Predictor``."""
-        return self._prior.describe(model)
-
-    def refit(self) -> Refit | None:
-        """Nothing is ever due: it is tuned to texts, which are not kept."""
-        return None
-
-    def adopt(self, fitted: State) -> None:
-        """Never called: see ``refit``."""
-        del fitted
+        self._tuned, self._network = tuned, _merged(self._base, chosen.rank, tuned)
+        progress("fitting", len(examples))
+        for example, spoken in zip(examples, said, strict=True):
+            seen = see(example.prompt, example.prompt_tokens)
+            self.observe(example.facts(replace(seen, said=as_kept(spoken)).packed()))
+        self.adopt(self.fitting()())
+        forget(directory)
 
     def state(self) -> State:
         """See ``uellm.prediction.interface.Predictor``."""
-        prior = {_PRIOR + name: array for name, array in self._prior.state().items()}
-        tuned = {_TUNED + name: array for name, array in self._tuned.items()}
-        return prior | tuned | self._book.state()
+        return super().state() | self._tuned_state()
 
     def serving_state(self) -> State:
-        """See ``uellm.prediction.interface.Predictor``: all of it."""
-        return self.state()
+        """See ``uellm.prediction.interface.Predictor``."""
+        return super().serving_state() | self._tuned_state()
 
     def load(self, state: State) -> None:
         """See ``uellm.prediction.interface.Predictor``."""
+        tuned = {n.removeprefix(_TUNED): a for n, a in state.items() if n.startswith(_TUNED)}
         try:
-            prior, book = Prior(), Book()
-            prior.load(_of(_PRIOR, state))
-            book.load(state)
-            tuned = _of(_TUNED, state)
-            network = _merged(self._base, self._settings.rank, tuned) if tuned else None
-        except (KeyError, ValueError, IndexError, TypeError) as error:
+            network = _merged(self._base, self._chosen.rank, tuned) if tuned else None
+        except (KeyError, ValueError, TypeError) as error:
             raise InvalidArgumentError(
                 f"state: not one of predictor {self.name!r} version {self.version} ({error!r})",
                 field="state",
             ) from error
-        self._prior, self._book = prior, book
+        super().load(state)
         self._tuned, self._network = tuned, network
 
-    def _take(self, tuned: State) -> None:
-        self._tuned = tuned
-        self._network = _merged(self._base, self._settings.rank, tuned)
+    def _tuned_state(self) -> State:
+        return {_TUNED + name: array for name, array in self._tuned.items()}
 
-    def _sights(self, requests: Sequence[PredictionRequest]) -> list[tuple[float, float] | None]:
-        """What the network says of each prompt: relative length and spread."""
-        sights = [_unpacked(request.features) for request in requests]
-        if self._network is None:
-            return [None] * len(requests)
-        unread = [i for i, r in enumerate(requests) if sights[i] is None and r.text.strip()]
-        # Alike ones together: a batch is as long as its longest.
-        unread.sort(key=lambda i: len(requests[i].text))
-        for start in range(0, len(unread), MOST_AT_ONCE):
-            places = unread[start : start + MOST_AT_ONCE]
-            found = self._network.quantiles([requests[i].text for i in places])
-            for i, quantiles in zip(places, found, strict=True):
-                sights[i] = _sight(quantiles)
-        return sights
-
-    def _lengths(
-        self, request: PredictionRequest, relative: float, spread: float
-    ) -> QuantileFunction:
-        served = self._book.find(_key_of(request))
-        intercept, slope = served.line
-        logs = intercept + slope * (relative + spread * served.calibration.quantiles())
-        most = float(request.max_tokens) if request.max_tokens > 0 else float("inf")
-        lengths = np.clip(np.exp(np.minimum(logs, _LONGEST_LOG)), 1.0, max(1.0, most))
-        return QuantileFunction(LEVELS, lengths.tolist())
+    def _look(self, requests: Sequence[PredictionRequest]) -> list[Seen | None]:
+        seen = super()._look(requests)
+        network = self._network
+        asked = [
+            i
+            for i, (request, sight) in enumerate(zip(requests, seen, strict=True))
+            if sight and not len(sight.said) and request.text.strip() and not request.hurried
+        ]
+        if network is not None and asked:
+            said = network.say([requests[i].text for i in asked])
+            for i, spoken in zip(asked, said, strict=True):
+                seen[i] = replace(seen[i], said=as_kept(spoken))  # type: ignore[type-var]
+        return seen
 
 
 _NETWORKS: OrderedDict[bytes, LengthNetwork] = OrderedDict()
 _KEPT_NETWORKS = 2
+"""States are loaded every few seconds, and what changes in them is not the network."""
 
 
 def _merged(base: Base, rank: int, tuned: State) -> LengthNetwork:
-    """The network for what tuning has changed: predictors of equal tuning share one.
-
-    Profilers take new states every few seconds, and what changes in them is seldom the network.
-    """
-    hashed = blake2b(f"{base.directory}\n{rank}".encode(), digest_size=16)
+    """The network of some weights, which is made once."""
+    hashed = blake2b(f"{base.directory} {rank} {base.most_tokens}".encode(), digest_size=16)
     for name in sorted(tuned):
         hashed.update(name.encode())
         hashed.update(np.ascontiguousarray(tuned[name]).tobytes())
@@ -217,43 +150,8 @@ def _merged(base: Base, rank: int, tuned: State) -> LengthNetwork:
     if key not in _NETWORKS:
         network = LengthNetwork(base, rank)
         network.tune_to(tuned)
-        _NETWORKS[key] = network.merged()
+        _NETWORKS[key] = network.merged(fast_dtype())
         while len(_NETWORKS) > _KEPT_NETWORKS:
             _NETWORKS.popitem(last=False)
     _NETWORKS.move_to_end(key)
     return _NETWORKS[key]
-
-
-def _samples(examples: Sequence[Example]) -> list[Sample]:
-    """Log lengths in units of each served model's own: mean 0, standard deviation 1."""
-    logs: dict[Key, list[float]] = {}
-    for example in examples:
-        logs.setdefault(_key_of(example.facts(b"")), []).append(log(max(example.output_tokens, 1)))
-    scales = {key: (float(np.mean(v)), max(float(np.std(v)), 0.1)) for key, v in logs.items()}
-    samples = []
-    for example in examples:
-        mean, deviation = scales[_key_of(example.facts(b""))]
-        target = (log(max(example.output_tokens, 1)) - mean) / deviation
-        samples.append(Sample(example.prompt, target, example.censored))
-    return samples
-
-
-def _sight(quantiles: np.ndarray) -> tuple[float, float]:
-    at = {level: float(value) for level, value in zip(LEVELS, quantiles, strict=True)}
-    return at[0.5], max((at[0.9] - at[0.1]) / _Z80, _LEAST_SPREAD)
-
-
-def _unpacked(record: bytes) -> tuple[float, float] | None:
-    if len(record) != _RECORD.size:
-        return None
-    version, relative, spread = _RECORD.unpack(record)
-    sound = version == _VERSION and isfinite(relative) and isfinite(spread) and spread > 0
-    return (relative, spread) if sound else None
-
-
-def _of(prefix: str, state: State) -> State:
-    return {n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)}
-
-
-def _key_of(facts: PredictionRequest | CompletionFacts) -> Key:
-    return facts.model, facts.adapter, facts.regime

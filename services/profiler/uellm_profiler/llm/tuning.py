@@ -11,26 +11,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from uellm.core.request import LEVELS
-from uellm_profiler.llm.network import LengthNetwork
+from uellm_profiler.llm.network import LengthNetwork, fast_dtype, padded
 
 CHECKPOINT_STEPS = 200
 WARM_UP_SHARE = 0.06
+_SORTED_BATCHES = 16
+"""Examples of so many batches are put in order of their length, so that each pads little."""
 _META, _TENSORS = "checkpoint.json", "checkpoint.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A prompt, its answer's standardised log length, and whether that was cut."""
+    """A prompt and what came of it.
+
+    Attributes:
+        text: the prompt.
+        target: its answer's log length, standardised.
+        censored: that was cut.
+        head: of the network, for what is served; 0: none but the one for all.
+    """
 
     text: str
     target: float
     censored: bool = False
+    head: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +62,7 @@ class Schedule:
 
 
 def pinball(quantiles: Tensor, targets: Tensor, censored: Tensor) -> Tensor:
-    """Mean pinball loss.
+    """Mean pinball loss of each sample, ``[samples]``.
 
     Args:
         quantiles: ``[samples, levels]``.
@@ -61,7 +72,7 @@ def pinball(quantiles: Tensor, targets: Tensor, censored: Tensor) -> Tensor:
     levels = torch.tensor(LEVELS, device=quantiles.device)
     late = targets[:, None] - quantiles
     early = torch.where(censored[:, None], torch.zeros_like(late), (levels - 1) * late)
-    return torch.maximum(levels * late, early).mean()
+    return torch.maximum(levels * late, early).mean(dim=1)
 
 
 class Tuning:
@@ -87,7 +98,9 @@ class Tuning:
         self._schedule = schedule
         self._directory = directory
         self._source = source
-        self._accelerator = Accelerator()
+        bfloat16 = fast_dtype() == torch.bfloat16
+        self._accelerator = Accelerator(mixed_precision="bf16" if bfloat16 else "no")
+        self._ids = network.base.encode([sample.text for sample in samples])
         parameters = [p for p in network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
         self._network = self._accelerator.prepare(network)
@@ -106,31 +119,51 @@ class Tuning:
         self._network.train()
         while step < self.steps:
             epoch, place = divmod(step, self._per_epoch)
-            order = np.random.default_rng([self._schedule.seed, epoch]).permutation(
-                len(self._samples)
-            )
-            batch = order[place * self._schedule.batch :][: self._schedule.batch]
-            self.losses.append(self._learn([self._samples[i] for i in batch], step))
-            step += 1
-            progress(step * self._schedule.batch, self.losses[-1])
-            if step % CHECKPOINT_STEPS == 0 and step < self.steps:
-                self._keep(step)
+            batches = self._batches(epoch)
+            for batch in batches[place:]:
+                # What dropout draws is the same whether the tuning was interrupted or not.
+                torch.manual_seed(self._schedule.seed + step)
+                self.losses.append(self._learn(batch, step))
+                step += 1
+                progress(step * self._schedule.batch, self.losses[-1])
+                if step % CHECKPOINT_STEPS == 0 or step == self.steps:
+                    self._keep(step)
         self._network.eval()
-        if self._directory is not None:
-            for name in (_META, _TENSORS):
-                (self._directory / name).unlink(missing_ok=True)
 
-    def _learn(self, batch: Sequence[Sample], step: int) -> float:
+    @staticmethod
+    def forget(directory: Path) -> None:
+        """Remove the checkpoints of a directory."""
+        for name in (_META, _TENSORS):
+            (directory / name).unlink(missing_ok=True)
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+
+    def _batches(self, epoch: int) -> list[npt.NDArray[np.intp]]:
+        """Places of samples, in an order that is the epoch's own."""
+        rng = np.random.default_rng([self._schedule.seed, epoch])
+        order, size = rng.permutation(len(self._samples)), self._schedule.batch
+        batches: list[npt.NDArray[np.intp]] = []
+        for start in range(0, len(order), size * _SORTED_BATCHES):
+            chunk = order[start : start + size * _SORTED_BATCHES]
+            chunk = chunk[np.argsort([len(self._ids[i]) for i in chunk], kind="stable")]
+            batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def _learn(self, batch: npt.NDArray[np.intp], step: int) -> float:
         device = self._accelerator.device
         rate = self._schedule.learning_rate * _shape(step / self.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         base = self._accelerator.unwrap_model(self._network).base
-        ids, mask = base.encode([sample.text for sample in batch])
-        targets = torch.tensor([sample.target for sample in batch], device=device)
-        censored = torch.tensor([sample.censored for sample in batch], device=device)
+        ids, mask = padded([self._ids[i] for i in batch], base.most_tokens)
+        samples = [self._samples[i] for i in batch]
+        targets = torch.tensor([sample.target for sample in samples], device=device)
+        censored = torch.tensor([sample.censored for sample in samples], device=device)
+        heads = torch.tensor([sample.head for sample in samples], device=device)
         with self._accelerator.autocast():
-            loss = pinball(self._network(ids.to(device), mask.to(device)), targets, censored)
+            quantiles = self._network(ids.to(device), mask.to(device)).float()
+        own = pinball(quantiles[torch.arange(len(batch)), heads], targets, censored)
+        loss = (pinball(quantiles[:, 0], targets, censored) + own).mean() / 2
         self._accelerator.backward(loss)
         self._accelerator.clip_grad_norm_(self._network.parameters(), 1.0)
         self._optimizer.step()

@@ -10,7 +10,7 @@ from uellm.prediction.calibration import Calibration, representative
 from uellm.prediction.interface import State
 from uellm.prediction.survival import survival_of
 from uellm_profiler.text.linear import Design, Weights
-from uellm_profiler.text.model import BUCKETS, MOST_OWN, TextModel, bucket_of, columns_of
+from uellm_profiler.text.model import BUCKETS, MOST_OWN, TextModel, bucket_of, columns_of, heard_of
 from uellm_profiler.text.record import Seen, unpacked
 from uellm_profiler.text.rows import Key, Row
 from uellm_profiler.text.served import FORGETTING, Book, Served
@@ -22,6 +22,9 @@ _FOLDS = 4
 _LEAST_SPREAD = 0.1
 _MOST_SHRINKAGE = 100.0
 _FACTOR_WEIGHT = 20.0
+_HEED_RIDGE = 10.0
+_MARKS = (0.15, 0.5, 0.85)
+"""Quantiles of relative lengths whose exceeding has a linear score."""
 _SPREAD_FLOOR = 0.05
 _CENTRE = ("absolute_error", 300)
 _SPREAD = ("squared_error", 60)
@@ -37,10 +40,12 @@ class Fitting:
     Attributes:
         rows: with what they are of.
         taught: how many there had been.
+        listens: to what a language model said of prompts.
     """
 
     rows: Sequence[tuple[Key, Row]]
     taught: int
+    listens: bool = False
 
     def __call__(self) -> State:
         """Fit; returns the state of a ``TextModel`` and a ``Book`` beside ``fitted_taught``."""
@@ -48,7 +53,8 @@ class Fitting:
 
         # One thread: the same data give the same trees, and those who serve keep their cores.
         with threadpool_limits(1):
-            return _fitted(_Data.of(self.rows)) | {"fitted_taught": np.array(self.taught)}
+            fitted = _fitted(_Data.of(self.rows), listens=self.listens)
+            return fitted | {"fitted_taught": np.array(self.taught)}
 
 
 @dataclass(slots=True)
@@ -113,25 +119,38 @@ def _completed(logs: Floats, censored: npt.NDArray[np.bool_]) -> Floats:
     return completed
 
 
-def _fitted(data: _Data) -> State:
+def _fitted(data: _Data, *, listens: bool) -> State:
     scale = [_scale(data.logs[data.key == place]) for place in range(len(data.keys))]
     means, spreads = (np.array([each[i] for each in scale])[data.key] for i in (0, 1))
     target = (data.logs - means) / spreads
     shared, own, own_keys, columns, score = _linear(data, target)
     halves = (data.prompts >> np.uint64(16)).astype(np.int64) % 2
+    count, heed = len(target), np.zeros(0)
+    if listens:
+        # The same trees answer where the language model is not waited for.
+        heard = heard_of(data.seen, score)
+        heed = _heed(heard, target - score)
+        columns = np.tile(columns, (2, 1))
+        columns = np.column_stack((columns, np.concatenate((heard, np.zeros_like(heard)))))
+        listening = np.clip(score + (heard * heed).sum(axis=1), *_limits(target))
+        score = np.concatenate((listening, score))
+        target, halves = np.tile(target, 2), np.tile(halves, 2)
     apart = score + _apart(columns, target - score, halves, *_CENTRE)
     errors = target - apart
     logs = np.log(np.abs(errors) + _SPREAD_FLOOR)
     widths = np.exp(_apart(columns, logs, halves, *_SPREAD))
+    centre, spread = _grow(columns, target - score, *_CENTRE), _grow(columns, logs, *_SPREAD)
+    target, apart, errors, widths = (each[:count] for each in (target, apart, errors, widths))
     model = TextModel(
         shared=shared,
         own=own,
         own_keys=own_keys,
         limits=_limits(target),
-        centre=_grow(columns, target - score, *_CENTRE),
-        spread=_grow(columns, logs, *_SPREAD),
+        centre=centre,
+        spread=spread,
         shrinkage=_shrinkage(data.prompts, errors),
         factors=np.ones(BUCKETS),
+        heed=heed,
     )
     relative, counts = _with_known(model, data.prompts, apart, target)
     buckets = np.array([bucket_of(int(count)) for count in counts])
@@ -158,8 +177,11 @@ def _linear(data: _Data, target: Floats) -> tuple[Weights, Weights, list[Key], F
     cues = np.stack([each.cues for each in data.seen])
     design = Design([each.ids for each in data.seen], cues, folds)
     every = np.arange(len(target))
-    # The second is of what a log length says too little of: how long the long ones are.
-    fits = [design.fit(every, each) for each in (target, np.exp(np.clip(target, -3.0, 3.0)))]
+    # The second is of what a log length says too little of: how long the long ones are. The others
+    # are chances of being longer than most short ones, half of all, and all but the long ones.
+    marks = np.quantile(target, _MARKS)
+    wanted = [target, np.exp(np.clip(target, -3.0, 3.0)), *(target > mark for mark in marks)]
+    fits = [design.fit(every, np.asarray(each, dtype=np.float64)) for each in wanted]
     scores = np.column_stack([apart for _, apart in fits])
     own_score, own = scores[:, 0].copy(), []
     ranks = np.where(data.key < MOST_OWN, data.key, -1)
@@ -175,6 +197,12 @@ def _linear(data: _Data, target: Floats) -> tuple[Weights, Weights, list[Key], F
     shared = np.stack([weights for weights, _ in fits])
     own_weights = np.stack(own) if own else np.zeros((0, shared.shape[1]), dtype=np.float16)
     return shared, own_weights, data.keys[: len(own)], columns, own_score
+
+
+def _heed(heard: Floats, lacking: Floats) -> Floats:
+    """Weights by which what is heard says what is lacking: ridge regression."""
+    square = heard.T @ heard + _HEED_RIDGE * np.eye(heard.shape[1])
+    return np.asarray(np.linalg.solve(square, heard.T @ lacking), dtype=np.float64)
 
 
 def _grow(columns: Floats, target: Floats, loss: str, most: int) -> Trees:

@@ -5,7 +5,8 @@ hashed words and the cues, shared by all that are served or, for those with the 
 one of its own, is what boosted trees begin with and correct: lengths follow amounts that prompts
 name, which a line says from few examples and trees from many. A second, smaller forest says how
 far off that is. What was answered to the very same prompt before, by whatever model, is averaged
-with it.
+with it. Where a language model is asked (the predictor ``llm``), a line over what it says is added
+to the score, and the trees look at it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +19,15 @@ import numpy.typing as npt
 from uellm.prediction.interface import State
 from uellm_profiler.text import linear
 from uellm_profiler.text.linear import Weights
-from uellm_profiler.text.record import Seen
+from uellm_profiler.text.record import SAID, Seen
 from uellm_profiler.text.rows import Key
 from uellm_profiler.text.trees import Trees
 
 MOST_OWN = 8
 """Served ones with a linear score of their own."""
 _MOST_PROMPTS = 100_000
+HEARD = 2 + SAID
+"""Columns where a language model is asked; see ``heard_of``."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,12 +37,24 @@ def columns_of(cues: npt.NDArray[Any], scores: Floats, own: Floats, ranks: Seque
 
     Args:
         cues: shape [rows, cues].
-        scores: the shared linear scores, shape [rows, 2].
+        scores: the shared linear scores, shape [rows, scores].
         own: the score of the served one's own, or the first shared one where it has none.
         ranks: which of those with an own score it is, -1: none.
     """
     which = np.equal.outer(np.asarray(ranks), np.arange(MOST_OWN))
     return np.column_stack((cues, scores, own, which)).astype(np.float64)
+
+
+def heard_of(seen: Sequence[Seen], own: Floats) -> Floats:
+    """What a language model says of prompts, shape [rows, ``HEARD``]; zeros where nothing.
+
+    That it says something, the linear score beside which it does, and what.
+    """
+    heard = np.zeros((len(seen), HEARD))
+    for row, each, score in zip(heard, seen, own, strict=True):
+        if len(each.said):
+            row[:] = (1.0, score, *each.said)
+    return heard
 
 
 def bucket_of(count: int) -> int:
@@ -55,7 +70,7 @@ class TextModel:
     """See the module.
 
     Attributes:
-        shared: linear weights, shape [2, buckets + cues + 1].
+        shared: linear weights, shape [scores, buckets + cues + 1].
         own: those of single served ones.
         own_keys: which.
         limits: least and largest relative length that was learnt from; scores are kept within.
@@ -63,6 +78,7 @@ class TextModel:
         spread: trees of the logarithm of its error.
         shrinkage: how many answers to a prompt what the text says counts as.
         factors: of the spread, by what is known of the prompt; see ``bucket_of``.
+        heed: weights of the columns of ``heard_of``; none where no language model is asked.
         prompts: sum of relative lengths and their number, by fingerprint of the prompt.
     """
 
@@ -74,6 +90,7 @@ class TextModel:
     spread: Trees
     shrinkage: float
     factors: Floats
+    heed: Floats = field(default_factory=lambda: np.zeros(0))
     prompts: dict[int, tuple[float, int]] = field(default_factory=dict)
 
     def by_text(self, seen: Sequence[Seen], keys: Sequence[Key]) -> tuple[Floats, Floats]:
@@ -88,6 +105,10 @@ class TextModel:
             own[rows] = linear.score([ids[i] for i in rows], cues[rows], weights)[:, 0]
         own = np.clip(own, *self.limits)
         columns = columns_of(cues, scores, own, ranks)
+        if len(self.heed):
+            heard = heard_of(seen, own)
+            columns = np.column_stack((columns, heard))
+            own = np.clip(own + (heard * self.heed).sum(axis=1), *self.limits)
         return own + self.centre.predict(columns), np.exp(self.spread.predict(columns))
 
     def with_known(
@@ -118,6 +139,7 @@ class TextModel:
             **self.spread.state("model_spread"),
             "model_shrinkage": np.array(self.shrinkage),
             "model_factors": self.factors,
+            "model_heed": self.heed,
             "model_prompts": np.array(list(self.prompts), dtype=np.uint64),
             "model_prompt_lengths": np.array([total for total, _ in known], dtype=np.float64),
             "model_prompt_counts": np.array([count for _, count in known], dtype=np.int64),
@@ -145,5 +167,6 @@ class TextModel:
             spread=Trees.of_state("model_spread", state),
             shrinkage=float(state["model_shrinkage"]),
             factors=state["model_factors"],
+            heed=state["model_heed"],
             prompts=dict(zip(state["model_prompts"].tolist(), known, strict=True)),
         )

@@ -55,8 +55,10 @@ class TextPredictor:
     """
 
     name = "text"
-    version = "2"
+    version = "3"
     needs_text: ClassVar[bool] = True
+    listens: ClassVar[bool] = False
+    """Whether a language model says something, too."""
 
     def __init__(self, settings: Mapping[str, object] | None = None) -> None:
         self._settings = TextSettings.parse(settings or {})
@@ -68,7 +70,7 @@ class TextPredictor:
 
     def predict_batch(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
         """See ``uellm.prediction.interface.Predictor``."""
-        seen = [_seen(request) for request in requests]
+        seen = self._look(requests)
         told = [i for i, each in enumerate(seen) if each is not None]
         values: dict[int, Floats] = {}
         if self._model is not None and told:
@@ -116,7 +118,7 @@ class TextPredictor:
 
     def fitting(self) -> Fitting:
         """The work of fitting to all that is kept, due or not."""
-        return Fitting(list(self._rows), self._rows.taught)
+        return Fitting(list(self._rows), self._rows.taught, self.listens)
 
     def adopt(self, fitted: State) -> None:
         """See ``uellm.prediction.interface.Predictor``; what came meanwhile is learnt anew."""
@@ -160,6 +162,10 @@ class TextPredictor:
             ) from error
         self._prior, self._rows, self._book = prior, rows, book
         self._model, self._fitted = model, fitted
+
+    def _look(self, requests: Sequence[PredictionRequest]) -> list[Seen | None]:
+        """What is seen of each prompt; None where there is no text."""
+        return [_seen(request) for request in requests]
 
     def _learn(self, key: Key, seen: Seen, length: int, censored: bool) -> None:
         if self._model is None:
