@@ -11,7 +11,7 @@ from collections.abc import Collection
 from math import exp, inf
 from zlib import crc32
 
-CROWDED = 0.25
+CROWDED = 0.5
 """Share of those that pass that may find all time taken."""
 RATE = 0.02
 DEAREST = 8.0
