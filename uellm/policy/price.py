@@ -11,8 +11,8 @@ from collections.abc import Collection
 from math import exp, inf
 from zlib import crc32
 
-CROWDED = 0.5
-"""Share of those that pass that may find all time taken."""
+CROWDED = 0.35
+"""Share of those that pass that may find all time taken: lower, and bursts at normal loads pay."""
 RATE = 0.02
 DEAREST = 8.0
 """From so many mean costs on, there is no price; nor is it less than the mean cost over this."""
