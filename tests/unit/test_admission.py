@@ -81,6 +81,12 @@ def test_who_asks_for_best_effort_is_never_kept_out() -> None:
     assert not decide(*before, queued("new", 1.0, tokens=100.0), new="new").refusals
 
 
+def test_who_needs_nothing_by_any_time_is_never_kept_out() -> None:
+    before = [asked(f"q{i}", 3.2) for i in range(8)]
+    unhurried = queued("new", None, refusable=True, tokens=100.0, accepted=NOW - 1e4)
+    assert not decide(*before, unhurried, new="new").refusals
+
+
 def test_a_place_that_is_free_is_taken_whatever_the_price() -> None:
     decision = decide(asked("q0", 3.0), asked("new", 3.0), new="new", price=1e-9)
     assert not decision.refusals

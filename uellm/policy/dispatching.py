@@ -235,7 +235,8 @@ class Dispatcher(ABC):
     ) -> Admission:
         """Whom to let in of those that are seen for the first time."""
         columns = people.columns
-        refusable = line[columns.refusable[line]]
+        asked = np.isfinite(np.minimum(columns.deadline, columns.first_token))
+        refusable = line[columns.refusable[line] & asked[line]]
         new = [
             i
             for i in np.sort(refusable[refusable < people.waiting]).tolist()
