@@ -52,6 +52,27 @@ class Clock:
         with patch.object(owner, attribute, timed):
             yield
 
+    @contextmanager
+    def timing_operations(self, team: Any) -> Iterator[None]:
+        """Time the operations of programs that have several; others are those that are called."""
+        import torch
+
+        run: Callable[..., None] = team.run
+
+        def timed(team: Any, program: Any, step: int, members: int) -> None:
+            names = program.names
+            if len(names) == 1:
+                run(team, program, step, members)
+                return
+            times = torch.empty(len(names) + 1, 2, dtype=torch.int64)
+            run(team, program, step, members, times)
+            seconds = times.double() @ torch.tensor([1.0, 1e-9], dtype=torch.float64)
+            for name, taken in zip(names, seconds.diff().tolist(), strict=True):
+                self.seconds[name] += taken
+
+        with patch.object(team, "run", timed):
+            yield
+
 
 @contextmanager
 def clocked() -> Iterator[Clock]:
@@ -62,6 +83,7 @@ def clocked() -> Iterator[Clock]:
     from uellm_worker.engine.part import Part
     from uellm_worker.engine.quantized import QuantizedLinear
     from uellm_worker.engine.shard_engine import ShardStage
+    from uellm_worker.engine.team import Team
 
     clock = Clock()
     with ExitStack() as stack:
@@ -69,6 +91,7 @@ def clocked() -> Iterator[Clock]:
             stack.enter_context(clock.timing("products", linear, "forward"))
         for module in (attention, fused):
             stack.enter_context(clock.timing("attention", module, "attend"))
+        stack.enter_context(clock.timing_operations(Team))
         stack.enter_context(clock.timing("compute", Part, "compute"))
         stack.enter_context(clock.timing("sampling", ShardStage, "sample"))
         yield clock

@@ -17,8 +17,9 @@ torch = pytest.importorskip("torch")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("transformers")
-    from uellm_worker.engine.attention import PackedStep, SlotCache, attend
+    from uellm_worker.engine.attention import SlotCache, attend
     from uellm_worker.engine.graphs import DecodeGraphs
+    from uellm_worker.engine.packed import PackedStep
     from uellm_worker.engine.plan import Chunk
 
 CPU = torch.device("cpu")

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from uellm_worker.engine import native, panels
-from uellm_worker.engine.attention import PackedStep, attend
+from uellm_worker.engine.attention import attend
 from uellm_worker.engine.native import Kernels, kernels
+from uellm_worker.engine.packed import PackedStep
 from uellm_worker.engine.plan import Chunk
 
 CPU = torch.device("cpu")
@@ -133,13 +134,13 @@ def test_heads_turn_and_find_their_place(threads: int) -> None:
     rows, heads, kv_heads, head_dim, pairs = 130, 4, 2, 16, 6
     numbers = torch.Generator().manual_seed(threads)
     packed = torch.randn(rows, heads + 2 * kv_heads, head_dim, generator=numbers)
-    turns = torch.randn(rows, 1, pairs, dtype=torch.complex64, generator=numbers)
+    turns = torch.randn(rows, pairs, dtype=torch.complex64, generator=numbers)
     slots = torch.randint(0, 3, (rows,), generator=numbers)
     positions = torch.randperm(rows, generator=numbers)
     keys, values = torch.zeros(2, 3, kv_heads, rows, head_dim)
     wanted = packed.clone()
     turning = torch.view_as_complex(wanted.view(rows, -1, head_dim // 2, 2))
-    turning[:, : heads + kv_heads, :pairs] *= turns
+    turning[:, : heads + kv_heads, :pairs] *= turns[:, None]
     given = packed.clone()
     loaded().place(given, turns, keys, values, slots, positions)
     torch.testing.assert_close(given, wanted)
@@ -198,7 +199,7 @@ def test_norms_and_gates_are_those_of_torch(threads: int) -> None:
         given = 3 * torch.randn(rows, 2 * size, generator=numbers)
         weight = torch.randn(2 * size, generator=numbers)
         wanted = torch.nn.functional.rms_norm(given, (2 * size,), weight, 1e-5)
-        torch.testing.assert_close(loaded().norm(given, weight, 1e-5), wanted)
+        torch.testing.assert_close(loaded().norm(given, weight, None, 1e-5), wanted)
         gates, values = 30 * given[:, :size], given[:, size:]
         both = torch.cat((gates, values), 1)
         wanted = torch.nn.functional.silu(gates) * values
@@ -213,7 +214,7 @@ def test_what_is_not_a_number_comes_out() -> None:
     assert attend(step, torch.ones(1, 1, 16), keys, values, None, None, None).isnan().all()
     both = torch.tensor([[float("nan"), 1.0, 1.0, float("nan")]])
     assert loaded().gate(both).isnan().all()
-    assert loaded().norm(both, torch.ones(4), 1e-5).isnan().all()
+    assert loaded().norm(both, torch.ones(4), None, 1e-5).isnan().all()
 
 
 def test_other_dtypes_and_devices_have_none() -> None:

@@ -19,8 +19,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
     from transformers.models.bamba.modeling_bamba import BambaMixer
-    from uellm_worker.engine.attention import PackedStep, SlotCache
+    from uellm_worker.engine.attention import SlotCache
     from uellm_worker.engine.mamba2 import StateSpace
+    from uellm_worker.engine.packed import PackedStep
     from uellm_worker.engine.recurrent import convolve, recur, scan
     from uellm_worker.engine.shard_engine import ShardEngine
     from uellm_worker.verification.pipeline import Pipeline

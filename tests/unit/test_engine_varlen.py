@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("transformers")
-    from uellm_worker.engine.attention import PackedStep, attend
+    from uellm_worker.engine.attention import attend
+    from uellm_worker.engine.packed import PackedStep
     from uellm_worker.engine.plan import Chunk
     from uellm_worker.engine.varlen import Spans, agrees, attend_spans, kernel, usable
 

@@ -3,137 +3,42 @@
 One product gives queries, keys and values, one gate and values of the MLP. What a step's layers
 share, the rotation above all, is computed once a step. Numbers that are rotated together lie next
 to each other, as those of a complex number: the order within a head does not matter to scores.
-Results differ from transformers' by rounding.
+Results differ from transformers' by rounding. Where kernels know all that the layers do, a step is
+one program of theirs (``compiled.py``).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
-from transformers.activations import SiLUActivation
 
-from uellm_worker.engine.attention import PackedStep, SlotCache, attend
+from uellm_worker.engine.attention import SlotCache, attend
+from uellm_worker.engine.compiled import CompiledLayers, Head, compilable, in_panels
+from uellm_worker.engine.layers import LayerParts, norm_of, parts_of
 from uellm_worker.engine.native import kernels
-from uellm_worker.engine.recipes import (
-    GATE_UP,
-    QKV,
-    Join,
-    Recipe,
-    heads_of,
-    join_linears,
-    recipe_of,
-)
-from uellm_worker.engine.weights import Pairs
+from uellm_worker.engine.packed import PackedStep
+from uellm_worker.engine.recipes import Join, Recipe, join_linears, recipe_of
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 """Rows to as many rows."""
-
-
-class RmsNorm:
-    """Root-mean-square norm over the last dimension.
-
-    Args:
-        weight: ``[..., size]``.
-        eps: added to the mean square.
-    """
-
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        size = weight.shape[-1]
-        self._weight = weight
-        self._eps = torch.full((1, 1), eps)
-        self._mean = torch.full((size, 1), 1 / size)
-        self._size = size
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """The normed rows; the sum is a product with a vector of ones."""
-        squares = (rows * rows).view(-1, self._size)
-        scale = torch.addmm(self._eps, squares, self._mean).rsqrt_()
-        return (rows * scale.view(*rows.shape[:-1], 1)).mul_(self._weight)
-
-
-def _rms_norm(weight: torch.Tensor, eps: float) -> Rows:
-    """The norm of rows with a weight ``[size]``, by a kernel where there is one."""
-    found = kernels(weight.device, weight.dtype)
-    return RmsNorm(weight, eps) if found is None else partial(found.norm, weight=weight, eps=eps)
-
-
-def _norm(module: Any, offset: float) -> Rows | None:
-    """What computes the same as a norm of transformers."""
-    if module is None:
-        return None
-    if isinstance(module, nn.LayerNorm):
-        return module.forward
-    return _rms_norm(module.weight + offset if offset else module.weight, _eps(module))
-
-
-def _eps(norm: Any) -> float:
-    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
+_LEAST_TURNS = 256
+"""Positions whose rotations are computed at once."""
 
 
 class FusedLayer:
     """A decoder layer.
 
     Args:
-        layer: of transformers, with its linear layers joined and its weights in it.
-        recipe: how it computes.
+        parts: what it is made of.
         index: in the cache.
-        rotary: the model's rotary embedding.
     """
 
-    def __init__(self, layer: Any, recipe: Recipe, index: int, rotary: Any) -> None:
-        attention, config = layer.self_attn, layer.self_attn.config
+    def __init__(self, parts: LayerParts, index: int) -> None:
+        self._parts = parts
         self._index = index
-        self._head_dim = int(attention.head_dim)
-        self._heads, self._kv_heads = heads_of(layer)
-        self._turned_heads = self._heads + self._kv_heads
-        self._qkv: Rows = getattr(attention, QKV).forward
-        self._output: Rows = getattr(attention, recipe.output)
-        self._rotated = rotated_size(rotary, layer, recipe)
-        self.rope = attention.layer_type if recipe.typed_rope else ""
-        self._scaling = float(attention.scaling)
-        window = {"": None, "config": config, "attention": attention}[recipe.window]
-        self._window: int | None = getattr(window, "sliding_window", None)
-        self._softcap = getattr(attention, recipe.softcap) if recipe.softcap else None
-        self._multiplier = float(getattr(layer, "residual_multiplier", 1.0))
-        self._parallel = bool(getattr(layer, "use_parallel_residual", False))
-        norms = [_norm(getattr(layer, name, None), recipe.offset) for name in recipe.norms]
-        self._before_attention, self._after_attention, self._before_mlp, self._after_mlp = norms
-        self._qk_norm = self._norm_of_heads(attention, recipe)
-        self._mlp = _mlp(layer.mlp, recipe)
-
-    def _norm_of_heads(self, attention: Any, recipe: Recipe) -> Callable[[torch.Tensor], None]:
-        """Norms queries and keys, ``[T, heads, head_dim]``, in place."""
-        if not recipe.qk_norm:
-            return lambda _: None
-        by_head = recipe.qk_norm == "head"
-        eps = _eps(attention.q_norm)
-        weights = []
-        modules = (attention.q_norm, self._heads), (attention.k_norm, self._kv_heads)
-        for module, heads in modules:
-            weight = (module.weight + recipe.offset).repeat(heads if by_head else 1)
-            pairs = Pairs(len(weight), self._head_dim, self._rotated)
-            weights.append(pairs.laid_out(weight))
-        if by_head:
-            head_norm = RmsNorm(torch.cat(weights).view(-1, self._head_dim), eps)
-
-            def norm_each(heads: torch.Tensor) -> None:
-                heads.copy_(head_norm(heads))
-
-            return norm_each
-        query_norm, key_norm = (_rms_norm(weight, eps) for weight in weights)
-
-        def norm_whole(heads: torch.Tensor) -> None:
-            for part, norm in (
-                (heads[:, : self._heads], query_norm),
-                (heads[:, self._heads :], key_norm),
-            ):
-                part.copy_(norm(part.reshape(len(part), -1)).view(part.shape))
-
-        return norm_whole
+        self._mlp = _mlp(parts)
 
     def __call__(
         self,
@@ -148,22 +53,24 @@ class FusedLayer:
             hidden: ``[T, hidden]``; stays as it is.
             step: whose rows.
             cache: gets keys and values.
-            turns: by type of rotation, ``[T, 1, rotated / 2]`` complex.
+            turns: by type of rotation, ``[T, rotated / 2]`` complex.
 
         Returns:
             ``[T, hidden]``.
         """
-        rows = self._before_attention(hidden) if self._before_attention else hidden
+        parts = self._parts
+        before_attention, after_attention, before_mlp, after_mlp = parts.norms
+        rows = before_attention(hidden) if before_attention else hidden
         added = self._attend(rows, step, cache, turns)
-        if self._after_attention:
-            added = self._after_attention(added)
-        attended = torch.add(hidden, added, alpha=self._multiplier)
-        if not self._parallel:
-            rows = self._before_mlp(attended) if self._before_mlp else attended
+        if after_attention:
+            added = after_attention(added)
+        attended = torch.add(hidden, added, alpha=parts.multiplier)
+        if not parts.parallel:
+            rows = before_mlp(attended) if before_mlp else attended
         added = self._mlp(rows)
-        if self._after_mlp:
-            added = self._after_mlp(added)
-        return torch.add(attended, added, alpha=self._multiplier)
+        if after_mlp:
+            added = after_mlp(added)
+        return torch.add(attended, added, alpha=parts.multiplier)
 
     def _attend(
         self,
@@ -172,49 +79,58 @@ class FusedLayer:
         cache: SlotCache,
         turns: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        tokens, turned, head_dim = rows.shape[0], self._turned_heads, self._head_dim
-        heads = self._qkv(rows).view(tokens, -1, head_dim)
-        self._qk_norm(heads[:, :turned])
-        turn = turns[self.rope] if self._rotated else None
+        parts = self._parts
+        tokens, turned, head_dim = rows.shape[0], parts.heads + parts.kv_heads, parts.head_dim
+        heads = parts.qkv.forward(rows).view(tokens, -1, head_dim)
+        _norm_heads(parts, heads)
+        turn = turns[parts.rope] if parts.rotated else None
         keys, values = cache.keys[self._index], cache.values[self._index]
         if step.kernels is not None:
             step.kernels.place(heads, turn, keys, values, step.slots, step.positions)
         else:
             if turn is not None:
                 pairs = torch.view_as_complex(heads.view(tokens, -1, head_dim // 2, 2))
-                pairs[:, :turned, : turn.shape[-1]].mul_(turn)
-            keys[step.slots, :, step.positions] = heads[:, self._heads : turned]
+                pairs[:, :turned, : turn.shape[-1]].mul_(turn[:, None])
+            keys[step.slots, :, step.positions] = heads[:, parts.heads : turned]
             values[step.slots, :, step.positions] = heads[:, turned:]
         attended = attend(
             step,
-            heads[:, : self._heads],
+            heads[:, : parts.heads],
             keys,
             values,
-            self._scaling,
-            self._window,
-            self._softcap,
+            parts.scaling,
+            parts.window,
+            parts.softcap,
         )
-        return self._output(attended.view(tokens, -1))
+        return parts.output(attended.view(tokens, -1))
 
 
-def _mlp(mlp: Any, recipe: Recipe) -> Rows:
+def _norm_heads(parts: LayerParts, heads: torch.Tensor) -> None:
+    """Norm queries and keys, ``[T, heads, head_dim]`` with values behind them, in place."""
+    begin = 0
+    for norm in parts.qk_norms:
+        count = norm.weight.numel() // parts.head_dim
+        part = heads[:, begin : begin + count]
+        part.copy_(norm(part.reshape(len(part), -1)).view(part.shape))
+        begin += count
+
+
+def _mlp(parts: LayerParts) -> Rows:
     """What computes the same as an MLP of transformers, joined or not."""
-    gate_up = getattr(mlp, GATE_UP, None)
-    if gate_up is None:
-        return lambda rows: mlp(rows[None])[0]
-    down, activation = getattr(mlp, recipe.down), getattr(mlp, recipe.activation)
-    if not recipe.gated:
-        return lambda rows: down(activation(gate_up.forward(rows)))
-    silu = isinstance(activation, nn.SiLU | SiLUActivation)
-    act = functional.silu if silu else activation
-    size = gate_up.out_features // 2
+    if parts.gate_up is None:
+        return lambda rows: parts.mlp(rows[None])[0]
+    gate_up, down, kind = parts.gate_up.forward, parts.down, parts.activation_kind
+    act = functional.silu if kind == "silu" else parts.activation
+    if not parts.gated:
+        return lambda rows: down(act(gate_up(rows)))
     found = kernels(torch.device("cpu"), torch.float32)
-    if found is not None and silu:
-        gate = found.gate
-        return lambda rows: down(gate(gate_up.forward(rows)))
+    if found is not None and kind:
+        gate, gelu = found.gate, kind == "gelu"
+        return lambda rows: down(gate(gate_up(rows), gelu=gelu))
+    size = parts.gate_up.out_features // 2
 
     def gated(rows: torch.Tensor) -> torch.Tensor:
-        both = gate_up.forward(rows)
+        both = gate_up(rows)
         values: torch.Tensor = down(act(both[:, :size]).mul_(both[:, size:]))
         return values
 
@@ -244,6 +160,9 @@ class FusedDecoder:
         fusion: what was done to them.
         embedding: the decoder's; None where another stage has it.
         head: the model's; None where another stage has it.
+
+    Attributes:
+        compiled: computes the layers where kernels know all that they do; else None.
     """
 
     def __init__(
@@ -253,20 +172,29 @@ class FusedDecoder:
         layers: Sequence[Any],
         fusion: Fusion,
         embedding: Rows | None,
-        head: Rows | None,
+        head: Any,
     ) -> None:
-        self._layers = [
-            FusedLayer(layer, recipe, index, decoder.rotary_emb)
-            for index, (layer, recipe) in enumerate(zip(layers, fusion.recipes, strict=True))
+        parts = [
+            parts_of(layer, recipe, rotated_size(decoder.rotary_emb, layer, recipe))
+            for layer, recipe in zip(layers, fusion.recipes, strict=True)
         ]
-        self._ropes = sorted({layer.rope for layer in self._layers})
         self._rotary = decoder.rotary_emb
+        ropes = sorted({each.rope for each in parts if each.rotated})
+        self._turns = {rope: torch.empty(0, 0) for rope in ropes}
         self._embedding = embedding
         self._embedding_scale = getattr(decoder, "embedding_multiplier", 1.0)
-        self._head = head
-        self._norm = _norm(decoder.norm, fusion.recipes[0].offset) if head else None
+        norm = norm_of(decoder.norm, fusion.recipes[0].offset) if head else None
+        self._head = Head(norm, head) if norm is not None else None
         self._logits_scale = getattr(model.config, "logits_scaling", 1.0)
         self._logits_cap = getattr(model.config, "final_logit_softcapping", None)
+        self._layers = [FusedLayer(each, index) for index, each in enumerate(parts)]
+        self.compiled: CompiledLayers | None = None
+        found = kernels(torch.device("cpu"), torch.float32)
+        self._head_compiled = in_panels(head)
+        if found is not None and compilable(parts):
+            hidden = int(model.config.hidden_size)
+            compiled = self._head if self._head_compiled else None
+            self.compiled = CompiledLayers(found, parts, compiled, hidden, ropes)
 
     def __call__(self, step: PackedStep, cache: SlotCache, inputs: torch.Tensor) -> torch.Tensor:
         """Compute a step.
@@ -284,19 +212,29 @@ class FusedDecoder:
             hidden = self._embedding(inputs)
             if self._embedding_scale != 1.0:
                 hidden = hidden * self._embedding_scale
-        turns = {rope: self._turns(hidden, step.positions, rope) for rope in self._ropes}
-        for layer in self._layers:
-            hidden = layer(hidden, step, cache, turns)
-        if self._head is None or self._norm is None:
+        turns = {rope: self._turned(rope, step, cache) for rope in self._turns}
+        if self.compiled is not None and step.kernels is not None:
+            hidden = self.compiled(step, cache, hidden, list(turns.values()))
+            if self._head_compiled:
+                return self._logits(hidden)
+        else:
+            for layer in self._layers:
+                hidden = layer(hidden, step, cache, turns)
+        if self._head is None:
             return hidden
         if len(step.samples) != hidden.shape[0]:
             hidden = hidden[step.samples]
-        return self._logits(self._head(self._norm(hidden)))
+        return self._logits(self._head.linear(self._head.norm(hidden)))
 
-    def _turns(self, hidden: torch.Tensor, positions: torch.Tensor, rope: str) -> torch.Tensor:
-        cos, sin = _rotation(self._rotary, hidden, positions, rope)
-        half = cos.shape[-1] // 2
-        return torch.complex(cos[:, None, :half], sin[:, None, :half])
+    def _turned(self, rope: str, step: PackedStep, cache: SlotCache) -> torch.Tensor:
+        """What the rows are turned by, ``[T, rotated / 2]`` complex."""
+        if len(self._turns[rope]) < step.longest:
+            most = cache.keys[0].shape[2]
+            count = min(max(2 * step.longest, _LEAST_TURNS), most)
+            cos, sin = _rotation(self._rotary, torch.zeros(1, 1), torch.arange(count), rope)
+            half = cos.shape[-1] // 2
+            self._turns[rope] = torch.complex(cos[:, :half], sin[:, :half])
+        return self._turns[rope][step.positions]
 
     def _logits(self, logits: torch.Tensor) -> torch.Tensor:
         if self._logits_scale != 1.0:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from uellm_worker.engine.attention import PackedStep
+from uellm_worker.engine.packed import PackedStep
 from uellm_worker.engine.plan import Chunk
 from uellm_worker.engine.varlen import Kernel
 

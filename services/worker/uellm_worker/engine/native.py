@@ -1,17 +1,13 @@
-"""Kernels of ``kernels.py`` for tensors on the CPU, where Numba is installed and torch runs OpenMP.
+"""The kernels of this process: where Numba is installed, and the system and processor suit.
 
-A kernel runs on the very threads that torch's own operations run on: its code is handed to the
-OpenMP runtime that torch has loaded. A pool of its own would take turns with torch's, each pool
-spinning while the other works. Where any of this is missing, torch computes the same.
+Several operations in a row are better run as one program (``compiled.py``); here are those that
+torch's own operations come between. Where kernels are missing, torch computes the same.
 """
 
-import ctypes
 import importlib
 import logging
 import os
-import struct
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,9 @@ from typing import Any
 import torch
 
 from uellm_worker.engine.device import on_host
-from uellm_worker.engine.tiles import PANEL_ROWS
+from uellm_worker.engine.operations import Operations
+from uellm_worker.engine.team import Operation, Program, StepNumbers, Team
+from uellm_worker.engine.tiles import SPAN_ROWS
 
 try:
     import numba
@@ -29,61 +27,28 @@ except ImportError:
 
 _SERIAL_NUMBERS = 16_384
 """So few numbers are done with before other threads have woken up."""
-
 _PRODUCTS_A_NUMBER = 32
 """Multiplications in the time that other kernels take for a number."""
 
 _log = logging.getLogger(__name__)
 
 
-class Kernel:
-    """A compiled kernel, and how to call it.
-
-    Args:
-        address: of its code.
-        layout: of its block, as ``struct`` has it: all of 8 bytes, addresses and numbers. Before
-            them comes a count of the pieces of work that threads have taken.
-        team: runs code on a team of threads, as ``GOMP_parallel`` does.
-    """
-
-    def __init__(self, address: int, layout: str, team: Callable[..., None]) -> None:
-        self._address = address
-        self._layout = struct.Struct(f"@q{layout}")
-        self._team = team
-
-    def __call__(self, numbers: int, *block: float) -> None:
-        """Run it on torch's threads.
-
-        Args:
-            numbers: read or written, to tell whether more than one thread is worth waking.
-            block: what it is told.
-        """
-        threads = 1 if numbers < _SERIAL_NUMBERS else torch.get_num_threads()
-        memory = ctypes.create_string_buffer(self._layout.size)
-        self._layout.pack_into(memory, 0, 0, *block)
-        self._team(self._address, memory, threads, 0)
-
-
 class Kernels:
     """All kernels. Tensors are float32 on the CPU, sizes within them those that torch checks.
 
     Args:
-        module: ``kernels.py``.
-        panels: ``panel_kernels.py``; None where its kernels gain nothing.
-        team: see ``Kernel``.
+        operations: makes what they are told.
+        team: the threads that run them.
     """
 
-    def __init__(self, module: Any, panels: Any, team: Callable[..., None]) -> None:
-        self._attend = Kernel(module.attend.address, "16q2d", team)
-        self._place = Kernel(module.place.address, "13q", team)
-        self._norm = Kernel(module.norm.address, "5qd", team)
-        self._gate = Kernel(module.gate.address, "4q", team)
-        self._multiply = None if panels is None else Kernel(panels.multiply.address, "10qd", team)
+    def __init__(self, operations: Operations, team: Team) -> None:
+        self.operations = operations
+        self.team = team
 
-    @property
-    def multiplies(self) -> bool:
-        """``multiply`` is there."""
-        return self._multiply is not None
+    def _run(self, operation: Operation, step: StepNumbers, work: int) -> None:
+        """Run one operation, on threads if there are enough numbers to read or write."""
+        members = 1 if work < _SERIAL_NUMBERS else torch.get_num_threads()
+        self.team.run(Program((operation,)), step, members)
 
     def multiply(
         self,
@@ -100,85 +65,59 @@ class Kernels:
             panels: ``[panels, in, PANEL_ROWS]`` in float32 or float16.
             factor: of the product.
             bias: ``[panels * PANEL_ROWS]``, added.
-            output: gets ``[n, out]``; ``out`` ends in the last panel.
+            output: gets ``[n, panels * PANEL_ROWS]``.
         """
-        if self._multiply is None:
-            raise RuntimeError("no kernel multiplies on this machine")
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        count, width = output.shape
-        # What the last panel gives, if not all of it is wanted.
-        edge = torch.empty(count, PANEL_ROWS) if width % PANEL_ROWS else output
-        self._multiply(
-            count * panels.numel() // _PRODUCTS_A_NUMBER,
-            rows.data_ptr(),
-            4 * rows.stride(0),
-            panels.data_ptr(),
-            panels.dtype == torch.float16,
-            bias.data_ptr(),
-            output.data_ptr(),
-            edge.data_ptr(),
-            count,
-            width,
-            rows.shape[1],
-            factor,
-        )
+        operation = self.operations.multiply(rows, panels, bias, output, factor=factor)
+        work = len(rows) * panels.numel() // _PRODUCTS_A_NUMBER
+        self._run(operation, StepNumbers(len(rows)), work)
 
     def attend(
         self,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
+        spans: torch.Tensor,
         longest: int,
-        output: torch.Tensor,
         scaling: float,
         window: int | None,
         softcap: float | None,
-    ) -> None:
-        """Attend one token of each of some sequences, whose keys and values are in the cache.
+    ) -> torch.Tensor:
+        """Attend rows to their sequences, whose keys and values are in the cache.
 
         Args:
             query: ``[n, heads, head_dim]``; the latter a multiple of ``HEAD_NUMBERS``.
             keys: ``[slots, kv_heads, max_tokens, head_dim]``.
             values: as ``keys``.
-            slots: ``[n]``, of the rows.
-            positions: ``[n]``, of the rows in their sequences.
+            spans: see ``StepNumbers``.
             longest: tokens of the longest sequence, the present one included.
-            output: gets ``[n, heads, head_dim]``.
             scaling: of the scores.
             window: tokens seen, the present one included; None for all.
             softcap: of the scores; None for none.
+
+        Returns:
+            ``[n, heads, head_dim]``.
         """
         rows, heads, head_dim = query.shape
         if query.stride()[1:] != (head_dim, 1):
             query = query.contiguous()
         kv_heads = keys.shape[1]
-        group = heads // kv_heads
-        room = group * longest
-        scratch = torch.empty(torch.get_num_threads(), room)
-        self._attend(
-            rows * longest * kv_heads * head_dim,
-            query.data_ptr(),
-            4 * query.stride(0),
-            output.data_ptr(),
-            scratch.data_ptr(),
-            4 * room,
-            slots.data_ptr(),
-            positions.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            4 * keys.stride(0),
-            4 * keys.stride(1),
-            rows,
-            kv_heads,
-            group,
-            head_dim,
-            window or 0,
-            scaling,
-            softcap or 0.0,
+        room = SPAN_ROWS * heads // kv_heads * longest
+        output = query.new_empty(rows, heads, head_dim)
+        operation = self.operations.attend(
+            query.as_strided((rows, heads * head_dim), (query.stride(0), 1)),
+            keys,
+            values,
+            output.view(rows, heads * head_dim),
+            torch.empty(torch.get_num_threads(), room),
+            scaling=scaling,
+            window=window,
+            softcap=softcap,
         )
+        step = StepNumbers(rows, spans=spans)
+        self._run(operation, step, rows * longest * kv_heads * head_dim)
+        return output
 
     def place(
         self,
@@ -193,55 +132,51 @@ class Kernels:
 
         Args:
             heads: ``[T, heads, head_dim]``: queries, then keys, then values.
-            turns: ``[T, 1, pairs]`` complex; the first ``pairs`` pairs of each head turn.
+            turns: ``[T, pairs]`` complex; the first ``pairs`` pairs of each head turn.
             keys: ``[slots, kv_heads, max_tokens, head_dim]``.
             values: as ``keys``.
             slots: ``[T]``.
             positions: ``[T]``.
         """
-        self._place(
-            heads.numel(),
-            heads.data_ptr(),
-            turns.data_ptr() if turns is not None else 0,
-            turns.shape[-1] if turns is not None else 0,
-            slots.data_ptr(),
-            positions.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            4 * keys.stride(0),
-            4 * keys.stride(1),
-            heads.shape[0],
-            heads.shape[1],
-            keys.shape[1],
-            heads.shape[2],
+        operation = self.operations.place(
+            heads.view(len(heads), heads.shape[1] * heads.shape[2]),
+            keys,
+            values,
+            heads.shape[1] - 2 * keys.shape[1],
+            pairs=0 if turns is None else turns.shape[-1],
         )
+        kinds = () if turns is None else (turns,)
+        step = StepNumbers(len(heads), slots, positions, turns=kinds)
+        self._run(operation, step, heads.numel())
 
-    def norm(self, rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """The root-mean-square norm of rows ``[n, size]``.
+    def norm(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        """The norm of rows, or of segments of rows, ``[n, segments * size]``.
+
+        Root-mean-square where there is no bias, else that of the distance from the mean.
 
         Args:
             rows: see above.
-            weight: ``[size]``, multiplies the normed.
+            weight: ``[segments, size]`` or ``[size]``, multiplies the normed.
+            bias: as ``weight``, added.
             eps: added to the mean square.
         """
-        rows = rows.contiguous()
-        output = torch.empty_like(rows)
-        self._norm(
-            rows.numel(),
-            rows.data_ptr(),
-            weight.data_ptr(),
-            output.data_ptr(),
-            *rows.shape,
-            eps,
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        output = rows.new_empty(rows.shape)
+        operation = self.operations.norm(
+            rows, weight, bias, output, eps=eps, centred=bias is not None
         )
+        self._run(operation, StepNumbers(len(rows)), rows.numel())
         return output
 
-    def gate(self, both: torch.Tensor) -> torch.Tensor:
+    def gate(self, both: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
         """SiLU of the gates, times the values: ``[n, 2 * size]``, gates first, to ``[n, size]``."""
-        both = both.contiguous()
         count, width = both.shape
         output = both.new_empty(count, width // 2)
-        self._gate(both.numel(), both.data_ptr(), output.data_ptr(), count, width // 2)
+        operation = self.operations.activate(both, output, width // 2, gelu=gelu, gated=True)
+        self._run(operation, StepNumbers(count), both.numel())
         return output
 
 
@@ -261,18 +196,19 @@ def load() -> Kernels | None:
         _log.warning("numba is not installed: decode steps on CPUs will be slower")
         return None
     try:
-        team = ctypes.CDLL(None).GOMP_parallel
         _keep_compiled()
-        module = importlib.import_module("uellm_worker.engine.kernels")  # Which compiles.
+        attention, rows, team = map(_compiled, ("attention", "rows", "team"))
         panels: Any = None
         if llvm.get_host_cpu_features().get("avx512f"):  # Others have too few registers.
-            panels = importlib.import_module("uellm_worker.engine.panel_kernels")
+            panels = _compiled("panels")
+        return Kernels(Operations(attention, rows, panels), Team(team))
     except Exception as error:  # Numba fails in ways of its own; all mean the same here.
         _log.warning("no compiled kernels, decode steps on CPUs will be slower: %s", error)
         return None
-    team.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint)
-    team.restype = None
-    return Kernels(module, panels, team)
+
+
+def _compiled(name: str) -> Any:
+    return importlib.import_module(f"uellm_worker.engine.kernels.{name}")
 
 
 def _keep_compiled() -> None:

@@ -34,6 +34,8 @@ class PackedLinear(nn.Module):
         bias: ``[out]``, or None.
 
     Attributes:
+        weight: as it was given.
+        bias: likewise; filled up to whole panels where the weight is in panels.
         out_features: numbers in a row that comes out.
     """
 
@@ -47,11 +49,11 @@ class PackedLinear(nn.Module):
         else:
             self.out_features = int(weight.shape[0])
             self._product = partial(product, weight=weight)
-        self._bias = bias
+        self.weight, self.bias = weight, bias
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        return self._product(rows, bias=self._bias)
+        return self._product(rows, bias=self.bias)
 
 
 def pack(weight: torch.Tensor) -> Packed:

@@ -1,4 +1,4 @@
-"""Weights in panels, which the kernel of ``panel_kernels.py`` multiplies, in float32 or float16."""
+"""Weights in panels, in float32 or float16, for the kernel of ``kernels/panels.py``."""
 
 from dataclasses import dataclass
 
@@ -41,16 +41,16 @@ class PanelWeight:
         if found is None:
             raise RuntimeError("panels without the kernel that multiplies them")
         given = rows.reshape(-1, self.panels.shape[1])
-        output = given.new_empty(len(given), self.out_features)
+        output = given.new_empty(len(given), PANEL_ROWS * len(self.panels))
         if len(given):
             found.multiply(given, self.panels, self.factor, bias, output)
-        return output.view(*rows.shape[:-1], self.out_features)
+        return output[:, : self.out_features].reshape(*rows.shape[:-1], self.out_features)
 
 
 def usable() -> bool:
     """This machine multiplies by panels."""
     found = load()
-    return found is not None and found.multiplies
+    return found is not None and found.operations.multiplies
 
 
 def in_panels(weight: torch.Tensor, dtype: torch.dtype, factor: float = 1.0) -> PanelWeight:

@@ -8,11 +8,12 @@ import torch
 from uellm.core.errors import ModelFilesError
 from uellm.models.profile import read_profile
 from uellm.v1.topology_pb2 import ShardAssignment
-from uellm_worker.engine.attention import LayerCache, PackedStep, SlotCache
+from uellm_worker.engine.attention import LayerCache, SlotCache
 from uellm_worker.engine.capacity import Capacity, fit, fit_hybrid, fit_pages
 from uellm_worker.engine.device import Device, Stopwatch, on_host
 from uellm_worker.engine.graphs import CudaRecorder, DecodeGraphs
 from uellm_worker.engine.native import kernels
+from uellm_worker.engine.packed import PackedStep
 from uellm_worker.engine.plan import StepPlan
 from uellm_worker.engine.shard import Shard, longest_context
 from uellm_worker.engine.slot_memory import page_tokens

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from uellm_worker.engine.attention import PackedStep, SlotCache
+from uellm_worker.engine.attention import SlotCache
+from uellm_worker.engine.packed import PackedStep
 
 
 class Mixer(nn.Module):

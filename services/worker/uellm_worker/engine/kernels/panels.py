@@ -2,7 +2,7 @@
 
 A panel has some rows of the weight, turned: ``[in, PANEL_ROWS]``. What a few rows times its lines
 give is summed in registers (Goto and van de Geijn, "Anatomy of high-performance matrix
-multiplication", ACM TOMS 34(3), 2008, whose inner kernel this is). See ``kernels.py`` for the rest.
+multiplication", ACM TOMS 34(3), 2008, whose inner kernel this is).
 """
 
 from functools import partial
@@ -10,9 +10,9 @@ from functools import partial
 from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
-from uellm_worker.engine.kernels import floats, real, take
-from uellm_worker.engine.tiles import PANEL_ROWS
-from uellm_worker.engine.vectors import FLOAT, HALVES, I64, LANES, VECTOR, ZEROS, Code
+from uellm_worker.engine.kernels.arithmetic import floats, integers, real
+from uellm_worker.engine.kernels.vectors import FLOAT, HALVES, I64, LANES, VECTOR, ZEROS, Code
+from uellm_worker.engine.tiles import OUTPUT, PANEL_ROWS
 
 _PARTS = PANEL_ROWS // LANES
 """Vectors of a panel's line."""
@@ -109,24 +109,26 @@ def _panel(rows, stride, count, depth, panel, half, bias, output, output_stride,
             )
 
 
-@cfunc(types.void(types.CPointer(types.int64)), cache=True)
-def multiply(block):
-    """Rows times a weight; a piece of work is a panel."""
-    rows, stride, panels, half, bias = block[1], block[2], block[3], block[4], block[5]
-    output, edge, count, width, depth = block[6], block[7], block[8], block[9], block[10]
-    factor = real(block[11])
-    size = 2 if half else 4
-    number = take(block)
-    while number * PANEL_ROWS < width:
-        panel = panels + number * depth * PANEL_ROWS * size
-        column = number * PANEL_ROWS
-        added, target, target_stride = bias + 4 * column, output + 4 * column, 4 * width
-        if column + PANEL_ROWS > width:
-            target, target_stride = edge, types.int64(4 * PANEL_ROWS)
-        _panel(rows, stride, count, depth, panel, half, added, target, target_stride, factor)
-        if column + PANEL_ROWS > width:
-            whole, found = floats(output), floats(edge)
-            for row in range(count):
-                for other in range(width - column):
-                    whole[row * width + column + other] = found[row * PANEL_ROWS + other]
-        number = take(block)
+@njit(error_model="numpy")
+def _add(target, added):
+    for i in range(PANEL_ROWS):
+        target[i] += added[i]
+
+
+@cfunc(types.void(*[types.int64] * 4), cache=True)
+def multiply(block, step, piece, member):
+    """Rows times a weight, and a bias and other rows added; a piece is a panel."""
+    words, counts = integers(block), integers(step)
+    rows, stride, panels, half, bias = words[0], words[1], words[2], words[3], words[4]
+    output, output_stride, depth, count = words[5], words[6], words[7], counts[words[8]]
+    factor, added, added_stride = real(words[9]), words[10], words[11]
+    if output == 0:
+        output = counts[OUTPUT]
+    panel = panels + piece * depth * PANEL_ROWS * (2 if half else 4)
+    column = 4 * piece * PANEL_ROWS
+    bias, output = bias + column, output + column
+    _panel(rows, stride, count, depth, panel, half, bias, output, output_stride, factor)
+    if added:
+        for row in range(count):
+            others = floats(added + column + row * added_stride)
+            _add(floats(output + row * output_stride), others)
