@@ -439,8 +439,8 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _end(number: int, frame: FrameType | None) -> None:
     """End as by Ctrl-C, so that nothing is left."""
-    del frame
-    raise KeyboardInterrupt(number)
+    del number, frame
+    signal.raise_signal(signal.SIGINT)
 
 
 def main() -> None:
@@ -457,11 +457,15 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, help="keep the mesh's logs there")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    # What a shell starts in the background ignores Ctrl-C otherwise.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _end)
     try:
         result = asyncio.run(run(arguments))
     except NoHostsError as error:
         raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     if arguments.json:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
 

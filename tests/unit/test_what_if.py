@@ -1,11 +1,14 @@
 """Clusters that might be."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from uellm import clusters
 from uellm.core.errors import InvalidArgumentError
+from uellm.placement.topology import Device, Link, Topology
 from uellm.placement.views import LayerTimes
 from uellm.placement.what_if import (
     Change,
@@ -50,6 +53,27 @@ def test_what_is_added_is_as_fast_as_what_it_is_like() -> None:
     assert times == measured | {"new/cuda:0": measured["t4-0/cuda:0"]}
     none = parse_change("remove=t4-1")
     assert times_of_added(measured, changed(before, none, {}), none) == measured
+
+
+def test_a_new_host_is_behind_the_ways_of_the_one_that_it_is_like() -> None:
+    devices = tuple(Device(f"{w}/cpu:0", w, w, "cpu", 1 << 30) for w in ("near", "next", "far"))
+    late = {"near": 0.0, "next": 0.0, "far": 0.01}
+    links = tuple(
+        Link(one.id, two.id, 0.001 + late[one.host] + late[two.host], 1e8, measured_at=1.0)
+        for one in devices
+        for two in devices
+        if one is not two
+    )
+    before = Topology(devices, links)
+    after = changed(before, parse_change("add=far/cpu:0@new,remove=next"), {})
+    by_id = {device.id: device for device in after.devices}
+    new, near, far = by_id["new/cpu:0"], by_id["near/cpu:0"], by_id["far/cpu:0"]
+    assert after.link(new, near) == replace(after.link(far, near), src=new.id)
+    assert after.link(near, new) == replace(after.link(near, far), dst=new.id)
+    for ends in ((new, far), (far, new)):
+        assert after.link(*ends).latency_seconds == pytest.approx(0.011)
+    beside = changed(before, parse_change("add=far/cpu:0@near"), {})
+    assert beside.links == before.links
 
 
 def test_links_of_what_is_gone_go() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from uellm.core.errors import InvalidArgumentError
-from uellm.placement.topology import Device, Topology
+from uellm.placement.topology import Device, Link, Topology
 from uellm.placement.views import LayerTimes, Plan
 
 MOST_ADDED = 64
@@ -60,8 +60,9 @@ def parse_change(text: str) -> Change:
 def changed(topology: Topology, change: Change, kinds: Mapping[str, Device]) -> Topology:
     """The cluster after a change.
 
-    A device that comes to a host that is there hangs where that host's others do; a new host is
-    in the rack that most others are in, behind the links that the topology says for such a way.
+    A device that comes to a host that is there hangs where that host's others do; a new host is in
+    the rack that most others are in, behind the links that the topology says for such a way. Like
+    a device of the topology, which is named by its id, it is behind the same ways as that one.
 
     Args:
         topology: before.
@@ -82,11 +83,31 @@ def changed(topology: Topology, change: Change, kinds: Mapping[str, Device]) -> 
                 field="what-if",
             )
         devices = left
+    links = list(topology.links)
     for kind, host in change.added:
-        devices.append(_new(devices, topology.devices, kind, host, kinds))
+        new = _new(devices, topology.devices, kind, host, kinds)
+        if not any(device.host == host for device in devices):
+            links += _ways_of(links, kind, new.id)
+        devices.append(new)
     ids = {device.id for device in devices}
-    links = tuple(link for link in topology.links if link.src in ids and link.dst in ids)
-    return replace(topology, devices=tuple(devices), links=links)
+    kept = tuple(link for link in links if link.src in ids and link.dst in ids)
+    return replace(topology, devices=tuple(devices), links=kept)
+
+
+def _latency(link: Link) -> float:
+    return link.latency_seconds
+
+
+def _ways_of(links: Sequence[Link], like: str, new: str) -> list[Link]:
+    """A device's ways as another's; the two are as near to each other as to what is nearest."""
+    there = [replace(link, src=new) for link in links if link.src == like]
+    back = [replace(link, dst=new) for link in links if link.dst == like]
+    between = []
+    if there:
+        between.append(replace(min(there, key=_latency), dst=like))
+    if back:
+        between.append(replace(min(back, key=_latency), src=like))
+    return [*there, *back, *between]
 
 
 def times_of_added(
