@@ -131,6 +131,7 @@ async def test_a_promise_is_revised_while_the_answer_comes(mesh: Mesh, redis_url
         assert lost == []
 
         async def revised() -> common_pb2.Promise | None:
+            await mesh.renew("r0", request_id)
             promise = (await mesh.record(request_id)).promise
             # It may be revised before these tokens came, too.
             seen = promise is not None and promise.reason == "is being answered, 80 tokens so far"
