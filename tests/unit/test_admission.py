@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_dispatch_policies import NOW, queued, replica
 from uellm.core.cost import StepCost
+from uellm.policy.admissions import Admissions
 from uellm.policy.admitting import LISTED, starts
 from uellm.policy.cslo_dispatch import CsloOdbsDispatch
 from uellm.policy.edf import EdfDispatch
@@ -191,6 +192,51 @@ def test_enough_pass_the_door_to_choose_from(factor: float) -> None:
         now += WINDOW_SECONDS
         door.learn(10, 10, now)
     assert door.share == 1.0
+
+
+def overloaded(admissions: Admissions, now: float) -> None:
+    """A hundred newcomers, most of whom would be late behind the others."""
+    crowd = [asked(f"{now}-{i}", 3.3) for i in range(100)]
+    learn(admissions, crowd, now)
+
+
+def learn(admissions: Admissions, newcomers: list[QueuedView], now: float) -> None:
+    """What comes of a decision on newcomers alone."""
+    queue = QueueView(newcomers, unpromised=frozenset(each.request_id for each in newcomers))
+    decision = EdfDispatch().dispatch(queue, [replica(slots=SLOTS)], NOW)
+    known = {each.request_id: each for each in newcomers}
+    admissions.decided(queue, decision, known.get, now)
+
+
+def test_a_door_opens_again_when_nobody_comes_any_more() -> None:
+    admissions = Admissions()
+    for window in range(10):
+        overloaded(admissions, NOW + window * WINDOW_SECONDS)
+    narrow = admissions.shedding.share
+    assert narrow < 0.5
+    for window in range(10, 30):
+        admissions.advance(NOW + window * WINDOW_SECONDS)
+    assert admissions.shedding.share == 1.0
+
+
+def test_who_never_had_a_chance_does_not_narrow_the_door_for_others() -> None:
+    admissions = Admissions()
+    for window in range(10):
+        hopeless = [queued(f"{window}-{i}", 0.01, refusable=True, accepted=NOW) for i in range(100)]
+        learn(admissions, hopeless, NOW + window * WINDOW_SECONDS)
+    assert admissions.shedding.share == 1.0
+
+
+def test_who_lost_its_time_before_it_was_looked_at_may_try_again() -> None:
+    # Accepted two seconds ago, with time for more than a short answer then.
+    (refusal,) = decide(
+        queued("new", 0.01, refusable=True, tokens=100.0, accepted=NOW - 2), new="new"
+    ).refusals
+    assert refusal.retry_after_seconds == pytest.approx(2.0)
+    assert "2 s passed before the request was looked at" in refusal.message
+    (refusal,) = decide(queued("new", 0.01, refusable=True, accepted=NOW), new="new").refusals
+    assert refusal.retry_after_seconds is None
+    assert "is too short" in refusal.message
 
 
 # ---- all of it, on the simulator ---------------------------------------------------------------

@@ -52,9 +52,12 @@ class Admissions:
         """
         refused = 0
         for refusal in decision.refusals:
-            refused += refusal.request_id in queue.unpromised
-            if (retry := refusal.retry_after_seconds) is not None:
+            retry = refusal.retry_after_seconds
+            if retry is not None:
                 self.retry_seconds += (retry - self.retry_seconds) / REMEMBERED
+            # Whom no mesh could have served in time says nothing of the load on this one.
+            overloaded = refusal.expired or retry is not None
+            refused += overloaded and refusal.request_id in queue.unpromised
         easy = sum(
             (view := find(request_id)) is not None and view.refusable
             for request_id in decision.promises.keys() & queue.unpromised
@@ -79,5 +82,6 @@ class Admissions:
         self.margin.gone(request_id, late=late)
 
     def advance(self, now: float) -> None:
-        """Take note of what has not happened in time."""
+        """Take note of what has not happened in time, and of newcomers that did not come."""
         self.margin.advance(now)
+        self.shedding.learn(0, 0, now)

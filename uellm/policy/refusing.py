@@ -18,6 +18,8 @@ from uellm.policy.views import QueuedView, Refusal
 
 BEST_EFFORT = "ask for best effort instead of refusal"
 """The remedy, in words that fit every client: an option has another name in each."""
+LEAST_RETRY_SECONDS = 1.0
+"""Who lost its time before it was looked at is to come back no sooner."""
 
 
 def lost(request: QueuedView, fastest: Speed | None, now: float) -> bool:
@@ -77,7 +79,7 @@ def expired_refusal(request: QueuedView, now: float) -> Refusal:
 def infeasible_refusal(
     request: QueuedView, promise: Promise, fastest: Speed, now: float
 ) -> Refusal:
-    """The refusal of a request that has no chance; it says what would have one.
+    """The refusal of a request that has no chance, or none any more; it says what would have one.
 
     Args:
         request: which.
@@ -98,10 +100,18 @@ def infeasible_refusal(
         f"{field}: {allowed:.3g} s is too short: even started at once {what} takes {least:.3g} s; "
         f"allow {feasible - accepted:.3g} s, or {BEST_EFFORT}"
     )
+    retry = None
+    if not lost(request, fastest, accepted):
+        retry = max(now - accepted, LEAST_RETRY_SECONDS)
+        message = (
+            f"{field}: of {allowed:.3g} s {now - accepted:.3g} s passed before the request was "
+            f"looked at, and {what} takes {least:.3g} s; try again in {retry:.3g} s, allow "
+            f"{feasible - accepted:.3g} s, or {BEST_EFFORT}"
+        )
     promise = replace(
         promise, reason="refused: infeasible", earliest_feasible_finish=promise.finish_p90
     )
-    return Refusal(request.request_id, False, message, promise)
+    return Refusal(request.request_id, False, message, promise, retry)
 
 
 def crowded_refusal(request: QueuedView, why: Crowded, policy: str, now: float) -> Refusal:

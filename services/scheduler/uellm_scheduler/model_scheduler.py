@@ -189,9 +189,12 @@ class ModelScheduler:
 
     async def _say_door(self) -> None:
         """Tell gateways to refuse some at the door, if it is time to."""
-        share = self._keeping.admissions.shedding.share
+        admissions = self._keeping.admissions
+        # Where nobody waits nothing is decided, and yet the door has to open again.
+        admissions.advance(self._context.clock.now())
+        share = admissions.shedding.share
         if share < 1 and self._dooring.due():
-            door = Door(share, self._keeping.admissions.retry_seconds)
+            door = Door(share, admissions.retry_seconds)
             await self._queue.keep_door(door, DOOR_KEPT_MS)
 
     async def _say_load(self) -> None:
