@@ -108,6 +108,16 @@ def test_newcomers_are_let_in_one_after_the_other_as_far_as_time_goes() -> None:
     assert [r.request_id for r in decision.refusals] == [f"q{i}" for i in range(stay, 20)]
 
 
+def test_who_was_let_in_is_told_however_far_behind_it_is() -> None:
+    crowd = [asked(f"q{i}", 30.0) for i in range(20)]
+    queue = QueueView(crowd, unpromised=frozenset(v.request_id for v in crowd), horizon=4)
+    decision = EdfDispatch().dispatch(queue, [replica(slots=SLOTS)], NOW)
+    assert len(decision.let_in) > 4
+    # Without a promise it would be a newcomer once more, and could be refused after all.
+    assert decision.let_in.keys() <= decision.promises.keys()
+    assert decision.promises["q19"].queue_position == 19
+
+
 def test_whom_nobody_is_committed_to_yields_first() -> None:
     def job(committed: bool, seconds: float) -> Job:
         return Job(NOW + 1.5, seconds, 0.0, 0.0, 0.0, committed)

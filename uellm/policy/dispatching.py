@@ -5,7 +5,7 @@ rest to replicas as late as the slots allow, and promises.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -168,7 +168,7 @@ class Dispatcher(ABC):
         order = self.arranged(_without(ranked, out), keys[0], columns, replicas, now)
         promises: dict[str, Promise] = {}
         if people is not None and line is not None and len(line):
-            wanted, positions = _wanted(order, people, queue)
+            wanted, positions = _wanted(order, people, queue, admission.let_in)
             promiser = self._promiser(queue, people, line, replicas, now)
             promises = promiser.promises(wanted, positions, queue.promised)
         views = columns.views
@@ -279,12 +279,21 @@ def _infeasible(
     ]
 
 
-def _wanted(order: Places, people: Everybody, queue: QueueView) -> tuple[Places, Places]:
-    """Places of those that are to be promised something, and how many come before each."""
+def _wanted(
+    order: Places, people: Everybody, queue: QueueView, let_in: Collection[int]
+) -> tuple[Places, Places]:
+    """Places of those that are to be promised something, and how many come before each.
+
+    Who was let in is among them wherever it comes: with no promise it would be a newcomer again.
+    """
     views = people.columns.views
-    near = order[: queue.horizon].tolist()
+    near = len(order) if queue.horizon is None else queue.horizon
     concerned = queue.unpromised | queue.promised.keys()
-    waiting = [(i, k) for k, i in enumerate(near) if views[i].request_id in concerned]
+    waiting = [
+        (i, k)
+        for k, i in enumerate((order if let_in else order[:near]).tolist())
+        if (k < near and views[i].request_id in concerned) or i in let_in
+    ]
     sent = [(i, 0) for i in range(people.waiting, len(views)) if views[i].request_id in concerned]
     both = [*waiting, *sent]
     return np.array([i for i, _ in both], dtype=np.intp), np.array([k for _, k in both])
