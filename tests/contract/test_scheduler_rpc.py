@@ -68,7 +68,7 @@ async def test_an_estimate_is_what_would_be_promised(mesh: Mesh, redis_url: str)
     await mesh.deploy("r0", slots=1, step_seconds=0.5)
     async with scheduler(redis_url) as service, stub_of(service) as stub:
         promise = (await call(stub.Estimate, estimate(deadline=60))).promise
-        assert seconds_until_finish(promise) == pytest.approx(50, rel=0.05)
+        assert seconds_until_finish(promise) == pytest.approx(50, rel=0.2)
         assert promise.queue_position == 0
         assert 0.5 < promise.p_meet < 0.9
         ids = [await mesh.accept(output=100) for _ in range(4)]

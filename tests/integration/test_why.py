@@ -87,10 +87,11 @@ async def test_refused_and_expired(
     mesh: Mesh, gateway: Gateway, redis_url: str, tmp_path: Path
 ) -> None:
     async with serving(mesh, redis_url, tmp_path / "m", "edf", lookahead_requests=0):
-        long = await ask(mesh, 150)
+        # Far longer than it was expected to be, so that who waits for its slot is let in.
+        long = await ask(mesh, 150, output=20)
         await started(mesh, long)
         refused = await ask(mesh, 100, deadline=0.3, refusable=True)
-        expired = await ask(mesh, 10, deadline=0.4, refusable=True)
+        expired = await ask(mesh, 10, deadline=0.8, refusable=True)
         await ended(mesh, refused)
         await ended(mesh, expired)
         first = await explained(gateway, refused, "finished", "ahead_before")
@@ -100,7 +101,8 @@ async def test_refused_and_expired(
     assert "Without" in first.summary
     assert long in first.counterfactuals[0].without
     assert second.summary.startswith("Expired after")
-    assert second.counterfactuals[0].seconds_earlier > 0.3
+    # By the estimate the other one was to hold the slot for twenty steps.
+    assert second.counterfactuals[0].seconds_earlier > 0.1
     assert [phase.name for phase in second.phases] == ["queue"]
 
 
