@@ -108,7 +108,8 @@ class Holders:
         return bool(answer.held_bytes)
 
     def _has_all(self, worker: Worker, models: Sequence[tuple[common_pb2.ModelRef, bool]]) -> bool:
-        return all(_start(worker) in self._whole[ref.digest] for ref, _ in models)
+        # What was found may have been forgotten while it was asked for.
+        return all(_start(worker) in self._whole.get(ref.digest, ()) for ref, _ in models)
 
 
 def _start(worker: Worker) -> tuple[str, int]:
