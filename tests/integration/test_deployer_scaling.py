@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from uellm_deployer.store import Store
 
 from tests.integration.test_deployer import MODEL, READY, Mesh
 from tests.integration.test_deployer_discovery import MeasuredWorker, add
@@ -243,3 +244,27 @@ async def test_bounds_of_the_number_of_copies_are_checked(mesh: Loaded) -> None:
         await mesh.want(MODEL, replicas=2, most_replicas=1)
     with pytest.raises(InvalidArgumentError, match="requests_per_second"):
         await mesh.want(MODEL, requests_per_second=-1.0)
+
+
+async def test_a_model_that_comes_while_another_is_scaled(
+    mesh: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, came = Store.publish, False
+
+    async def publish_late(store: Store, deployment: topology_pb2.Deployment) -> None:
+        nonlocal came
+        if deployment.changes and not came:
+            came = True
+            await mesh.want(OTHER)
+        await publish(store, deployment)
+
+    monkeypatch.setattr(Store, "publish", publish_late)
+    await mesh.add_deployer(**AT_ONCE)
+    await workers(mesh, 3)
+    await mesh.want(MODEL)
+    await mesh.until(MODEL, 1)
+    await mesh.offer(MODEL, 0.001)
+    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    await mesh.offer(MODEL, 1.5 * one)
+    await mesh.until(MODEL, 2)
+    await mesh.until(OTHER, 1)

@@ -4,12 +4,12 @@ from typing import Any, cast
 
 import grpc
 from redis.asyncio import Redis
-
-from uellm.service import Context
-from uellm.v1 import common_pb2, deployer_pb2, files_pb2, files_pb2_grpc
 from uellm_deployer.holders import Holders
 from uellm_deployer.links import Links
 from uellm_deployer.workers import Workers
+
+from uellm.service import Context
+from uellm.v1 import common_pb2, deployer_pb2, files_pb2, files_pb2_grpc
 
 
 class Forgetful(files_pb2_grpc.FilesServiceServicer):

@@ -360,7 +360,8 @@ class Deployer:
 
     async def live(self) -> list[deployer_pb2.ReplicaLive]:
         """How the replicas that serve are doing."""
-        return await live(self._deployments.values(), self._store, self._discovery.times, self.now)
+        serving = list(self._deployments.values())
+        return await live(serving, self._store, self._discovery.times, self.now)
 
     @property
     def now(self) -> float:

@@ -370,8 +370,10 @@ class Deployment:
     # ---- publishing ----------------------------------------------------------------------------
 
     async def publish(self) -> None:
-        """Publish, if there is news."""
+        """Publish, if there is news; nothing any more once it was withdrawn."""
         async with self._publishing:
+            if self.ended:
+                return
             latest = as_published(self, self._status)
             latest.version = self._published.version
             if latest == self._published:

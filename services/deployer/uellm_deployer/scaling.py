@@ -224,7 +224,7 @@ class Scaler:
                     # Its devices are free when it has finished what it runs.
                     waiting.add(gainer)
                     deployments[gainer].approved_copies |= approved
-        for name, deployment in deployments.items():
+        for name, deployment in list(deployments.items()):
             deployment.approved_copies = deployment.approved_copies and name in waiting
             if name not in waiting:
                 _withdraw(deployment, proposed[name])
