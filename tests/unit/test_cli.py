@@ -124,6 +124,8 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         (["up", "--workers", "0"], exits.USAGE, "workers"),
         (["up", "--max-model-len", "99999999"], exits.USAGE, "at most 1024"),
         (["up", "--objective", "cheapest"], exits.USAGE, "'cheapest' is none of helr"),
+        (["deploy", "/m", "--replicas", "99999999999"], exits.USAGE, "replicas: 99999999999"),
+        (["plan", "--model", "m", "--slots", f"{10**20}"], exits.USAGE, "--slots"),
         (["up", "--port", "47999", "--host", "192.0.2.1"], exits.USAGE, "correct --host"),
         (["models", "--server", "localhost"], exits.USAGE, "not host:port"),
         (["models", "--server", "http://127.0.0.1:1"], exits.USAGE, "not host:port"),

@@ -116,7 +116,11 @@ def test_plans_are_read_as_they_were_written_or_as_stages(tmp_path: Path) -> Non
     by_hand = tmp_path / "plan.yaml"
     by_hand.write_text("stages:\n- {device_id: w0/cpu:0, first_layer: 0, last_layer: 5}\n")
     assert read_plan(by_hand, "plan").replicas[0].stages[0].last_layer == 5
-    for text in ("[]", "stages: 3", "stages: [{device_id: a}]", "{", "plan: {replicas: x}"):
+    stage = "stages: [{device_id: a, first_layer: %s, last_layer: 5}]"
+    for text in (
+        *("[]", "stages: 3", "stages: []", "stages: [{device_id: a}]", "{", "plan: {replicas: x}"),
+        *(stage % "-1", stage % ".inf", stage % "99999999999", "[" * 5000),
+    ):
         by_hand.write_text(text)
         with pytest.raises(InvalidArgumentError, match=r"plan: .* is no plan"):
             read_plan(by_hand, "plan")

@@ -124,7 +124,7 @@ def deploy(
         *(("max_tokens", max_model_len), ("dtype", dtype)),
         *(("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens)),
     ):
-        setattr(request, field, value)
+        deployments.say(request, field, value)
     if plan is not None:
         deployments.as_told(request, plan)
     raise typer.Exit(run(deployments.deploy(redis_url(redis), request, wait=wait, grow=grow)))

@@ -22,6 +22,7 @@ from uellm.models.adapters import check_names, parse_adapter
 from uellm.rpc import CALL_SECONDS
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
 
+LARGEST = 2**31 - 1
 APPLY_SECONDS = 4 * CALL_SECONDS
 READY = topology_pb2.REPLICA_STATE_READY
 _ENDS = {"first": deployer_pb2.PIN_END_FIRST, "last": deployer_pb2.PIN_END_LAST}
@@ -63,6 +64,20 @@ def plan_request(
         ],
         excluded=excluded,
     )
+
+
+def say(request: deployer_pb2.PlanRequest, field: str, value: float | str) -> None:
+    """Set a plain field of a request.
+
+    Raises:
+        InvalidArgumentError: if the field cannot hold it.
+    """
+    try:
+        setattr(request, field, value)
+    except ValueError:
+        raise InvalidArgumentError(
+            f"{field}: {value} is more than can be asked for; at most {LARGEST}", field=field
+        ) from None
 
 
 def as_told(request: deployer_pb2.PlanRequest, path: Path) -> None:

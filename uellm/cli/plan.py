@@ -7,6 +7,9 @@ import typer
 
 from uellm.cli.asking import Json
 
+MOST_SEQUENCES = 1 << 20
+"""Of a copy; more would not fit the numbers that bytes are counted with."""
+
 
 def plan(
     model: Annotated[
@@ -37,10 +40,13 @@ def plan(
     ] = "",
     replicas: Annotated[int, typer.Option(min=1, help="Copies.")] = 1,
     stages: Annotated[int, typer.Option(min=0, help="Stages per copy; 0: what is best.")] = 0,
-    slots: Annotated[int, typer.Option(min=1, help="Most sequences at once per copy.")] = 8,
+    slots: Annotated[
+        int, typer.Option(min=1, max=MOST_SEQUENCES, help="Most sequences at once per copy.")
+    ] = 8,
     max_model_len: Annotated[int, typer.Option(min=0, help="Longest context; 0: the model's.")] = 0,
     batch: Annotated[
-        int, typer.Option(min=0, help="Sequences computed together; 0: the slots.")
+        int,
+        typer.Option(min=0, max=MOST_SEQUENCES, help="Sequences computed together; 0: the slots."),
     ] = 0,
     prompt_tokens: Annotated[
         int,

@@ -10,6 +10,12 @@ from uellm.core.errors import InvalidArgumentError
 from uellm.placement.views import Plan, PlannedReplica, PlannedStage
 
 _MOST_BYTES = 16 << 20
+_MOST = 2**31 - 1
+"""Of layers, slots and tokens."""
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError),
+    yaml.YAMLError,
+)
 
 
 def read_plan(path: Path, option: str) -> Plan:
@@ -29,12 +35,12 @@ def read_plan(path: Path, option: str) -> Plan:
         plan: dict[str, Any] = said.get("plan", {"replicas": [said]})
         return Plan(
             replicas=tuple(PlannedReplica(_stages(each["stages"])) for each in plan["replicas"]),
-            slots=int(plan.get("slots", 0)),
-            max_tokens=int(plan.get("max_tokens", 0)),
+            slots=_number(plan, "slots", 0),
+            max_tokens=_number(plan, "max_tokens", 0),
             objective=str(plan.get("objective", "")),
             explanation="",
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except _UNREADABLE as error:
         raise InvalidArgumentError(
             f"{option}: {path} is no plan: it has neither what `uellm plan --json` writes nor "
             f"stages, each with device_id, first_layer and last_layer ({error!r})",
@@ -43,11 +49,13 @@ def read_plan(path: Path, option: str) -> Plan:
 
 
 def _stages(said: Sequence[dict[str, Any]]) -> tuple[PlannedStage, ...]:
+    if not said:
+        raise ValueError("no stages")
     return tuple(
         PlannedStage(
             device_id=str(stage["device_id"]),
-            first_layer=int(stage["first_layer"]),
-            last_layer=int(stage["last_layer"]),
+            first_layer=_number(stage, "first_layer"),
+            last_layer=_number(stage, "last_layer"),
             has_embed=index == 0,
             has_head=index == len(said) - 1,
             memory_bytes=int(stage.get("memory_bytes", 0)),
@@ -55,3 +63,10 @@ def _stages(said: Sequence[dict[str, Any]]) -> tuple[PlannedStage, ...]:
         )
         for index, stage in enumerate(said)
     )
+
+
+def _number(said: dict[str, Any], name: str, default: int | None = None) -> int:
+    value = int(said[name] if default is None else said.get(name, default))
+    if not 0 <= value <= _MOST:
+        raise ValueError(f"{name}: {value}; from 0 to {_MOST}")
+    return value
