@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 from uellm_worker.files import receiving, sending
-from uellm_worker.files.cache import SPARE_BYTES, FileCache
+from uellm_worker.files.cache import SPARE_BYTES, FileCache, file_to_proto
 from uellm_worker.files.fetching import Fetcher
 from uellm_worker.files.host import HostFiles
 from uellm_worker.files.part_file import PartFile
@@ -293,6 +294,33 @@ async def test_adapters_are_fetched_whole_and_checked(tmp_path: Path, host: Host
     assert (await host.fetch(assignment)).adapters == found.adapters
 
 
+class Mistaken(Peer):
+    """Tells of another adapter's files than it has."""
+
+    other: Path
+
+    async def ListFiles(self, request: Any, context: Any) -> Any:
+        for file in read_manifest(self.other, adapter=True).files:
+            yield file_to_proto(file)
+
+
+async def test_an_adapter_that_was_told_wrongly_of_is_fetched_the_next_time(
+    tmp_path: Path, host: Host
+) -> None:
+    model, lora = random_checkpoint(tmp_path / "model"), write_adapter(tmp_path / "lora")
+    ref, adapter = model_ref(model), adapter_ref(lora)
+    here = adapter_ref(lora, str(lora))
+    peer = peer_with(model, "p", ref, here)
+    mistaken = Mistaken(peer.host, "m")
+    mistaken.other = write_adapter(tmp_path / "other", alpha_pattern={})
+    async with serving(peer, mistaken):
+        assignment = stage(ref, (0, 3), adapter)
+        with pytest.raises(ModelFilesError, match="not the adapter that was deployed"):
+            await host.fetch(assignment, peer.holder(ref), mistaken.holder(adapter))
+        found = await host.fetch(assignment, peer.holder(ref, adapter))
+    assert adapters.digest(found.adapters[0]) == adapter.digest
+
+
 def _wrong_but_digested(
     message: files_pb2.FetchTensorsResponse,
 ) -> files_pb2.FetchTensorsResponse:
@@ -406,6 +434,21 @@ async def test_only_files_of_a_checkpoint_are_written(
     finally:
         await server.stop(0)
     assert not list(host.cache.directory.glob("*/*"))
+
+
+def test_an_adapter_has_one_file_with_tensors(tmp_path: Path) -> None:
+    config, weights = read_manifest(write_adapter(tmp_path / "lora"), adapter=True).files
+    for contents in ((config,), (config, weights, replace(weights, name="more.safetensors"))):
+        with pytest.raises(ModelFilesError, match="one file with tensors"):
+            Manifest(contents)
+
+
+def test_what_goes_while_it_is_counted_does_not_count(tmp_path: Path) -> None:
+    entry = FileCache(tmp_path).peek("0" * 64)
+    entry.directory.mkdir()
+    (entry.directory / "here").write_bytes(b"123")
+    (entry.directory / "gone").symlink_to(tmp_path / "nowhere")
+    assert entry.bytes == 3
 
 
 async def test_only_files_of_a_checkpoint_are_read(model: Path) -> None:

@@ -134,6 +134,9 @@ class Manifest:
             plain = _PLAIN_NAME.fullmatch(file.name) if file.has_tensors else file.name in _TEXTS
             if not plain:
                 raise ModelFilesError(f"{file.name!r} is no file of a checkpoint that is served")
+        names = [file.name for file in self.files]
+        if lora.CONFIG in names and sum(file.has_tensors for file in self.files) != 1:
+            raise ModelFilesError("an adapter has one file with tensors, and no more")
         sizes = {file.name: file.size for file in self.files}
         for tensor in self.tensors.values():
             end, size = tensor.start + tensor.size, sizes[tensor.file]

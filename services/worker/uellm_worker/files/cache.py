@@ -23,7 +23,7 @@ import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -143,6 +143,14 @@ class Entry:
         """Note that it is used."""
         os.utime(self.directory / _MANIFEST)
 
+    def remove(self) -> None:
+        """Leave nothing of it."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        for known in (self._known.sound, self._known.manifests):
+            for path in list(known):  # Other threads add to it.
+                if path.parent == self.directory:
+                    known.pop(path, None)
+
     @property
     def used_at(self) -> float:
         """When it was used last, in seconds since the epoch."""
@@ -154,7 +162,12 @@ class Entry:
     @property
     def bytes(self) -> int:
         """What it takes on disk."""
-        return sum(path.stat().st_size for path in self.directory.glob("*"))
+        found = 0
+        for path in self.directory.glob("*"):
+            # Another process may be at work here: what was begun gets its name when it is whole.
+            with suppress(FileNotFoundError):
+                found += path.stat().st_size
+        return found
 
 
 class FileCache:
@@ -241,7 +254,7 @@ class FileCache:
                 raise self._full(needed_bytes, sum(sizes.values()), what)
             for entry, _ in going:
                 _log.info("makes room", removed=str(entry.directory))
-                shutil.rmtree(entry.directory, ignore_errors=True)
+                entry.remove()
         finally:
             for _, lock in going:
                 os.close(lock)
@@ -324,7 +337,10 @@ def _write(path: Path, content: bytes) -> None:
         if path.is_file() and path.read_bytes() == content:
             return
         draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-        draft.write_bytes(content)
-        draft.replace(path)
+        try:
+            draft.write_bytes(content)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(path, error) from None

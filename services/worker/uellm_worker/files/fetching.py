@@ -169,8 +169,8 @@ class Fetcher:
             await work.fetch(lacking)
         await asyncio.to_thread(entry.finish, manifest)
         if WHOLE in manifest.parts and adapters.digest(entry.directory) != wanted.ref.digest:
-            for part in parts:
-                entry.part(part).remove()
+            # With what it was said to consist of, or that would be believed the next time.
+            await asyncio.to_thread(entry.remove)
             raise wanted.none_has("what was sent is not the adapter that was deployed")
 
     async def _metadata(self) -> Metadata:
