@@ -19,7 +19,8 @@ from uellm.v1 import common_pb2, inference_pb2
 AGE_SECONDS = 2.0
 """What is older is not known."""
 MOST_OPENING = 64
-"""While so many requests are on their way to being accepted, this gateway has enough to do."""
+"""While so many requests are on their way to being accepted, a door that is not open is shut: this
+gateway has enough to do. Behind an open one they came at once, and that is no overload."""
 
 
 class Doors:
@@ -76,7 +77,9 @@ class Doors:
         )
 
     def _door(self, model: str) -> Door:
-        door, at = self._heard.get(model, (OPEN, 0.0))
-        if time.monotonic() - at > AGE_SECONDS:
-            door = OPEN
-        return Door(0.0, door.retry_seconds) if self._opening >= MOST_OPENING else door
+        if model not in self._heard:
+            return OPEN
+        door, at = self._heard[model]
+        if self._opening >= MOST_OPENING:
+            return Door(0.0, door.retry_seconds)
+        return OPEN if time.monotonic() - at > AGE_SECONDS else door
