@@ -3,11 +3,15 @@
 from typing import Any, cast
 
 import numpy as np
+import pytest
 from uellm_scheduler.keeping import Keeping
 
 from uellm.policy.forecast import FEATURES
+from uellm.policy.margin import FIRST, MOST
 from uellm.policy.prospects import Forecasts
 from uellm.policy.track_record import TrackRecord
+from uellm.policy.track_records import TrackRecords
+from uellm.prediction.states import pack
 from uellm.v1 import common_pb2, queue_pb2
 
 
@@ -70,3 +74,18 @@ def test_an_end_is_told_to_the_policy_that_promised() -> None:
     )
     assert first.state()["all.took"][0, 1] == 10
     assert len(keeping.record.state()["all.took"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("kept", "margin"), [(0.3, 0.3), (7.0, MOST), (np.nan, FIRST), ([0.1, 0.2], FIRST)]
+)
+async def test_a_margin_that_makes_no_sense_ends_nothing(kept: Any, margin: float) -> None:
+    class Kept:
+        model = "m"
+
+        async def track_record(self) -> bytes:
+            return pack(TrackRecords().state() | {"margin": np.array(kept)})
+
+    keeping = Keeping(cast(Any, Kept()), "cslo-odbs")
+    await keeping.load()
+    assert keeping.admissions.margin.value == margin

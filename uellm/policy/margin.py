@@ -8,6 +8,7 @@ of the level. Who found a slot free says nothing of it, and would have been let 
 
 import heapq
 from collections.abc import Iterable
+from math import isnan
 
 from uellm.policy.views import QueuedView
 
@@ -34,6 +35,16 @@ class Margin:
         self._hearing = hearing_seconds
         self._open: dict[str, tuple[float, float]] = {}
         self._due: list[tuple[float, str]] = []
+
+    def load(self, value: float) -> None:
+        """Go on from another's.
+
+        Raises:
+            ValueError: if it is not a number.
+        """
+        if isnan(value):
+            raise ValueError("the margin is not a number")
+        self.value = _bounded(value)
 
     def let_in(self, requests: Iterable[QueuedView]) -> None:
         """These were let in, and not everybody has a slot."""
@@ -75,5 +86,8 @@ class Margin:
 
     def _judge(self, request_id: str, *, in_time: bool) -> None:
         del self._open[request_id]
-        moved = self.value + RATE * ((0.0 if in_time else 1.0) - (1.0 - KEPT))
-        self.value = min(max(moved, LEAST), MOST)
+        self.value = _bounded(self.value + RATE * ((0.0 if in_time else 1.0) - (1.0 - KEPT)))
+
+
+def _bounded(value: float) -> float:
+    return min(max(value, LEAST), MOST)

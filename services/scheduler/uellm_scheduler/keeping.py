@@ -65,8 +65,8 @@ class Keeping:
             state = unpack(packed)
             self.record.load(state)
             if "margin" in state:
-                self.admissions.margin.value = float(state["margin"])
-        except (InvalidArgumentError, ValueError) as error:
+                self.admissions.margin.load(float(state["margin"]))
+        except (InvalidArgumentError, ValueError, TypeError) as error:
             _log.warning("promises are learnt anew", model=self._queue.model, error=str(error))
 
     def heard(self, ended: Iterable[queue_pb2.CompletionEvent]) -> None:
