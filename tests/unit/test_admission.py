@@ -96,6 +96,7 @@ def test_a_place_that_is_free_is_taken_whatever_the_price() -> None:
     (refusal,) = decision.refusals
     assert refusal.retry_after_seconds is not None and refusal.retry_after_seconds > 0
     assert not decision.crowded, "it was too dear, not crowded out"
+    assert "more time than there is for one of so many" in refusal.message
 
 
 def test_newcomers_are_let_in_one_after_the_other_as_far_as_time_goes() -> None:

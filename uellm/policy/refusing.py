@@ -121,8 +121,12 @@ def crowded_refusal(request: QueuedView, why: Crowded, policy: str, now: float) 
     if limit is None or (slo.ttft_at is not None and now + why.finish <= limit):
         field, limit = "slo.ttft", slo.ttft_at or now
     # Who is too dear may be let in when what is there now has been done.
-    late = why.excess if why.excess > 0 else why.finish
-    whom = "requests that were let in before would be late" if why.others else "will not do"
+    dear = why.excess <= 0
+    late = why.finish if dear else why.excess
+    if dear:
+        whom = "it takes more time than there is for one of so many requests"
+    else:
+        whom = "requests that were let in before would be late" if why.others else "will not do"
     message = (
         f"{field}: {limit - accepted:.3g} s: with {why.ahead} ahead {whom}; try again in "
         f"{late:.3g} s, allow {limit - accepted + late:.3g} s, or {BEST_EFFORT}"
