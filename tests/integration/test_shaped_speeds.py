@@ -7,20 +7,28 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 from uellm_worker.children import ChildSpawner
 
+from benchmarks.hosts import OUTSIDE, Host, NoHostsError, Quota, network, quota
 from tests.integration.test_probes import deployer_at, see, topology
-from tests.support.wire import Side, wire
 from uellm.embedded import EmbeddedRedis
+from uellm.placement.topology import LinkSpeed
 from uellm.v1.engine_pb2 import EngineCommand, PrepareShard, ProbeBlock
 from uellm.v1.topology_pb2 import ShardAssignment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-_QUOTAS = Path("/sys/fs/cgroup/cpu")
+
+
+@contextmanager
+def where_it_can_be() -> Iterator[None]:
+    """Skips where there can be no hosts, or shares of a core."""
+    try:
+        yield
+    except NoHostsError as error:
+        pytest.skip(str(error))
 
 
 @asynccontextmanager
@@ -49,18 +57,17 @@ async def forwarded(port: int) -> AsyncIterator[int]:
 
 
 @contextmanager
-def worker_on(side: Side, name: str, redis_port: int, engine: str) -> Iterator[None]:
-    """A worker process in a namespace, whose activations go over the wire."""
+def worker_on(host: Host, outside: Host, redis_port: int, engine: str) -> Iterator[None]:
+    """A worker process on a host, with Redis outside."""
     environment = os.environ | {
-        "UELLM_REDIS_URL": f"redis://{side.host}:{redis_port}/0",
-        "UELLM_WORKER_HOST": side.control,
-        "UELLM_WORKER_DATA_HOST": side.address,
-        "UELLM_WORKER_SERVICE_ID": name,
+        "UELLM_REDIS_URL": f"redis://{outside.address}:{redis_port}/0",
+        "UELLM_WORKER_HOST": host.address,
+        "UELLM_WORKER_SERVICE_ID": host.name,
         "UELLM_WORKER_ENGINE": engine,
         "UELLM_WORKER_DEVICES": "sim:0:memory=1GiB",
         "UELLM_WORKER_THREADS": "1",
     }
-    process = subprocess.Popen(side.command(sys.executable, "-m", "uellm_worker"), env=environment)
+    process = subprocess.Popen(host.command(sys.executable, "-m", "uellm_worker"), env=environment)
     try:
         yield
     finally:
@@ -73,14 +80,20 @@ async def test_a_slow_wire_is_found_to_be_as_slow_as_it_is(
     engine: str, redis_url: str, redis_server: EmbeddedRedis
 ) -> None:
     there, back, latency = 12e6, 6e6, 0.004
+    slow = {("a", "b"): LinkSpeed(latency, there), ("b", "a"): LinkSpeed(latency, back)}
+
+    def way(src: str, dst: str) -> LinkSpeed:
+        return slow.get((src, dst), LinkSpeed(1e-4, 1e9))
+
     async with AsyncExitStack() as stack:
-        first, second = stack.enter_context(wire((there, back), latency))
+        stack.enter_context(where_it_can_be())
+        hosts = stack.enter_context(network("ab", way))
         port = await stack.enter_async_context(forwarded(redis_server.port))
         deployer = await stack.enter_async_context(
-            deployer_at(redis_url, host="0.0.0.0", advertise_host=first.host)
+            deployer_at(redis_url, host="0.0.0.0", advertise_host=hosts[OUTSIDE].address)
         )
-        for name, side in (("a", first), ("b", second)):
-            stack.enter_context(worker_on(side, name, port, engine))
+        for name in "ab":
+            stack.enter_context(worker_on(hosts[name], hosts[OUTSIDE], port, engine))
         await see(deployer, "ab", 180.0)
         found = await topology(deployer, probe=True)
         assert not found.notes
@@ -92,33 +105,20 @@ async def test_a_slow_wire_is_found_to_be_as_slow_as_it_is(
             assert links[ends].latency_seconds == pytest.approx(latency, rel=0.2)
 
 
-@contextmanager
-def quota(share: float) -> Iterator[Path]:
-    """A control group whose processes get so much of a core; skips where there can be none."""
-    group = _QUOTAS / f"uellm-{os.getpid()}-{share:g}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control group can be made here: {error}")
-    try:
-        (group / "cpu.cfs_period_us").write_text("10000")
-        (group / "cpu.cfs_quota_us").write_text(str(int(10000 * share)))
-        yield group
-    finally:
-        group.rmdir()
-
-
 async def test_half_the_processor_is_found_to_be_half_as_fast() -> None:
     """Shares small enough to be had on a machine that is busy otherwise."""
     async with AsyncExitStack() as stack:
-        groups = [stack.enter_context(quota(share)) for share in (0.15, 0.3)]
+        stack.enter_context(where_it_can_be())
+        shares = [stack.enter_context(quota(name)) for name in ("small", "large")]
+        for share, cores in zip(shares, (0.15, 0.3), strict=True):
+            share.set(cores)
         spawner = ChildSpawner("shard")
         await spawner.start()
         stack.push_async_callback(spawner.close)
 
-        async def token_seconds(group: Path) -> float:
+        async def token_seconds(share: Quota) -> float:
             child = await spawner.spawn()
-            (group / "cgroup.procs").write_text(str(child.pid))
+            share.hold([child.pid])
             shard = PrepareShard(
                 assignment=ShardAssignment(device_ids=["w/cpu:0"], dtype="float32"), threads=1
             )
@@ -130,5 +130,5 @@ async def test_half_the_processor_is_found_to_be_half_as_fast() -> None:
             return statistics.mean(p.layer_seconds / p.tokens for p in points if p.tokens == 16)
 
         # In turn, so that whatever else the machine does is felt by both.
-        ratios = [await token_seconds(groups[0]) / await token_seconds(groups[1]) for _ in range(3)]
+        ratios = [await token_seconds(shares[0]) / await token_seconds(shares[1]) for _ in range(3)]
         assert statistics.median(ratios) == pytest.approx(2.0, rel=0.2)
