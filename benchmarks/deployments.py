@@ -18,7 +18,6 @@ between them and shares of a core; the mesh over them is the real one, ``uellm u
 The machine needs some cores that are free: shares are of its own. Predictions rest on the way from
 stage to stage alone; those "with the way back" add that of each step's tokens to the first stage.
 """
-# ruff: noqa: PLC0415 - model libraries are loaded where a checkpoint is written.
 
 import argparse
 import asyncio
@@ -29,19 +28,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from random import Random
 from statistics import median
 from types import FrameType
 from typing import Any
 
 from benchmarks.hosts import NoHostsError
-from benchmarks.layouts import Layout, Load, Planner
+from benchmarks.layouts import Layout, Planner
 from benchmarks.scores import kendall, median_error, regret, spearman
+from benchmarks.shaped_client import LOAD, MODEL, Client, write_model
 from benchmarks.shaped_mesh import HostSpec, ShapedMesh, shaped_mesh
 from uellm.cli.discovered import discover
 from uellm.placement.topology import LinkSpeed
-from uellm.rpc import channel
-from uellm.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 MIB = 1 << 20
 HOSTS = (
@@ -60,89 +57,8 @@ WAYS = {
     "far": LinkSpeed(0.01, 5e6),
     "late": LinkSpeed(0.0002, 1e8),
 }
-MODEL = "shaped"
-SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16}
-LOAD = Load(prompt=32, tokens=32, slots=12)
 _WAIT_SECONDS = 120.0
 _STATUS_CALLS = 3
-
-
-def write_model(directory: Path) -> None:
-    """Write a Llama of 47 million parameters with random weights, and the demo's tokenizer."""
-    import torch
-    import transformers
-
-    import uellm.demo
-
-    torch.manual_seed(0)
-    demo = Path(uellm.demo.__file__).parent / "model"
-    vocab = json.loads((demo / "config.json").read_text())["vocab_size"]
-    config = transformers.LlamaConfig(
-        vocab_size=vocab, num_attention_heads=8, num_key_value_heads=4, **SHAPE
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo / name, directory / name)
-
-
-class Client:
-    """Asks a mesh from outside, with prompts that have nothing in common."""
-
-    def __init__(self, mesh: ShapedMesh) -> None:
-        self._mesh, self._rng = mesh, Random(0)
-
-    async def answer(self, stub: Any) -> tuple[float, float]:
-        """Seconds to the first token and to the last; an answer that is not whole is an error."""
-        ids = [self._rng.randrange(3, 1000) for _ in range(LOAD.prompt)]
-        request = inference_pb2.GenerateRequest(
-            model=MODEL,
-            token_ids=inference_pb2.TokenIds(ids=ids),
-            sampling=common_pb2.Sampling(max_tokens=LOAD.tokens, ignore_eos=True, seed=1),
-        )
-        began, first, count = time.perf_counter(), 0.0, 0
-        async for response in stub.Generate(request, timeout=300):
-            if response.event.WhichOneof("event") == "tokens":
-                first = first or time.perf_counter() - began
-                count += len(response.event.tokens.ids)
-        if count != LOAD.tokens:
-            raise RuntimeError(f"an answer of {count} tokens instead of {LOAD.tokens}")
-        return first, time.perf_counter() - began
-
-    async def alone(self, count: int) -> list[tuple[float, float]]:
-        """One request after another; the first is to warm up."""
-        async with channel(self._mesh.address) as way:
-            stub: Any = inference_pb2_grpc.InferenceServiceStub(way)
-            return [await self.answer(stub) for _ in range(count + 1)][1:]
-
-    async def full(self, rounds: int) -> list[float]:
-        """Tokens per second of as many requests at once as slots, and as many again, by round."""
-        found = []
-        async with channel(self._mesh.address) as way:
-            stub: Any = inference_pb2_grpc.InferenceServiceStub(way)
-
-            async def twice() -> None:
-                await self.answer(stub)
-                await self.answer(stub)
-
-            for _ in range(rounds):
-                began = time.perf_counter()
-                await asyncio.gather(*(twice() for _ in range(LOAD.slots)))
-                found.append(2 * LOAD.slots * LOAD.tokens / (time.perf_counter() - began))
-        return found
-
-    async def until(self, done: asyncio.Event) -> int:
-        """Keep a few requests under way until something is done; how many were answered, whole."""
-        async with channel(self._mesh.address) as way:
-            stub: Any = inference_pb2_grpc.InferenceServiceStub(way)
-
-            async def again() -> int:
-                count = 0
-                while not done.is_set():
-                    await self.answer(stub)
-                    count += 1
-                return count
-
-            return sum(await asyncio.gather(*(again() for _ in range(4))))
 
 
 class Experiment:
@@ -303,7 +219,6 @@ class Experiment:
             "used_after_seconds": used_after,
             "serving_again_after_seconds": again_after,
             "answered_meanwhile": answered,
-            "lost": 0,
             "placed": {
                 "before": before.stages,
                 "added": joined.stages,
