@@ -132,24 +132,28 @@ def measure(megabytes: int, layers: int, sources: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:
         ref = write_model(Path(scratch) / "model", megabytes, layers)
-        pipes, ports = [], []
-        for _ in range(sources):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(ref.SerializeToString(), theirs))
-            process.start()
-            pipes.append((ours, process))
-            theirs.close()  # Or its end would not be heard.
-            ports.append(int(ours.recv()))
-        runs = []
-        for number in range(_REPEATS):
-            cache = Path(scratch) / f"cache{number}"
-            before = _asked(pipes)
-            seconds, cpu, size = asyncio.run(fetch(ref, ports, cache))
-            runs.append((size / seconds, cpu, _asked(pipes) - before, size, _checked(ref, cache)))
-            shutil.rmtree(cache)
-        for ours, process in pipes:
-            ours.send(False)
-            process.join()
+        pipes: list[tuple[Any, Any]] = []
+        ports, runs = [], []
+        try:
+            for _ in range(sources):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=serve, args=(ref.SerializeToString(), theirs))
+                process.start()
+                pipes.append((ours, process))
+                theirs.close()  # Or its end would not be heard.
+                ports.append(int(ours.recv()))
+            for number in range(_REPEATS):
+                cache = Path(scratch) / f"cache{number}"
+                before = _asked(pipes)
+                seconds, cpu, size = asyncio.run(fetch(ref, ports, cache))
+                spent = _asked(pipes) - before
+                runs.append((size / seconds, cpu, spent, size, _checked(ref, cache)))
+                shutil.rmtree(cache)
+        finally:
+            # Or this process would wait for them at its own end, and they for a question.
+            for ours, process in pipes:
+                ours.send(False)
+                process.join()
     size = runs[0][3]
     return {
         "bytes": size,
