@@ -577,6 +577,29 @@ async def test_promises_are_learnt_from_and_the_next_owner_goes_on(
         assert (await mesh.promised(await mesh.accept(deadline=60))).revision == 1
 
 
+async def test_an_owner_that_leaves_hands_on_all_that_it_learnt(
+    mesh: Mesh, redis: Any, redis_url: str
+) -> None:
+    await mesh.deploy("r0", slots=4)
+    queue = SchedulerQueue(redis, MODEL)
+    async with scheduler(redis_url):
+        for number in (1, 2, 3):
+            request_id = await mesh.accept(deadline=60)
+            await mesh.promised(request_id)
+            (entry,) = await mesh.received("r0", 1)
+            await mesh.finish("r0", entry, output=3)
+
+            async def heard(number: int = number) -> bool:
+                load = await mesh.gateway.offered()
+                return load is not None and load.judged == number
+
+            # Only the first is kept at once, those after it every ten seconds.
+            await eventually(heard)
+    heir = TrackRecord()
+    heir.load(unpack(await queue.track_record()))
+    assert len(heir.state()["all.took"]) == 3
+
+
 async def test_a_conversation_goes_on_where_its_beginning_is_cached(
     mesh: Mesh, redis_url: str
 ) -> None:

@@ -111,9 +111,9 @@ class Keeping:
         for request_id in answered:
             self.record.seen_begun(request_id, now)
 
-    async def save(self) -> None:
-        """Keep what was learnt, if it is time and there is news."""
-        if self._changed and self._saving.due():
+    async def save(self, *, at_once: bool = False) -> None:
+        """Keep what was learnt, if it is time, or to be done at once, and there is news."""
+        if self._changed and (self._saving.due() or at_once):
             self._changed = False
             await self._queue.keep_track_record(
                 pack(self.record.state() | {"margin": np.array(self.admissions.margin.value)})

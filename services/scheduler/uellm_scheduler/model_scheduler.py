@@ -113,6 +113,10 @@ class ModelScheduler:
             self._away = True
             await asyncio.sleep(RETRY_SECONDS)
 
+    async def hand_over(self) -> None:
+        """Leave what was learnt to the next owner, once this one has stopped."""
+        await self._keeping.save(at_once=True)
+
     async def _serve(self) -> None:
         consumer = self._settings.identity
         self.book, place = await recover(self._queue, self.token, consumer)

@@ -48,8 +48,9 @@ class Ownership:
         if self._sweeping is not None:
             self._sweeping.cancel()
             await asyncio.gather(self._sweeping, return_exceptions=True)
-        for name in list(self.owned):
+        for name, scheduler in list(self.owned.items()):
             await self._stop(name)
+            await scheduler.hand_over()
             await self._queue(name).own(self._settings.identity, 0)
 
     def _queue(self, model: str) -> SchedulerQueue:
