@@ -26,8 +26,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from uellm_worker.cores import WAITING
-
 from benchmarks.jobs import LONGEST_ANSWER, LONGEST_PROMPT, Job, Run, Setup, check, make_jobs
 from benchmarks.peers import OWN_INTERPRETER, PEERS
 
@@ -129,6 +127,9 @@ def _interpreter(engine: str, peers: Path) -> str:
 
 def compare(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Run every engine in turn, so many times."""
+    # Not for those that run in an interpreter of their own, in which uellm is not installed.
+    from uellm_worker.cores import WAITING
+
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     command = ["-W", "ignore", "-m", "benchmarks.engine", "--model", str(directory)]
     for name in ("threads", "slots", "requests", "device", "dtype"):
