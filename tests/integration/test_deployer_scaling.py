@@ -12,6 +12,7 @@ from tests.integration.test_deployer import MODEL, READY, Mesh
 from tests.integration.test_deployer_discovery import MeasuredWorker, add
 from tests.support.checkpoints import write_checkpoint
 from tests.support.waiting import eventually, stays
+from tests.support.workers import RecordingWorker
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.load import OfferedLoad
 from uellm.streams.scheduler_queue import SchedulerQueue
@@ -268,3 +269,29 @@ async def test_a_model_that_comes_while_another_is_scaled(
     await mesh.offer(MODEL, 1.5 * one)
     await mesh.until(MODEL, 2)
     await mesh.until(OTHER, 1)
+
+
+async def test_a_copy_that_fails_when_it_is_among_the_fewest_is_formed_again(mesh: Loaded) -> None:
+    await mesh.add_deployer(**AT_ONCE)
+    found = await workers(mesh, 3)
+    await mesh.want(MODEL)
+    one = await mesh.until(MODEL, 1)
+    others = [worker for worker in found if not devices(one) & {d.id for d in worker.devices}]
+    assert len(others) == 2
+    for worker in others:
+        worker.hold_prepare.clear()
+    await mesh.offer(MODEL, 0.001)
+    rate = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    await mesh.offer(MODEL, 1.5 * rate)
+
+    async def added() -> RecordingWorker | None:
+        await mesh.say()
+        return next((w for w in others if any(call[0] == "prepare" for call in w.calls)), None)
+
+    adding = await eventually(added, timeout=20.0)
+    await mesh.want(MODEL, replicas=2)
+    await mesh.offer(MODEL, 0.001)
+    await adding.stop()
+    for worker in others:
+        worker.hold_prepare.set()
+    assert (await mesh.until(MODEL, 2)).wanted_replicas == 2

@@ -100,7 +100,8 @@ def add_copy(
         finally:
             done = new.phase is Phase.READY
             if not done:
-                deployment.copies -= 1
+                # More may be wanted by now than when it was begun.
+                deployment.copies = max(deployment.copies - 1, deployment.request.replicas)
                 new.dismissed = True
                 change.reason += f"; not done: {new.message}"
             _end(deployment, change, now, done=done)
