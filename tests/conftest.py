@@ -3,11 +3,16 @@
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from hypothesis import settings
 from redis.asyncio import Redis
 
 from uellm.embedded import EmbeddedRedis
 from uellm.mesh.tether import tethered
 from uellm.streams.connection import connect
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("uellm", deadline=None)
+settings.load_profile("uellm")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.unit.test_dispatch_policies import NOW, queued, replica
 from uellm.core.cost import StepCost
 from uellm.policy.admissions import Admissions
-from uellm.policy.admitting import LISTED, starts
+from uellm.policy.admitting import AT_ONCE, LISTED, starts
 from uellm.policy.cslo_dispatch import CsloOdbsDispatch
 from uellm.policy.edf import EdfDispatch
 from uellm.policy.margin import FIRST, KEPT, LEAST, MOST, Margin
@@ -107,6 +107,25 @@ def test_newcomers_are_let_in_one_after_the_other_as_far_as_time_goes() -> None:
     # Each takes about 1.4 s cautiously, and 3.3 s are enough for two turns of two.
     assert SLOTS < stay <= 2 * SLOTS
     assert [r.request_id for r in decision.refusals] == [f"q{i}" for i in range(stay, 20)]
+
+
+def test_a_crowd_is_decided_on_by_and_by() -> None:
+    crowd = {f"q{i}": asked(f"q{i}", 3.3) for i in range(int(2.5 * AT_ONCE))}
+    unpromised, rounds = set(crowd), 0
+    while unpromised:
+        rounds += 1
+        queue = QueueView(list(crowd.values()), unpromised=frozenset(unpromised))
+        decision = CsloOdbsDispatch().dispatch(queue, [replica(slots=SLOTS)], NOW)
+        decided = {r.request_id for r in decision.refusals} | decision.promises.keys()
+        assert len(decided) == min(AT_ONCE, len(unpromised))
+        # The oldest first; nothing is decided of the others, and they are looked at at once.
+        assert decided == set(sorted(unpromised, key=lambda i: int(i[1:]))[:AT_ONCE])
+        assert (decision.reconsider_at == NOW) == (len(unpromised) > AT_ONCE)
+        unpromised -= decided
+        for refusal in decision.refusals:
+            del crowd[refusal.request_id]
+    assert rounds == 3
+    assert SLOTS < len(crowd) <= 2 * SLOTS
 
 
 def test_who_was_let_in_is_told_however_far_behind_it_is() -> None:

@@ -20,6 +20,8 @@ from uellm.policy.estimate import Z90
 from uellm.policy.forecast import Backlog
 from uellm.policy.price import passes
 
+AT_ONCE = 1000
+"""Newcomers that are decided on together; further ones are put off: each is weighed against all."""
 LISTED = 1024
 """So many first are put on places one by one; behind them work runs off like water."""
 
@@ -120,11 +122,13 @@ class Admission:
         let_in: those that stay although not everybody has a slot: seconds that each takes one.
         crowded: the same of those that the others leave no time.
         kept_out: why, of those and of whom is too dear; all by place.
+        put_off: places of those that are decided on another time.
     """
 
     let_in: Mapping[int, float] = field(default_factory=dict)
     crowded: Mapping[int, float] = field(default_factory=dict)
     kept_out: Mapping[int, Crowded] = field(default_factory=dict)
+    put_off: Sequence[int] = ()
 
 
 def admit(
@@ -150,6 +154,7 @@ def admit(
         margin: all are taken to take so much longer than forecast, as a share.
         price: see ``uellm.policy.price``.
     """
+    newcomers, put_off = newcomers[:AT_ONCE], newcomers[AT_ONCE:]
     sureness = NormalDist().inv_cdf(min(max(least_chance, 0.001), 0.999))
     own = _own_seconds(everybody, backlog, sureness)
     first = everybody.prefill * backlog.crew.per_prompt_token + backlog.crew.step
@@ -158,7 +163,7 @@ def admit(
         (everybody.first_token - now) / (1 + margin) - first,
     )
     new = np.zeros(len(everybody.views), dtype=np.bool_)
-    new[newcomers] = True
+    new[[*newcomers, *put_off]] = True
     rank = np.empty(len(new), dtype=np.intp)
     rank[backlog.line] = np.arange(len(backlog.line))
     inside = backlog.line[~new[backlog.line]]
@@ -183,7 +188,7 @@ def admit(
             let_in[i] = busy
         members.insert(place, busy, variance, float(spare[i]))
         ranks.insert(place, int(rank[i]))
-    return Admission(let_in, crowded, kept_out)
+    return Admission(let_in, crowded, kept_out, put_off)
 
 
 def _own_seconds(everybody: Columns, backlog: Backlog, sureness: float) -> Floats:

@@ -160,7 +160,7 @@ class Dispatcher(ABC):
                 crowded_refusal(columns.views[i], why, self.name, now)
                 for i, why in admission.kept_out.items()
             ]
-            out += admission.kept_out
+            out += [*admission.kept_out, *admission.put_off]
             line = _without(line, out)
         else:
             keys = self.keys(columns, fastest, now)
@@ -180,7 +180,7 @@ class Dispatcher(ABC):
             columns.refusable, np.minimum(columns.deadline, columns.first_token), inf
         )
         expiring[[*out, *order[gone].tolist()]] = inf
-        again = expiring.min(initial=inf)
+        again = now if admission.put_off else expiring.min(initial=inf)
         if (at := self.reconsidered(rest, columns, replicas, now)) is not None:
             again = min(again, at)
         return DispatchDecision(
