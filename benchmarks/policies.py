@@ -153,7 +153,8 @@ def _dispatches(name: str, decisions: int, waiting: int, tenants: int) -> list[f
 
     def in_flight(now: float) -> InFlightView:
         length = rng.uniform(50, 500)
-        return InFlightView(f"request-{next(numbers)}", now, 150, length, 1.5 * length)
+        sent = request(now - 1.0)
+        return InFlightView(sent.request_id, now, 150, length, 1.5 * length, request=sent)
 
     policy = dispatch_policy(name)
     now = _NOW

@@ -7,6 +7,7 @@ rest to replicas as late as the slots allow, and promises.
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from math import inf
 from typing import Any
 
@@ -237,11 +238,11 @@ class Dispatcher(ABC):
         columns = people.columns
         asked = np.isfinite(np.minimum(columns.deadline, columns.first_token))
         refusable = line[columns.refusable[line] & asked[line]]
-        new = [
-            i
-            for i in np.sort(refusable[refusable < people.waiting]).tolist()
-            if columns.views[i].request_id in queue.unpromised and not columns.views[i].attempt
-        ]
+        places = np.sort(refusable[refusable < people.waiting])
+        # A hundred thousand wait and few of them are new: their ids are looked at all at once.
+        ids = columns.ids[places].tolist()
+        unseen = compress(places.tolist(), map(queue.unpromised.__contains__, ids))
+        new = [i for i in unseen if not columns.views[i].attempt]
         if not new:
             return Admission()
         committed = np.zeros(len(columns.views), dtype=np.bool_)
