@@ -299,3 +299,11 @@ def test_what_is_let_in_is_in_time_and_as_much_as_ever_under_overload() -> None:
     assert sum(record.met for record in let_in) >= 0.95 * len(let_in)
     # Seven seconds tell it to a tenth; benchmarks/overload.py takes a minute.
     assert sum(record.met for record in over) / 7 >= 0.85 * CAPACITY
+
+
+def test_a_crowd_that_finds_places_free_makes_nothing_dear() -> None:
+    price = Price()
+    price.learn([1.0], [2.0] * 50)
+    assert price.value < inf
+    price.learn([1.0], [], easy=10_000_000)
+    assert price.value == inf

@@ -18,6 +18,8 @@ DEAREST = 8.0
 """From so many mean costs on, there is no price; nor is it less than the mean cost over this."""
 REMEMBERED = 256
 """The mean is of about so many."""
+MOST_RISE = 50.0
+"""Of the logarithm, by one decision: far beyond what makes it infinite."""
 
 
 class Price:
@@ -42,8 +44,8 @@ class Price:
         for cost in (*let_in, *crowded):
             self._mean += (cost - self._mean) / REMEMBERED if self._mean else cost
         most = DEAREST * self._mean
-        factor = exp(RATE * (CROWDED * (len(let_in) + easy) - (1.0 - CROWDED) * len(crowded)))
-        value = max(min(self.value, most) * factor, self._mean / DEAREST)
+        rise = RATE * (CROWDED * (len(let_in) + easy) - (1.0 - CROWDED) * len(crowded))
+        value = max(min(self.value, most) * exp(min(rise, MOST_RISE)), self._mean / DEAREST)
         self.value = inf if value >= most else value
 
 
