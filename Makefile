@@ -26,6 +26,7 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m 'not slow' --hypothesis-profile=search tests/unit
 
 lint: install
 	$(BIN)/ruff check .

@@ -10,8 +10,11 @@ from uellm.embedded import EmbeddedRedis
 from uellm.mesh.tether import tethered
 from uellm.streams.connection import connect
 
-# How long an example takes says more of the machine than of the code.
-settings.register_profile("uellm", deadline=None)
+# How long an example takes says more of the machine than of the code. The examples are the same in
+# every run, so that a change is judged by what it changed; others are looked for by
+# `--hypothesis-profile=search`, as `make test-slow` does.
+settings.register_profile("uellm", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None)
 settings.load_profile("uellm")
 
 

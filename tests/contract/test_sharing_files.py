@@ -612,7 +612,8 @@ async def test_memory_is_bounded_whatever_the_tensor(tmp_path: Path, host: Host)
     async with serving(peer):
         found = await host.fetch(stage(ref, (0, 0)), peer.holder(ref))
     assert (found.model / "layer-00000.safetensors").stat().st_size > large
-    assert most - before < 64 << 20
+    # Blocks on their way, and what the allocator keeps of them: not the tensor.
+    assert most - before < large // 2
 
 
 def test_parts_are_laid_out_as_the_format_asks(tmp_path: Path) -> None:

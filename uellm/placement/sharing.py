@@ -92,6 +92,9 @@ class Step:
 def share_out(tenants: Sequence[Tenant], least_gain: float = LEAST_GAIN) -> list[Step]:
     """What to change so that the load is served, in order. Pure and deterministic.
 
+    Who gets a copy gives none back at the same time: what comes has to serve before anything that
+    it makes superfluous goes.
+
     Args:
         tenants: the models.
         least_gain: what a change must bring, as a share.
