@@ -24,8 +24,11 @@ def configure(service: str, level: str, style: str) -> None:
         style: auto, json or console.
     """
     console = style == "console" or (style == "auto" and sys.stderr.isatty())
+    # Without the values of variables, which may be prompts.
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if console
+        else structlog.processors.JSONRenderer()
     )
     processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

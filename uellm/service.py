@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from uellm import logs
 from uellm.config import ServiceSettings
 from uellm.core.errors import ConfigurationError, UellmError
+from uellm.faults import Faults, pause
 from uellm.rpc import SERVER_OPTIONS, ErrorInterceptor
 from uellm.streams.clock import RedisClock
 from uellm.streams.connection import UNREACHABLE, RedisClient, check, connect
@@ -37,6 +38,7 @@ class Context:
         redis: the mesh's Redis.
         registry: who else is there.
         clock: Redis TIME.
+        faults: what failed unforeseen.
     """
 
     def __init__(self, settings: ServiceSettings, redis: RedisClient, address: str) -> None:
@@ -45,23 +47,63 @@ class Context:
         self.redis = redis
         self.registry = Registry(redis)
         self.clock = RedisClock(redis)
+        self.faults = Faults()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run ``work`` beside the server. If it fails, the service fails."""
+        return self._begin(work, name, self._fail)
+
+    def aside(
+        self,
+        work: Coroutine[Any, Any, None],
+        name: str,
+        failed: Callable[[Exception], None] = lambda error: None,
+    ) -> asyncio.Task[None]:
+        """Run ``work`` that is one model's or one caller's: the service outlives its failure.
+
+        Args:
+            work: what to do.
+            name: of the work.
+            failed: called with what nobody foresaw, once that is noted.
+        """
+
+        def ended(error: BaseException) -> None:
+            if not isinstance(error, Exception):
+                self._fail(error)
+                return
+            self.faults.note(name, error)
+            failed(error)
+
+        return self._begin(work, name, ended)
+
+    def _begin(
+        self, work: Coroutine[Any, Any, None], name: str, failed: Callable[[BaseException], None]
+    ) -> asyncio.Task[None]:
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()):
+                failed(error)
+
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(ended)
         return task
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) and not self.failed.done():
+    def _fail(self, error: BaseException) -> None:
+        if not self.failed.done():
             self.failed.set_exception(error)
 
     async def repeat(self, step: Callable[[], Awaitable[None]], name: str) -> None:
-        """Call ``step`` for ever; while Redis is away, log once and go on trying."""
+        """Call ``step`` for ever, whatever fails.
+
+        While Redis is away, log once and go on trying. What nobody foresaw is noted, and tried
+        again later each time.
+
+        Raises:
+            ConfigurationError: trying again helps nothing.
+        """
         away = False
         while True:
             try:
@@ -71,8 +113,14 @@ class Context:
                     _log.warning("Redis does not answer; trying on", loop=name, error=str(error))
                 away = True
                 await asyncio.sleep(RETRY_SECONDS)
+            except ConfigurationError:
+                raise
+            except Exception as error:
+                away = False
+                await asyncio.sleep(pause(self.faults.note(name, error)))
             else:
                 away = False
+                self.faults.clear(name)
 
     async def stop_tasks(self) -> None:
         """Cancel everything spawned and wait for it."""
@@ -118,7 +166,9 @@ async def _bind(server: grpc.aio.Server, settings: ServiceSettings) -> int:
 
 async def _keep_registered(context: Context, role: str) -> None:
     async def renew() -> None:
-        service = ServiceAddress(role, context.identity, context.address, os.getpid())
+        service = ServiceAddress(
+            role, context.identity, context.address, os.getpid(), tuple(context.faults.lasting)
+        )
         await context.registry.register(service)
         await context.clock.sync()
         await asyncio.sleep(RENEW_SECONDS)

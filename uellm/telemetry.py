@@ -1,15 +1,15 @@
-"""Traces: one from the client's call to the last token, across gRPC and Redis.
+"""Traces: one from the client's call to the last token, across gRPC and Redis; and counters.
 
 W3C trace context travels in gRPC metadata and, as ``traceparent``, in stream payloads. With the
-exporter off every span is a no-op.
+exporter off every span and counter is a no-op; counters go to a collector only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from opentelemetry import propagate, trace
+from opentelemetry import metrics, propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace.export import (
 from uellm import __version__
 
 tracer = trace.get_tracer("uellm", __version__)
+meter = metrics.get_meter("uellm", __version__)
 
 
 def _console(file: str) -> tuple[SpanExporter, IO[str] | None]:
@@ -37,7 +38,7 @@ def _console(file: str) -> tuple[SpanExporter, IO[str] | None]:
 
 
 class Telemetry:
-    """The tracing of one process.
+    """The tracing and counting of one process.
 
     Args:
         service: the service's role.
@@ -48,6 +49,7 @@ class Telemetry:
 
     def __init__(self, service: str, instance: str, exporter: str, file: str = "") -> None:
         self._provider: TracerProvider | None = None
+        self._end_counting: Callable[[], None] = lambda: None
         self._out: IO[str] | None = None
         if exporter == "none":
             return
@@ -63,12 +65,23 @@ class Telemetry:
             spans, self._out = _console(file)
             self._provider.add_span_processor(SimpleSpanProcessor(spans))
         else:
-            # Imported here: it is slow to import and only needed with a collector.
+            # Imported here: they are slow to import and only needed with a collector.
+            from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import (  # noqa: PLC0415
+                OTLPMetricExporter,
+            )
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415
                 OTLPSpanExporter,
             )
 
             self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+            from opentelemetry.sdk.metrics import MeterProvider  # noqa: PLC0415
+            from opentelemetry.sdk.metrics.export import (  # noqa: PLC0415
+                PeriodicExportingMetricReader,
+            )
+
+            meters = MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter())], resource)
+            metrics.set_meter_provider(meters)
+            self._end_counting = meters.shutdown
         trace.set_tracer_provider(self._provider)
 
     @property
@@ -80,6 +93,7 @@ class Telemetry:
         """Flush what is left."""
         if self._provider is not None:
             self._provider.shutdown()
+        self._end_counting()
         if self._out is not None:
             self._out.close()
 

@@ -174,6 +174,65 @@ async def test_a_background_task_that_fails_ends_the_service(redis_url: str) -> 
         assert service.notes[-3:] == ["drained", "work ended", "close"]
 
 
+async def test_a_service_outlives_a_fault_in_what_is_one_models_and_says_so(
+    redis: Redis, redis_url: str
+) -> None:
+    told: list[Exception] = []
+
+    async def fail() -> None:
+        raise ArithmeticError("of the task")
+
+    async def said() -> tuple[str, ...]:
+        (found,) = await Registry(redis).find("profiler")
+        return found.faults
+
+    async with running(redis_url) as service, channel(service.address) as opened:
+        assert service.application is not None
+        context = service.application.context
+        context.aside(fail(), "work of one model", told.append)
+        (fault,) = await eventually(said)
+        assert fault.startswith("work of one model failed 1 time(s), last by ArithmeticError")
+        assert [str(error) for error in told] == ["of the task"]
+        assert await service.health(opened) == SERVING
+
+
+async def test_a_loop_goes_on_after_a_fault(redis: Redis, redis_url: str) -> None:
+    tries: list[bool] = []
+
+    async def step() -> None:
+        tries.append(True)
+        if len(tries) < 3:
+            raise ArithmeticError("twice")
+        await asyncio.sleep(0.05)
+
+    async def said() -> bool:
+        return bool((await Registry(redis).find("profiler"))[0].faults)
+
+    async def silent() -> bool:
+        return not await said()
+
+    async with running(redis_url) as service:
+        assert service.application is not None
+        context = service.application.context
+        context.spawn(context.repeat(step, "test"), "repeating")
+        await eventually(said)
+        await eventually(lambda: len(tries) > 5)
+        await eventually(silent)
+
+
+async def test_a_loop_that_cannot_go_on_as_told_ends_the_service(redis_url: str) -> None:
+    async def step() -> None:
+        raise ConfigurationError("set it right")
+
+    async with running(redis_url) as service:
+        assert service.application is not None
+        assert service.task is not None
+        context = service.application.context
+        context.spawn(context.repeat(step, "test"), "repeating")
+        with pytest.raises(ConfigurationError, match="set it right"):
+            await asyncio.wait_for(service.task, 10)
+
+
 async def test_a_service_that_fails_to_start_leaves_nothing_behind(
     redis: Redis, redis_url: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from uellm_scheduler import ownership
 from uellm_scheduler.book import Book
 from uellm_scheduler.effects import Effects
 
+from tests.support.packages import package
 from tests.support.scheduling import LEASE_SECONDS, MODEL, Mesh, scheduler
 from tests.support.waiting import eventually
 from uellm.core.errors import AbortedError, ConfigurationError
@@ -19,6 +21,7 @@ from uellm.policy.track_record import TrackRecord
 from uellm.prediction.states import unpack
 from uellm.streams.connection import connect
 from uellm.streams.messages import Append, Start
+from uellm.streams.registry import Registry
 from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.v1 import common_pb2, inference_pb2, queue_pb2
 
@@ -519,6 +522,47 @@ async def test_no_trace_is_broken(mesh: Mesh, redis_url: str) -> None:
         await mesh.accept(traceparent=f"00-{trace}-b7ad6b7169203331-01")
         (entry,) = await mesh.received("r0", 1)
         assert entry.traceparent.split("-")[1] == trace
+
+
+FAULTY = """
+from pathlib import Path
+
+from uellm.policy.fcfs import FcfsDispatch
+
+
+class Faulty(FcfsDispatch):
+    name = "faulty"
+
+    def dispatch(self, queue, replicas, now):
+        if Path(__file__).with_name("broken").exists():
+            raise ArithmeticError("of the policy")
+        return super().dispatch(queue, replicas, now)
+"""
+
+
+async def test_a_fault_in_a_policy_stops_one_model_until_it_is_over(
+    mesh: Mesh, redis_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offers = "[uellm.dispatch_policies]\nfaulty = faulty_policy:Faulty\n"
+    package(tmp_path, "faulty_policy", FAULTY, offers)
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = tmp_path / "broken"
+    broken.touch()
+    await mesh.deploy("r0", slots=2)
+    request_id = await mesh.accept()
+
+    async def said() -> tuple[str, ...]:
+        found = await Registry(mesh.redis).find("scheduler")
+        return found[0].faults if found else ()
+
+    async with scheduler(redis_url, policy="faulty"):
+        (fault,) = await eventually(said)
+        assert fault.startswith(f"scheduling {MODEL} failed ")
+        assert "ArithmeticError" in fault
+        assert await mesh.read("r0") == []
+        broken.unlink()
+        (entry,) = await mesh.received("r0", 1)
+    assert entry.request_id == request_id
 
 
 async def test_an_unknown_policy_is_an_error_at_the_start(redis_url: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.packages import package
 from tests.support.policies import engine, sequence
 from uellm.core.cost import StepCost
 from uellm.core.errors import InvalidArgumentError
@@ -514,13 +515,10 @@ def test_an_unknown_policy_is_answered_with_those_there_are() -> None:
 
 def test_installed_packages_offer_policies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A package like those that users write, found as importlib.metadata finds any."""
-    (tmp_path / "lifo.py").write_text(PLUGIN)
-    about = tmp_path / "lifo-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: lifo\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(
+    package(
+        *(tmp_path, "lifo", PLUGIN),
         "[uellm.dispatch_policies]\nlifo = lifo:LifoDispatch\n"
-        "[uellm.step_policies]\nlifo = lifo:LifoStep\n"
+        "[uellm.step_policies]\nlifo = lifo:LifoStep\n",
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert "lifo" in registry.dispatch_policies()

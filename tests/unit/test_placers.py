@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from uellm_deployer.settings import DeployerSettings
 
 from tests.support.clusters import MIB, random_topology, small_model
+from tests.support.packages import package
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement.even import EvenPlacer
 from uellm.placement.placers import ObjectivePlacer, gain, objectives, placer_of, rated
@@ -152,13 +153,8 @@ class Coolest:
 def test_installed_packages_offer_objectives(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "coolest.py").write_text(PLUGIN)
-    about = tmp_path / "coolest-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: coolest\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(
-        "[uellm.placers]\ncoolest = coolest:Coolest\nbroken = nowhere:Placer\n"
-    )
+    offers = "[uellm.placers]\ncoolest = coolest:Coolest\nbroken = nowhere:Placer\n"
+    package(tmp_path, "coolest", PLUGIN, offers)
     monkeypatch.syspath_prepend(tmp_path)
     assert objectives()[-2:] == ("broken", "coolest")
     hot, cold = devices(2, 1).devices

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from uellm_worker import stage_child
+from uellm_worker import stage_child, stages
 from uellm_worker.devices import Devices
 from uellm_worker.files.supply import Directories
 from uellm_worker.stages import Stages
@@ -73,6 +73,36 @@ class ScriptedChild:
         self.die(-9)
 
 
+class FaultyLeader:
+    """Leads a replica until it is told to fail."""
+
+    owed_steps = False
+
+    def __init__(self) -> None:
+        self.fault = asyncio.Event()
+        self.last_words = False
+        self._closed = False
+
+    def start(self, spawn: Any) -> None:
+        spawn(self._read(), "intake")
+
+    async def _read(self) -> None:
+        await self.fault.wait()
+        if not self._closed:
+            raise ArithmeticError("of the intake")
+
+    async def report(self, step: Any) -> None:
+        raise ArithmeticError("of the delivery")
+
+    async def fail(self) -> None:
+        self.last_words = True
+        await self.close()
+
+    async def close(self) -> None:
+        self._closed = True
+        self.fault.set()
+
+
 @dataclass
 class Bench:
     """Stages with scripted children."""
@@ -85,6 +115,7 @@ class Bench:
     missing: str = ""
     fetching: asyncio.Event | None = None
     at_hand_now: int = 0
+    leader: "FaultyLeader | None" = None
 
     def __post_init__(self) -> None:
         self.stages = Stages(
@@ -101,8 +132,17 @@ class Bench:
         self.children.append(ScriptedChild(len(self.children) + 1, self.mute, self.failing))
         return self.children[-1]
 
-    def run(self, work: Any, name: str) -> asyncio.Task[None]:
-        self.tasks.append(asyncio.create_task(work, name=name))
+    def run(
+        self, work: Any, name: str, failed: Callable[[Exception], None] | None = None
+    ) -> asyncio.Task[None]:
+        async def aside() -> None:
+            try:
+                await work
+            except ArithmeticError as error:
+                if failed is not None:
+                    failed(error)
+
+        self.tasks.append(asyncio.create_task(aside(), name=name))
         return self.tasks[-1]
 
     @asynccontextmanager
@@ -120,8 +160,9 @@ class Bench:
         finally:
             self.at_hand_now -= 1
 
-    def lead(self, *_: Any) -> None:
-        raise AssertionError("only first stages are led, and these tests have none")
+    def lead(self, *_: Any) -> "FaultyLeader":
+        self.leader = FaultyLeader()
+        return self.leader
 
     async def prepare(self, generation: int) -> list[worker_pb2.PrepareResponse]:
         return [r async for r in self.stages.prepare(assignment(generation))]
@@ -361,3 +402,38 @@ async def test_release_ends_the_child(bench: Bench) -> None:
     await bench.stages.release("r", 1, 0.0)
     assert bench.state is None
     assert bench.children[0].exit_code.done()
+
+
+def first_of(replica: str, generation: int = 1) -> topology_pb2.ShardAssignment:
+    """A replica's only stage, which leads it."""
+    wanted = assignment(generation)
+    wanted.replica, wanted.stage_index, wanted.stage_count = replica, 0, 1
+    return wanted
+
+
+@pytest.mark.parametrize("where", ["intake", "delivery"])
+async def test_a_fault_in_leading_one_replica_fails_that_one_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(stages, "Tokenizer", lambda directory: object())
+    leaders = []
+    for replica in ("r", "s"):
+        async for _ in bench.stages.prepare(first_of(replica)):
+            pass
+        await bench.stages.commit(replica, 1, "")
+        leaders.append(bench.leader)
+    leader = leaders[0]
+    assert leader is not None
+    if where == "intake":
+        leader.fault.set()
+    else:
+        bench.children[0].say(step=engine_pb2.StepReport())
+    broken, well = bench.stages.held
+    await eventually(lambda: broken.state == FAILED)
+    assert broken.reason.startswith("LEADER_FAILED: a fault of uellm, ArithmeticError")
+    await eventually(lambda: leader.last_words and bench.children[0].exit_code.done())
+    assert well.state == SERVING
+    async for _ in bench.stages.prepare(first_of("r", 2)):
+        pass
+    await bench.stages.commit("r", 2, "")
+    assert bench.stages.held[0].state == SERVING

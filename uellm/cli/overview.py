@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from uellm.cli import exits
@@ -40,6 +41,7 @@ class ServiceHealth:
     address: str
     pid: int
     status: str
+    faults: Sequence[str]
 
 
 async def models(servers: Sequence[str], *, as_json: bool) -> int:
@@ -126,7 +128,9 @@ async def probe(address: str, *, as_json: bool) -> int:
 
 async def _probe(service: ServiceAddress) -> ServiceHealth:
     status = await _ask(service.address)
-    return ServiceHealth(service.role, service.service_id, service.address, service.pid, status)
+    return ServiceHealth(
+        service.role, service.service_id, service.address, service.pid, status, service.faults
+    )
 
 
 async def _ask(address: str) -> str:
@@ -187,6 +191,9 @@ def _print_health(
             f"[{colour}]{service.status}",
         )
     console.print(table)
+    for service in services:
+        for fault in service.faults:
+            console.print(f"[red]{service.id}: {escape(fault)}; its log has more", soft_wrap=True)
     for role in missing:
         console.print(f"[red]no {role}: start one with `uellm serve {role}`")
     for deployment in deployments:

@@ -28,12 +28,14 @@ class ServiceAddress:
         service_id: unique among its role.
         address: host:port of its gRPC server.
         pid: its process on its host.
+        faults: what fails there as nobody foresaw, for people.
     """
 
     role: str
     service_id: str
     address: str
     pid: int
+    faults: tuple[str, ...] = ()
 
 
 class Registry:
@@ -45,7 +47,9 @@ class Registry:
 
     async def register(self, service: ServiceAddress, lease_seconds: float = LEASE_SECONDS) -> None:
         """Register a service, or renew its registration."""
-        facts = json.dumps({"address": service.address, "pid": service.pid})
+        facts = json.dumps(
+            {"address": service.address, "pid": service.pid, "faults": service.faults}
+        )
         await self._scripts(
             "register", _key(service.role), service.service_id, facts, lease_seconds
         )
@@ -110,4 +114,10 @@ def _key(role: str) -> str:
 
 def _parse(role: str, service_id: bytes, facts: bytes) -> ServiceAddress:
     parsed = json.loads(facts)
-    return ServiceAddress(role, service_id.decode(), parsed["address"], parsed["pid"])
+    return ServiceAddress(
+        role,
+        service_id.decode(),
+        parsed["address"],
+        parsed["pid"],
+        tuple(parsed.get("faults", ())),
+    )

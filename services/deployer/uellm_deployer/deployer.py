@@ -72,10 +72,10 @@ class Deployer:
         self._news = asyncio.Event()
         self._reassert_at = self._acting_since = 0.0
         self._tools = self._make_tools()
-        self._leftovers = Leftovers(self._tools.former, context.spawn)
+        self._leftovers = Leftovers(self._tools.former, context.aside)
         self._replanner = Replanner(self._tools, lambda: self._deployments)
         self._upkeep = Upkeep(
-            self._discovery, self._store, lambda: self._deployments, context.spawn
+            self._discovery, self._store, lambda: self._deployments, context.aside
         )
 
     def _make_tools(self) -> Tools:
@@ -87,7 +87,8 @@ class Deployer:
             discovery=self._discovery,
             planning=self._planning,
             replicas=lambda: [r for d in self._deployments.values() for r in d.replicas],
-            spawn=self._context.spawn,
+            aside=self._context.aside,
+            faults=self._context.faults,
             check=self._check,
             changed=self._tell,
             wake=self._wake,
@@ -177,7 +178,8 @@ class Deployer:
             return
         published = await self._store.published()
         for name, deployment in list(self._deployments.items()):
-            await deployment.reassert(published.get(name))
+            with deployment.guard.keeping("publishing again"):
+                await deployment.reassert(published.get(name))
         self._reassert_at = now + REASSERT_SECONDS
 
     def step_down(self) -> None:

@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 from uellm.convert import model_from_proto
-from uellm.core.errors import FailedPreconditionError, UellmError
+from uellm.core.errors import AbortedError, FailedPreconditionError, UellmError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger
 from uellm.placement.demand import Demand
@@ -18,7 +18,9 @@ from uellm.v1 import deployer_pb2, topology_pb2
 from uellm_deployer import reconcile
 from uellm_deployer.adoption import adopt
 from uellm_deployer.catalog import ResolvedModel, resolve, without_place
+from uellm_deployer.ending import end, retire
 from uellm_deployer.formation import form
+from uellm_deployer.guard import Guard
 from uellm_deployer.moving import announced
 from uellm_deployer.publishing import as_published
 from uellm_deployer.replica import Phase, Replica, backoff
@@ -26,9 +28,9 @@ from uellm_deployer.tools import Tools
 
 _log = logger("deployment")
 RESOLVE_AGAIN_SECONDS = 5.0
-POLL_SECONDS = 0.1
 STABLE_SECONDS = 30.0
 """A replica that served for so long has not failed because of how it was formed."""
+_DECIDING = "deciding on"
 
 
 class Deployment:
@@ -48,6 +50,7 @@ class Deployment:
         approved: what is proposed to be placed anew is to be.
         approved_copies: what is proposed to be added or given back is to be.
         changed_at: when a change last began or ended, in monotonic seconds.
+        guard: keeps what nobody foresaw here.
     """
 
     def __init__(self, request: deployer_pb2.PlanRequest, tools: Tools) -> None:
@@ -65,6 +68,7 @@ class Deployment:
         self.approved = False
         self.approved_copies = False
         self.changed_at = float("-inf")
+        self.guard = Guard(self.name, tools.faults)
         self._status = ""
         self._published = topology_pb2.Deployment()
         self._publishing = asyncio.Lock()
@@ -117,7 +121,7 @@ class Deployment:
             and (model.ref, model.adapter_refs) != (self.model.ref, self.model.adapter_refs)
         )
         if self.ending:
-            await self._cancel("")
+            await self.cancel("")
             for replica in self.replicas:
                 await self._suspend(replica, "forms again: it is wanted after all")
         if self.request.objective != request.objective not in OBJECTIVES:
@@ -129,6 +133,7 @@ class Deployment:
         if self.approved and self.movable:
             self.changes |= announced(self.replicas)
         self.model = model or (None if changed else self.model)
+        self.guard.retry()
         if changed:
             self.avoided.clear()
             for replica in self.replicas:
@@ -171,16 +176,22 @@ class Deployment:
 
     async def step(self, now: float) -> None:
         """Look at what there is, and start what has to be done about it."""
-        async with self._stepping:
-            await self._step(now)
+        if self.guard.waits(_DECIDING):
+            return
+        with self.guard.keeping(_DECIDING):
+            async with self._stepping:
+                await self._step(now)
+            return
+        with self.guard.keeping("publishing"):
+            await self.publish()
 
     async def _step(self, now: float) -> None:
         if self.ending:
-            self.start("", self._end)
+            self._begin("", lambda: end(self))
             return
         if self.model is None:
             if now >= self._resolve_at:
-                self.start("", self._resolve)
+                self._begin("", self._resolve)
             if not self.replicas:
                 await self.publish()
                 return
@@ -252,17 +263,17 @@ class Deployment:
                 self.tools.wake()
             case reconcile.Abort(reason=reason):
                 _log.warning("forming is given up", replica=replica.id, reason=reason)
-                await self._cancel(replica.id)
+                await self.cancel(replica.id)
                 replica.phase, replica.since, replica.message = Phase.IDLE, now, reason
                 replica.patience_seconds = self.tools.settings.recovery_seconds
             case reconcile.Form() if self.model is not None:
-                if self.start(replica.id, lambda: form(self, replica)):
+                if self._begin(replica.id, lambda: form(self, replica)):
                     replica.phase = Phase.FORMING
             case reconcile.Grow() if self.model is not None:
-                self.start(replica.id, lambda: form(self, replica, grow=True))
+                self._begin(replica.id, lambda: form(self, replica, grow=True))
             case reconcile.End():
-                replica.phase = Phase.ENDING
-                self.start(replica.id, lambda: self._retire(replica))
+                if self._begin(replica.id, lambda: retire(self, replica)):
+                    replica.phase = Phase.ENDING
             case reconcile.Wait(message=message) if message and not replica.failed:
                 replica.message = message
 
@@ -271,10 +282,38 @@ class Deployment:
         running = self._tasks.get(key)
         if running is not None and not running.done():
             return False
-        self._tasks[key] = self.tools.spawn(work(), f"{self.name} {key}")
+        self._tasks[key] = self.tools.aside(self._keeping(key, work), f"{self.name} {key}")
         return True
 
-    async def _cancel(self, key: str) -> None:
+    def _begin(self, key: str, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+        """Run ``work``, unless it is too early after it failed as nobody foresaw."""
+        return not self.guard.waits(_task(key)) and self.start(key, work)
+
+    async def _keeping(self, key: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await work()
+        except (*UNREACHABLE, AbortedError) as error:
+            _log.warning("stopped in the middle", model=self.name, error=str(error))
+            self._again(key, backoff(1))
+        except Exception as error:
+            self._again(key, self.guard.failed(_task(key), error))
+        else:
+            self.guard.done(_task(key))
+        self.tools.wake()
+
+    def _again(self, key: str, seconds: float) -> None:
+        """What was under way for a replica, or for the whole, is to be tried again."""
+        now = time.monotonic()
+        if not key:
+            self._resolve_at = max(self._resolve_at, now + seconds)
+        for replica in self.replicas:
+            if replica.id == key and replica.phase is not Phase.READY:
+                replica.phase, replica.since = Phase.IDLE, now
+                replica.retry_at, replica.failed = now + seconds, True
+                replica.message = ""
+
+    async def cancel(self, key: str) -> None:
+        """Stop the work under way for a replica, and wait for its end."""
         task = self._tasks.pop(key, None)
         if task is not None:
             task.cancel()
@@ -313,59 +352,9 @@ class Deployment:
     async def _drop(self, replica: Replica, reason: str) -> None:
         """Stop what is under way for a replica, and have it formed again."""
         if replica.phase is Phase.FORMING:
-            await self._cancel(replica.id)
+            await self.cancel(replica.id)
         if replica.phase is not Phase.ENDING:
             await self._suspend(replica, reason)
-
-    async def _retire(self, replica: Replica) -> None:
-        """Let one replica go while others go on."""
-        try:
-            if replica.epoch:
-                await self.tools.store.route(self.name, replica.id, replica.epoch, "DRAINING")
-            await self.publish()
-            seconds = self.tools.settings.undeploy_seconds
-            await self.tools.former.release(replica.assignments, seconds=seconds)
-        except (*UNREACHABLE, UellmError) as error:
-            _log.warning("a replica is not gone yet", replica=replica.id, error=str(error))
-            replica.phase = Phase.IDLE
-            return
-        self.replicas.remove(replica)
-        change = self.changes.get(replica.id)
-        if change is not None and change.kind == topology_pb2.CHANGE_KIND_REMOVE:
-            change.state = topology_pb2.CHANGE_STATE_DONE
-        elif change is not None and change.state != topology_pb2.CHANGE_STATE_FAILED:
-            del self.changes[replica.id]
-        self.tools.wake()
-
-    async def _finish(self) -> None:
-        """Wait until no answer is running, or for as long as they are given."""
-        deadline = time.monotonic() + self.tools.settings.undeploy_seconds
-        while await self.tools.store.num_running(self.name):
-            if time.monotonic() > deadline:
-                return
-            await asyncio.sleep(POLL_SECONDS)
-
-    async def _end(self) -> None:
-        """Take the model out of service: finish what runs, let go, withdraw."""
-        try:
-            for replica in self.replicas:
-                await self._cancel(replica.id)
-                replica.phase = Phase.ENDING
-                if replica.epoch:
-                    await self.tools.store.route(self.name, replica.id, replica.epoch, "DRAINING")
-            await self.publish()
-            await self._finish()
-            for replica in self.replicas:
-                await self.tools.former.release(replica.assignments)
-            self.tools.check()
-            await self.tools.store.withdraw(self.name)
-        except (*UNREACHABLE, UellmError) as error:
-            _log.warning("a deployment is not gone yet", model=self.name, error=str(error))
-            await asyncio.sleep(backoff(1))
-            return
-        self.ended = True
-        self.tools.changed()
-        self.tools.wake()
 
     # ---- publishing ----------------------------------------------------------------------------
 
@@ -374,7 +363,9 @@ class Deployment:
         async with self._publishing:
             if self.ended:
                 return
-            latest = as_published(self, self._status)
+            latest = as_published(
+                self, "; ".join(filter(None, [self._status, *self.guard.messages]))
+            )
             latest.version = self._published.version
             if latest == self._published:
                 return
@@ -388,3 +379,8 @@ class Deployment:
     def published(self) -> topology_pb2.Deployment:
         """As it was last published."""
         return self._published
+
+
+def _task(key: str) -> str:
+    """What a task is about, in words: a replica's, or finding or ending a model."""
+    return f"work on {key} of" if key else "finding or ending"

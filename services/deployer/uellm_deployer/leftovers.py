@@ -17,14 +17,14 @@ class Leftovers:
 
     Args:
         former: calls workers.
-        spawn: runs work beside the server.
+        aside: runs work beside the server.
     """
 
     def __init__(
-        self, former: Former, spawn: Callable[[Coroutine[Any, Any, None], str], object]
+        self, former: Former, aside: Callable[[Coroutine[Any, Any, None], str], object]
     ) -> None:
         self._former = former
-        self._spawn = spawn
+        self._aside = aside
         self._released: dict[reconcile.Orphan, float] = {}
 
     def release(self, replicas: Mapping[str, Replica], situation: reconcile.Situation) -> None:
@@ -36,7 +36,7 @@ class Leftovers:
             self._released[orphan] = now
             _log.info("a stage is left over", worker=orphan.worker, replica=orphan.replica)
             release = self._former.release_stage(orphan.worker, orphan.replica, orphan.generation)
-            self._spawn(release, f"release {orphan.replica}")
+            self._aside(release, f"release {orphan.replica}")
         self._released = {
             orphan: at for orphan, at in self._released.items() if now - at < AGAIN_SECONDS
         }

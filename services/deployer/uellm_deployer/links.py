@@ -19,7 +19,7 @@ class Links:
     """Channels to the workers that have registered.
 
     Args:
-        context: to spawn the watching with.
+        context: to run the watching with.
         changed: called when a worker becomes unreachable, or reachable again.
     """
 
@@ -44,7 +44,7 @@ class Links:
             return
         if watched is not None:
             watched[1].cancel()
-        task = self._context.spawn(self._watch(worker), f"link to {worker.worker}")
+        task = self._context.aside(self._watch(worker), f"link to {worker.worker}")
         self._watching[worker.worker] = (worker, task)
         task.add_done_callback(functools.partial(self._unwatched, worker.worker))
 

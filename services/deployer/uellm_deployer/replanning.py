@@ -55,13 +55,14 @@ class Replanner:
         if self._looking is not None and not self._looking.done():
             return
         if now >= self._next_at or approved:
-            self._looking = self._tools.spawn(self._look(), "replanning")
+            self._looking = self._tools.aside(self._look(), "replanning")
 
     async def _look(self) -> None:
         began = time.monotonic()
         try:
             for deployment in list(self._deployments().values()):
-                await self._consider(deployment)
+                with deployment.guard.keeping("placing anew"):
+                    await self._consider(deployment)
             await self.scaler.look()
         except (*UNREACHABLE, UellmError) as error:
             _log.info("better placements are looked for again", error=str(error))

@@ -118,19 +118,25 @@ class Scaler:
             for name, deployment in self._deployments().items()
             if deployment.model is not None and not deployment.ending
         }
-        copies = {
-            name: [r for r in d.replicas if r.phase in _SERVING and r.assignments and r.planned]
-            for name, d in known.items()
-        }
-        every = [replica for found in copies.values() for replica in found]
-        devices = devices_for(every, tools.replicas(), live, tools.discovery.said)
-        tenants = {
-            name: self._tenant(deployment, copies[name], devices, loads.get(name))
-            for name, deployment in known.items()
-            if copies[name]
-        }
-        dtypes = {name: known[name].published.dtype for name in tenants}
-        return _Shared(tenants, dtypes, {replica.id: replica for replica in every})
+        while True:
+            copies = {
+                name: [r for r in d.replicas if r.phase in _SERVING and r.assignments and r.planned]
+                for name, d in known.items()
+            }
+            every = [replica for found in copies.values() for replica in found]
+            devices = devices_for(every, tools.replicas(), live, tools.discovery.said)
+            tenants = {}
+            for name, deployment in known.items():
+                with deployment.guard.keeping("sharing devices for"):
+                    if copies[name]:
+                        load = loads.get(name)
+                        tenants[name] = self._tenant(deployment, copies[name], devices, load)
+            failed = {name for name in known if copies[name]} - tenants.keys()
+            if not failed:
+                dtypes = {name: known[name].published.dtype for name in tenants}
+                return _Shared(tenants, dtypes, {replica.id: replica for replica in every})
+            # What it holds is not to be shared out, then.
+            known = {name: one for name, one in known.items() if name not in failed}
 
     def _tenant(
         self,

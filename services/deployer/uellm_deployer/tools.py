@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from uellm.faults import Faults
 from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former
 from uellm_deployer.replica import Replica
@@ -25,7 +26,8 @@ class Tools:
         discovery: how fast devices and the ways between them are.
         planning: held while a plan is made and noted, so that no two plan the same memory.
         replicas: all replicas of all deployments.
-        spawn: runs work beside the server.
+        aside: runs work beside the server, which outlives its failure.
+        faults: what failed unforeseen.
         check: raises AbortedError unless this deployer still acts.
         changed: to be called when what is published changes.
         wake: to be called when there is something to decide.
@@ -39,7 +41,8 @@ class Tools:
     discovery: Discovery
     planning: asyncio.Lock
     replicas: Callable[[], list[Replica]]
-    spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
+    aside: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
+    faults: Faults
     check: Callable[[], None]
     changed: Callable[[], None]
     wake: Callable[[], None]

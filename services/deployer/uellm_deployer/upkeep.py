@@ -19,7 +19,7 @@ class Upkeep:
         discovery: measures.
         store: has what replicas say of themselves.
         deployments: by served name, as they are now.
-        spawn: runs work beside the server.
+        aside: runs work beside the server.
     """
 
     def __init__(
@@ -27,12 +27,12 @@ class Upkeep:
         discovery: Discovery,
         store: Store,
         deployments: Callable[[], Mapping[str, Deployment]],
-        spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
+        aside: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
     ) -> None:
         self._discovery = discovery
         self._store = store
         self._deployments = deployments
-        self._spawn = spawn
+        self._aside = aside
         self._next_at = 0.0
         self._measuring: asyncio.Task[None] | None = None
 
@@ -51,7 +51,7 @@ class Upkeep:
             self._measuring is None or self._measuring.done()
         ):
             work = self._discovery.measure_idle(self.subject(""))
-            self._measuring = self._spawn(work, "measuring")
+            self._measuring = self._aside(work, "measuring")
 
     async def _learn(self) -> None:
         """Hold measurements against what the steps of running replicas take."""
@@ -61,9 +61,10 @@ class Upkeep:
             ready = {r.id: r for r in deployment.replicas if r.phase is Phase.READY}
             if deployment.profile is None or not ready:
                 continue
-            reports = await self._store.reports(name, list(ready))
-            for replica, report in reports.items():
-                await self._discovery.learn(ready[replica], deployment.profile, report)
+            with deployment.guard.keeping("learning from"):
+                reports = await self._store.reports(name, list(ready))
+                for replica, report in reports.items():
+                    await self._discovery.learn(ready[replica], deployment.profile, report)
 
     def subject(self, name: str) -> Subject:
         """A deployed model; without a name the only one, of several any that there could be."""

@@ -280,7 +280,7 @@ class Admission:
 
         Not for one with an idempotency key: its caller finds it with that.
         """
-        self._context.spawn(self._withdraw(queue, request_id, tenant), "withdraw")
+        self._context.aside(self._withdraw(queue, request_id, tenant), "withdraw")
 
     async def _withdraw(self, queue: GatewayQueue, request_id: str, tenant: str) -> None:
         for _ in range(_WITHDRAWALS):

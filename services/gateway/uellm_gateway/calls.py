@@ -140,7 +140,7 @@ class Calls:
     def _release(self, call: Call, frames: ModelFrames, watcher: Watcher) -> None:
         alone = frames.remove(watcher)
         if alone and not watcher.answer.ended:
-            self._context.spawn(self._let_go(call.cancels, frames, watcher), "let go")
+            self._context.aside(self._let_go(call.cancels, frames, watcher), "let go")
 
     async def _let_go(self, cancels: bool, frames: ModelFrames, watcher: Watcher) -> None:
         """Cancel the request, or have its frames sent here no more."""

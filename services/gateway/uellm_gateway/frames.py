@@ -49,7 +49,7 @@ class ModelFrames:
             await self.source.queue.open_frames(self._gateway, TTL_SECONDS)
         if self._reader is None:
             reading = self._context.repeat(self._read, f"frames of {self.source.queue.model}")
-            self._reader = self._context.spawn(reading, "frames")
+            self._reader = self._context.aside(reading, "frames")
 
     @property
     def in_use(self) -> bool:

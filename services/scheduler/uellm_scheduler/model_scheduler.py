@@ -12,6 +12,7 @@ from uellm.class_defaults import check_class_defaults
 from uellm.convert import profile_from_proto, slo_from_proto
 from uellm.core.errors import AbortedError, UnavailableError
 from uellm.core.request import Promise
+from uellm.faults import pause
 from uellm.policy.views import QueuedView, QueueView
 from uellm.service import RETRY_SECONDS, Context
 from uellm.streams.decisions import DecisionLog
@@ -98,16 +99,23 @@ class ModelScheduler:
     async def run(self) -> None:
         """Schedule until another scheduler owns the model; Redis may come and go."""
         while True:
-            lost, error = False, ""
+            lost, error, fault = False, "", None
             try:
                 await self._serve()
             except* AbortedError:
                 lost = True
             except* (RedisError, OSError) as group:
                 error = str(_first_leaf(group))
+            except* Exception as group:
+                fault = group
             if lost:
                 _log.warning("another scheduler owns the model now", model=self.model)
                 return
+            if fault is not None:
+                # It begins again from what Redis has; other models are not concerned.
+                failures = self._context.faults.note(f"scheduling {self.model}", fault)
+                await asyncio.sleep(pause(failures))
+                continue
             if not self._away:
                 _log.warning("Redis fails; trying on", model=self.model, error=error)
             self._away = True

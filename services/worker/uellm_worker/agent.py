@@ -1,6 +1,7 @@
 """The worker's side of the deployer: registers, then gives signs of life."""
 
 import asyncio
+import contextlib
 
 import grpc
 from redis.exceptions import RedisError
@@ -49,15 +50,15 @@ class Agent:
 
     async def run(self) -> None:
         """Register and give signs of life for ever; at once when a stage changes."""
+        await self._context.repeat(self._turn, "agent")
+
+    async def _turn(self) -> None:
         changed = self._stages.changed
-        while True:
-            changed.clear()
-            await self.beat()
-            try:
-                async with asyncio.timeout(self._interval):
-                    await changed.wait()
-            except TimeoutError:
-                pass
+        changed.clear()
+        await self.beat()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._interval):
+                await changed.wait()
 
     async def beat(self) -> None:
         """One sign of life, after a registration where one is due."""

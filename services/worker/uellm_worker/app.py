@@ -82,7 +82,7 @@ class WorkerApplication:
         )
         self._stages = Stages(
             self._spawner,
-            context.spawn,
+            context.aside,
             supply.at_hand,
             self._lead,
             threads=settings.threads,

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from typing import Protocol
 
+from uellm.faults import described
 from uellm.logs import logger
 from uellm.v1 import engine_pb2
 from uellm_worker.children import EngineChild
@@ -77,10 +78,20 @@ class StageChild:
         self._listener = listener
 
     async def run(self) -> None:
-        """Pass on the child's events until it is gone."""
+        """Pass on the child's events until it is gone.
+
+        Raises:
+            Exception: what nobody foresaw in who listens; the child is ended, its listener failed.
+        """
         watch = asyncio.create_task(self._watch(), name=f"watch of child {self.pid}")
         try:
             await self._hear()
+        except Exception as error:
+            self._gone = True
+            if self._listener is not None:
+                self._listener.fail(f"LEADER_FAILED: {by_fault(error)}")
+            await self.kill()
+            raise
         finally:
             watch.cancel()
         exit_code = await self._child.exit_code
@@ -153,3 +164,8 @@ class StageChild:
         """End the child; its listener is not told."""
         self.serve(None)
         await self._child.kill()
+
+
+def by_fault(error: Exception) -> str:
+    """What says that a stage failed by a fault of the program."""
+    return f"a fault of uellm, {described(error)}; the worker's log has more"

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Protocol
 
 from uellm.core.errors import AbortedError, FailedPreconditionError
@@ -22,7 +23,7 @@ from uellm_worker.cores import granted_cores
 from uellm_worker.files.supply import Directories
 from uellm_worker.leader import Leader, Spawn
 from uellm_worker.stage import FAILED, LOADING, PREPARED, SERVING, Stage
-from uellm_worker.stage_child import StageChild
+from uellm_worker.stage_child import StageChild, by_fault
 
 Lead = Callable[[topology_pb2.ShardAssignment, Tokenizer, StageChild], Leader]
 Holders = Sequence[worker_pb2.FilesHolder]
@@ -48,7 +49,7 @@ class Stages:
 
     Args:
         spawner: where children come from.
-        spawn: runs a coroutine beside the server, under a name.
+        spawn: runs a coroutine beside the server, under a name; told what to do if it fails.
         at_hand: has the files of a stage on this host; see ``Supply``.
         lead: makes the leader of a replica whose first stage is here.
         threads: that each child may use; 0: its share of the cores.
@@ -316,7 +317,14 @@ class Stages:
         """The child serves: lead the replica, if this is its first stage."""
         if stage.tokenizer is not None and stage.child is not None:
             stage.leader = self._lead(stage.assignment, stage.tokenizer, stage.child)
-            stage.leader.start(self._spawn)
+            failed = partial(self._broken, stage)
+            stage.leader.start(lambda work, name: self._spawn(work, name, failed))
+
+    def _broken(self, stage: Stage, error: Exception) -> None:
+        """A fault in leading a replica: it is formed again, and what ran goes on from its log."""
+        stage.fail(f"LEADER_FAILED: {by_fault(error)}")
+        if stage.child is not None:
+            self._spawn(stage.child.kill(), f"end of child {stage.child.pid}")
 
     def _failed(self, stage: Stage) -> None:
         leader, stage.leader = stage.leader, None
