@@ -85,7 +85,7 @@ def _answer(rendezvous: str, ready: Connection) -> None:
     transport = ProcessGroupTransport(
         group, inbox, HOST, None, torch.device("cpu"), HIDDEN, torch.float16
     )
-    while isinstance(item := inbox.take(block=True), StepAnnounced):
+    while isinstance(item := inbox.take(None), StepAnnounced):
         plan, inline = decode_plan(item.meta)
         transport.receive_activation(plan.rows, inline)
         transport.send_result(

@@ -140,7 +140,7 @@ def test_heads_turn_and_find_their_place(threads: int) -> None:
     keys, values = torch.zeros(2, 3, kv_heads, rows, head_dim)
     wanted = packed.clone()
     turning = torch.view_as_complex(wanted.view(rows, -1, head_dim // 2, 2))
-    turning[:, : heads + kv_heads, :pairs] *= turns[:, None]
+    turning[:, : heads + kv_heads, :pairs] *= turns[positions][:, None]
     given = packed.clone()
     loaded().place(given, turns, keys, values, slots, positions)
     torch.testing.assert_close(given, wanted)

@@ -61,7 +61,7 @@ class CompiledLayers:
         layers: compilable.
         head: in panels; None where another stage, or torch, computes it.
         hidden_size: of their rows.
-        ropes: types of rotation, in the order in which steps bring what rows are turned by.
+        ropes: types of rotation, in the order in which steps bring what positions are turned by.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class CompiledLayers:
             step: which rows.
             cache: of these layers; the same in every step.
             hidden: ``[T, hidden]``; stays as it is.
-            turns: by type of rotation, ``[T, rotated / 2]`` complex.
+            turns: by type of rotation, ``[positions, rotated / 2]`` complex.
 
         Returns:
             ``[T, hidden]``, or where the head is ``[n, vocabulary]`` of the rows that sample.

@@ -79,6 +79,11 @@ class Device:
             return f"cuda:{torch.cuda.get_device_properties(self.place).uuid}"
         return f"{self.place.type}:{socket.gethostname()}:{self.place.index}"
 
+    @property
+    def paced(self) -> bool:
+        """Steps are slowed down to what they would take on what is simulated."""
+        return self.flops_per_second > 0 or self.memory_bytes_per_second > 0
+
     def check_room(self, num_bytes: int, what: str) -> None:
         """See whether so much fits a simulated device; a real one says so itself.
 

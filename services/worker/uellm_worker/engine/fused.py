@@ -53,7 +53,7 @@ class FusedLayer:
             hidden: ``[T, hidden]``; stays as it is.
             step: whose rows.
             cache: gets keys and values.
-            turns: by type of rotation, ``[T, rotated / 2]`` complex.
+            turns: by type of rotation, ``[positions, rotated / 2]`` complex.
 
         Returns:
             ``[T, hidden]``.
@@ -90,7 +90,7 @@ class FusedLayer:
         else:
             if turn is not None:
                 pairs = torch.view_as_complex(heads.view(tokens, -1, head_dim // 2, 2))
-                pairs[:, :turned, : turn.shape[-1]].mul_(turn[:, None])
+                pairs[:, :turned, : turn.shape[-1]].mul_(turn[step.positions][:, None])
             keys[step.slots, :, step.positions] = heads[:, parts.heads : turned]
             values[step.slots, :, step.positions] = heads[:, turned:]
         attended = attend(
@@ -212,29 +212,29 @@ class FusedDecoder:
             hidden = self._embedding(inputs)
             if self._embedding_scale != 1.0:
                 hidden = hidden * self._embedding_scale
-        turns = {rope: self._turned(rope, step, cache) for rope in self._turns}
+        self._make_turns(step, cache)
         if self.compiled is not None and step.kernels is not None:
-            hidden = self.compiled(step, cache, hidden, list(turns.values()))
+            hidden = self.compiled(step, cache, hidden, list(self._turns.values()))
             if self._head_compiled:
                 return self._logits(hidden)
         else:
             for layer in self._layers:
-                hidden = layer(hidden, step, cache, turns)
+                hidden = layer(hidden, step, cache, self._turns)
         if self._head is None:
             return hidden
         if len(step.samples) != hidden.shape[0]:
             hidden = hidden[step.samples]
         return self._logits(self._head.linear(self._head.norm(hidden)))
 
-    def _turned(self, rope: str, step: PackedStep, cache: SlotCache) -> torch.Tensor:
-        """What the rows are turned by, ``[T, rotated / 2]`` complex."""
-        if len(self._turns[rope]) < step.longest:
-            most = cache.keys[0].shape[2]
-            count = min(max(2 * step.longest, _LEAST_TURNS), most)
-            cos, sin = _rotation(self._rotary, torch.zeros(1, 1), torch.arange(count), rope)
-            half = cos.shape[-1] // 2
-            self._turns[rope] = torch.complex(cos[:, :half], sin[:, :half])
-        return self._turns[rope][step.positions]
+    def _make_turns(self, step: PackedStep, cache: SlotCache) -> None:
+        """See to it that what rows of a step are turned by is there, for all of their positions."""
+        for rope, turns in self._turns.items():
+            if len(turns) < step.longest:
+                most = cache.keys[0].shape[2]
+                count = min(max(2 * step.longest, _LEAST_TURNS), most)
+                cos, sin = _rotation(self._rotary, torch.zeros(1, 1), torch.arange(count), rope)
+                half = cos.shape[-1] // 2
+                self._turns[rope] = torch.complex(cos[:, :half], sin[:, :half])
 
     def _logits(self, logits: torch.Tensor) -> torch.Tensor:
         if self._logits_scale != 1.0:

@@ -70,9 +70,9 @@ class Group:
         self._thread = threading.Thread(target=self._listen, name="links", daemon=True)
         self._thread.start()
 
-    def send_step(self, meta: bytes) -> None:
-        """Announce a step to the next stage."""
-        self._links[self.assignment.stage_index + 1].send(Kind.STEP, meta)
+    def send_step(self, meta: bytes, inline: bytes | memoryview = b"") -> None:
+        """Announce a step to the next stage; ``inline`` goes behind the announcement."""
+        self._links[self.assignment.stage_index + 1].send(Kind.STEP, meta, inline)
 
     def send_result(self, data: bytes) -> None:
         """Send what was sampled to stage 0."""

@@ -48,15 +48,16 @@ class Link:
         self._lock = threading.Lock()
         self._buffer = bytearray()
 
-    def send(self, kind: Kind, payload: bytes = b"") -> None:
-        """Send one frame.
+    def send(self, kind: Kind, *payload: bytes | memoryview) -> None:
+        """Send one frame, whose payload is made of these parts.
 
         Raises:
             PeerLostError: if the peer is gone or does not read.
         """
+        header = _HEADER.pack(sum(memoryview(part).nbytes for part in payload), kind)
         try:
             with self._lock:
-                self.socket.sendall(_HEADER.pack(len(payload), kind) + payload)
+                self.socket.sendall(b"".join((header, *payload)))
         except OSError as error:
             raise PeerLostError(f"stage {self.stage} does not read: {error}") from error
 

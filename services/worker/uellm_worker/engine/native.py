@@ -132,7 +132,7 @@ class Kernels:
 
         Args:
             heads: ``[T, heads, head_dim]``: queries, then keys, then values.
-            turns: ``[T, pairs]`` complex; the first ``pairs`` pairs of each head turn.
+            turns: ``[positions, pairs]`` complex; the first ``pairs`` pairs of each head turn.
             keys: ``[slots, kv_heads, max_tokens, head_dim]``.
             values: as ``keys``.
             slots: ``[T]``.

@@ -146,12 +146,17 @@ class Part:
 
     def _end(self, plan: StepPlan) -> None:
         """Take the time; on a simulated device, as much as it would take."""
+        if self.device.paced:
+            self.watch.wait_until(self._least_seconds(plan))
+        self.watch.stop()
+
+    def _least_seconds(self, plan: StepPlan) -> float:
+        """What a step takes at least on a simulated device."""
         context = sum(chunk.start + chunk.count for chunk in plan.chunks)
         cached = context * self._token_bytes + len(plan.chunks) * self._state_bytes
         per_row, per_sample = self._flops
         flops = plan.rows * per_row + sum(chunk.sample for chunk in plan.chunks) * per_sample
-        self.watch.wait_until(self.device.least_seconds(self._read_bytes + cached, flops))
-        self.watch.stop()
+        return self.device.least_seconds(self._read_bytes + cached, flops)
 
 
 def token_bytes(shard: Shard) -> int:

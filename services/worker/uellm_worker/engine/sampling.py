@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from uellm.v1.common_pb2 import Sampling
@@ -77,9 +78,12 @@ def _likeliest(logits: torch.Tensor) -> list[int]:
     """The likeliest token of each row; -1 where that is not finite."""
     if logits.device.type == "cpu":
         # Ten times as fast as torch's; both take the first of equals, and what is not a number.
-        ids = torch.from_numpy(logits.numpy().argmax(-1))
-    else:
-        ids = logits.argmax(-1)
+        rows = logits.numpy()
+        likeliest = rows.argmax(-1)
+        likeliest[~np.isfinite(rows[np.arange(len(rows)), likeliest])] = -1
+        found: list[int] = likeliest.tolist()
+        return found
+    ids = logits.argmax(-1)
     best = logits.gather(-1, ids[:, None])[:, 0]
     chosen: list[int] = ids.masked_fill(~torch.isfinite(best), -1).tolist()
     return chosen

@@ -79,7 +79,7 @@ class StepNumbers:
         spans: ``[n, 4]``: first row, rows, slot and first position of rows that attend together.
         samples: rows that sample.
         output: gets the step's output.
-        turns: by kind of rotation, ``[rows, pairs]`` complex.
+        turns: by kind of rotation, ``[positions, pairs]`` complex.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ SPAN_ROWS = 8
 ONCE, ROWS, ROW_PIECES, SPANS, SAMPLES, SAMPLE_PIECES, SAMPLING = range(7)
 """Counts of a step: 1, rows, pieces of them, spans, rows that sample, pieces of them, if any do."""
 SLOTS, POSITIONS, SPAN_TABLE, SAMPLE_TABLE, OUTPUT, TURNS = range(7, 13)
-"""Addresses of a step. What rows are turned by comes last, for each kind of rotation."""
+"""Addresses of a step. What positions are turned by comes last, for each kind of rotation."""
 
 OPERATION_WORDS = 4
 """An operation: the kernel's address, pieces, what of the step these are counted by, the block."""

@@ -103,12 +103,12 @@ class Loopback:
         """Nothing to give up."""
 
 
-def to_bytes(tensor: torch.Tensor) -> bytes:
-    """A contiguous CPU tensor's content, in the byte order of the machine."""
-    return bytes(tensor.view(torch.uint8).numpy())
+def to_bytes(tensor: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's content, in the byte order of the machine; no copy of it."""
+    return memoryview(tensor.view(torch.uint8).numpy())
 
 
-def from_bytes(data: bytes, rows: int, dtype: torch.dtype) -> torch.Tensor:
+def from_bytes(data: bytes | memoryview, rows: int, dtype: torch.dtype) -> torch.Tensor:
     """The inverse of ``to_bytes`` for ``[rows, …]``."""
     return torch.frombuffer(bytearray(data), dtype=dtype).view(rows, -1)
 
@@ -203,7 +203,7 @@ class ProcessGroupTransport:
             return
         tensor = activation.to(self._carrier).contiguous()
         if tensor.nbytes <= INLINE_BYTES and not self._nccl:
-            self._group.send_step(meta + to_bytes(tensor))
+            self._group.send_step(meta, to_bytes(tensor))
             return
         while self._sent and self._sent[0][0].is_completed():
             self._sent.popleft()

@@ -334,8 +334,9 @@ def place(block, step, piece, member):
     for row in range(ROW_PIECE * piece, min(ROW_PIECE * (piece + 1), counts[ROWS])):
         first = heads + row * stride
         if pairs:
+            at = floats(turns + 8 * positions[row] * pairs)
             for head in range(turned):
-                _turn(floats(first + 4 * head * size), floats(turns + 8 * row * pairs), pairs)
+                _turn(floats(first + 4 * head * size), at, pairs)
         for head in range(kv_heads):
             at = slots[row] * slot_stride + head * head_stride + 4 * positions[row] * size
             key = first + 4 * (turned - kv_heads + head) * size
