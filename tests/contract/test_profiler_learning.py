@@ -408,4 +408,4 @@ async def test_the_default_learns_from_words(mesh: Mesh, redis_url: str) -> None
             short, long = [(await ask(s)).profile.output_tokens.values for s in shapes]
             return bool(short[LEVELS.index(0.5)] < 8 and long[LEVELS.index(0.5)] > 200)
 
-        await eventually(told_apart, 60)
+        await eventually(told_apart, 240)

@@ -24,7 +24,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         check=False,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before

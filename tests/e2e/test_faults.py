@@ -26,7 +26,7 @@ PROMPTS = (
 )
 ADAPTER, ADAPTED = "twist", PROMPTS[2]
 """The adapter that answers one of them."""
-ANSWER_SECONDS = 60.0
+ANSWER_SECONDS = 240.0
 
 
 @pytest.fixture(scope="module")
