@@ -15,7 +15,7 @@ from uellm.client import Client, new_request
 from uellm.embedded import free_port
 from uellm.streams.connection import connect
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 MODEL = "demo"
 MODEL_DIR = Path(uellm.demo.__file__).parent / "model"

@@ -15,7 +15,7 @@ from uellm.client import Client, new_request
 from uellm.embedded import free_port
 from uellm.v1.inference_pb2 import GenerationEvent
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 MODEL = "demo"
 MODEL_DIR = Path(uellm.demo.__file__).parent / "model"

@@ -18,7 +18,7 @@ from tests.support.waiting import eventually
 from uellm.mesh.joining import Token, new_secret
 from uellm.mesh.options import DEMO_MODEL
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from uellm.client import Client, new_request
 from uellm.embedded import free_port
 from uellm.v1 import topology_pb2
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 MODEL = "demo"
 MODEL_DIR = Path(uellm.demo.__file__).parent / "model"

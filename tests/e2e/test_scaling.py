@@ -17,7 +17,7 @@ from uellm.embedded import free_port
 from uellm.rpc import channel
 from uellm.v1 import common_pb2, deployer_pb2, deployer_pb2_grpc, topology_pb2
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 MODEL_DIR = Path(uellm.demo.__file__).parent / "model"
 DEVICE = "sim:0:memory=420MiB:flops=1e12:bandwidth=2e8:paced"

@@ -16,7 +16,7 @@ from tests.support.checkpoints import write_adapter
 from tests.support.waiting import eventually
 from uellm.mesh.state import MeshState, find_mesh
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 UELLM = Path(sys.executable).parent / "uellm"
 
 

@@ -15,7 +15,7 @@ from uellm.mesh.joining import Token, new_secret, until_lost
 from uellm.mesh.tether import tethered
 from uellm.streams.connection import connect
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 
 async def test_a_mesh_that_goes_away_while_it_is_joined_is_said_in_a_line(tmp_path: Path) -> None:
