@@ -5,10 +5,11 @@ Usage: ``python -m benchmarks.overload [--json]``
 The whole mesh, with an engine that computes nothing in steps of a fixed length, so that its
 capacity is known. Every request asks to be refused if its deadline cannot be met. Loads around the
 capacity find the peak of the goodput; then ``--factor`` times the capacity arrives for
-``--seconds``.
+``--seconds``. Clients run in processes of their own, which say how late they were themselves.
 
 Goals: goodput at least 95 % of its peak, 95 % of those let in keep their deadline, refusals within
-50 ms (99 %) with a time to try again, memory flat.
+50 ms (99 %) with a time to try again, memory flat: in the last seconds no more than after a quarter
+of the time.
 """
 
 import argparse
@@ -22,18 +23,16 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from random import Random
 from typing import Any
 
 import psutil
 
+from benchmarks.crowd import Asking, Crowd, Told, crowd
 from benchmarks.load import wait_ready
-from uellm.cli.promises import ANSWERED
-from uellm.client import Client, new_request
-from uellm.core.errors import ResourceExhaustedError, UellmError
+from benchmarks.mesh import cpu_seconds
 from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import DEMO_MODEL, MeshOptions, ModelSource
-from uellm.v1 import common_pb2, inference_pb2
+from uellm.v1 import common_pb2
 
 MODEL = "instant"
 STEP_SECONDS = 0.02
@@ -45,68 +44,47 @@ PATIENCE = 4.0
 RETENTION_SECONDS, DECISIONS_KEPT = 5, 16
 PEAK_LOADS = (0.7, 0.85, 1.0, 1.15)
 PEAK_SECONDS, WARM_UP_SECONDS = 10.0, 15.0
+SAMPLES = 5
+"""Looks at memory, a second apart, of which the median is taken."""
 GOALS = {"goodput_of_peak": 0.95, "kept": 0.95, "refused_p99_ms": 50.0, "memory_growth": 1.1}
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A request that ended: its ``seconds`` since it was sent."""
-
-    reason: int
-    seconds: float
-    in_time: bool
-    retry: bool
+def capacity() -> float:
+    """Requests a second that the engine can answer."""
+    return SLOTS / ((SHORTEST + LONGEST) / 2 * STEP_SECONDS)
 
 
-async def _one(client: Client, tokens: int) -> Ended:
-    deadline = PATIENCE * tokens * STEP_SECONDS
-    request = new_request(
-        MODEL,
-        [("user", "Count from 1 to 20.")],
-        max_tokens=tokens,
-        deadline_seconds=deadline,
-        refuse=True,
+def asking(load: float, seconds: float, seed: int) -> Asking:
+    """So many times what can be answered."""
+    return Asking(
+        model=MODEL,
+        rate=load * capacity(),
+        seconds=seconds,
+        shortest=SHORTEST,
+        longest=LONGEST,
+        seconds_per_token=PATIENCE * STEP_SECONDS,
+        seed=seed,
     )
-    request.sampling.ignore_eos = True
-    began = time.perf_counter()
-    finished = inference_pb2.Finished()
-    try:
-        async for event in client.generate(request):
-            if event.WhichOneof("event") == "finished":
-                finished = event.finished
-    except ResourceExhaustedError as error:
-        # Refused: at the door, because of what is ahead, or because too many wait already.
-        refused = common_pb2.FINISH_REASON_REFUSED
-        retry = error.retry_after_seconds is not None
-        return Ended(refused, time.perf_counter() - began, False, retry)
-    except UellmError:
-        # Failed: it counts as let in, and as late.
-        return Ended(finished.reason, time.perf_counter() - began, False, False)
-    seconds = time.perf_counter() - began
-    in_time = finished.reason in ANSWERED and finished.slo.met
-    return Ended(finished.reason, seconds, in_time, finished.failure.HasField("retry_after"))
 
 
-async def drive(client: Client, rate: float, seconds: float, seed: int) -> list[Ended]:
-    """Requests at random times, ``rate`` per second on average; waits for all ends."""
-    rng = Random(seed)
-    began = time.perf_counter()
-    due = 0.0
-    async with asyncio.TaskGroup() as group:
-        tasks = []
-        while (due := due + rng.expovariate(rate)) < seconds:
-            await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
-            tokens = rng.randint(SHORTEST, LONGEST)
-            tasks.append(group.create_task(_one(client, tokens)))
-    return [task.result() for task in tasks]
+def percentile(values: Sequence[float], share: float) -> float | None:
+    """The value that ``share`` of ``values`` are at most; None: there are none."""
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None
 
 
-def summarise(ended: Sequence[Ended], seconds: float) -> dict[str, Any]:
+def milliseconds(values: Sequence[float]) -> dict[str, float | None]:
+    """Median and 99 % quantile of seconds, in milliseconds."""
+    thousandths = [1e3 * value for value in values]
+    return {"p50": percentile(thousandths, 0.5), "p99": percentile(thousandths, 0.99)}
+
+
+def summarise(told: Told, seconds: float) -> dict[str, Any]:
     """The numbers of a load."""
+    ended = told.ended
     refused = [one for one in ended if one.reason == common_pb2.FINISH_REASON_REFUSED]
     admitted = [one for one in ended if one.reason != common_pb2.FINISH_REASON_REFUSED]
     in_time = sum(one.in_time for one in ended)
-    delays = sorted(one.seconds for one in refused)
     return {
         "requests": len(ended),
         "admitted": len(admitted),
@@ -116,8 +94,11 @@ def summarise(ended: Sequence[Ended], seconds: float) -> dict[str, Any]:
         },
         "goodput_per_second": in_time / seconds,
         "kept": in_time / max(len(admitted), 1),
-        "refused_p50_ms": 1e3 * statistics.median(delays) if delays else None,
-        "refused_p99_ms": 1e3 * delays[int(0.99 * len(delays))] if delays else None,
+        "refused_ms": milliseconds([one.seconds for one in refused]),
+        "at_the_door": sum(one.door for one in refused),
+        "at_the_door_ms": milliseconds([one.seconds for one in refused if one.door]),
+        "behind_it_ms": milliseconds([one.seconds for one in refused if not one.door]),
+        "client_lag_ms": milliseconds(told.lags),
         "told_when_to_retry": sum(one.retry for one in refused) / max(len(refused), 1),
     }
 
@@ -128,6 +109,24 @@ def resident_bytes(mesh: Mesh) -> dict[str, int]:
     if mesh.redis_pid is not None:
         pids["redis"] = mesh.redis_pid
     return {name: psutil.Process(pid).memory_info().rss for name, pid in pids.items()}
+
+
+async def typical_bytes(mesh: Mesh) -> dict[str, float]:
+    """The median of some looks at resident memory; takes as many seconds."""
+    looks = []
+    for _ in range(SAMPLES):
+        looks.append(resident_bytes(mesh))
+        await asyncio.sleep(1.0)
+    return {name: statistics.median(look[name] for look in looks) for name in looks[0]}
+
+
+async def growth(mesh: Mesh, seconds: float) -> dict[str, float]:
+    """Of each service, its memory at the end of a time over that after a quarter of it."""
+    await asyncio.sleep(seconds / 4)
+    before = await typical_bytes(mesh)
+    await asyncio.sleep(max(0.75 * seconds - 2 * SAMPLES, 0.0))
+    after = await typical_bytes(mesh)
+    return {name: after[name] / before[name] for name in after}
 
 
 @asynccontextmanager
@@ -148,38 +147,48 @@ async def paced_mesh(policy: str) -> AsyncIterator[Mesh]:
         yield mesh
 
 
-async def measure(factor: float, seconds: float, policy: str) -> dict[str, Any]:
+async def measure(factor: float, seconds: float, policy: str, processes: int) -> dict[str, Any]:
     """Start the mesh, measure, stop it."""
-    capacity = SLOTS / ((SHORTEST + LONGEST) / 2 * STEP_SECONDS)
-    async with paced_mesh(policy) as mesh, Client(mesh.address) as client:
-        await drive(client, 0.5 * capacity, PEAK_SECONDS, seed=0)
-        peak = {}
-        for load in PEAK_LOADS:
-            ended = await drive(client, load * capacity, PEAK_SECONDS, seed=1)
-            peak[load] = summarise(ended, PEAK_SECONDS)
-        best = max(each["goodput_per_second"] for each in peak.values())
-        # Once before: queues, pools and caches have then grown to what this load takes.
-        await drive(client, factor * capacity, WARM_UP_SECONDS, seed=2)
-        before = resident_bytes(mesh)
-        ended = await drive(client, factor * capacity, seconds, seed=3)
-        after = resident_bytes(mesh)
-    over = summarise(ended, seconds)
-    growth = {name: after[name] / before[name] for name in after if name in before}
+    async with paced_mesh(policy) as mesh:
+        with crowd([mesh.address], processes) as clients:
+            peak = await _peak(clients)
+            best = max(each["goodput_per_second"] for each in peak.values())
+            # Once before: queues, pools and caches have then grown to what this load takes.
+            await clients.ask(asking(factor, WARM_UP_SECONDS, seed=2))
+            used = cpu_seconds(mesh)
+            told, grown = await asyncio.gather(
+                clients.ask(asking(factor, seconds, seed=3)), growth(mesh, seconds)
+            )
+            busy = {
+                name: (now - used.get(name, 0.0)) / seconds
+                for name, now in cpu_seconds(mesh).items()
+            }
+    over = summarise(told, seconds)
     reached = {
         "goodput_of_peak": over["goodput_per_second"] / best,
         "kept": over["kept"],
-        "refused_p99_ms": over["refused_p99_ms"],
-        "memory_growth": max(growth.values()),
+        "refused_p99_ms": over["refused_ms"]["p99"],
+        "memory_growth": max(grown.values()),
     }
     return {
         "when": time.strftime("%Y-%m-%d"),
         "machine": {"cores": os.cpu_count(), "processor": platform.machine()},
-        "capacity_per_second": capacity,
+        "capacity_per_second": capacity(),
         "peak": peak,
         "factor": factor,
         "overload": over,
-        "memory_growth": growth,
+        "cores_busy": busy,
+        "memory_growth": grown,
         "goals": {name: asdict(_judged(name, reached[name])) for name in GOALS},
+    }
+
+
+async def _peak(clients: Crowd) -> dict[float, dict[str, Any]]:
+    """What comes of loads around the capacity."""
+    await clients.ask(asking(0.5, PEAK_SECONDS, seed=0))
+    return {
+        load: summarise(await clients.ask(asking(load, PEAK_SECONDS, seed=1)), PEAK_SECONDS)
+        for load in PEAK_LOADS
     }
 
 
@@ -204,15 +213,17 @@ def show(result: Mapping[str, Any]) -> None:
     print(f"capacity {result['capacity_per_second']:.1f} requests/s")
     rows = [*result["peak"].items(), (result["factor"], result["overload"])]
     print(
-        f"{'load':>6}{'requests':>10}{'let in':>8}{'kept':>8}{'in time/s':>11}{'refused p99':>13}"
+        f"{'load':>6}{'requests':>10}{'let in':>8}{'kept':>8}{'in time/s':>11}"
+        f"{'refused p50, p99':>22}{'clients late p99':>18}"
     )
     for load, each in rows:
-        delay = each["refused_p99_ms"]
+        delay, lag = each["refused_ms"], each["client_lag_ms"]["p99"]
+        took = f"{delay['p50']:.1f}, {delay['p99']:.1f} ms" if delay["p50"] else "-"
         print(
             f"{load:>6}{each['requests']:>10}{each['admitted']:>8}{each['kept']:>8.1%}"
-            f"{each['goodput_per_second']:>11.1f}"
-            + (f"{delay:>10.1f} ms" if delay else f"{'-':>13}")
+            f"{each['goodput_per_second']:>11.1f}{took:>22}{lag:>15.1f} ms"
         )
+    print("cores busy:", ", ".join(f"{n} {used:.2f}" for n, used in result["cores_busy"].items()))
     for name, goal in result["goals"].items():
         print(
             f"{name}: {goal['reached']} (goal {goal['goal']}): {'met' if goal['met'] else 'missed'}"
@@ -225,9 +236,12 @@ def main() -> None:
     parser.add_argument("--factor", type=float, default=10.0, help="times the capacity")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long")
     parser.add_argument("--policy", default="", help="by default the service's own")
+    parser.add_argument("--clients", type=int, default=2, help="client processes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
-    result = asyncio.run(measure(arguments.factor, arguments.seconds, arguments.policy))
+    result = asyncio.run(
+        measure(arguments.factor, arguments.seconds, arguments.policy, arguments.clients)
+    )
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:
