@@ -5,6 +5,7 @@ or hand back what runs, then close. A second signal forces.
 """
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -295,15 +296,24 @@ class _signals:
             self._loop.remove_signal_handler(name)
 
 
+def _settle(_: str) -> None:
+    """Have what was loaded to serve, hundreds of thousands of objects, never be looked at again.
+
+    Each full collection stopped a gateway, or a scheduler, for 70 to 100 ms.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def main(
     settings_class: type[ServiceSettings],
-    start: Callable[[Any], Coroutine[Any, Any, None]],
+    start: Callable[..., Coroutine[Any, Any, None]],
 ) -> None:
     """The whole of a service's ``__main__``: settings, logs, run; errors as one line."""
     try:
         settings = settings_class.load()
         logs.configure(settings.identity, settings.log_level, settings.log_format)
-        asyncio.run(start(settings))
+        asyncio.run(start(settings, ready=_settle))
     except ConfigurationError as error:
         sys.stderr.write(f"uellm {settings_class.role}: {error.message}\n")
         raise SystemExit(2) from None

@@ -4,6 +4,7 @@ Run as a module it is a process of its own, which writes what it does to its sta
 """
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable
 from typing import Any, ClassVar
 
@@ -112,9 +113,15 @@ def _say(what: str) -> None:
     print(what, flush=True)  # noqa: T201
 
 
-async def start(settings: EchoSettings) -> None:
+async def start(settings: EchoSettings, *, ready: Callable[[str], None]) -> None:
     """Run as a process."""
-    await serve(settings, lambda context: Echo(settings, context, _say), ready=_say)
+
+    def serving(address: str) -> None:
+        ready(address)
+        _say("settled" if gc.get_freeze_count() else "unsettled")
+        _say(address)
+
+    await serve(settings, lambda context: Echo(settings, context, _say), ready=serving)
 
 
 if __name__ == "__main__":
