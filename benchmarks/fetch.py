@@ -26,7 +26,8 @@ import grpc
 import numpy as np
 from safetensors.numpy import save_file
 from uellm_worker.files.cache import FileCache
-from uellm_worker.files.fetching import Fetcher, Wanted
+from uellm_worker.files.drawing import Wanted
+from uellm_worker.files.fetching import Fetcher
 from uellm_worker.files.host import HostFiles
 from uellm_worker.files.sending import Sender
 from uellm_worker.files.servicer import FilesServicer
@@ -34,7 +35,7 @@ from uellm_worker.files.servicer import FilesServicer
 from uellm.core.errors import ModelFilesError
 from uellm.models import files
 from uellm.models.blocks import BLOCK_BYTES, block_digest
-from uellm.rpc import SERVER_OPTIONS, ErrorInterceptor
+from uellm.rpc import SERVER_OPTIONS, ClosingInterceptor, ErrorInterceptor
 from uellm.v1 import common_pb2, files_pb2_grpc, worker_pb2
 
 _CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -72,7 +73,9 @@ async def _serve(ref: common_pb2.ModelRef, connection: Connection) -> None:
     host = HostFiles(FileCache(Path(ref.source).parent / "none"))
     if host.look(ref) is None:
         raise AssertionError("unreachable: it was written just now")
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+    server = grpc.aio.server(
+        interceptors=[ClosingInterceptor(), ErrorInterceptor()], options=SERVER_OPTIONS
+    )
     servicer = FilesServicer(host, Sender(host, 2, lambda: False), _secret)
     files_pb2_grpc.add_FilesServiceServicer_to_server(servicer, server)
     connection.send(server.add_insecure_port("127.0.0.1:0"))

@@ -20,7 +20,7 @@ from uellm import logs
 from uellm.config import ServiceSettings
 from uellm.core.errors import ConfigurationError, UellmError
 from uellm.faults import Faults, pause
-from uellm.rpc import SERVER_OPTIONS, ErrorInterceptor
+from uellm.rpc import SERVER_OPTIONS, ClosingInterceptor, ErrorInterceptor
 from uellm.streams.clock import RedisClock
 from uellm.streams.connection import UNREACHABLE, RedisClient, check, connect
 from uellm.streams.registry import RENEW_SECONDS, Registry, ServiceAddress
@@ -178,11 +178,11 @@ async def _keep_registered(context: Context, role: str) -> None:
 
 
 def _interceptors(telemetry: Telemetry) -> list[grpc.aio.ServerInterceptor]:
-    interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
+    interceptors: list[grpc.aio.ServerInterceptor] = [ClosingInterceptor(), ErrorInterceptor()]
     if telemetry.enabled:
         from opentelemetry.instrumentation.grpc import aio_server_interceptor  # noqa: PLC0415
 
-        interceptors.insert(0, aio_server_interceptor())
+        interceptors.insert(1, aio_server_interceptor())
     return interceptors
 
 

@@ -1,8 +1,10 @@
 """Workers give each other model files: checked, resumed, bounded, and to their mesh only."""
 
 import asyncio
+import gc
 import json
 import os
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
-from uellm_worker.files import receiving, sending
+from uellm_worker.files import drawing, receiving, sending
 from uellm_worker.files.cache import SPARE_BYTES, FileCache, file_to_proto
 from uellm_worker.files.fetching import Fetcher
 from uellm_worker.files.host import HostFiles
@@ -34,7 +36,7 @@ from tests.support.sharing import (
     stage,
 )
 from tests.support.waiting import eventually
-from uellm.core.errors import ModelFilesError, UnavailableError
+from uellm.core.errors import ModelFilesError, ResourceExhaustedError, UnavailableError
 from uellm.models import adapters, blocks, files, manifest
 from uellm.models.manifest import Manifest, read_manifest
 from uellm.models.safetensors import read_header
@@ -304,6 +306,27 @@ class Mistaken(Peer):
             yield file_to_proto(file)
 
 
+@pytest.mark.parametrize("wrong", ["told", "sent"])
+async def test_an_adapter_that_one_gets_wrong_comes_from_another(
+    tmp_path: Path, host: Host, wrong: str
+) -> None:
+    model, lora = random_checkpoint(tmp_path / "model"), write_adapter(tmp_path / "lora")
+    ref, adapter = model_ref(model), adapter_ref(lora)
+    here = adapter_ref(lora, str(lora))
+    good = peer_with(model, "good", ref, here)
+    if wrong == "told":
+        bad = Mistaken(good.host, "bad")
+        bad.other = write_adapter(tmp_path / "other", alpha_pattern={})
+    else:
+        bad = peer_with(model, "bad", ref, here, spoil=_wrong_but_digested)
+    async with serving(good, bad):
+        found = await host.fetch(
+            stage(ref, (0, 3), adapter), bad.holder(adapter), good.holder(ref, adapter)
+        )
+    assert adapters.digest(found.adapters[0]) == adapter.digest
+    assert bad.calls["FetchTensors"] == 1
+
+
 async def test_an_adapter_that_was_told_wrongly_of_is_fetched_the_next_time(
     tmp_path: Path, host: Host
 ) -> None:
@@ -543,6 +566,78 @@ async def test_no_more_are_served_at_once_than_may_be(model: Path, tmp_path: Pat
         peer.gate.set()
         for task in fetching:
             assert same(tensors_in((await task).model), tensors_in(model))
+
+
+class Busy(Peer):
+    """Has no time for anybody, for as long as it says."""
+
+    told_seconds: float
+
+    async def FetchTensors(self, request: Any, context: Any) -> Any:
+        self.calls["FetchTensors"] += 1
+        raise ResourceExhaustedError("busy", retry_after_seconds=self.told_seconds)
+        yield
+
+
+@pytest.mark.parametrize("seconds", [1e9, -5.0, 0.0])
+async def test_who_has_no_time_does_not_keep_others_from_giving(
+    model: Path, host: Host, seconds: float
+) -> None:
+    ref = model_ref(model)
+    good = peer_with(model, "good", ref)
+    busy = [Busy(good.host, f"busy{n}") for n in range(3)]
+    for one in busy:
+        one.told_seconds = seconds
+    async with serving(good, *busy), asyncio.timeout(20):
+        holders = [peer.holder(ref) for peer in (*busy, good)]
+        found = await host.fetch(stage(ref, (0, 3)), *holders)
+    assert same(tensors_in(found.model), tensors_in(model))
+
+
+async def test_who_has_no_time_is_asked_again_soon_whatever_it_says(
+    model: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "MOST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(drawing, "LEAST_WAIT_SECONDS", 0.05)
+    ref = model_ref(model)
+    busy = Busy(peer_with(model, "good", ref).host, "busy")
+    busy.told_seconds = 1e9
+    async with serving(busy):
+        fetching = asyncio.create_task(host.fetch(stage(ref, (0, 3)), busy.holder(ref)))
+        await eventually(lambda: busy.calls["FetchTensors"] >= 3)
+        fetching.cancel()
+        await asyncio.gather(fetching, return_exceptions=True)
+
+
+async def test_a_caller_that_goes_away_is_let_go_at_once(model: Path) -> None:
+    ref = model_ref(model)
+    peer = peer_with(model, "p", ref, uploads=1)
+    ended: list[bool] = []
+
+    async def told(request: Any) -> Any:
+        try:
+            async with aclosing(tensors(request)) as messages:
+                async for message in messages:
+                    yield message
+                    await asyncio.Event().wait()  # Whoever is called has nothing to wait for.
+        finally:
+            ended.append(True)
+
+    tensors, peer._sender.tensors = peer._sender.tensors, told  # type: ignore[method-assign]
+    names = list(tensors_in(model))
+    metadata = (("authorization", f"Bearer {SECRET}"),)
+    gc.disable()
+    try:
+        async with serving(peer), channel(peer.address) as connection:
+            stub: Any = files_pb2_grpc.FilesServiceStub(connection)
+            request = files_pb2.FetchTensorsRequest(digest=ref.digest, tensors=names)
+            for number in range(1, 4):
+                call = stub.FetchTensors(request, metadata=metadata, timeout=60)
+                assert (await call.read()).data
+                call.cancel()
+                await eventually(lambda number=number: len(ended) == number)
+    finally:
+        gc.enable()
 
 
 async def test_a_worker_may_give_nothing_out(model: Path, host: Host) -> None:

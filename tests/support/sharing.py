@@ -2,8 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tests.support.checkpoints import write_checkpoint
 from uellm.models import adapters, files
 from uellm.models.blocks import block_digest, block_sizes
 from uellm.models.manifest import Span, read_manifest
-from uellm.rpc import SERVER_OPTIONS, ErrorInterceptor
+from uellm.rpc import SERVER_OPTIONS, ClosingInterceptor, ErrorInterceptor
 from uellm.v1 import common_pb2, files_pb2, files_pb2_grpc, topology_pb2, worker_pb2
 
 SECRET = "of the mesh"  # noqa: S105
@@ -101,22 +101,23 @@ class Peer(FilesServicer):
     def __post_init__(self) -> None:
         super().__init__(self.host, Sender(self.host, self.uploads, self.busy), secret)
 
-    async def ListFiles(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def ListFiles(self, request: Any, context: Any) -> AsyncGenerator[Any, None]:
         self.calls["ListFiles"] += 1
         async for message in super().ListFiles(request, context):
             yield message
 
-    async def FetchTensors(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def FetchTensors(self, request: Any, context: Any) -> AsyncGenerator[Any, None]:
         self.calls["FetchTensors"] += 1
-        async for message in super().FetchTensors(request, context):
-            if self.gate is not None:
-                await self.gate.wait()
-            given = self.spoil(message)
-            if given is None:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
-            self.sent += len(given.data)
-            self.whole = self.sent if given.sha256 else self.whole
-            yield given
+        async with aclosing(super().FetchTensors(request, context)) as messages:
+            async for message in messages:
+                if self.gate is not None:
+                    await self.gate.wait()
+                given = self.spoil(message)
+                if given is None:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+                self.sent += len(given.data)
+                self.whole = self.sent if given.sha256 else self.whole
+                yield given
 
     def holder(self, *refs: common_pb2.ModelRef) -> worker_pb2.FilesHolder:
         """As the deployer names it."""
@@ -129,7 +130,9 @@ async def serving(*peers: Peer) -> AsyncIterator[None]:
     """Peers on servers of their own."""
     servers = []
     for peer in peers:
-        server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        server = grpc.aio.server(
+            interceptors=[ClosingInterceptor(), ErrorInterceptor()], options=SERVER_OPTIONS
+        )
         files_pb2_grpc.add_FilesServiceServicer_to_server(peer, server)
         peer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,7 @@ class Sender:
         self._busy = busy
         self._streams = 0
 
-    async def files(self, digest: str) -> AsyncIterator[files_pb2.ListFilesResponse]:
+    async def files(self, digest: str) -> AsyncGenerator[files_pb2.ListFilesResponse, None]:
         """What a model consists of.
 
         Raises:
@@ -68,7 +68,7 @@ class Sender:
 
     async def tensors(
         self, request: files_pb2.FetchTensorsRequest
-    ) -> AsyncIterator[files_pb2.FetchTensorsResponse]:
+    ) -> AsyncGenerator[files_pb2.FetchTensorsResponse, None]:
         """Tensors of a model.
 
         Raises:

@@ -2,7 +2,8 @@
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -43,19 +44,21 @@ class FilesServicer(files_pb2_grpc.FilesServiceServicer):
 
     async def ListFiles(
         self, request: files_pb2.ListFilesRequest, context: Call
-    ) -> AsyncIterator[files_pb2.ListFilesResponse]:
+    ) -> AsyncGenerator[files_pb2.ListFilesResponse, None]:
         """What a model consists of."""
         await self._admit(context)
-        async for file in self._sender.files(request.digest):
-            yield file
+        async with aclosing(self._sender.files(request.digest)) as told:
+            async for file in told:
+                yield file
 
     async def FetchTensors(
         self, request: files_pb2.FetchTensorsRequest, context: Call
-    ) -> AsyncIterator[files_pb2.FetchTensorsResponse]:
+    ) -> AsyncGenerator[files_pb2.FetchTensorsResponse, None]:
         """Tensors of a model."""
         await self._admit(context)
-        async for message in self._sender.tensors(request):
-            yield message
+        async with aclosing(self._sender.tensors(request)) as messages:
+            async for message in messages:
+                yield message
 
     async def _admit(self, context: Call) -> None:
         shown = dict(context.invocation_metadata() or ()).get("authorization", "")

@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 from uellm.core.errors import ModelFilesError, UnavailableError
 from uellm.models.manifest import Span
 from uellm.v1 import common_pb2, topology_pb2, worker_pb2
-from uellm_worker.files.fetching import Fetcher, Tell, Wanted
+from uellm_worker.files.drawing import Tell, Wanted
+from uellm_worker.files.fetching import Fetcher
 from uellm_worker.files.host import HostFiles
 from uellm_worker.files.stand_in import write_stand_in
 
