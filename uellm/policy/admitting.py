@@ -7,7 +7,7 @@ its own, has to leave it in time; newcomers are tried one after the other, each 
 it that were let in.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapreplace
@@ -164,16 +164,17 @@ def admit(
     )
     new = np.zeros(len(everybody.views), dtype=np.bool_)
     new[[*newcomers, *put_off]] = True
-    rank = np.empty(len(new), dtype=np.intp)
-    rank[backlog.line] = np.arange(len(backlog.line))
+    rank = backlog.rank
     inside = backlog.line[~new[backlog.line]]
     members = _Members(backlog, inside, committed, spare, sureness)
-    ranks = rank[inside].tolist()
+    # Before how many of those inside each comes, and of those that were let in meanwhile.
+    before = np.searchsorted(rank[inside], rank[newcomers]).tolist()
+    joined: list[int] = []
     let_in: dict[int, float] = {}
     crowded: dict[int, float] = {}
     kept_out: dict[int, Crowded] = {}
-    for i in newcomers:
-        place = bisect_left(ranks, rank[i])
+    for i, settled in zip(newcomers, before, strict=True):
+        place = settled + bisect_left(joined, rank[i])
         busy, variance = float(backlog.busy[i]), float(backlog.variance[i])
         if not members.free:
             wait = float(members.waits(place)[0])
@@ -187,7 +188,7 @@ def admit(
                 continue
             let_in[i] = busy
         members.insert(place, busy, variance, float(spare[i]))
-        ranks.insert(place, int(rank[i]))
+        insort(joined, int(rank[i]))
     return Admission(let_in, crowded, kept_out, put_off)
 
 

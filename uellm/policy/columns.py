@@ -1,6 +1,6 @@
 """A queue as columns of numbers, so that a long one is ordered in milliseconds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
@@ -15,6 +15,7 @@ from uellm.policy.views import QueuedView
 __all__ = ["Columns", "ColumnsCache", "Flags", "Floats", "Ids", "Places"]
 
 _COLUMNS = 13
+_TAGS = 1 << 16
 BEGUN = 64
 """Added to the kind of those that have begun: their promises are another matter."""
 
@@ -27,11 +28,23 @@ class Columns:
         views: the requests.
         numbers: one row per property below, one column per request.
         ids: theirs.
+        tags: a small number for each id; different ids may share one.
     """
 
     views: Sequence[QueuedView]
     numbers: Floats
     ids: Array
+    tags: Array
+
+    def among(self, ids: Set[str]) -> Places:
+        """Places of those whose id is one of these; of a long queue few are looked at."""
+        if not ids:
+            return np.empty(0, dtype=np.intp)
+        tagged = np.zeros(_TAGS, dtype=np.bool_)
+        tagged[[_tag(name) for name in ids]] = True
+        places = np.flatnonzero(tagged[self.tags])
+        found = np.fromiter(map(ids.__contains__, self.ids[places]), np.bool_, len(places))
+        return places[found]
 
     @property
     def accepted(self) -> Floats:
@@ -123,12 +136,12 @@ class Columns:
         # Swanson's rule: the mean of a skewed distribution from three of its quantiles.
         numbers[10, places] = 0.3 * low + 0.4 * median + 0.3 * high
         numbers[11, places] += BEGUN
-        return Columns(self.views, numbers, self.ids)
+        return Columns(self.views, numbers, self.ids, self.tags)
 
     def some(self, places: Places) -> "Columns":
         """The columns of some of the requests."""
         views = [self.views[i] for i in places]
-        return Columns(views, self.numbers[:, places], self.ids[places])
+        return Columns(views, self.numbers[:, places], self.ids[places], self.tags[places])
 
     def joined(self, others: "Columns") -> "Columns":
         """These requests, and behind them others."""
@@ -136,6 +149,7 @@ class Columns:
             [*self.views, *others.views],
             np.concatenate([self.numbers, others.numbers], axis=1),
             np.concatenate([self.ids, others.ids]),
+            np.concatenate([self.tags, others.tags]),
         )
 
     def due(self, now: float) -> Floats:
@@ -175,7 +189,12 @@ def _arrays(views: Sequence[QueuedView]) -> tuple[Array, ...]:
     rows = np.array([_row(view) for view in views], dtype=np.float64)
     ids = np.empty(len(views), dtype=object)
     ids[:] = [view.request_id for view in views]
-    return np.ascontiguousarray(rows.reshape(len(views), _COLUMNS).T), ids
+    tags = np.array([_tag(name) for name in ids], dtype=np.intp)
+    return np.ascontiguousarray(rows.reshape(len(views), _COLUMNS).T), ids, tags
+
+
+def _tag(request_id: str) -> int:
+    return hash(request_id) % _TAGS
 
 
 class Ids(Sequence[str]):

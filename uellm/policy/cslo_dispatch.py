@@ -181,6 +181,8 @@ class CsloOdbsDispatch(Dispatcher):
     ) -> int | None:
         """Who has waited longest, if that is too long and few such are in flight."""
         wait = self._options.max_wait_seconds
+        if now - columns.accepted.min() <= wait:
+            return None
         oldest = order[np.argmin(columns.accepted[order])]
         if now - columns.accepted[oldest] <= wait:
             return None

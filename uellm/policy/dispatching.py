@@ -7,7 +7,6 @@ rest to replicas as late as the slots allow, and promises.
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from math import inf
 from typing import Any
 
@@ -145,32 +144,35 @@ class Dispatcher(ABC):
         expired, hopeless = to_refuse(columns, queue.unpromised, fastest, now)
         out = [*expired, *hopeless]
         refusals = [expired_refusal(columns.views[i], now) for i in expired]
-        people, line, admission = None, None, Admission()
+        work, line, admission = None, None, Admission()
         if fastest is not None and (queue.unpromised or queue.promised):
             # All in one line, so that each is seen behind whoever goes first, sent or not.
             people = everybody(columns, replicas, self._sent)
+            work = _Work(people, replicas, now, preempts=self.preempts)
             keys = self.keys(people.columns, fastest, now)
             line = people.lined_up(sorted_by(keys))
             ranked = line[line < people.waiting]
             keys = tuple(key[: people.waiting] for key in keys)
             if hopeless:
-                promiser = self._promiser(queue, people, line, replicas, now)
+                promiser = self._promiser(queue, work, line)
                 refusals += _infeasible(promiser, hopeless, ranked, columns, fastest, now)
-            admission = self._admission(queue, people, _without(line, out), replicas, now)
+            line = _without(line, out)
+            admission = self._admission(queue, work, line)
             refusals += [
                 crowded_refusal(columns.views[i], why, self.name, now)
                 for i, why in admission.kept_out.items()
             ]
-            out += [*admission.kept_out, *admission.put_off]
-            line = _without(line, out)
+            gone = [*admission.kept_out, *admission.put_off]
+            out += gone
+            line = _without(line, gone)
         else:
             keys = self.keys(columns, fastest, now)
             ranked = sorted_by(keys)
         order = self.arranged(_without(ranked, out), keys[0], columns, replicas, now)
         promises: dict[str, Promise] = {}
-        if people is not None and line is not None and len(line):
-            wanted, positions = _wanted(order, people, queue, admission.let_in)
-            promiser = self._promiser(queue, people, line, replicas, now)
+        if work is not None and line is not None and len(line):
+            wanted, positions = _wanted(order, work.people, queue, admission.let_in)
+            promiser = self._promiser(queue, work, line)
             promises = promiser.promises(wanted, positions, queue.promised)
         views = columns.views
         dispatches, gone = self.placed(
@@ -194,72 +196,76 @@ class Dispatcher(ABC):
             reconsider_at=None if again == inf else float(again),
         )
 
-    def _promiser(
-        self,
-        queue: QueueView,
-        people: Everybody,
-        line: Places,
-        replicas: Sequence[ReplicaView],
-        now: float,
-    ) -> Promiser:
+    def _promiser(self, queue: QueueView, work: "_Work", line: Places) -> Promiser:
         """Promises to those in line."""
         return Promiser(
-            people,
-            self._backlog(people, line, replicas, now),
-            replicas,
+            work.people,
+            work.ahead(line),
+            work.replicas,
             queue.experience or TrackRecord(),
             self.name,
-            fastest_of(replicas),
-            now,
+            fastest_of(work.replicas),
+            work.now,
         )
 
-    def _backlog(
-        self, people: Everybody, line: Places, replicas: Sequence[ReplicaView], now: float
-    ) -> Backlog:
-        return backlog_of(
-            people.columns,
-            line,
-            people.sent_at,
-            replicas,
-            now,
-            preempts=self.preempts,
-            begun=people.begun,
-        )
-
-    def _admission(
-        self,
-        queue: QueueView,
-        people: Everybody,
-        line: Places,
-        replicas: Sequence[ReplicaView],
-        now: float,
-    ) -> Admission:
+    def _admission(self, queue: QueueView, work: "_Work", line: Places) -> Admission:
         """Whom to let in of those that are seen for the first time."""
-        columns = people.columns
+        columns = work.people.columns
+        inside = np.zeros(len(columns.views), dtype=np.bool_)
+        inside[line] = True
         asked = np.isfinite(np.minimum(columns.deadline, columns.first_token))
-        refusable = line[columns.refusable[line] & asked[line]]
-        places = np.sort(refusable[refusable < people.waiting])
-        # A hundred thousand wait and few of them are new: their ids are looked at all at once.
-        ids = columns.ids[places].tolist()
-        unseen = compress(places.tolist(), map(queue.unpromised.__contains__, ids))
-        new = [i for i in unseen if not columns.views[i].attempt]
+        committed = columns.refusable & asked & inside
+        unseen = columns.among(queue.unpromised)
+        unseen = unseen[committed[unseen] & (unseen < work.people.waiting)]
+        new = [i for i in unseen.tolist() if not columns.views[i].attempt]
         if not new:
             return Admission()
-        committed = np.zeros(len(columns.views), dtype=np.bool_)
-        committed[refusable] = True
         committed[new] = False
-        committed &= ~lost_ones(columns, fastest_of(replicas), now)
-        backlog = self._backlog(people, line, replicas, now)
+        committed &= ~lost_ones(columns, fastest_of(work.replicas), work.now)
         return admit(
             columns,
-            backlog,
+            work.ahead(line),
             new,
             committed,
-            now,
+            work.now,
             least_chance=self._settings.least_chance,
             margin=queue.margin,
             price=queue.price,
         )
+
+
+class _Work:
+    """The work of one decision, and who does it.
+
+    Args:
+        people: who waits and who was sent.
+        replicas: at least one.
+        now: in seconds.
+        preempts: see ``Dispatcher``.
+    """
+
+    def __init__(
+        self, people: Everybody, replicas: Sequence[ReplicaView], now: float, *, preempts: bool
+    ) -> None:
+        self.people, self.replicas, self.now = people, replicas, now
+        self._preempts = preempts
+        self._latest: tuple[Places, Backlog] | None = None
+
+    def ahead(self, line: Places) -> Backlog:
+        """Of those in line; asking for the same line again takes no time."""
+        if self._latest is None or self._latest[0] is not line:
+            people = self.people
+            backlog = backlog_of(
+                people.columns,
+                line,
+                people.sent_at,
+                self.replicas,
+                self.now,
+                preempts=self._preempts,
+                begun=people.begun,
+            )
+            self._latest = line, backlog
+        return self._latest[1]
 
 
 def _infeasible(
@@ -287,17 +293,17 @@ def _wanted(
 
     Who was let in is among them wherever it comes: with no promise it would be a newcomer again.
     """
-    views = people.columns.views
     near = len(order) if queue.horizon is None else queue.horizon
-    concerned = queue.unpromised | queue.promised.keys()
-    waiting = [
-        (i, k)
-        for k, i in enumerate((order if let_in else order[:near]).tolist())
-        if (k < near and views[i].request_id in concerned) or i in let_in
-    ]
-    sent = [(i, 0) for i in range(people.waiting, len(views)) if views[i].request_id in concerned]
-    both = [*waiting, *sent]
-    return np.array([i for i, _ in both], dtype=np.intp), np.array([k for _, k in both])
+    concerned = people.columns.among(queue.unpromised | queue.promised.keys())
+    asked = np.zeros(len(people.columns.views), dtype=np.bool_)
+    asked[concerned] = True
+    chosen = asked[order]
+    chosen[near:] = False
+    if let_in:
+        chosen |= np.isin(order, list(let_in))
+    positions = np.flatnonzero(chosen)
+    sent = concerned[concerned >= people.waiting]
+    return np.concatenate([order[positions], sent]), np.concatenate([positions, 0 * sent])
 
 
 def overdue_first(
@@ -316,4 +322,5 @@ def by_due(columns: Columns, fastest: Speed | None, now: float) -> Floats:
 
 
 def _without(order: Places, gone: Sequence[int]) -> Places:
+    """The order without some; the same object if there are none."""
     return order[~np.isin(order, gone)] if gone else order

@@ -71,7 +71,9 @@ def _prefill_tokens(request: QueuedView) -> int:
     return request.profile.prompt_tokens + request.resume_tokens
 
 
-def progress(request: InFlightView, view: ReplicaView, now: float) -> tuple[float, float, float]:
+def progress(
+    request: InFlightView, view: ReplicaView, speed: Speed, now: float
+) -> tuple[float, float, float]:
     """How far a request is that was sent: since then, and what is left of it.
 
     From how far it was when that was last looked at, or else from its time.
@@ -79,7 +81,6 @@ def progress(request: InFlightView, view: ReplicaView, now: float) -> tuple[floa
     Returns:
         Tokens that came; tokens that are to come, median and 90 % quantile.
     """
-    speed = speed_of(view)
     answered = view.answered.get(request.request_id)
     if answered is not None and request.request is not None:
         since = max(now - view.answered_at, 0.0) / speed.step

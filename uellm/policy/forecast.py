@@ -9,6 +9,7 @@ what is true of it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class _Crew:
     per_prompt_token: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Backlog:
     """The work that there is, and who does it.
 
@@ -59,6 +60,25 @@ class Backlog:
     variance: Floats
     begun: Flags
     since: Floats
+
+    @cached_property
+    def rank(self) -> Places:
+        """How many come before each in line."""
+        rank = np.zeros(len(self.busy), dtype=np.intp)
+        rank[self.line] = np.arange(len(self.line))
+        return rank
+
+    @cached_property
+    def work(self) -> Floats:
+        """Seconds that the first so many in line take places, from one on."""
+        work: Floats = np.cumsum(self.busy[self.line])
+        return work
+
+    @cached_property
+    def doubt(self) -> Floats:
+        """The variance of that."""
+        doubt: Floats = np.cumsum(self.variance[self.line])
+        return doubt
 
     def decoding(self, tokens: Floats) -> Floats:
         """Seconds of so many tokens, from which those are taken that came since."""
@@ -113,11 +133,8 @@ def forecasts(everybody: Columns, backlog: Backlog, wanted: Places, now: float) 
         now: in seconds.
     """
     crew, line, busy, variance = backlog.crew, backlog.line, backlog.busy, backlog.variance
-    rank = np.empty(len(busy), dtype=np.intp)
-    rank[line] = np.arange(len(line))
-    work, doubt = np.cumsum(busy[line]), np.cumsum(variance[line])
-
-    ahead = rank[wanted]
+    work, doubt = backlog.work, backlog.doubt
+    ahead = backlog.rank[wanted]
     wait = backlog.wait(ahead, work[ahead] - busy[wanted])
     # It has a slot, and few lose theirs.
     wait[backlog.begun[wanted]] = 0.0

@@ -85,9 +85,9 @@ def peaked_room(
     """
     peak = None
     if view.kv_tokens_total:
-        held, left = [], []
+        held, left, speed = [], [], speed_of(view)
         for request in view.in_flight:
-            came, median, high = progress(request, view, now)
+            came, median, high = progress(request, view, speed, now)
             held.append(request.prompt_tokens + came + 1.0)
             left.append(median + caution * (high - median))
         peak = PeakRoom(kv_share * view.kv_tokens_total, held, left)

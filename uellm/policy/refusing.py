@@ -58,9 +58,12 @@ def to_refuse(
     expired: list[int] = np.flatnonzero(over).tolist()
     if fastest is None or not unpromised:
         return expired, []
-    without = lost_ones(columns, fastest, now) | _late_starters(columns, fastest, now)
-    hopeless = np.flatnonzero(refusable & ~over & without)
-    return expired, [i for i in hopeless.tolist() if columns.views[i].request_id in unpromised]
+    new = columns.among(unpromised)
+    new = new[(refusable & ~over)[new]]
+    some = columns.some(new)
+    without = lost_ones(some, fastest, now) | _late_starters(some, fastest, now)
+    hopeless: list[int] = new[without].tolist()
+    return expired, hopeless
 
 
 def expired_refusal(request: QueuedView, now: float) -> Refusal:
