@@ -162,7 +162,7 @@ def _dispatches(name: str, decisions: int, waiting: int, tenants: int) -> list[f
     sent = [[in_flight(now - 5 * rng.random()) for _ in range(256)] for _ in range(4)]
     found: list[float] = []
     views = list(_replicas(sent))
-    policy.dispatch(QueueView(list(queue.values()), horizon=256), views, now)
+    policy.dispatch(QueueView(tuple(queue.values()), horizon=256), views, now)
     gc.collect()
     for turn in range(decisions):
         now += 0.01
@@ -171,7 +171,7 @@ def _dispatches(name: str, decisions: int, waiting: int, tenants: int) -> list[f
         fresh = [request(now) for _ in range(2)]
         queue.update((r.request_id, r) for r in fresh)
         view = QueueView(
-            list(queue.values()),
+            tuple(queue.values()),
             unpromised=frozenset(r.request_id for r in fresh),
             horizon=256,
         )

@@ -27,14 +27,12 @@ class Columns:
     Attributes:
         views: the requests.
         numbers: one row per property below, one column per request.
-        ids: theirs.
         tags: a small number for each id; different ids may share one.
     """
 
     views: Sequence[QueuedView]
     numbers: Floats
-    ids: Array
-    tags: Array
+    tags: Places
 
     def among(self, ids: Set[str]) -> Places:
         """Places of those whose id is one of these; of a long queue few are looked at."""
@@ -43,8 +41,8 @@ class Columns:
         tagged = np.zeros(_TAGS, dtype=np.bool_)
         tagged[[_tag(name) for name in ids]] = True
         places = np.flatnonzero(tagged[self.tags])
-        found = np.fromiter(map(ids.__contains__, self.ids[places]), np.bool_, len(places))
-        return places[found]
+        found = [i for i in places.tolist() if self.views[i].request_id in ids]
+        return np.array(found, dtype=np.intp)
 
     @property
     def accepted(self) -> Floats:
@@ -136,19 +134,18 @@ class Columns:
         # Swanson's rule: the mean of a skewed distribution from three of its quantiles.
         numbers[10, places] = 0.3 * low + 0.4 * median + 0.3 * high
         numbers[11, places] += BEGUN
-        return Columns(self.views, numbers, self.ids, self.tags)
+        return Columns(self.views, numbers, self.tags)
 
     def some(self, places: Places) -> "Columns":
         """The columns of some of the requests."""
-        views = [self.views[i] for i in places]
-        return Columns(views, self.numbers[:, places], self.ids[places], self.tags[places])
+        views = [self.views[i] for i in places.tolist()]
+        return Columns(views, self.numbers[:, places], self.tags[places])
 
     def joined(self, others: "Columns") -> "Columns":
         """These requests, and behind them others."""
         return Columns(
-            [*self.views, *others.views],
+            _Joined(self.views, others.views),
             np.concatenate([self.numbers, others.numbers], axis=1),
-            np.concatenate([self.ids, others.ids]),
             np.concatenate([self.tags, others.tags]),
         )
 
@@ -187,14 +184,31 @@ def _row(view: QueuedView) -> tuple[float, ...]:
 
 def _arrays(views: Sequence[QueuedView]) -> tuple[Array, ...]:
     rows = np.array([_row(view) for view in views], dtype=np.float64)
-    ids = np.empty(len(views), dtype=object)
-    ids[:] = [view.request_id for view in views]
-    tags = np.array([_tag(name) for name in ids], dtype=np.intp)
-    return np.ascontiguousarray(rows.reshape(len(views), _COLUMNS).T), ids, tags
+    tags = np.array([_tag(view.request_id) for view in views], dtype=np.intp)
+    return np.ascontiguousarray(rows.reshape(len(views), _COLUMNS).T), tags
 
 
 def _tag(request_id: str) -> int:
     return hash(request_id) % _TAGS
+
+
+class _Joined(Sequence[QueuedView]):
+    """One list behind another, which need not be copied for that."""
+
+    def __init__(self, first: Sequence[QueuedView], second: Sequence[QueuedView]) -> None:
+        self._first, self._second, self._border = first, second, len(first)
+
+    def __len__(self) -> int:
+        return self._border + len(self._second)
+
+    @overload
+    def __getitem__(self, index: int) -> QueuedView: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[QueuedView]: ...
+    def __getitem__(self, index: int | slice) -> QueuedView | list[QueuedView]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._first[index] if index < self._border else self._second[index - self._border]
 
 
 class Ids(Sequence[str]):
@@ -203,16 +217,16 @@ class Ids(Sequence[str]):
     That of a hundred thousand takes milliseconds, and few decisions' orders are looked at.
 
     Args:
-        ids: of a queue.
+        views: of a queue.
         places: of some of them, in the order wanted.
     """
 
-    def __init__(self, ids: Array, places: Places) -> None:
-        self._ids, self._places = ids, places
+    def __init__(self, views: Sequence[QueuedView], places: Places) -> None:
+        self._views, self._places = views, places
 
     @cached_property
     def _ordered(self) -> tuple[str, ...]:
-        return tuple(self._ids[self._places].tolist())
+        return self[:]
 
     def __len__(self) -> int:
         return len(self._places)
@@ -223,7 +237,7 @@ class Ids(Sequence[str]):
     def __getitem__(self, index: slice) -> tuple[str, ...]: ...
     def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
         if isinstance(index, slice):
-            return tuple(self._ids[self._places[index]].tolist())
+            return tuple(self._views[i].request_id for i in self._places[index].tolist())
         return self._ordered[index]
 
     def __iter__(self) -> Iterator[str]:

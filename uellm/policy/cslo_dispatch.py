@@ -6,6 +6,7 @@ is urgent may go beyond a replica's free slots: its engine preempts for it.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import starmap
 from math import inf
 
 import numpy as np
@@ -105,8 +106,10 @@ class CsloOdbsDispatch(Dispatcher):
         elder = self._elder(order, columns, replicas, now)
         if elder is not None:
             order = np.concatenate([[elder], order[order != elder]])
+        if not columns.struck.any():
+            return order
         struck = columns.struck[order]
-        return np.concatenate([order[struck], order[~struck]]) if struck.any() else order
+        return np.concatenate([order[struck], order[~struck]])
 
     def _turns(
         self,
@@ -157,24 +160,20 @@ class CsloOdbsDispatch(Dispatcher):
             for view in replicas
             for request in view.in_flight
         )
-        jobs = []
-        chance = _last_chance(columns.some(near), fastest)
-        for chosen, i in enumerate(near):
-            prompt, median = float(columns.prefill[i]), float(columns.median[i])
-            seconds = median * fastest.step
-            prefill = prompt * fastest.prefill_per_token
-            jobs.append(
-                Job(
-                    latest_start=float(chance[chosen]),
-                    slot_seconds=prefill + seconds,
-                    kv_token_seconds=(prompt + median / 2) * seconds,
-                    prefill_seconds=prefill / len(replicas),
-                    kv_tokens=prompt + median,
-                    committed=columns.views[i].refusable,
-                )
-            )
+        some = columns.some(near)
+        prompt, median = some.prefill, some.median
+        seconds, prefill = median * fastest.step, prompt * fastest.prefill_per_token
+        jobs = zip(
+            _last_chance(some, fastest).tolist(),
+            (prefill + seconds).tolist(),
+            ((prompt + median / 2) * seconds).tolist(),
+            (prefill / len(replicas)).tolist(),
+            (prompt + median).tolist(),
+            some.refusable.tolist(),
+            strict=True,
+        )
         free = kv_tokens - held if kv_tokens else inf
-        return late_ones(jobs, Fluid(slots, kv_tokens, slots - taken, free), now)
+        return late_ones(starmap(Job, jobs), Fluid(slots, kv_tokens, slots - taken, free), now)
 
     def _elder(
         self, order: Places, columns: Columns, replicas: Sequence[ReplicaView], now: float

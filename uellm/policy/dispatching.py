@@ -192,7 +192,7 @@ class Dispatcher(ABC):
             refusals=tuple(refusals),
             let_in={views[i].request_id: cost for i, cost in admission.let_in.items()},
             crowded={views[i].request_id: cost for i, cost in admission.crowded.items()},
-            order=Ids(columns.ids, rest),
+            order=Ids(views, rest),
             reconsider_at=None if again == inf else float(again),
         )
 

@@ -150,7 +150,7 @@ def forecasts(everybody: Columns, backlog: Backlog, wanted: Places, now: float) 
     spread = _spread(finish, np.hypot(vague, longer))
     typical = max(work[-1] / len(line), 1e-9)
     return Forecasts(
-        ids=everybody.ids[wanted].tolist(),
+        ids=[everybody.views[i].request_id for i in wanted.tolist()],
         kind=everybody.kind[wanted],
         start=start,
         finish=finish,
@@ -216,9 +216,12 @@ def _left(everybody: Columns, line: Places, sent_at: Floats, crew: _Crew, now: f
 
 def _crew(everybody: Columns, line: Places, replicas: Sequence[ReplicaView]) -> _Crew:
     """What the replicas can do together for requests such as those in line."""
-    lengths, prompts_of = everybody.mean[line], everybody.prefill[line]
+    # Means and sums: in whatever order, and memory is faster in its own.
+    chosen = np.zeros(everybody.numbers.shape[1], dtype=np.bool_)
+    chosen[line] = True
+    lengths, prompts_of = everybody.mean[chosen], everybody.prefill[chosen]
     # A long answer is met more often in a running batch than at the door.
-    spread = (everybody.high[line] - everybody.low[line]) / (2 * Z90)
+    spread = (everybody.high[chosen] - everybody.low[chosen]) / (2 * Z90)
     total = float(lengths.sum())
     squares = float((lengths**2 + spread**2).sum())
     context = float((lengths * prompts_of).sum()) / total + squares / total / 2

@@ -57,7 +57,8 @@ def everybody(waiting: Columns, replicas: Sequence[ReplicaView], cache: ColumnsC
     """
     sent = [request for view in replicas for request in view.in_flight]
     answered_at, left = _progress(replicas)
-    columns = waiting.joined(cache.of([request.request or _stand_in(request) for request in sent]))
+    behind = cache.of([request.request or _stand_in(request) for request in sent])
+    columns = waiting.joined(behind.begun(np.flatnonzero(np.isfinite(answered_at)), left))
     sent_at = np.full(len(columns.views), inf)
     # Who had not begun by then has come no further since it was sent than from then on.
     sent_at[len(waiting.views) :] = [
@@ -70,7 +71,6 @@ def everybody(waiting: Columns, replicas: Sequence[ReplicaView], cache: ColumnsC
     begun = np.zeros(len(columns.views), dtype=np.bool_)
     begun[len(waiting.views) :] = np.isfinite(answered_at)
     sent_at[begun] = answered_at[np.isfinite(answered_at)]
-    columns = columns.begun(np.flatnonzero(begun), left)
     return Everybody(columns, sent_at, len(waiting.views), strangers, begun)
 
 

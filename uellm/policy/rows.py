@@ -31,12 +31,12 @@ class RowCache(Generic[View]):
 
     def __init__(self, make: Callable[[Sequence[View]], tuple[Array, ...]]) -> None:
         self._make = make
-        self._views: list[View] = []
+        self._views: tuple[View, ...] = ()
         self._arrays = make(())
 
     def of(self, views: Sequence[View]) -> tuple[Array, ...]:
-        """The arrays of these views."""
-        views = list(views)
+        """The arrays of these views; a tuple of them need not be copied."""
+        views = tuple(views)
         kept = _kept(self._views, views)
         found = sum(end - start for start, end in kept)
         if found < len(views) or found < len(self._views):
@@ -49,10 +49,10 @@ class RowCache(Generic[View]):
         return self._arrays
 
 
-def _kept(before: list[View], after: list[View]) -> list[tuple[int, int]]:
+def _kept(before: tuple[View, ...], after: tuple[View, ...]) -> list[tuple[int, int]]:
     """Ranges of ``before`` that, one behind the other, ``after`` begins with.
 
-    What is missing from ``before`` is passed over; lists of the same objects are compared at the
+    What is missing from ``before`` is passed over; tuples of the same objects are compared at the
     speed of memory.
     """
     kept: list[tuple[int, int]] = []
@@ -67,7 +67,7 @@ def _kept(before: list[View], after: list[View]) -> list[tuple[int, int]]:
     return kept
 
 
-def _run(before: list[View], after: list[View], old: int, new: int) -> int:
+def _run(before: tuple[View, ...], after: tuple[View, ...], old: int, new: int) -> int:
     """For how long both lists are the same from there on."""
     if before[old] is not after[new]:
         return 0

@@ -162,7 +162,7 @@ class Scheduler:
         self.record.advance(now)
         self.admissions.advance(now)
         queue = QueueView(
-            list(self.waiting.values()),
+            tuple(self.waiting.values()),
             unpromised=frozenset(self._unpromised),
             experience=self.record,
         )

@@ -203,7 +203,7 @@ class Book:
                 if ticket.promise and now - ticket.promised_at >= REVISE_SECONDS
             }
         return QueueView(
-            waiting=[ticket.view for ticket in self.waiting.values()],
+            waiting=tuple(ticket.view for ticket in self.waiting.values()),
             unpromised=frozenset(self.unpromised()),
             promised=promised,
             horizon=horizon,
