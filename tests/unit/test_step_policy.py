@@ -12,7 +12,7 @@ from tests.support.policies import COST, NOW, decoding, engine, engines, sequenc
 from uellm.core.request import Priority, QuantileFunction, ResourceProfile
 from uellm.policy.latest_start import facts_of
 from uellm.policy.occupancy import held_by, held_tokens
-from uellm.policy.peak import PeakRoom
+from uellm.policy.peak import peak_room
 from uellm.policy.registry import step_policy
 from uellm.policy.remaining import remaining_tokens
 from uellm.policy.reserving import reserve_tokens
@@ -254,17 +254,16 @@ def test_what_fits_is_what_a_simulation_finds(
 
     *others, last = pairs
     room = peak_of(pairs)
-    together = PeakRoom(room, *(([p[i] for p in others]) for i in (0, 1)))
-    short, emptied = (PeakRoom(size, [], []) for size in (room - 1, room - 1))
+    together = peak_room(room, *(([p[i] for p in others]) for i in (0, 1)))
+    short, emptied = (peak_room(size, [], []) for size in (room - 1, room - 1))
     for pair in others:
-        short.add(*pair)
-        emptied.add(*pair)
-    assert together.fits(*last)
-    assert short.fits(*last) == (not others)
+        short, emptied = short.beside(*pair), emptied.beside(*pair)
+    assert together.beside(*last).fits
+    assert short.beside(*last).fits == (not others)
     for place in removed:
         if others:
-            emptied.remove(*others.pop(place % len(others)))
-            assert emptied.fits(*last) == (not others or peak_of([*others, last]) < room)
+            emptied = emptied.without(*others.pop(place % len(others)))
+            assert emptied.beside(*last).fits == (not others or peak_of([*others, last]) < room)
 
 
 def test_past_future_admits_what_ends_before_it_meets() -> None:

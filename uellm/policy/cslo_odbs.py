@@ -20,7 +20,7 @@ from uellm.policy.fairness import Turn, in_turns
 from uellm.policy.latest_start import FactsCache, Outlook, Pace, outlook, pace_of
 from uellm.policy.occupancy import held_tokens, victims
 from uellm.policy.pacing import paced_chunk
-from uellm.policy.peak import PeakRoom
+from uellm.policy.peak import PeakRoom, peak_room
 from uellm.policy.rows import Floats, Places, sorted_by
 from uellm.policy.running_facts import RunningFacts
 from uellm.policy.selection import Fluid, Job, late_ones
@@ -101,8 +101,11 @@ class _Standing:
     Attributes:
         running: what is expected of them.
         count: of those that have not been preempted.
-        yields: which of them may be.
-        spare: seconds that each can do without, beyond what computing it anew takes.
+        victims: their places, in the order in which they would be preempted.
+        yields: which of the victims may be.
+        lost: which of them are lost.
+        spare: seconds that each of them can do without, beyond what computing it anew takes.
+        anew: seconds that this takes.
         room: for the predicted peak.
         places: free ones.
         beyond: further ones that the urgent may have.
@@ -110,8 +113,11 @@ class _Standing:
 
     running: Outlook
     count: int
+    victims: Places
     yields: npt.NDArray[np.bool_]
+    lost: npt.NDArray[np.bool_]
     spare: Floats
+    anew: Floats
     room: PeakRoom
     places: int
     beyond: int
@@ -181,12 +187,19 @@ class CsloOdbsStep:
         most = batch_cap(engine.slots, engine.cost, settings.urgent_knee_factor)
         preemptions = np.array([s.preemptions for s in engine.running])
         spare = running.latest_start - now - 5 * running.prefill
+        yields = (preemptions < settings.most_preemptions) & ~self._overdue(running, now)
+        # The lost, the least room first, then who can wait longest.
+        by = np.where(running.lost, running.held, -running.latest_start)
+        victims = np.lexsort((by, ~running.lost))
         return _Standing(
             running=running,
             count=len(engine.running),
-            yields=(preemptions < settings.most_preemptions) & ~self._overdue(running, now),
-            spare=spare - settings.urgent_steps * pace.step,
-            room=PeakRoom(
+            victims=victims,
+            yields=yields[victims],
+            lost=running.lost[victims],
+            spare=(spare - settings.urgent_steps * pace.step)[victims],
+            anew=running.prefill[victims],
+            room=peak_room(
                 settings.kv_share * engine.kv_tokens_total, running.held, running.cautious
             ),
             places=cap - len(engine.running),
@@ -313,9 +326,10 @@ class CsloOdbsStep:
             gone: list[int] | None = None
             places = standing.places + (standing.beyond if urgent[i] else 0)
             if places > 0 and (
-                standing.room.fits(held, cautious) or (urgent[i] and self._lent(held, standing))
+                (fuller := standing.room.beside(held, cautious)).fits
+                or (urgent[i] and self._lent(held, standing))
             ):
-                gone = []
+                gone, standing.room = [], fuller
             elif urgent[i] and not elder:
                 need = float(waiting.prefill[i] + waiting.median[i] * pace.step)
                 gone = self._cleared(held, cautious, need, standing)
@@ -327,7 +341,6 @@ class CsloOdbsStep:
                 continue
             preempted += gone
             standing.places += len(gone) - 1
-            standing.room.add(held, cautious)
             admitted.append(i)
         names = standing.running.sequences
         return admitted, tuple(names[i].request_id for i in preempted)
@@ -338,8 +351,9 @@ class CsloOdbsStep:
         There has to be somebody to give it back, by being preempted when that time comes.
         """
         growth = self._settings.lent_steps * (standing.count + 1)
-        able = standing.yields & (standing.running.lost | (standing.spare > 0))
-        return bool(able.any()) and held + growth <= standing.room.free
+        if held + growth > standing.room.free:
+            return False
+        return bool((standing.yields & (standing.lost | (standing.spare > 0))).any())
 
     def _cleared(
         self,
@@ -354,28 +368,24 @@ class CsloOdbsStep:
             held: KV tokens that it takes.
             cautious: tokens that it will generate.
             need: seconds that it takes.
-            standing: who runs; changed if somebody is preempted.
+            standing: who runs; changed, with the urgent one, if somebody is preempted.
         """
         running = standing.running
         # In time, with as much again to spare, and computed anew at less than what it makes wait.
         price = self._settings.recompute_factor * need / max(standing.count, 1)
-        worth = (standing.spare > 1.5 * need) & (running.prefill <= price)
-        yields = np.flatnonzero(standing.yields & (running.lost | worth))
-        places = standing.places + standing.beyond
-        if places + min(len(yields), _MOST_VICTIMS) <= 0:
+        worth = (standing.spare > 1.5 * need) & (standing.anew <= price)
+        able = (standing.yields & (standing.lost | worth)).nonzero()[0][:_MOST_VICTIMS]
+        victims: list[int] = standing.victims[able].tolist()
+        places, room = standing.places + standing.beyond, standing.room
+        if places + len(victims) <= 0:
             return None
-        lost = running.lost[yields]
-        by = np.where(lost, running.held[yields], -running.latest_start[yields])
-        gone: list[int] = []
-        for victim in yields[np.lexsort((by, ~lost))][:_MOST_VICTIMS].tolist():
-            gone.append(victim)
-            standing.room.remove(float(running.held[victim]), float(running.cautious[victim]))
-            if places + len(gone) > 0 and standing.room.fits(held, cautious):
-                standing.yields[gone] = False
-                standing.count -= len(gone)
-                return gone
-        for victim in gone:
-            standing.room.add(float(running.held[victim]), float(running.cautious[victim]))
+        for count, victim in enumerate(victims, 1):
+            room = room.without(float(running.held[victim]), float(running.cautious[victim]))
+            if places + count > 0 and (fuller := room.beside(held, cautious)).fits:
+                standing.yields[able[:count]] = False
+                standing.count -= count
+                standing.room = fuller
+                return victims[:count]
         return None
 
 

@@ -8,7 +8,7 @@ from uellm.policy.continuous import batch_cap
 from uellm.policy.dispatching import Dispatcher
 from uellm.policy.estimate import Speed
 from uellm.policy.occupancy import held_tokens, victims
-from uellm.policy.peak import PeakRoom
+from uellm.policy.peak import peak_room
 from uellm.policy.peaked import peaked_room
 from uellm.policy.placing import Room
 from uellm.policy.remaining import remaining_tokens
@@ -73,7 +73,7 @@ class PastFutureStep:
             return StepDecision(preempt=preempt, chunk_tokens=engine.max_chunk_tokens)
         block, settings = engine.block_tokens, self._settings
         places = batch_cap(engine.slots, engine.cost, settings.knee_factor) - len(engine.running)
-        room = PeakRoom(
+        room = peak_room(
             settings.kv_share * engine.kv_tokens_total,
             [held_tokens(s, block) for s in engine.running],
             [self._expected(s) for s in engine.running],
@@ -84,10 +84,11 @@ class PastFutureStep:
             if len(reserve) >= places:
                 break
             need, expected = held_tokens(sequence, block), self._expected(sequence)
-            if not room.fits(need, expected):
+            fuller = room.beside(need, expected)
+            if not fuller.fits:
                 missing = engine.kv_tokens_free + 1
                 break
-            room.add(need, expected)
+            room = fuller
             reserve[sequence.request_id] = held_tokens(sequence)
         return StepDecision(
             admit=tuple(reserve),

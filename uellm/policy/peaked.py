@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from uellm.policy.estimate import progress, speed_of
-from uellm.policy.peak import PeakRoom
+from uellm.policy.peak import PeakRoom, peak_room
 from uellm.policy.placing import Room, free_places, has_suspect
 from uellm.policy.views import DispatchSettings, QueuedView, ReplicaView
 
@@ -29,7 +29,7 @@ class PeakedRoom(Room):
         """Whether it can take a request. An empty one takes any."""
         if self.closed:
             return False
-        if self.free > 0 and (self.peak is None or self.peak.fits(*self._needs(request))):
+        if self.free > 0 and (self.peak is None or self.peak.beside(*self._needs(request)).fits):
             return True
         # Its engine makes room for what is urgent, by preempting what has time.
         return self.free > -self.beyond and self.urgent is not None and self.urgent(request)
@@ -38,7 +38,7 @@ class PeakedRoom(Room):
         """Send it a request."""
         Room.take(self, request)
         if self.peak is not None:
-            self.peak.add(*self._needs(request))
+            self.peak = self.peak.beside(*self._needs(request))
 
     def load(self, request: QueuedView) -> tuple[float, float, str]:
         """Least first: seconds that the request would take and wait there, roughly.
@@ -90,7 +90,7 @@ def peaked_room(
             came, median, high = progress(request, view, speed, now)
             held.append(request.prompt_tokens + came + 1.0)
             left.append(median + caution * (high - median))
-        peak = PeakRoom(kv_share * view.kv_tokens_total, held, left)
+        peak = peak_room(kv_share * view.kv_tokens_total, held, left)
     return PeakedRoom(
         view=view,
         free=free_places(view, settings),

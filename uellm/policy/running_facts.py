@@ -47,7 +47,8 @@ class RunningFacts:
         prompt, computed, output, most, first, arrived, rank = numbers
         answered = np.maximum(np.maximum(prompt, computed) - base[0], output)
         answered = np.maximum(answered, 0.0)
-        point = np.where(answered > 0, (values <= answered).sum(axis=0), 0)
+        most_points = int(base[2].max(initial=0))
+        point = np.where(answered > 0, (values[:most_points] <= answered).sum(axis=0), 0)
         outgrown = answered >= base[1]
         beyond = np.maximum(LEAST_OUTGROWN, answered / 2)
         most = np.maximum(most - output, 1.0)
