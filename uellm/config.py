@@ -23,6 +23,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from uellm.addresses import bare, is_anywhere
 from uellm.core.errors import ConfigurationError
 
 ROLES = ("gateway", "profiler", "scheduler", "deployer", "worker")
@@ -118,9 +119,9 @@ class ServiceSettings(BaseSettings):
     def advertised_host(self) -> str:
         """The host that others reach this service by."""
         if self.advertise_host:
-            return self.advertise_host
-        if self.host not in {"0.0.0.0", "::", "[::]"}:
-            return self.host
+            return bare(self.advertise_host)
+        if not is_anywhere(self.host):
+            return bare(self.host)
         return socket.gethostname()
 
     @property

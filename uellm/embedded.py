@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from uellm.addresses import bare, from_here, joined, listening
 from uellm.core.errors import ConfigurationError
 
 START_SECONDS = 10.0
@@ -42,13 +43,12 @@ def find_server() -> str:
 
 def redis_url(host: str, port: int, password: str = "") -> str:
     """How to reach a server."""
-    return f"redis://{f':{password}@' if password else ''}{host}:{port}/0"
+    return f"redis://{f':{password}@' if password else ''}{joined(host, port)}/0"
 
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A TCP port of an address of this host that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
+    with listening(host) as probe:
         port: int = probe.getsockname()[1]
         return port
 
@@ -91,7 +91,12 @@ class EmbeddedRedis:
     @property
     def _reachable(self) -> str:
         """An address of this host that it listens at."""
-        return "127.0.0.1" if self._host == "0.0.0.0" else self._host
+        return from_here(self._host)
+
+    @property
+    def _bound(self) -> Sequence[str]:
+        """Where it listens; a server takes only IPv6 at ``::``."""
+        return ("::", "-0.0.0.0") if bare(self._host) == "::" else (bare(self._host),)
 
     @property
     def pid(self) -> int:
@@ -115,7 +120,7 @@ class EmbeddedRedis:
         log = self._directory / "server.log"
         command = [
             *(self.binary, str(self._secret_settings())),
-            *("--port", str(self.port), "--bind", self._host, "--save", ""),
+            *("--port", str(self.port), "--bind", *self._bound, "--save", ""),
             *("--appendonly", "yes", "--appendfsync", "everysec", "--dir", str(self._directory)),
             *("--logfile", str(log), "--maxmemory-policy", "noeviction"),
         ]

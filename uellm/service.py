@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from uellm import logs
+from uellm.addresses import joined
 from uellm.config import ServiceSettings
 from uellm.core.errors import ConfigurationError, UellmError
 from uellm.faults import Faults, pause
@@ -154,7 +155,7 @@ class Application(Protocol):
 
 
 async def _bind(server: grpc.aio.Server, settings: ServiceSettings) -> int:
-    address = f"{settings.host}:{settings.port}"
+    address = joined(settings.host, settings.port)
     try:
         return server.add_insecure_port(address)
     except RuntimeError:
@@ -217,7 +218,7 @@ async def serve(
             interceptors=[*_interceptors(telemetry), *interceptors], options=SERVER_OPTIONS
         )
         port = await _bind(server, settings)
-        context = Context(settings, redis, f"{settings.advertised_host}:{port}")
+        context = Context(settings, redis, joined(settings.advertised_host, port))
         await context.clock.sync(force=True)
         application = build(context)
         with _signals(stopping):

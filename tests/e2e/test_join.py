@@ -15,6 +15,7 @@ import pytest
 from tests.e2e.test_up import UELLM, Up
 from tests.support.checkpoints import write_adapter
 from tests.support.waiting import eventually
+from uellm.addresses import host_of
 from uellm.mesh.joining import Token, new_secret
 from uellm.mesh.options import DEMO_MODEL
 
@@ -46,12 +47,14 @@ async def counted(up: Up, engine: str, last: int) -> bool:
 
 
 @asynccontextmanager
-async def joined(up: Up, redis_url: str, **environment: str) -> AsyncIterator[Process]:
+async def joined(
+    up: Up, redis_url: str, host: str = "127.0.0.1", **environment: str
+) -> AsyncIterator[Process]:
     """Another machine's `uellm join`, once it says that it has joined."""
     password = redis_url.partition("@")[0].rpartition(":")[2]
     port = int(redis_url.rpartition(":")[2].partition("/")[0])
     join = await asyncio.create_subprocess_exec(
-        UELLM, "join", "127.0.0.1", "--token", str(Token(port, password)),
+        UELLM, "join", host, "--token", str(Token(port, password)),
         env=up.environment | environment, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -68,21 +71,36 @@ async def joined(up: Up, redis_url: str, **environment: str) -> AsyncIterator[Pr
             await join.wait()
 
 
-@pytest.mark.parametrize("engine", ["instant", pytest.param("shard", marks=pytest.mark.slow)])
-async def test_a_machine_that_joins_takes_layers_and_gives_them_back(up: Up, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "host"),
+    [
+        ("instant", "::1"),
+        pytest.param("shard", "127.0.0.1", marks=pytest.mark.slow),
+        pytest.param("shard", "::1", marks=pytest.mark.slow),
+    ],
+)
+async def test_a_machine_that_joins_takes_layers_and_gives_them_back(
+    up: Up, engine: str, host: str
+) -> None:
     up.environment["UELLM_WORKER_ENGINE"] = engine
-    state = await up.start("--listen", "127.0.0.1", "--stages", "2")
+    state = await up.start("--listen", host, "--stages", "2")
+    assert all(host_of(address) == host for address in state.gateways)
     password = state.redis_url.partition("@")[0].rpartition(":")[2]
     assert password
     assert not any(password in " ".join(p.cmdline()) for p in up.tree)
     assert len(await stages(up)) == 1
-    async with joined(up, state.redis_url) as join:
+    async with joined(up, state.redis_url, host) as join:
 
         async def spread() -> bool:
             return len(await stages(up)) == 2
 
         await eventually(spread, 60)
         assert await counted(up, engine, 20)
+        # All of them are reached by addresses of this kind, and measured.
+        _, out, _ = await up.run("health", "--json")
+        assert {host_of(s["address"]) for s in json.loads(out)["services"]} == {host}
+        status, out, err = await up.run("topology", "--probe", "--json")
+        assert status == 0, err
         join.send_signal(signal.SIGINT)
         assert await join.wait() == 130
 

@@ -166,7 +166,10 @@ def test_settings_are_frozen() -> None:
 
 @pytest.mark.parametrize(
     ("host", "advertise", "expected"),
-    [("127.0.0.1", "", "127.0.0.1"), ("0.0.0.0", "mesh-1", "mesh-1"), ("::1", "x", "x")],
+    [
+        *(("127.0.0.1", "", "127.0.0.1"), ("0.0.0.0", "mesh-1", "mesh-1"), ("::1", "x", "x")),
+        *(("::1", "", "::1"), ("[::1]", "", "::1"), ("::", "[fd00::1]", "fd00::1")),
+    ],
 )
 def test_the_advertised_host(host: str, advertise: str, expected: str) -> None:
     assert ProfilerLike.load(host=host, advertise_host=advertise).advertised_host == expected

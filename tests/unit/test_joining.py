@@ -18,6 +18,8 @@ def test_a_token_says_port_and_password(port: int) -> None:
     token = Token(port, new_secret())
     assert Token.parse(str(token)) == token
     assert JoinOptions("box", token).redis_url == f"redis://:{token.secret}@box:{port}/0"
+    for host in ("::1", "[::1]"):
+        assert JoinOptions(host, token).redis_url == f"redis://:{token.secret}@[::1]:{port}/0"
 
 
 @given(st.text(max_size=60))
@@ -45,14 +47,15 @@ def test_workers_are_told_where_the_mesh_is_and_not_in_their_command(tmp_path: P
 
 def test_the_address_towards_a_host_is_one_of_this_machine() -> None:
     assert address_towards("127.0.0.1", 9) == "127.0.0.1"
+    assert address_towards("[::1]", 9) == "::1"
     with pytest.raises(ConfigurationError, match="no way leads to"):
         address_towards("no-such-host.invalid", 9)
 
 
-@pytest.mark.parametrize("host", ["", "box:6379", "::1", "redis://box", "a b", "me@box"])
+@pytest.mark.parametrize("host", ["", "box:6379", "[::1]:6379", "redis://box", "a b", "me@box"])
 def test_a_host_is_a_name_or_an_address(host: str) -> None:
     token = Token(7000, new_secret())
-    with pytest.raises(ConfigurationError, match="no name or IPv4 address of a machine"):
+    with pytest.raises(ConfigurationError, match="no name or address of a machine"):
         JoinOptions(host, token)
     if host:
         with pytest.raises(ConfigurationError, match="--address: "):

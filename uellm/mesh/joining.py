@@ -9,7 +9,6 @@ import base64
 import binascii
 import contextlib
 import os
-import re
 import secrets
 import socket
 import sys
@@ -24,6 +23,7 @@ import grpc
 from redis.exceptions import AuthenticationError, RedisError
 
 from uellm import logs
+from uellm.addresses import bare, is_host
 from uellm.core.errors import ConfigurationError, UnavailableError
 from uellm.embedded import redis_url
 from uellm.mesh.state import home, runs
@@ -40,7 +40,6 @@ LOST_SECONDS = 300.0
 """A mesh that has not answered for so long is not waited for any more."""
 _POLL_SECONDS = 0.1
 _PING_SECONDS = 1.0
-_HOST = re.compile(r"[^\s:/@?#\[\]]+")
 _log = logs.logger("mesh")
 
 
@@ -98,7 +97,7 @@ class JoinOptions:
         allow_download: fetch models that this host's cache lacks.
 
     Raises:
-        ConfigurationError: if ``host`` or ``address`` is neither a name nor an IPv4 address.
+        ConfigurationError: if ``host`` or ``address`` is neither a name nor an address.
     """
 
     host: str
@@ -110,10 +109,10 @@ class JoinOptions:
 
     def __post_init__(self) -> None:
         for field, text in (("host", self.host), ("--address", self.address or self.host)):
-            if not _HOST.fullmatch(text):
+            if not is_host(text):
                 raise ConfigurationError(
-                    f"{field}: {text!r} is no name or IPv4 address of a machine; the port is in "
-                    "the token",
+                    f"{field}: {text!r} is no name or address of a machine; the port is in the "
+                    "token",
                     field=field,
                 )
 
@@ -301,7 +300,7 @@ def address_towards(host: str, port: int) -> str:
         ConfigurationError: if no way leads there.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        found = socket.getaddrinfo(bare(host), port, type=socket.SOCK_DGRAM)
         family, kind, protocol, _, target = found[0]
         with socket.socket(family, kind, protocol) as probe:
             # Of datagrams, connecting sends none: it only looks up the route.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from uellm import logs
+from uellm.addresses import bare, from_here, is_anywhere, joined, listening
 from uellm.core.errors import ConfigurationError
 from uellm.embedded import EmbeddedRedis, free_port
 from uellm.mesh.joining import Token, new_secret
@@ -68,8 +69,7 @@ class Mesh:
     @property
     def address(self) -> str:
         """The gateway's address, for clients on this host."""
-        host = self.options.host
-        return f"{'127.0.0.1' if host == '0.0.0.0' else host}:{self.options.port}"
+        return joined(from_here(self.options.host), self.options.port)
 
     @property
     def redis_url(self) -> str:
@@ -91,7 +91,8 @@ class Mesh:
         server = self._redis_server
         if server is None or not self.options.listens:
             return ""
-        host = self.options.host if self.options.host != "0.0.0.0" else socket.gethostname()
+        host = self.options.host
+        host = socket.gethostname() if is_anywhere(host) else bare(host)
         return f"uellm join {host} --token {Token(server.port, server.password)}"
 
     async def placements(self, model: str) -> list[Placement]:
@@ -172,22 +173,20 @@ class Mesh:
         await wait_for_gateway(self.address, self.options)
 
     def _check_port(self) -> None:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((self.options.host, self.options.port))
-            except OSError as error:
-                taken = error.errno == errno.EADDRINUSE
-                remedy = (
-                    "choose another with --port, or stop what is there"
-                    if taken
-                    else "correct --host or --port"
-                )
-                raise ConfigurationError(
-                    f"cannot listen on {self.options.host}:{self.options.port} "
-                    f"({error.strerror}); {remedy}",
-                    field="port" if taken else "host",
-                ) from None
+        try:
+            listening(self.options.host, self.options.port).close()
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            remedy = (
+                "choose another with --port, or stop what is there"
+                if taken
+                else "correct --host or --port"
+            )
+            raise ConfigurationError(
+                f"cannot listen on {joined(self.options.host, self.options.port)} "
+                f"({error.strerror}); {remedy}",
+                field="port" if taken else "host",
+            ) from None
 
     def _prepare_directory(self) -> None:
         try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
+from uellm.addresses import host_of
 from uellm.convert import cost_to_proto, planned_from_proto, planned_to_proto
 from uellm.core.errors import FailedPreconditionError
 from uellm.core.model import ModelProfile
@@ -306,11 +307,6 @@ def assignments(
         )
         for index, (_, parts) in enumerate(stages)
     )
-
-
-def host_of(address: str) -> str:
-    """The host of ``host:port``."""
-    return address.rpartition(":")[0].strip("[]")
 
 
 def first_report(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from uellm.addresses import host_of
 from uellm.convert import cost_to_proto, duration, link_to_proto, timestamp
 from uellm.core.errors import FailedPreconditionError
 from uellm.placement.measuring import BlockCost, BlockSample, fit_block, fit_link
@@ -14,7 +15,6 @@ from uellm.rpc import error_from
 from uellm.v1 import common_pb2, topology_pb2, worker_pb2
 from uellm_deployer.holders import Holders
 from uellm_deployer.links import Links
-from uellm_deployer.planning import host_of
 from uellm_deployer.workers import Worker
 
 CALL_SECONDS = 30.0

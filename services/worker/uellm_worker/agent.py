@@ -7,6 +7,7 @@ import grpc
 from redis.exceptions import RedisError
 
 from uellm import rpc
+from uellm.addresses import host_of
 from uellm.convert import duration_seconds
 from uellm.logs import logger
 from uellm.service import Context
@@ -118,8 +119,8 @@ class Agent:
             workers = await self._context.registry.find("worker")
         except (*UNREACHABLE, RedisError):
             return  # The one that is known may still be reached.
-        host = _host(self._context.address)
-        self._devices.sharers = max(sum(_host(w.address) == host for w in workers), 1)
+        host = host_of(self._context.address)
+        self._devices.sharers = max(sum(host_of(w.address) == host for w in workers), 1)
         known = self._deployer
         if known is not None and any(
             (each.service_id, each.address, each.pid)
@@ -152,7 +153,3 @@ class Agent:
             stages=self.statuses(),
             devices=self.devices(),
         )
-
-
-def _host(address: str) -> str:
-    return address.rpartition(":")[0]

@@ -17,12 +17,13 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from uellm.addresses import bare, host_of, is_anywhere, joined, listening
 from uellm.v1.engine_pb2 import PrepareShard
 from uellm.v1.topology_pb2 import ShardAssignment
 from uellm_worker.engine.capacity import Capacity, Prepared
 from uellm_worker.engine.errors import PeerLostError
 from uellm_worker.engine.inbox import Inbox, PeerLost, ResultArrived, StepAnnounced
-from uellm_worker.engine.links import Kind, Link, connect, listen, wait_readable
+from uellm_worker.engine.links import Kind, Link, connect, wait_readable
 
 JOIN_SECONDS = 30.0
 """How long a stage waits for the others."""
@@ -146,7 +147,7 @@ class Rendezvous:
     """
 
     def __init__(self, bind_host: str, advertised_host: str) -> None:
-        self._listener = listen(bind_host)
+        self._listener = listening(bind_host)
         self._host = advertised_host
         self.address = host_port(advertised_host, self._listener)
 
@@ -209,7 +210,7 @@ def join(
     deadline = time.monotonic() + JOIN_SECONDS
     stage, generation = assignment.stage_index, assignment.generation
     links: dict[int, Link] = {}
-    with listen(bind_host) as listener:
+    with listening(bind_host) as listener:
         try:
             links[0] = Link(connect(rendezvous, deadline, inbox), 0)
             hello = {
@@ -234,15 +235,15 @@ def join(
         except BaseException:
             _close(links)
             raise
-    host = rendezvous.rpartition(":")[0].strip("[]")
+    host = host_of(rendezvous)
     agreed = Capacity(**welcome["capacity"])
     return Group(assignment, links, agreed, welcome["devices"], welcome["offer"], host, inbox)
 
 
 def advertised_host(command: PrepareShard) -> str:
     """The address that the other stages reach this one by."""
-    if command.bind_host not in ("", "0.0.0.0", "::"):
-        return command.bind_host
+    if not is_anywhere(command.bind_host):
+        return bare(command.bind_host)
     for peer in command.assignment.peers:
         if peer.stage == command.assignment.stage_index and peer.host:
             return peer.host
@@ -251,8 +252,7 @@ def advertised_host(command: PrepareShard) -> str:
 
 def host_port(host: str, listener: socket.socket) -> str:
     """``host:port`` of a listening socket, reached by ``host``."""
-    port = listener.getsockname()[1]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return joined(host, listener.getsockname()[1])
 
 
 def _accept(

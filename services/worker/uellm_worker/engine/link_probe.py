@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from uellm.addresses import bare, is_anywhere, listening
 from uellm.v1.engine_pb2 import LinkProbed, ProbeLink
 from uellm.v1.topology_pb2 import LinkSample, ShardAssignment
 from uellm_worker.engine.capacity import Capacity, Prepared, Vocabulary
 from uellm_worker.engine.errors import PeerLostError
 from uellm_worker.engine.group import Group, Rendezvous, join
 from uellm_worker.engine.inbox import Inbox, PeerLost, StepAnnounced
-from uellm_worker.engine.links import listen
 
 _HEADER = struct.Struct("!BI")
 _ACTIVATION, _WIRE, _END = 1, 2, 3
@@ -109,8 +109,8 @@ def probe_link(
 
 
 def _advertised(command: ProbeLink) -> str:
-    if command.bind_host not in ("", "0.0.0.0", "::"):
-        return command.bind_host
+    if not is_anywhere(command.bind_host):
+        return bare(command.bind_host)
     return command.host or socket.gethostname()
 
 
@@ -180,7 +180,7 @@ def _answer(group: Group, carrier: Carrier, inbox: Inbox) -> None:
 
 def _wire_seconds(bind_host: str, group: Group) -> float:
     """Half of the median way of a byte there and back over a bare connection."""
-    with listen(bind_host) as listener:
+    with listening(bind_host) as listener:
         listener.settimeout(_WIRE_SECONDS)
         group.send_step(_HEADER.pack(_WIRE, listener.getsockname()[1]))
         try:

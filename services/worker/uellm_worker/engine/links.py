@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from enum import IntEnum
 
+from uellm.addresses import host_of
 from uellm_worker.engine.errors import LeaveRequestedError, PeerLostError
 from uellm_worker.engine.inbox import Inbox
 
@@ -145,19 +146,13 @@ def connect(address: str, deadline: float, inbox: Inbox) -> socket.socket:
         PeerLostError: at ``deadline`` (monotonic).
         LeaveRequestedError: if the agent wants the stage to leave.
     """
-    host, _, port = address.rpartition(":")
     while True:
         try:
-            return socket.create_connection((host.strip("[]"), int(port)), timeout=_SEND_SECONDS)
+            port = int(address.rpartition(":")[2])
+            return socket.create_connection((host_of(address), port), timeout=_SEND_SECONDS)
         except (OSError, ValueError) as error:
             if inbox.leaving:
                 raise LeaveRequestedError("the agent ended the generation") from error
             if time.monotonic() > deadline:
                 raise PeerLostError(f"nobody answers at {address!r}: {error}") from error
         time.sleep(_POLL_SECONDS / 4)
-
-
-def listen(bind_host: str) -> socket.socket:
-    """A listening socket on a free port."""
-    family = socket.AF_INET6 if ":" in bind_host else socket.AF_INET
-    return socket.create_server((bind_host, 0), family=family)

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
+from uellm.addresses import bare, listening
 from uellm_worker.engine.errors import PeerLostError
 from uellm_worker.engine.group import Group
 from uellm_worker.engine.inbox import Inbox
-from uellm_worker.engine.links import listen
 
 _FORM_SECONDS = 20.0
 _ACTIVATION_SECONDS = 5.0
@@ -115,10 +115,10 @@ def from_bytes(data: bytes | memoryview, rows: int, dtype: torch.dtype) -> torch
 
 def open_store(bind_host: str) -> TCPStore:
     """Stage 0's store for forming one process group, on a free port of one address."""
-    listener = listen(bind_host)
+    listener = listening(bind_host)
     port = listener.getsockname()[1]
     return TCPStore(
-        bind_host,
+        bare(bind_host),
         port,
         is_master=True,
         wait_for_workers=False,
