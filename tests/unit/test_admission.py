@@ -12,6 +12,7 @@ from uellm.core.cost import StepCost
 from uellm.policy.admissions import Admissions
 from uellm.policy.admitting import AT_ONCE, LISTED, starts
 from uellm.policy.cslo_dispatch import CsloOdbsDispatch
+from uellm.policy.cslo_odbs import CsloOdbsStep
 from uellm.policy.edf import EdfDispatch
 from uellm.policy.margin import FIRST, KEPT, LEAST, MOST, Margin
 from uellm.policy.price import Price, passes
@@ -284,21 +285,36 @@ def served(load: float, seconds: float) -> list[Record]:
         for i, (t, n) in enumerate(zip(at, rng.integers(8, 41, len(at)), strict=True))
         if t < seconds
     ]
-    policy = CsloOdbsDispatch()
-    from uellm.policy.cslo_odbs import CsloOdbsStep  # noqa: PLC0415
+    return simulated(requests)
 
-    mesh = Mesh(PACED, policy, CsloOdbsStep, MeshSettings(refusable=True))
-    return list(mesh.run(requests, profiler("oracle", requests, rng)).records)
+
+def simulated(requests: list[Request]) -> list[Record]:
+    """What becomes of requests that are to be refused rather than late."""
+    mesh = Mesh(PACED, CsloOdbsDispatch(), CsloOdbsStep, MeshSettings(refusable=True))
+    known = profiler("oracle", requests, np.random.default_rng(1))
+    return list(mesh.run(requests, known).records)
 
 
 def test_what_is_let_in_is_in_time_and_as_much_as_ever_under_overload() -> None:
     below = [record for record in served(1.0, 8.0) if record.request.arrival > 2]
     assert sum(record.met for record in below) > 0.97 * len(below)
-    over = [record for record in served(8.0, 12.0) if record.request.arrival > 5]
+    over = [record for record in served(8.0, 20.0) if record.request.arrival > 5]
     let_in = [record for record in over if record.outcome is not Outcome.REFUSED]
     assert sum(record.met for record in let_in) >= 0.95 * len(let_in)
-    # Seven seconds tell it to a tenth; benchmarks/overload.py takes a minute.
-    assert sum(record.met for record in over) / 7 >= 0.85 * CAPACITY
+    assert sum(record.met for record in over) / 15 >= CAPACITY
+    # Each try is a lot of its own: whoever tries again is served in the end, however long.
+    for fewest in range(8, 40, 8):
+        alike = [r for r in over if fewest <= r.request.output_tokens < fewest + 8]
+        assert sum(record.met for record in alike) >= 0.05 * len(alike)
+
+
+def test_after_a_crowd_and_a_pause_nobody_is_refused() -> None:
+    crowd = served(8.0, 4.0)
+    later = [
+        Request(f"l{i:02d}", 9.0 + 0.05 * i, 13, 16, "any", 16, deadline=1.28) for i in range(40)
+    ]
+    records = simulated([record.request for record in crowd] + later)[len(crowd) :]
+    assert all(record.met for record in records)
 
 
 def test_a_crowd_that_finds_places_free_makes_nothing_dear() -> None:

@@ -19,7 +19,7 @@ REFUSABLE = inference_pb2.GenerateRequest(model="m", on_infeasible=common_pb2.ON
 @pytest.fixture
 async def crowded() -> AsyncIterator[Doors]:
     """Doors that as many are on their way through as a gateway takes on."""
-    doors = Doors()
+    doors = Doors(most_opening=MOST_OPENING + 1)
     async with AsyncExitStack() as stack:
         for _ in range(MOST_OPENING):
             await stack.enter_async_context(doors.passing(QUEUE, REFUSABLE, "local"))
@@ -40,4 +40,31 @@ async def test_a_gateway_that_is_behind_shuts_a_narrow_door(crowded: Doors) -> N
     assert 3 <= refused.value.retry_after_seconds <= 6
     crowded.heard("m", OPEN)
     async with crowded.passing(QUEUE, REFUSABLE, "local"):
+        pass
+
+
+async def test_one_that_is_sent_for_the_first_time_is_refused_without_asking_anybody() -> None:
+    doors = Doors(most_opening=1)
+    doors.heard("m", Door(0.0, retry_seconds=3.0))
+    request = inference_pb2.GenerateRequest(
+        model="m",
+        on_infeasible=common_pb2.ON_INFEASIBLE_REFUSE,
+        idempotency_key="k",
+        first_try=True,
+    )
+    # The queue has nothing that could be asked.
+    with pytest.raises(ResourceExhaustedError, match="far more is asked"):
+        async with doors.passing(QUEUE, request, "local"):
+            pass
+
+
+async def test_a_gateway_takes_on_no_more_than_it_may(crowded: Doors) -> None:
+    best_effort = inference_pb2.GenerateRequest(model="m")
+    async with crowded.passing(QUEUE, best_effort, "local"):
+        with pytest.raises(ResourceExhaustedError, match="UELLM_GATEWAY_OPENING_REQUESTS") as busy:
+            async with crowded.passing(QUEUE, best_effort, "local"):
+                pass
+    assert busy.value.retry_after_seconds is not None
+    assert busy.value.reason == "GATEWAY_BUSY"
+    async with crowded.passing(QUEUE, best_effort, "local"):
         pass

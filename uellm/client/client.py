@@ -72,6 +72,7 @@ class Client:
         sent.on_disconnect = inference_pb2.ON_DISCONNECT_CONTINUE
         # Should the connection break before the answer to it, the second try finds the first.
         sent.idempotency_key = request.idempotency_key or f"client-{secrets.token_hex(12)}"
+        sent.first_try = not request.idempotency_key
         answers: dict[int, Answer] = {i: Answer() for i in range(max(request.sampling.n, 1))}
         abandoned = True
         try:
@@ -160,11 +161,7 @@ class Client:
         while unfinished := [choice for choice in answers if not answers[choice].finished]:
             address, stub = self._endpoints.address, self._endpoints.stub()
             failure: UellmError = UnavailableError("the stream ended before the answer did")
-            if request is not None and not all(answer.request_id for answer in answers.values()):
-                watched, stream = None, stub.Generate(request, timeout=STREAM_SECONDS)
-            else:
-                watched = unfinished[0]
-                stream = stub.Watch(_place(answers[watched]), timeout=STREAM_SECONDS)
+            watched, stream = _stream(stub, request, answers, unfinished[0])
             try:
                 async for response in stream:
                     event = response.event
@@ -183,6 +180,8 @@ class Client:
                 self._endpoints.leave(address)
             finally:
                 stream.cancel()
+                if request is not None:
+                    request.first_try = False
             if not any(answers[choice].finished for choice in unfinished):
                 await patience.wait(failure)
 
@@ -196,6 +195,15 @@ class Client:
                     ids = list((await self.submit(request)).request_ids)
                 for request_id in ids:
                     await self.cancel(request_id)
+
+
+def _stream(
+    stub: Any, request: GenerateRequest | None, answers: dict[int, Answer], unfinished: int
+) -> tuple[int | None, Any]:
+    """A stream of all answers, or where all are known to be accepted of one; and of which."""
+    if request is not None and not all(answer.request_id for answer in answers.values()):
+        return None, stub.Generate(request, timeout=STREAM_SECONDS)
+    return unfinished, stub.Watch(_place(answers[unfinished]), timeout=STREAM_SECONDS)
 
 
 def _place(answer: Answer) -> inference_pb2.WatchRequest:

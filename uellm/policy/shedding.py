@@ -5,17 +5,23 @@ others. Where most would be refused in the end, they are refused at the door, by
 choose from.
 """
 
+from dataclasses import dataclass
+from math import exp
 from zlib import crc32
 
-CHOICE = 4.0
-"""For each that is let in, so many are looked at."""
+CHOICE = 3.0
+"""For each that is let in, so many are looked at: the more there are to choose from, the more are
+served in time, and the more each costs. Of two for each a tenth fewer are served than of three."""
+MEMORY_SECONDS = 2.0
+"""How far back it is looked. Those let in come in waves as long as their deadlines: a share that
+followed these would swing by a factor of ten."""
+FEWEST = 5.0
+"""In that time, so many are taken to be let in at least: looking at a few costs nothing."""
+LEAST_SHARE = 0.01
 WINDOW_SECONDS = 0.5
-"""How often the share is set anew."""
-MOST_STEP = 2.0
-"""By which factor at most."""
-LEAST_SHARE = 0.001
-LEAST_SEEN = 20
-"""Fewer newcomers in a window say nothing."""
+"""After so long without a refusal half of what is remembered to have been asked is forgotten."""
+KNOWN_SECONDS = 2.0
+"""What a gateway heard longer ago it does not know."""
 
 
 class Shedding:
@@ -27,22 +33,42 @@ class Shedding:
 
     def __init__(self) -> None:
         self.share = 1.0
-        self._since: float | None = None
-        self._seen = self._let_in = 0
+        self._at: float | None = None
+        self._asked = self._let_in = 0.0
+        self._calm_since = 0.0
 
     def learn(self, seen: int, let_in: int, now: float) -> None:
         """Some were looked at, and so many of them let in."""
-        self._since = now if self._since is None else self._since
-        self._seen += seen
-        self._let_in += let_in
-        if now - self._since < WINDOW_SECONDS:
-            return
-        wanted = CHOICE * max(self._let_in, 1)
-        factor = MOST_STEP
-        if self._seen >= LEAST_SEEN:
-            factor = min(max(wanted / self._seen, 1 / MOST_STEP), MOST_STEP)
-        self.share = min(max(self.share * factor, LEAST_SHARE), 1.0)
-        self._since, self._seen, self._let_in = now, 0, 0
+        before = now if self._at is None else self._at
+        self._at = now = max(now, before)
+        faded = exp((before - now) / MEMORY_SECONDS)
+        self._asked = self._asked * faded + seen / self.share
+        self._let_in = self._let_in * faded + let_in
+        if seen > let_in or not self._calm_since:
+            self._calm_since = now
+        calm = (now - self._calm_since) // WINDOW_SECONDS
+        self._calm_since += calm * WINDOW_SECONDS
+        self._asked *= 0.5**calm
+        enough = CHOICE * max(self._let_in, FEWEST)
+        self._asked = min(self._asked, enough / LEAST_SHARE)
+        self.share = min(enough / self._asked, 1.0) if self._asked else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hearsay:
+    """The share as a gateway heard of it.
+
+    Attributes:
+        said: what it was said to be.
+        at: when, in seconds of any clock.
+    """
+
+    said: float = 1.0
+    at: float = 0.0
+
+    def share(self, now: float) -> float:
+        """What it is taken to be: 1 if nothing was heard for long."""
+        return self.said if now - self.at <= KNOWN_SECONDS else 1.0
 
 
 def shed(name: str, share: float) -> bool:

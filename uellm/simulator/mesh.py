@@ -204,11 +204,11 @@ class Mesh:
 
     def _arrival(self, request: Request, profiler: Profiler) -> Callable[[float], None]:
         def arrive(now: float) -> None:
-            if self._settings.refusable and self._scheduler.sheds(request):
+            if self._settings.refusable and self._scheduler.sheds(request, now):
                 record = self._records[request.request_id]
                 record.outcome, record.finished_at = Outcome.REFUSED, now
                 return
-            self._scheduler.accept(request, profiler.profile(request))
+            self._scheduler.accept(request, profiler.profile(request), now)
             self._changed = True
 
         return arrive

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from uellm.core.request import Promise, ResourceProfile
 from uellm.policy.admissions import Admissions
-from uellm.policy.shedding import shed
+from uellm.policy.shedding import Hearsay, shed
 from uellm.policy.track_records import TrackRecords
 from uellm.policy.views import (
     DispatchDecision,
@@ -84,13 +84,17 @@ class Scheduler:
         self._numbers = {found.view.replica: i for i, found in enumerate(self._replicas)}
         self._sent_to: dict[str, int] = {}
         self._unpromised: set[str] = set()
+        self._heard = Hearsay()
 
-    def sheds(self, request: Request) -> bool:
-        """Whether a gateway refuses a request at the door."""
-        return shed(request.request_id, self.admissions.shedding.share)
+    def sheds(self, request: Request, now: float) -> bool:
+        """Whether a gateway refuses a request at the door, as far as it has heard of it."""
+        # The live one looks at the time whether or not anybody comes.
+        self.admissions.advance(now)
+        return shed(request.request_id, self._heard.share(now))
 
-    def accept(self, request: Request, profile: ResourceProfile) -> None:
-        """A request came."""
+    def accept(self, request: Request, profile: ResourceProfile, now: float) -> None:
+        """A request came; the reply brings its gateway the news."""
+        self._heard = Hearsay(self.admissions.shedding.share, now)
         self.waiting[request.request_id] = QueuedView(
             request_id=request.request_id,
             slo=request.slo,

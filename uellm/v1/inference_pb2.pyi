@@ -194,6 +194,7 @@ class GenerateRequest(_message.Message):
     ON_INFEASIBLE_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     ON_DISCONNECT_FIELD_NUMBER: _builtins.int
+    FIRST_TRY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A served model's name."""
     adapter: _builtins.str
@@ -206,6 +207,10 @@ class GenerateRequest(_message.Message):
     """The same key with the same content returns the same request, for as long as it is kept."""
     on_disconnect: Global___OnDisconnect.ValueType
     """What happens when this stream breaks. Only Generate reads it."""
+    first_try: _builtins.bool
+    """The idempotency key is sent for the first time: under overload nobody looks whether it was
+    accepted before. Unset where that is not sure.
+    """
     @_builtins.property
     def chat(self) -> Global___Chat:
         """Rendered by the chat template."""
@@ -235,10 +240,11 @@ class GenerateRequest(_message.Message):
         on_infeasible: _common_pb2.OnInfeasible.ValueType = ...,
         idempotency_key: _builtins.str = ...,
         on_disconnect: Global___OnDisconnect.ValueType = ...,
+        first_try: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "slo", b"slo", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "chat", b"chat", "idempotency_key", b"idempotency_key", "model", b"model", "on_disconnect", b"on_disconnect", "on_infeasible", b"on_infeasible", "prompt", b"prompt", "sampling", b"sampling", "slo", b"slo", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "chat", b"chat", "first_try", b"first_try", "idempotency_key", b"idempotency_key", "model", b"model", "on_disconnect", b"on_disconnect", "on_infeasible", b"on_infeasible", "prompt", b"prompt", "sampling", b"sampling", "slo", b"slo", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

@@ -93,7 +93,7 @@ class Admission:
         self._profiling = profiling
         self._most_bytes = settings.max_request_bytes
         self._accept_seconds = settings.accept_seconds
-        self.doors = Doors()
+        self.doors = Doors(settings.opening_requests)
         self._limits = Limits(
             settings.waiting_requests, settings.waiting_tokens, settings.tenant_requests
         )
@@ -296,9 +296,10 @@ class Admission:
 
 
 def _content_hash(request: inference_pb2.GenerateRequest) -> str:
-    """What makes two uses of one key the same: all but the key and what the stream does."""
+    """What makes two uses of a key the same: all but the key, the try and what the stream does."""
     content = inference_pb2.GenerateRequest()
     content.CopyFrom(request)
     content.ClearField("idempotency_key")
+    content.ClearField("first_try")
     content.ClearField("on_disconnect")
     return hashlib.sha256(content.SerializeToString(deterministic=True)).hexdigest()

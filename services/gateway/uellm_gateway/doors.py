@@ -1,7 +1,8 @@
 """Refusing at the door: under overload most of those that would rather be refused than late.
 
 A model's scheduler says which share of them it looks at (``uellm.policy.shedding``). It comes with
-the replies of scripts that a gateway calls anyway; all pass while there are none but old ones.
+the replies of scripts that a gateway calls anyway, so that a refusal waits for nobody; all pass
+while there are none but old ones.
 """
 
 import random
@@ -10,30 +11,34 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from uellm.core.errors import ResourceExhaustedError
-from uellm.policy.shedding import shed
+from uellm.policy.shedding import Hearsay, shed
 from uellm.streams.gateway_queue import GatewayQueue
 from uellm.streams.keys import new_request_id
 from uellm.streams.messages import OPEN, Door
 from uellm.v1 import common_pb2, inference_pb2
 
-AGE_SECONDS = 2.0
-"""What is older is not known."""
 MOST_OPENING = 64
 """While so many requests are on their way to being accepted, a door that is not open is shut: this
 gateway has enough to do. Behind an open one they came at once, and that is no overload."""
+BUSY_RETRY_SECONDS = 1.0
 
 
 class Doors:
-    """The doors of all models, as this gateway last heard of them."""
+    """The doors of all models, as this gateway last heard of them, and its own.
 
-    def __init__(self) -> None:
-        self._heard: dict[str, tuple[Door, float]] = {}
+    Args:
+        most_opening: so many requests may be on their way to being accepted, whatever they wish.
+    """
+
+    def __init__(self, most_opening: int) -> None:
+        self._most_opening = most_opening
+        self._heard: dict[str, tuple[Hearsay, float]] = {}
         self._opening = 0
 
     def heard(self, model: str, door: Door) -> None:
         """How wide a model's door is now."""
         if door is not OPEN:
-            self._heard[model] = door, time.monotonic()
+            self._heard[model] = Hearsay(door.share, time.monotonic()), door.retry_seconds
         else:
             self._heard.pop(model, None)
 
@@ -46,6 +51,8 @@ class Doors:
         Raises:
             ResourceExhaustedError: if it is not, with a time to try again.
         """
+        if self._opening >= self._most_opening:
+            raise _busy(self._most_opening)
         if request.on_infeasible == common_pb2.ON_INFEASIBLE_REFUSE:
             await self._check(queue, request, tenant)
         self._opening += 1
@@ -57,29 +64,39 @@ class Doors:
     async def _check(
         self, queue: GatewayQueue, request: inference_pb2.GenerateRequest, tenant: str
     ) -> None:
-        door = self._door(queue.model)
-        if not shed(new_request_id(queue.model), door.share):
+        model = queue.model
+        share, retry = self._door(model)
+        if not shed(new_request_id(model), share):
             return
-        if request.idempotency_key:
+        if request.idempotency_key and not request.first_try:
             # It may have been accepted before, and its client only lost the stream.
             known, latest = await queue.known(tenant, f"{request.idempotency_key}/0")
-            self.heard(queue.model, latest)
+            self.heard(model, latest)
             if known:
                 return
         # Spread, so that those who are refused together do not return together.
-        retry = door.retry_seconds * random.uniform(1, 2)  # noqa: S311
+        retry *= random.uniform(1, 2)  # noqa: S311
         raise ResourceExhaustedError(
-            f"{queue.model}: far more is asked of it than it can answer in time; try again in "
+            f"{model}: far more is asked of it than it can answer in time; try again in "
             f"{retry:.3g} s, or ask for best effort instead of refusal",
             reason="OVERLOADED",
             field="slo.deadline",
             retry_after_seconds=retry,
         )
 
-    def _door(self, model: str) -> Door:
+    def _door(self, model: str) -> tuple[float, float]:
+        """The share that is looked at, and after which time the others may try again."""
         if model not in self._heard:
-            return OPEN
-        door, at = self._heard[model]
-        if self._opening >= MOST_OPENING:
-            return Door(0.0, door.retry_seconds)
-        return OPEN if time.monotonic() - at > AGE_SECONDS else door
+            return OPEN.share, OPEN.retry_seconds
+        heard, retry = self._heard[model]
+        return 0.0 if self._opening >= MOST_OPENING else heard.share(time.monotonic()), retry
+
+
+def _busy(most: int) -> ResourceExhaustedError:
+    retry = BUSY_RETRY_SECONDS * random.uniform(1, 2)  # noqa: S311
+    return ResourceExhaustedError(
+        f"this gateway is accepting as many requests at once as it may ({most}, "
+        f"UELLM_GATEWAY_OPENING_REQUESTS); try again in {retry:.3g} s, or at another",
+        reason="GATEWAY_BUSY",
+        retry_after_seconds=retry,
+    )

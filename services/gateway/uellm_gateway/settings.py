@@ -35,6 +35,12 @@ class GatewaySettings(ServiceSettings):
     tenant_requests: int = Field(
         10_000, gt=0, description="Most unfinished requests of one tenant and model."
     )
+    opening_requests: int = Field(
+        4096,
+        gt=0,
+        description="Most requests at once that this gateway checks, has profiled and makes "
+        "durable; further ones are refused before anything is done for them.",
+    )
     stream_interval_seconds: float = Field(
         0.02,
         ge=0,
