@@ -16,6 +16,7 @@ from uellm_worker.engine.native import Kernels
 from uellm_worker.engine.packed import PackedStep
 from uellm_worker.engine.packing import PackedLinear
 from uellm_worker.engine.panels import PanelWeight
+from uellm_worker.engine.quantized_panels import QuantizedPanels
 from uellm_worker.engine.team import Operation, Program, StepNumbers
 from uellm_worker.engine.tiles import HEAD_NUMBERS, PANEL_ROWS, SPAN_ROWS
 
@@ -50,7 +51,9 @@ def compilable(layers: Sequence[LayerParts]) -> bool:
 
 def in_panels(linear: Any) -> bool:
     """A linear layer is a product that kernels know."""
-    return type(linear) is PackedLinear and isinstance(linear.weight, PanelWeight)
+    if type(linear) is PackedLinear:
+        return isinstance(linear.weight, PanelWeight)
+    return type(linear) is QuantizedPanels
 
 
 class CompiledLayers:
@@ -78,7 +81,7 @@ class CompiledLayers:
         self._hidden_size = hidden_size
         self._ropes = list(ropes)
         self._products = sum(
-            linear.weight.panels.numel()
+            linear.numbers
             for each in layers
             for linear in (each.qkv, each.output, each.gate_up, each.down)
         )
@@ -110,8 +113,7 @@ class CompiledLayers:
         layout.first[:rows].copy_(hidden)
         output = None
         if self._head is not None:
-            width = PANEL_ROWS * len(self._head.linear.weight.panels)
-            output = hidden.new_empty(len(step.samples), width)
+            output = hidden.new_empty(len(step.samples), self._head.linear.width)
         numbers = StepNumbers(
             rows,
             step.slots,
@@ -274,7 +276,7 @@ class _Writer:
         self.hidden, self._spare = output[:, : self._size], before
 
     def _product(self, linear: Any, rows: torch.Tensor, name: str) -> torch.Tensor:
-        output = self._empty(name, PANEL_ROWS * len(linear.weight.panels))
+        output = self._empty(name, linear.width)
         self._multiply(linear, rows, output)
         return output
 
@@ -288,20 +290,10 @@ class _Writer:
         factor: float = 1.0,
         sampling: bool = False,
     ) -> None:
-        weight, bias = linear.weight, linear.bias
-        if factor != 1.0:
-            bias = bias * factor
-        self.operations.append(
-            self._make.multiply(
-                rows,
-                weight.panels,
-                bias,
-                output,
-                added,
-                factor=weight.factor * factor,
-                sampling=sampling,
-            )
+        operation = linear.operation(
+            self._make, rows, output, added, factor=factor, sampling=sampling
         )
+        self.operations.append(operation)
 
     def _norm(
         self,

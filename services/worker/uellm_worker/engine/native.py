@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from uellm_worker.engine.device import on_host
-from uellm_worker.engine.operations import Operations
+from uellm_worker.engine.operations import Codes, Operations
 from uellm_worker.engine.team import Operation, Program, StepNumbers, Team
 from uellm_worker.engine.tiles import SPAN_ROWS
 
 try:
     import numba
-    from llvmlite import binding as llvm
 except ImportError:
     numba = None
 
@@ -71,6 +70,17 @@ class Kernels:
             rows = rows.contiguous()
         operation = self.operations.multiply(rows, panels, bias, output, factor=factor)
         work = len(rows) * panels.numel() // _PRODUCTS_A_NUMBER
+        self._run(operation, StepNumbers(len(rows)), work)
+
+    def multiply_codes(
+        self, rows: torch.Tensor, weight: Codes, bias: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """Multiply rows ``[n, in]`` with a quantised weight; see ``multiply``."""
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        operation = self.operations.multiply_codes(rows, weight, bias, output)
+        numbers = weight.in_features * output.shape[1]
+        work = len(rows) * numbers // _PRODUCTS_A_NUMBER
         self._run(operation, StepNumbers(len(rows)), work)
 
     def attend(
@@ -197,11 +207,15 @@ def load() -> Kernels | None:
         return None
     try:
         _keep_compiled()
+        vectors = _compiled("vectors")
+        if not vectors.FUSES:
+            raise RuntimeError("the processor has no fused multiplication and addition")
         attention, rows, team = map(_compiled, ("attention", "rows", "team"))
         panels: Any = None
-        if llvm.get_host_cpu_features().get("avx512f"):  # Others have too few registers.
-            panels = _compiled("panels")
-        return Kernels(Operations(attention, rows, panels), Team(team))
+        codes: Any = None
+        if vectors.VECTORS:
+            panels, codes = _compiled("panels"), _compiled("codes")
+        return Kernels(Operations(attention, rows, panels, codes), Team(team))
     except Exception as error:  # Numba fails in ways of its own; all mean the same here.
         _log.warning("no compiled kernels, decode steps on CPUs will be slower: %s", error)
         return None

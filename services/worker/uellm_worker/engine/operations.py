@@ -4,6 +4,7 @@ Sizes are those that whoever asks for them has checked. Rows are ``[rows, size]`
 between them; how many of them count is said by the step.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,31 @@ from uellm_worker.engine.tiles import (
     SPANS,
 )
 
+_SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""As kernels know them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A matrix ``[out, in]`` that is ``(codes - zeros) * scales``, in panels of outputs.
+
+    Attributes:
+        codes: ``[panels, in, PANEL_ROWS]`` in int8, or in 4 bits ``[panels, in / 2, PANEL_ROWS]``:
+            of two inputs that follow each other, the first in the lower half.
+        scales: ``[panels, groups, PANEL_ROWS]`` in floating point.
+        zeros: as ``scales`` in int8; None: they are 0.
+        bits: of a code.
+        in_features: inputs.
+        group_size: inputs that share a scale; even where codes have 4 bits.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    bits: int
+    in_features: int
+    group_size: int
+
 
 class Operations:
     """Makes them.
@@ -29,14 +55,16 @@ class Operations:
         attention: ``kernels/attention.py``.
         rows: ``kernels/rows.py``.
         panels: ``kernels/panels.py``; None where its kernels gain nothing.
+        codes: ``kernels/codes.py``; None likewise.
     """
 
-    def __init__(self, attention: Any, rows: Any, panels: Any) -> None:
+    def __init__(self, attention: Any, rows: Any, panels: Any, codes: Any) -> None:
         self._attend = int(attention.attend.address)
         self._place = int(attention.place.address)
         self._norm = int(rows.norm.address)
         self._activate = int(rows.activate.address)
         self._multiply = 0 if panels is None else int(panels.multiply.address)
+        self._multiply_codes = 0 if codes is None else int(codes.multiply.address)
 
     @property
     def multiplies(self) -> bool:
@@ -83,6 +111,52 @@ class Operations:
         per = SAMPLING if sampling else ONCE
         tensors = (rows, panels, addend, output, added)
         return Operation(self._multiply, count, per, block, "products", tensors)
+
+    def multiply_codes(
+        self,
+        rows: torch.Tensor,
+        weight: Codes,
+        addend: torch.Tensor,
+        output: torch.Tensor | None,
+        added: torch.Tensor | None = None,
+        *,
+        factor: float = 1.0,
+        sampling: bool = False,
+    ) -> Operation:
+        """Rows times a quantised weight; as ``multiply``.
+
+        Args:
+            rows: ``[n, in]``.
+            weight: see there.
+            addend: see ``multiply``.
+            output: likewise.
+            added: likewise.
+            factor: likewise.
+            sampling: likewise.
+        """
+        if not self._multiply_codes:
+            raise RuntimeError("no kernel multiplies on this machine")
+        count, groups = weight.scales.shape[:2]
+        block = (
+            *_rows(rows),
+            weight.codes.data_ptr(),
+            weight.bits,
+            weight.in_features,
+            weight.scales.data_ptr(),
+            _SCALES[weight.scales.dtype],
+            0 if weight.zeros is None else weight.zeros.data_ptr(),
+            weight.group_size,
+            groups,
+            addend.data_ptr(),
+            0 if output is None else output.data_ptr(),
+            4 * PANEL_ROWS * count if output is None else _rows(output)[1],
+            SAMPLES if sampling else ROWS,
+            float(factor),
+            *_rows(added),
+        )
+        per = SAMPLING if sampling else ONCE
+        tensors = (rows, weight.codes, weight.scales, weight.zeros, addend, output, added)
+        return Operation(self._multiply_codes, count, per, block, "products", tensors)
 
     def norm(
         self,

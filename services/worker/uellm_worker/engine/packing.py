@@ -14,7 +14,10 @@ from torch import nn
 from uellm_worker.engine import panels
 from uellm_worker.engine.device import on_host
 from uellm_worker.engine.half import HalfRows, HalfWeight, half_rows, half_weight
+from uellm_worker.engine.operations import Operations
 from uellm_worker.engine.panels import PanelWeight
+from uellm_worker.engine.team import Operation
+from uellm_worker.engine.tiles import PANEL_ROWS
 from uellm_worker.engine.weights import Held
 
 Packed: TypeAlias = torch.Tensor | HalfWeight | PanelWeight
@@ -54,6 +57,57 @@ class PackedLinear(nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``."""
         return self._product(rows, bias=self.bias)
+
+    @property
+    def width(self) -> int:
+        """Outputs of a weight in panels, filled up to whole ones."""
+        return PANEL_ROWS * len(self._panels.panels)
+
+    @property
+    def numbers(self) -> int:
+        """Of a weight in panels, filled up likewise."""
+        return self._panels.panels.numel()
+
+    def operation(
+        self,
+        make: Operations,
+        rows: torch.Tensor,
+        output: torch.Tensor | None,
+        added: torch.Tensor | None,
+        *,
+        factor: float,
+        sampling: bool,
+    ) -> Operation:
+        """The product with a weight in panels, as kernels are told of it.
+
+        Args:
+            make: makes it.
+            rows: ``[n, in]``.
+            output: gets ``[n, width]``; None: the step's own.
+            added: ``[n, out]``, added to the product; other memory than the output's.
+            factor: of the product.
+            sampling: the rows are those that sample, and not all.
+        """
+        weight, bias = self._panels, self.bias
+        if bias is None:
+            raise RuntimeError("panels without what is added to their product")
+        if factor != 1.0:
+            bias = bias * factor
+        return make.multiply(
+            rows,
+            weight.panels,
+            bias,
+            output,
+            added,
+            factor=weight.factor * factor,
+            sampling=sampling,
+        )
+
+    @property
+    def _panels(self) -> PanelWeight:
+        if not isinstance(self.weight, PanelWeight):
+            raise TypeError("the weight is not in panels")
+        return self.weight
 
 
 def pack(weight: torch.Tensor) -> Packed:

@@ -1,14 +1,17 @@
 """What decoder layers of transformers compute, for those that a few building blocks compute too.
 
 A layer is described only if it was read and tested; any other is left to transformers, as is one
-in which something was put in place of a plain linear layer (an adapter, a quantised weight).
+in which something was put in place of a linear layer, or not all of those that would be joined are
+quantised.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
+from uellm_worker.engine.quantized import QuantizedLinear
 from uellm_worker.engine.weights import Pairs
 
 QKV, GATE_UP = "uellm_qkv", "uellm_gate_up"
@@ -143,8 +146,16 @@ def heads_of(layer: Any) -> tuple[int, int]:
 def joins_mlp(layer: Any, recipe: Recipe) -> bool:
     """The MLP is the plain one, and not experts or something wrapped."""
     leaves = [getattr(layer.mlp, name, None) for name in recipe.gate_up]
-    plain = all(type(leaf) is nn.Linear for leaf in leaves)
-    return plain and hasattr(layer.mlp, recipe.down)
+    return _joinable(leaves) and hasattr(layer.mlp, recipe.down)
+
+
+def _joinable(layers: Sequence[Any]) -> bool:
+    """They are linear layers that are held alike."""
+    if all(type(layer) is nn.Linear for layer in layers):
+        return True
+    if not all(isinstance(layer, QuantizedLinear) for layer in layers):
+        return False
+    return len({(type(layer), layer.scales.dtype, layer.bias is None) for layer in layers}) == 1
 
 
 def _as_described(layer: Any, recipe: Recipe) -> bool:
@@ -156,7 +167,7 @@ def _as_described(layer: Any, recipe: Recipe) -> bool:
     return (
         all(isinstance(module, nn.Dropout) for module in extra)
         and {*attention} == named
-        and all(type(attention[name]) is nn.Linear for name in recipe.qkv)
+        and _joinable([attention[name] for name in recipe.qkv])
     )
 
 
@@ -164,13 +175,17 @@ def _join(layer: Any, part: str, names: tuple[str, ...], joined: str, pairs: Pai
     owner = getattr(layer, part)
     sources = [getattr(owner, name) for name in names]
     rows = tuple(int(source.out_features) for source in sources)
-    linear = nn.Linear(
-        sources[0].in_features,
-        sum(rows),
-        bias=sources[0].bias is not None,
-        device="meta",
-        dtype=sources[0].weight.dtype,
-    )
+    linear: nn.Module
+    if isinstance(sources[0], QuantizedLinear):
+        linear = sources[0].joined(sources)
+    else:
+        linear = nn.Linear(
+            sources[0].in_features,
+            sum(rows),
+            bias=sources[0].bias is not None,
+            device="meta",
+            dtype=sources[0].weight.dtype,
+        )
     for name in names:
         delattr(owner, name)
     setattr(owner, joined, linear.requires_grad_(False))

@@ -25,10 +25,11 @@ from uellm_worker.engine.half import HalfEmbedding, HalfRows, widens
 from uellm_worker.engine.hollow import NoPositions, PassThrough, PassThroughLayer
 from uellm_worker.engine.lora import ShardAdapters, StepAdapters
 from uellm_worker.engine.packing import Laid, PackedLinear, held_bytes, lay_out, packable
-from uellm_worker.engine.quantized import quantize_layers
+from uellm_worker.engine.quantized_checkpoint import quantize_layers
+from uellm_worker.engine.quantized_panels import QuantizedPanels, code_panels
 from uellm_worker.engine.recipes import Join
 from uellm_worker.engine.runner import Progress
-from uellm_worker.engine.weights import Held, ShardSpec, read_weights
+from uellm_worker.engine.weights import Held, PanelsOf, ShardSpec, read_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Compute dtypes by name."""
@@ -244,6 +245,10 @@ def _weights(
         linear = type(owner) in {nn.Linear, Conv1D} and leaf == "weight"
         transposed = packs and linear and type(owner) is Conv1D
         held = Held(key, packed=packs and linear, transposed=transposed)
+        if isinstance(owner, QuantizedPanels) and leaf != "bias":
+            pairs = leaf == "codes" and owner.quantization.bits == 4
+            of: PanelsOf = "pairs" if pairs else "numbers"
+            held = replace(held, panels=of, inputs=owner.in_features)
         join = joins.get(path)
         if join is not None:
             prefix = path.removesuffix(join.path)
@@ -290,7 +295,10 @@ def load_shard(spec: ShardSpec, earlier: Shard | None, progress: Progress) -> Sh
     loaded = reported = kept
     lacking = {held: shape for held, shape in shapes.items() if held not in tensors}
     for held, tensor in read_weights(spec, family, lacking, sources):
-        tensors[held] = lay_out(held, tensor)
+        if held.panels is None:
+            tensors[held] = lay_out(held, tensor)
+        else:
+            tensors[held] = code_panels(tensor, held.panels, held.inputs)
         loaded += sizes[held]
         if loaded - reported >= total // 100:
             progress(loaded, total)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -73,6 +74,10 @@ class Pairs:
         return weight.index_select(0, places.to(weight.device))
 
 
+PanelsOf: TypeAlias = Literal["numbers", "pairs"]
+"""What is laid out in panels: numbers, or bytes that hold two numbers each."""
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """A weight as it is held.
@@ -84,6 +89,8 @@ class Held:
         transposed: ``[in, out]`` in the checkpoint.
         below: further parameters, whose rows follow; their names and numbers of rows.
         pairs: rows that change places.
+        panels: of a quantised layer that a kernel multiplies; None: as it comes.
+        inputs: of that layer.
     """
 
     key: str
@@ -92,6 +99,8 @@ class Held:
     transposed: bool = False
     below: tuple[tuple[str, int], ...] = ()
     pairs: Pairs | None = None
+    panels: PanelsOf | None = None
+    inputs: int = 0
 
     def rows(self, total: int) -> dict[str, slice]:
         """Where each parameter lies among ``total`` rows."""
@@ -134,34 +143,29 @@ def read_weights(
     places: dict[str, _Place] = {}
     outstanding: dict[Held, int] = dict.fromkeys(shapes, 0)
     for held, shape in shapes.items():
-        if held.key in sources:
-            piece = Piece(sources[held.key].key)
-            places[piece.key] = _Place(held, piece, slice(None))
-            continue
         total = shape[0] if shape else 0
         for parameter, rows in held.rows(total).items():
-            pieces = family.pieces(parameter, total, files.__contains__)
+            source = sources.get(parameter)
+            pieces = (
+                [Piece(source.key)]
+                if source
+                else family.pieces(parameter, total, files.__contains__)
+            )
             outstanding[held] += len(pieces)
-            places |= {piece.key: _Place(held, piece, rows) for piece in pieces}
+            places |= {piece.key: _Place(held, piece, rows, source) for piece in pieces}
     weights: dict[Held, torch.Tensor] = {}
     for key, stored in files.read(places):
         place = places[key]
         held = place.held
-        if held.key in sources:
-            tensor = sources[held.key].convert(stored)
-            if tensor.shape != shapes[held]:
-                raise _unfit(spec, key, stored, shapes[held])
-            # Of its own dtype, and nothing of the file.
-            weight = torch.empty(tensor.shape, dtype=tensor.dtype, device=spec.device)
-            yield held, weight.copy_(tensor)
-            continue
+        tensor = place.source.convert(stored) if place.source else stored
         wanted = place.within(torch.empty(shapes[held], device="meta")).shape
-        if stored.shape != wanted:
+        if tensor.shape != wanted:
             raise _unfit(spec, key, stored, wanted)
         # A copy, so that no page of the file is needed, or trusted, later on.
         if held not in weights:
-            weights[held] = torch.empty(shapes[held], dtype=spec.dtype, device=spec.device)
-        place.within(weights[held]).copy_(stored)
+            dtype = tensor.dtype if place.source else spec.dtype
+            weights[held] = torch.empty(shapes[held], dtype=dtype, device=spec.device)
+        place.within(weights[held]).copy_(tensor)
         outstanding[held] -= 1
         if not outstanding[held]:
             weight = weights.pop(held)
@@ -175,6 +179,7 @@ class _Place:
     held: Held
     piece: Piece
     rows: slice
+    source: Source | None = None
 
     def within(self, weight: torch.Tensor) -> torch.Tensor:
         """That part of the weight."""

@@ -22,6 +22,8 @@ floats = _pointer_to(types.float32)
 """The floats at an address."""
 integers = _pointer_to(types.int64)
 """The integers at an address."""
+bytes_at = _pointer_to(types.int8)
+"""The integers of 8 bits at an address."""
 
 
 @intrinsic

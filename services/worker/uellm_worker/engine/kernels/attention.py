@@ -9,10 +9,10 @@ from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 from uellm_worker.engine.kernels.arithmetic import FAST, capped, exp, floats, integers, real
-from uellm_worker.engine.kernels.vectors import FLOAT, I64, LANES, LINE_BYTES, ZEROS, Code
+from uellm_worker.engine.kernels.vectors import FLOAT, I64, LANES, LINE_BYTES, VECTORS, ZEROS, Code
 from uellm_worker.engine.tiles import POSITIONS, ROW_PIECE, ROWS, SLOTS, SPAN_TABLE, TURNS
 
-_QUERIES, _TOKENS, _PARTS = 2, 4, 4
+_QUERIES, _TOKENS, _PARTS = (2, 4, 4) if VECTORS > 16 else (2, 2, 2)
 """Queries and keys that are multiplied at a time, and vectors of values that are summed."""
 _BLOCK = 32
 """Tokens whose keys stay in the first-level cache while the queries that share them take turns."""

@@ -11,14 +11,23 @@ from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 from uellm_worker.engine.kernels.arithmetic import floats, integers, real
-from uellm_worker.engine.kernels.vectors import FLOAT, HALVES, I64, LANES, VECTOR, ZEROS, Code
+from uellm_worker.engine.kernels.vectors import (
+    FLOAT,
+    HALVES,
+    I64,
+    LANES,
+    VECTOR,
+    VECTORS,
+    ZEROS,
+    Code,
+)
 from uellm_worker.engine.tiles import OUTPUT, PANEL_ROWS
 
 _PARTS = PANEL_ROWS // LANES
 """Vectors of a panel's line."""
-_TILE = 8
-"""Most rows at a time: with two registers each, half of the 32 that there are."""
-_DEPTH = 256
+TILE = 8 if VECTORS > 16 else 3
+"""Most rows at a time: what is summed takes half of the registers, or with AVX2 three quarters."""
+DEPTH = 256
 """Lines of a panel that stay in the first-level cache while rows take turns."""
 _AHEAD_BYTES = 2048
 
@@ -56,7 +65,7 @@ def _tile(
 
     Args:
         typing: Numba's.
-        case: how many rows, and ``_TILE`` more where the lines are in float16.
+        case: how many rows, and ``TILE`` more where the lines are in float16.
         rows: their address.
         lines: their address.
         added: the address of what is added to the sums.
@@ -72,9 +81,9 @@ def _tile(
         case, *others = arguments
         code = Code(builder)
         cases = {
-            rows + _TILE * half: partial(_write_tile, code, others, rows, half)
+            rows + TILE * half: partial(_write_tile, code, others, rows, half)
             for half in (False, True)
-            for rows in range(1, _TILE + 1)
+            for rows in range(1, TILE + 1)
         }
         code.choose(case, cases)
         return context.get_dummy_value()
@@ -86,8 +95,8 @@ def _tile(
 def _panel(rows, stride, count, depth, panel, half, bias, output, output_stride, factor):
     """Rows times one panel."""
     size = 2 if half else 4
-    blocks = (count + _TILE - 1) // _TILE
-    for begin in range(0, depth, _DEPTH):
+    blocks = (count + TILE - 1) // TILE
+    for begin in range(0, depth, DEPTH):
         for block in range(blocks):
             first = count * block // blocks
             target = output + first * output_stride
@@ -96,7 +105,7 @@ def _panel(rows, stride, count, depth, panel, half, bias, output, output_stride,
             if begin == 0:
                 added, added_stride = bias, types.int64(0)
             _tile(
-                count * (block + 1) // blocks - first + half * _TILE,
+                count * (block + 1) // blocks - first + half * TILE,
                 rows + first * stride + 4 * begin,
                 panel + begin * PANEL_ROWS * size,
                 added,
@@ -104,15 +113,18 @@ def _panel(rows, stride, count, depth, panel, half, bias, output, output_stride,
                 stride,
                 added_stride,
                 output_stride,
-                min(_DEPTH, depth - begin),
+                min(DEPTH, depth - begin),
                 factor,
             )
 
 
 @njit(error_model="numpy")
-def _add(target, added):
-    for i in range(PANEL_ROWS):
-        target[i] += added[i]
+def add_rows(output, output_stride, added, added_stride, count):
+    """Add some rows of other numbers to what a panel gave."""
+    for row in range(count):
+        target, others = floats(output + row * output_stride), floats(added + row * added_stride)
+        for i in range(PANEL_ROWS):
+            target[i] += others[i]
 
 
 @cfunc(types.void(*[types.int64] * 4), cache=True)
@@ -129,6 +141,4 @@ def multiply(block, step, piece, member):
     bias, output = bias + column, output + column
     _panel(rows, stride, count, depth, panel, half, bias, output, output_stride, factor)
     if added:
-        for row in range(count):
-            others = floats(added + column + row * added_stride)
-            _add(floats(output + row * output_stride), others)
+        add_rows(output, output_stride, added + column, added_stride, count)

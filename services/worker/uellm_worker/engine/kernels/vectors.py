@@ -1,6 +1,9 @@
 """Writing LLVM code over vectors of floats, for loops that a compiler would not lay out so."""
 
-from llvmlite import ir
+import platform
+
+from llvmlite import binding, ir
+from numba import config
 from numba.core import cgutils
 
 LANES = 16
@@ -8,10 +11,39 @@ LANES = 16
 LINE_BYTES = 64
 """Of a cache line."""
 
-I8, I32, I64, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+def _features():
+    """What the processor that is compiled for can do; Numba may have been told of another one."""
+    if config.CPU_FEATURES is not None:
+        return {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
+    return {name for name, there in binding.get_host_cpu_features().items() if there}
+
+
+def _vectors():
+    """How many vectors the registers hold; 0: too few, or nobody has tried."""
+    found = _features()
+    if "avx512f" in found:
+        return 32
+    return 8 if {"avx2", "fma", "f16c"} <= found else 0
+
+
+VECTORS = _vectors()
+FUSES = platform.machine() != "x86_64" or "fma" in _features()
+"""Multiplying and adding is one instruction, and not a function of the C library."""
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+FLOAT = ir.FloatType()
 VECTOR = ir.VectorType(FLOAT, LANES)
 HALVES = ir.VectorType(ir.HalfType(), LANES)
+BFLOATS = ir.VectorType(I16, LANES)
+"""Of bfloat16, which are the upper halves of floats."""
+_WORDS = ir.VectorType(I32, LANES)
+_CODES = ir.VectorType(I8, LANES)
 ZEROS = ir.Constant(VECTOR, [0.0] * LANES)
+
+
+def _constants(number):
+    return ir.Constant(_WORDS, [number] * LANES)
 
 
 class Code:
@@ -34,9 +66,22 @@ class Code:
         return self.builder.inttoptr(self.builder.add(address, I64(offset)), kind.as_pointer())
 
     def load(self, address, offset=0, kind=VECTOR):
-        """What lies there; halves as floats."""
+        """What lies there; numbers of 16 bits as floats."""
         found = self.builder.load(self.at(address, offset, kind), align=2)
+        if kind is BFLOATS:
+            upper = self.builder.shl(self.builder.zext(found, _WORDS), _constants(16))
+            return self.builder.bitcast(upper, VECTOR)
         return self.builder.fpext(found, VECTOR) if kind is HALVES else found
+
+    def codes(self, address, offset):
+        """A vector of whole numbers of 8 bits, in 32 bits."""
+        found = self.builder.load(self.at(address, offset, _CODES), align=1)
+        return self.builder.sext(found, _WORDS)
+
+    def nibbles(self, codes):
+        """The numbers of 4 bits in the lower, and in the upper halves of such."""
+        lower = self.builder.ashr(self.builder.shl(codes, _constants(28)), _constants(28))
+        return lower, self.builder.ashr(codes, _constants(4))
 
     def store(self, value, address, offset=0):
         """Put a number or a vector there."""
