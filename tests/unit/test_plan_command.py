@@ -147,3 +147,15 @@ def test_clusters_are_files_that_can_be_copied(tmp_path: Path) -> None:
     copied = tmp_path / "mine.yaml"
     copied.write_text(source.read_text())
     assert load_topology(copied) == clusters.cluster("mixed12")
+
+
+@pytest.mark.parametrize("cost", ["3090-0=nan", "3090-0=-1", "3090-0=inf", "3090-0", "=1"])
+def test_a_cost_is_a_number_from_0_on(cost: str) -> None:
+    status, out = plan(*SMALL, "--cost", cost)
+    assert (status, f"cost: {cost!r} is not DEVICE=NUMBER" in out) == (2, True), out
+
+
+def test_a_limit_is_a_duration_and_0_is_none() -> None:
+    status, out = plan(*SMALL, "--slo", "10ms")
+    assert (status, "no plan keeps the SLO of 0.01 s" in out) == (1, True), out
+    assert plan(*SMALL, "--slo", "0")[0] == plan(*SMALL, "--slo", "1m")[0] == 0

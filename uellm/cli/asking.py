@@ -1,11 +1,24 @@
 """Commands that ask something of a mesh: generate, chat, cancel."""
 
 import sys
+from math import isfinite
 from typing import Annotated, Any
 
 import typer
 
 from uellm.cli.durations import parse_duration
+
+
+def finite(value: float | None) -> float | None:
+    """The callback of options whose numbers are compared with others: nan is neither less nor more.
+
+    Raises:
+        typer.BadParameter: if it is not finite.
+    """
+    if value is not None and not isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
 
 Server = Annotated[
     str,
@@ -35,7 +48,9 @@ Ttft = Annotated[
     ),
 ]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens to generate.")]
-Temperature = Annotated[float | None, typer.Option(min=0.0, help="0, the default, is greedy.")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0.0, callback=finite, help="0, the default, is greedy.")
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Makes a sampled answer repeatable.")]
 Stop = Annotated[
     list[str] | None, typer.Option(help="End before this string; may be given several times.")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from uellm.cli.asking import Json
+from uellm.cli.asking import Json, finite
 from uellm.cli.durations import parse_duration
 from uellm.cli.looking import Redis
 
@@ -30,7 +30,11 @@ def deploy(
     ] = 0,
     rate: Annotated[
         float,
-        typer.Option(min=0, help="With goodput, requests per second that are expected anyway."),
+        typer.Option(
+            min=0,
+            callback=finite,
+            help="With goodput, requests per second that are expected anyway.",
+        ),
     ] = 0.0,
     stages: Annotated[int, typer.Option(min=0, help="Stages per copy; 0: what is best.")] = 0,
     objective: Annotated[

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from math import inf, nan
 
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement.views import LayerPin, Pin
@@ -41,6 +42,11 @@ def read_cost(text: str) -> tuple[str, float]:
     """``DEVICE=COST``."""
     device, found, value = text.rpartition("=")
     try:
-        return device, float(value if found and device else "")
+        cost = float(value if found and device else "")
     except ValueError:
-        raise InvalidArgumentError(f"cost: {text!r} is not DEVICE=NUMBER", field="cost") from None
+        cost = nan
+    if not 0 <= cost < inf:
+        raise InvalidArgumentError(
+            f"cost: {text!r} is not DEVICE=NUMBER, of a number from 0 on", field="cost"
+        )
+    return device, cost

@@ -24,6 +24,15 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+def parse_limit(text: str) -> float:
+    """Seconds, as ``parse_duration``; 0: none.
+
+    Raises:
+        typer.BadParameter: if it is no duration.
+    """
+    return 0.0 if re.fullmatch(r"0(?:\.0*)?", text.strip()) else parse_duration(text)
+
+
 def show_duration(seconds: float) -> str:
     """Seconds in the unit that reads best."""
     if abs(seconds) < 1:

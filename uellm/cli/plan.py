@@ -5,10 +5,13 @@ from typing import Annotated, cast
 
 import typer
 
-from uellm.cli.asking import Json
+from uellm.cli.asking import Json, finite
+from uellm.cli.durations import parse_limit
 
 MOST_SEQUENCES = 1 << 20
 """Of a copy; more would not fit the numbers that bytes are counted with."""
+MOST_COPIES = 4096
+MOST_TOKENS = 1 << 30
 
 
 def plan(
@@ -38,28 +41,47 @@ def plan(
             help="float32, bfloat16 or float16; by default float16, or what the mesh computes in."
         ),
     ] = "",
-    replicas: Annotated[int, typer.Option(min=1, help="Copies.")] = 1,
-    stages: Annotated[int, typer.Option(min=0, help="Stages per copy; 0: what is best.")] = 0,
+    replicas: Annotated[int, typer.Option(min=1, max=MOST_COPIES, help="Copies.")] = 1,
+    stages: Annotated[
+        int, typer.Option(min=0, max=MOST_SEQUENCES, help="Stages per copy; 0: what is best.")
+    ] = 0,
     slots: Annotated[
         int, typer.Option(min=1, max=MOST_SEQUENCES, help="Most sequences at once per copy.")
     ] = 8,
-    max_model_len: Annotated[int, typer.Option(min=0, help="Longest context; 0: the model's.")] = 0,
+    max_model_len: Annotated[
+        int, typer.Option(min=0, max=MOST_TOKENS, help="Longest context; 0: the model's.")
+    ] = 0,
     batch: Annotated[
         int,
         typer.Option(min=0, max=MOST_SEQUENCES, help="Sequences computed together; 0: the slots."),
     ] = 0,
     prompt_tokens: Annotated[
         int,
-        typer.Option(min=0, help="Of a request; 0: 512, or what the context has room for."),
+        typer.Option(
+            min=0, max=MOST_TOKENS, help="Of a request; 0: 512, or what the context has room for."
+        ),
     ] = 0,
     output_tokens: Annotated[
-        int, typer.Option(min=0, help="Of a request, 90 % quantile; 0: 128, or likewise.")
+        int,
+        typer.Option(
+            min=0, max=MOST_TOKENS, help="Of a request, 90 % quantile; 0: 128, or likewise."
+        ),
     ] = 0,
-    in_flight: Annotated[int, typer.Option(min=1, help="Batches under way at once.")] = 1,
-    rate: Annotated[float, typer.Option(min=0, help="Requests per second; 0: all there is.")] = 0.0,
-    slo: Annotated[
-        float, typer.Option(min=0, help="Seconds that a batch may take; 0: no matter.")
+    in_flight: Annotated[
+        int, typer.Option(min=1, max=MOST_SEQUENCES, help="Batches under way at once.")
+    ] = 1,
+    rate: Annotated[
+        float,
+        typer.Option(min=0, callback=finite, help="Requests per second; 0: all there is."),
     ] = 0.0,
+    slo: Annotated[
+        float,
+        typer.Option(
+            parser=parse_limit,
+            metavar="DURATION",
+            help="Longest time that a batch may take: 20s, 500ms; 0: no matter.",
+        ),
+    ] = "0",  # type: ignore[assignment]
     previous: Annotated[
         Path | None, typer.Option(metavar="PLAN.json", help="Where it is now, of --json.")
     ] = None,

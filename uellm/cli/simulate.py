@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from uellm.cli.asking import Json
+from uellm.cli.asking import Json, finite
 from uellm.cli.drawing import check_plot
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ Replicas = Annotated[int, typer.Option(min=1, max=256, help="Replicas of the mod
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each case, with other requests.")]
 Requests = Annotated[int, typer.Option(min=1, help="Requests of a run; of a trace, at most.")]
 Variation = Annotated[
-    float, typer.Option("--cv", min=0.05, max=20, help="Variation of the gaps; 1: Poisson.")
+    float,
+    typer.Option(
+        "--cv", min=0.05, max=20, callback=finite, help="Variation of the gaps; 1: Poisson."
+    ),
 ]
 ExecutionName = Annotated[
     str, typer.Option(metavar="continuous|static", help="How engines run their sequences.")
@@ -51,7 +54,10 @@ Lookahead = Annotated[
     int, typer.Option(min=0, help="Requests that a replica is sent beyond its free slots.")
 ]
 Headroom = Annotated[
-    float, typer.Option(min=0.01, help="Predicted KV peaks that it is sent, in its KV room.")
+    float,
+    typer.Option(
+        min=0.01, callback=finite, help="Predicted KV peaks that it is sent, in its KV room."
+    ),
 ]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes.")]
 

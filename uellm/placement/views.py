@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Literal, Protocol
 
 from uellm.core.errors import InvalidArgumentError
@@ -59,6 +60,9 @@ class Workload:
                 _refuse(name, f"{getattr(self, name)} is not at least 1")
         if not self.slo_seconds >= 0:
             _refuse("slo_seconds", f"{self.slo_seconds} is negative; use 0 for none")
+        for name in ("requests_per_second", "slo_seconds"):
+            if not isfinite(getattr(self, name)):
+                _refuse(name, f"{getattr(self, name)} is not finite; use 0 for none")
 
 
 def _refuse(name: str, problem: str) -> None:
