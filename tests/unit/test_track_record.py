@@ -80,10 +80,68 @@ def test_what_resembles_nothing_known_is_promised_widely() -> None:
     assert strange[1] / strange[0] > 3
 
 
-def test_a_new_mesh_does_not_reassure() -> None:
-    found = TrackRecord().prospects(forecast(deadline=1e4), 0.0)
-    assert found.p_meet[0] < 0.9
-    assert found.times[0, FINISH, 1] >= 1e4
+def test_a_new_mesh_promises_what_a_forecast_is_worth() -> None:
+    """With a slot free and time in plenty, sharply; behind others, no sooner than is asked."""
+    near = TrackRecord().prospects(forecast(deadline=15.0), 0.0)
+    assert near.p_meet[0] < 0.9
+    assert near.times[0, FINISH, 1] >= 15.0
+    plenty = TrackRecord().prospects(forecast(deadline=1e4), 0.0)
+    assert 0.9 < plenty.p_meet[0] < 0.99
+    assert plenty.times[0, FINISH, 1] < 100.0
+    waits = TrackRecord().prospects(forecast(deadline=1e4, features=(1.0,)), 0.0)
+    assert waits.p_meet[0] < 0.9
+    assert waits.times[0, FINISH, 1] >= 1e4
+
+
+def test_who_waits_does_not_spoil_the_promises_of_who_does_not() -> None:
+    """A jam breaks promises by the dozen; those that find a slot free were right all the time."""
+    record = TrackRecord()
+    rng = np.random.default_rng(8)
+    free, jammed = forecast(), forecast(features=(0.5,))
+    serve(record, free, (10 * rng.lognormal(0, 0.1, 200)).tolist())
+    before = (record.prospects(free, 1e6).times - 1e6)[0, FINISH, 1]
+    for i in range(100):
+        promise(record, f"jammed{i}", jammed, 1e6 + i)
+    record.advance(2e6)
+    assert (record.prospects(free, 2e6).times - 2e6)[0, FINISH, 1] == pytest.approx(before)
+
+
+def test_broken_promises_count_no_less_for_coming_in_bursts() -> None:
+    """Of each crowd a fifth takes ten times as long, and is heard of when all others are."""
+    rng, record = np.random.default_rng(10), TrackRecord()
+    kept = []
+    for number in range(60):
+        since = 1e4 * number
+        names = [f"{number}.{i}" for i in range(40)]
+        record.advance(since)
+        asked = replace(forecast().some(np.zeros(40, dtype=np.intp)), ids=names)
+        found = record.prospects(asked, since)
+        for name in names:
+            record.promised(name, since)
+        took = 10 * rng.lognormal(0, 0.2, 40) * np.where(np.arange(40) % 5, 1.0, 10.0)
+        kept.append(np.mean(found.times[:, FINISH, 1] - since >= took))
+        for at in np.sort(took):
+            record.advance(since + at)
+            for i in np.flatnonzero(took == at):
+                record.finished(names[i], since + at)
+    assert np.mean(kept[10:]) == pytest.approx(0.9, abs=0.03)
+
+
+def test_who_misses_a_first_token_may_still_be_as_fast_as_others() -> None:
+    """One in five begins late, and takes no longer: quantiles of the end are those of all."""
+    rng, record = np.random.default_rng(11), TrackRecord()
+    given = []
+    for i, took in enumerate(10 * rng.lognormal(0, 0.5, 600)):
+        now = 1000.0 * i
+        given.append(promise(record, f"r{i}", forecast(ttft=1.0), now))
+        first = 0.2 * took if rng.random() < 0.2 else 0.5
+        record.advance(now + first)
+        record.first_token(f"r{i}", now + first)
+        record.finished(f"r{i}", now + took)
+    times, odds = zip(*given[200:], strict=True)
+    assert np.mean(odds) == pytest.approx(0.83, abs=0.05)
+    quantiles = 10 * np.exp(0.5 * np.array([0.0, 1.2816]))
+    assert np.mean(times, axis=0)[FINISH] == pytest.approx(quantiles, rel=0.1)
 
 
 @pytest.mark.parametrize("bias", [0.3, 1.0, 4.0])
@@ -192,7 +250,7 @@ def test_a_broken_promise_counts_before_its_request_ends() -> None:
         promise(record, f"stuck{i}", forecast(), 1e6 + i)
     record.advance(2e6)
     assert (record.prospects(forecast(), 2e6).times - 2e6)[0, FINISH, 1] >= before
-    assert record.levels(8)[FINISH, 1] > 0.9
+    assert record.shifts(2 * 8)[FINISH, 1] > 0
 
 
 def test_who_is_cancelled_is_known_to_have_taken_longer() -> None:

@@ -19,7 +19,7 @@ from uellm.policy.columns import Flags, Floats
 from uellm.policy.forecast import FEATURES
 from uellm.policy.odds import logit
 from uellm.policy.prospects import Forecasts
-from uellm.policy.residuals import Residuals
+from uellm.policy.residuals import Residuals, Times
 from uellm.policy.rows import Places
 
 START, FINISH = 0, 1
@@ -38,8 +38,10 @@ VAGUE = 8.0
 """How many requests count for ignorance at first, and ever less."""
 UNTAUGHT_SPREAD = 0.8
 """Spread of the logarithm of a forecast's unknown bias, while nothing alike has an outcome."""
-UNSURE = (0.05, 0.85)
-"""A forecast by itself is never surer than this: nobody is refused on a guess, nor reassured."""
+LEAST_SURE, SUREST, SUREST_WAITING = 0.05, 0.98, 0.85
+"""Between these are odds before anything alike has an outcome: nobody is refused on a guess, nor
+told to be safe behind others of whom nothing is known. With a slot free there is but the own length
+to guess, and the time that a step takes."""
 THOUGHT = 0.5
 """How far apart in logits odds may be to count as about the same."""
 GUESSED = 8.0
@@ -218,17 +220,18 @@ class Outcomes:
         share = np.ones(len(forecasts))
         for target, limit in enumerate(limits_of(forecasts).T):
             if np.isfinite(limit).any():
-                fit = self._fitted(now)[target][IN_TURN]
-                expected, spread = self._expected_of(forecasts, weights, IN_TURN, target)
-                values = np.log(np.maximum(limit, _LEAST_SECONDS) / expected)
-                values = (values - fit.shift(features_of(forecasts))) / spread
-                share = np.minimum(share, fit.among(weights).share_below(values))
+                times = self.times(forecasts, weights, target, IN_TURN, now)
+                seconds = np.maximum(limit, _LEAST_SECONDS)[:, None]
+                share = np.minimum(share, times.share_below(seconds)[:, 0])
         return share
 
-    def punctual_share(self, weights: Floats, in_turn: Floats, now: float) -> Floats:
+    def punctual_share(
+        self, forecasts: Forecasts, weights: Floats, in_turn: Floats, now: float
+    ) -> Floats:
         """Probability of being in time, by those alike, of whom about the same was thought.
 
         Args:
+            forecasts: of the requests.
             weights: see ``weights``.
             in_turn: see ``in_turn``.
             now: in seconds.
@@ -236,37 +239,28 @@ class Outcomes:
         settled = np.flatnonzero(self._settled(now))
         apart = (logit(in_turn)[:, None] - self._in_turn[settled]) / THOUGHT
         among = weights[:, settled] * np.exp(-0.5 * apart * apart)
-        guess = GUESSED * np.minimum(np.maximum(in_turn, UNSURE[0]), UNSURE[1])
+        surest = np.where(forecasts.waits, SUREST_WAITING, SUREST)
+        guess = GUESSED * np.clip(in_turn, LEAST_SURE, surest)
         share: Floats = (among @ ~self._late[settled] + guess) / (among.sum(axis=1) + GUESSED)
         return share
 
-    def seconds(
-        self,
-        forecasts: Forecasts,
-        weights: Floats,
-        target: int,
-        levels: Floats,
-        now: float,
-        *,
-        late: bool,
-    ) -> Floats:
-        """Quantiles of the seconds until the first or last token.
+    def times(
+        self, forecasts: Forecasts, weights: Floats, target: int, which: int, now: float
+    ) -> Times:
+        """Distribution of the seconds until the first or last token.
 
         Args:
             forecasts: of the requests.
             weights: see ``weights``.
             target: START or FINISH.
-            levels: some for each request, shape (requests, levels).
+            which: of those that are in time (PUNCTUAL) or are not (LATE), or until a request's turn
+                (IN_TURN).
             now: in seconds.
-            late: of those that are late; otherwise of those that are in time.
         """
-        which = LATE if late else PUNCTUAL
         fit = self._fitted(now)[target][which]
         expected, spread = self._expected_of(forecasts, weights, which, target)
-        values = fit.shift(features_of(forecasts))[:, None]
-        values = values + spread[:, None] * fit.among(weights).quantile(levels)
-        seconds: Floats = expected[:, None] * np.exp(values)
-        return seconds
+        centre = np.log(expected) + fit.shift(features_of(forecasts))
+        return Times(centre, spread, fit.among(weights))
 
     def _expected_of(
         self, forecasts: Forecasts, weights: Floats, which: int, target: int

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from uellm.policy.rows import Floats, Places
+from uellm.policy.rows import Flags, Floats, Places
+
+WAIT = 0
+"""Place of the feature that is the share of waiting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,12 @@ class Forecasts:
 
     def __len__(self) -> int:
         return len(self.kind)
+
+    @property
+    def waits(self) -> Flags:
+        """Who finds no slot free."""
+        waits: Flags = self.features[:, WAIT] > 0
+        return waits
 
     def some(self, rows: Places) -> "Forecasts":
         """Of some of the requests."""

@@ -16,6 +16,7 @@ LEVEL_RIDGE = 4.0
 """How many requests the assumption counts as that a forecast is unbiased."""
 MOST_RESIDUAL = 8.0
 """Farther off is as far: a forecast that was sure and wrong is not held against vague ones."""
+_HALVINGS = 6
 NOBODY = -1
 PARTS = 8
 """Outcomes are parted by their time; each part is judged by a regression on the others."""
@@ -99,14 +100,63 @@ class Distributions:
         return found
 
     def share_below(self, values: Floats) -> Floats:
-        """Probability of at most a value, one for each row."""
-        row, last = np.arange(len(values)), len(self.values) - 1
+        """Probability of at most each of some values, of shape (rows, values)."""
+        row, last = np.arange(len(values))[:, None], len(self.values) - 1
         above = np.minimum(np.maximum(np.searchsorted(self.values, values), 1), last)
         low, high = self.values[above - 1], self.values[above]
         part = np.minimum((values - low) / np.maximum(high - low, 1e-12), 1.0)
         below, at = self.shares[row, above - 1], self.shares[row, above]
         share: Floats = np.where(part < 0.0, 0.0, below + part * (at - below))
         return share
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Distributions of seconds, one a row.
+
+    Attributes:
+        centre: of their logarithm.
+        spread: unit of what is distributed around it.
+        around: that.
+    """
+
+    centre: Floats
+    spread: Floats
+    around: Distributions
+
+    def quantile(self, levels: Floats) -> Floats:
+        """Seconds at levels, some for each row."""
+        seconds: Floats = np.exp(
+            self.centre[:, None] + self.spread[:, None] * self.around.quantile(levels)
+        )
+        return seconds
+
+    def share_below(self, seconds: Floats) -> Floats:
+        """Probability of at most so many seconds, of shape (rows, values)."""
+        values = (np.log(seconds) - self.centre[:, None]) / self.spread[:, None]
+        return self.around.share_below(values)
+
+
+def mixture(one: Times, other: Times, share: Floats, levels: Floats) -> Floats:
+    """Seconds at levels of two distributions together.
+
+    Args:
+        one: of whom there is ``share``.
+        other: of the others.
+        share: one for each row.
+        levels: some for each row.
+    """
+    # The mixture's quantile is between theirs.
+    ends = np.log(np.stack([one.quantile(levels), other.quantile(levels)]))
+    low, high = ends.min(axis=0), ends.max(axis=0)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        seconds = np.exp(middle)
+        below = share[:, None] * one.share_below(seconds)
+        below += (1.0 - share[:, None]) * other.share_below(seconds)
+        low, high = np.where(below < levels, middle, low), np.where(below < levels, high, middle)
+    found: Floats = np.exp((low + high) / 2)
+    return found
 
 
 def fit(

@@ -1,10 +1,10 @@
 """How a model's promises were kept, and quantiles that are kept as often as they say.
 
 Two corrections of a forecast, one behind the other. What became of requests that are alike gives a
-distribution (``uellm.policy.outcomes``). Its levels are then moved, for each kind of request, until
-as many outcomes as promised lie below them: adaptive conformal inference (Gibbs and Candès, 2021),
-which holds in the long run whatever the traffic does. That a promise is broken is known when its
-time has passed, not only when the request ends.
+distribution (``uellm.policy.outcomes``). Its quantiles are then shifted, for each kind of request
+and apart for those that found a slot free, until as many outcomes as promised lie below them
+(``uellm.policy.quotes``). That a promise is broken is known when its time has passed, not only when
+the request ends.
 """
 
 import heapq
@@ -14,27 +14,18 @@ from math import inf, nan
 
 import numpy as np
 
-from uellm.policy.columns import Floats
+from uellm.policy.columns import Floats, Places
 from uellm.policy.odds import Odds
-from uellm.policy.outcomes import FEW, FINISH, START, Outcomes, State, limits_of
+from uellm.policy.outcomes import FEW, FINISH, LATE, PUNCTUAL, START, Outcomes, State, limits_of
 from uellm.policy.prospects import Forecasts, Prospects
+from uellm.policy.quotes import LAG, LEVELS, RATE, shifted, step
+from uellm.policy.residuals import mixture
 
-LEVELS = (0.5, 0.9)
-"""What is promised of the first and of the last token."""
-RATE = 0.02
-"""By how much of an error a level is moved."""
-LAG = 0.3
-"""The same, for all promises together that are still open: faster, and it would swing."""
-LEAST_LEVEL, MOST_LEVEL = 0.02, 1.3
-FARTHEST = 0.995
-"""The last level that outcomes tell; from there on ..."""
-STRETCH = 2.0
-"""... the time beyond the median grows by so many times what a level has too much."""
 PER_LIFE = 32
 """Of the requests that are under way at once, about so many are learnt from: what happens to one
 happens to those beside it, and many of one time crowd out what happened at other times."""
-SURE_LEVEL = 0.985
-"""From here on a level is taken by its word."""
+SURE = 0.95
+"""From here on what becomes of those that are late after all is left out of a quantile."""
 MOST_OPEN = 65_536
 """Promises that are followed at once; more are not learnt from."""
 AT_ONCE = 32
@@ -45,18 +36,41 @@ _EVERY_KIND = -1
 
 
 @dataclass(frozen=True, slots=True)
+class _Asked:
+    """What was said of some requests of one group, one row each.
+
+    Attributes:
+        forecasts: of them.
+        group: whose shifts they are given.
+        seconds: promised, by target and level; shape (requests, 2, levels).
+        p_meet: see ``Prospects``.
+        said: likewise.
+        in_turn: likewise.
+    """
+
+    forecasts: Forecasts
+    group: int
+    seconds: Floats
+    p_meet: Floats
+    said: Floats
+    in_turn: Floats
+
+
+@dataclass(frozen=True, slots=True)
 class _Basis:
     """What a request's first promise rests on.
 
     Attributes:
         forecast: of it alone.
-        times: a row of ``Prospects.times``.
-        said: likewise.
+        group: whose shifts it was given.
+        seconds: promised, by target and level.
+        said: see ``Prospects``.
         in_turn: likewise.
     """
 
     forecast: Forecasts
-    times: Floats
+    group: int
+    seconds: list[list[float]]
     said: float
     in_turn: float
 
@@ -68,6 +82,7 @@ class _Open:
     Attributes:
         basis: what it rests on.
         since: when it was made.
+        rate: by how much of an error it moves its group's shifts.
         followed: the outcomes that it will be among: of its kind, and of all.
         places: its number among them, once it is known whether it is in time.
         filed: that is known.
@@ -77,6 +92,7 @@ class _Open:
 
     basis: _Basis
     since: float
+    rate: float
     followed: list[Outcomes]
     places: list[tuple[Outcomes, int]] = field(default_factory=list)
     filed: bool = False
@@ -107,10 +123,10 @@ class TrackRecord:
         self._targets = (START, FINISH) if hears_first_tokens else (FINISH,)
         self._kinds: dict[int, Outcomes] = {}
         self._all = Outcomes(hearing_seconds)
-        self._levels: dict[int, Floats] = {}
+        self._shifts: dict[int, Floats] = {}
         self._odds: dict[int, Odds] = {}
         self._open: dict[str, _Open] = {}
-        self._asked: dict[str, tuple[Forecasts, Prospects, int]] = {}
+        self._asked: dict[str, tuple[_Asked, int]] = {}
         self._unjudged: dict[int, int] = {}
         self._under_way: dict[int, int] = {}
         self._turn: dict[int, float] = {}
@@ -123,42 +139,41 @@ class TrackRecord:
         """What can be promised."""
         times = np.zeros((len(forecasts), 2, len(LEVELS)))
         p_meet, said, in_turn = np.full((3, len(forecasts)), nan)
-        for kind in np.unique(forecasts.kind):
-            alike = np.flatnonzero(forecasts.kind == kind)
+        groups = _groups(forecasts)
+        for group in np.unique(groups):
+            alike = np.flatnonzero(groups == group)
             for start in range(0, len(alike), AT_ONCE):
                 rows = alike[start : start + AT_ONCE]
-                found = self._of_kind(int(kind), forecasts.some(rows), now)
-                times[rows], p_meet[rows] = found.times, found.p_meet
-                said[rows], in_turn[rows] = found.said, found.in_turn
-        found = Prospects(times, p_meet, said, in_turn)
-        self._asked |= {name: (forecasts, found, row) for row, name in enumerate(forecasts.ids)}
-        return found
+                asked = self._of_group(int(group), forecasts.some(rows), now)
+                times[rows] = asked.seconds
+                p_meet[rows], said[rows], in_turn[rows] = asked.p_meet, asked.said, asked.in_turn
+                self._asked |= {name: (asked, row) for row, name in enumerate(asked.forecasts.ids)}
+        return Prospects(now + times, p_meet, said, in_turn)
 
-    def _of_kind(self, kind: int, forecasts: Forecasts, now: float) -> Prospects:
+    def _of_group(self, group: int, forecasts: Forecasts, now: float) -> _Asked:
+        kind = group // 2
         outcomes = self._kinds.get(kind)
         if outcomes is None or outcomes.seen < FEW:
             outcomes = self._all
-        levels = self._levels.get(kind, _as_promised())
         weights = outcomes.weights(forecasts)
         asked = np.isfinite(limits_of(forecasts)).any(axis=1)
         punctual = said = in_turn = np.ones(len(forecasts))
         if asked.any():
             in_turn = outcomes.in_turn(forecasts, weights, now)
-            said = outcomes.punctual_share(weights, in_turn, now)
+            said = outcomes.punctual_share(forecasts, weights, in_turn, now)
             punctual = np.where(asked, self._odds.get(kind, Odds()).corrected(said), 1.0)
-        times = np.stack(
-            [
-                _times(outcomes, forecasts, weights, target, levels[target], punctual, now)
-                for target in (START, FINISH)
-            ],
-            axis=1,
-        )
-        times[:, START] = np.minimum(times[:, START], times[:, FINISH])
-        return Prospects(now + times, np.where(asked, punctual, nan), said, in_turn)
+        parts = [
+            _quantiles(outcomes, forecasts, weights, target, punctual, now)
+            for target in (START, FINISH)
+        ]
+        seconds, least, most = (np.stack(part, axis=1) for part in zip(*parts, strict=True))
+        seconds = shifted(seconds, self.shifts(group), least, most)
+        seconds[:, START] = np.minimum(seconds[:, START], seconds[:, FINISH])
+        return _Asked(forecasts, group, seconds, np.where(asked, punctual, nan), said, in_turn)
 
-    def levels(self, kind: int) -> Floats:
-        """Where the levels of a kind stand now: by target and level, as in ``LEVELS``."""
-        return self._levels.get(kind, _as_promised()).copy()
+    def shifts(self, group: int) -> Floats:
+        """How far the quantiles of a group are shifted now: by target and level."""
+        return self._shifts.get(group, np.zeros((2, len(LEVELS))))
 
     # ---- learning ------------------------------------------------------------------------------
 
@@ -167,36 +182,35 @@ class TrackRecord:
         asked = self._asked.pop(request_id, None)
         if asked is None or request_id in self._open or len(self._open) >= MOST_OPEN:
             return
-        forecasts, found, row = asked
+        found, row = asked
         basis = _Basis(
-            forecasts.some(np.array([row])),
-            found.times[row].copy(),
+            found.forecasts.some(np.array([row])),
+            found.group,
+            found.seconds[row].tolist(),
             float(found.said[row]),
             float(found.in_turn[row]),
         )
-        forecast, kind = basis.forecast, int(basis.forecast.kind[0])
+        kind, group = found.group // 2, found.group
         self._kinds.setdefault(kind, Outcomes(self._hearing))
-        self._levels.setdefault(kind, _as_promised())
         self._odds.setdefault(kind, Odds())
-        self._unjudged[kind] = self._unjudged.get(kind, 0) + 1
+        self._unjudged[group] = self._unjudged.get(group, 0) + 1
         self._under_way[kind] = self._under_way.get(kind, 0) + 1
-        self._open[request_id] = _Open(basis, now, self._followed(kind))
+        # Were it set when the promise is judged, what is heard of while many are open, and that
+        # is more often bad news, would count less.
+        rate = min(RATE, LAG / self._unjudged[group])
+        self._open[request_id] = _Open(basis, now, rate, self._followed(kind))
         for target in self._targets:
-            limit = float((forecast.ttft if target == START else forecast.deadline)[0])
+            limit = float(limits_of(basis.forecast)[0, target])
             if limit < inf:
                 self._expect(now + max(limit, 0.0), request_id, target, -1)
             for place in range(len(LEVELS)):
-                self._expect(float(basis.times[target, place]), request_id, target, place)
+                self._expect(now + basis.seconds[target][place], request_id, target, place)
 
     def _followed(self, kind: int) -> list[Outcomes]:
         """What a request of a kind is learnt by."""
         pools = (
             (kind, self._kinds[kind], self._under_way[kind]),
-            (
-                _EVERY_KIND,
-                self._all,
-                len(self._open) + 1,
-            ),
+            (_EVERY_KIND, self._all, len(self._open) + 1),
         )
         followed = []
         for name, outcomes, under_way in pools:
@@ -262,7 +276,7 @@ class TrackRecord:
         self._under_way[entry.kind] -= 1
         if not entry.judged[FINISH][-1]:
             entry.judged[FINISH][-1] = True
-            self._unjudged[entry.kind] -= 1
+            self._unjudged[entry.basis.group] -= 1
 
     def _file(self, entry: _Open, *, late: bool, judged: bool = True) -> None:
         """Whether a request is in time is known."""
@@ -283,30 +297,29 @@ class TrackRecord:
 
     def _judge_all(self, entry: _Open, target: int, at: float) -> None:
         for place in range(len(LEVELS)):
-            self._judge(entry, target, place, kept=at <= entry.basis.times[target, place] + TICK)
+            by = entry.since + entry.basis.seconds[target][place]
+            self._judge(entry, target, place, kept=at <= by + TICK)
 
     def _judge(self, entry: _Open, target: int, place: int, *, kept: bool) -> None:
-        """Move a level by whether it was kept."""
+        """Shift a quantile by whether it was kept."""
         if entry.judged[target][place]:
             return
         entry.judged[target][place] = True
-        rate = min(RATE, LAG / max(self._unjudged[entry.kind], 1))
+        group = entry.basis.group
         if target == FINISH and place == len(LEVELS) - 1:
-            self._unjudged[entry.kind] -= 1
-        error = (0.0 if kept else 1.0) - (1.0 - LEVELS[place])
-        levels = self._levels[entry.kind]
-        levels[target, place] = min(
-            max(levels[target, place] + rate * error, LEAST_LEVEL), MOST_LEVEL
-        )
+            self._unjudged[group] -= 1
+        shifts = self._shifts.setdefault(group, np.zeros((2, len(LEVELS))))
+        shifts[target, place] = step(shifts[target, place], place, entry.rate, kept=kept)
 
     # ---- keeping -------------------------------------------------------------------------------
 
     def state(self) -> State:
         """What was learnt, promises that are open aside."""
         kinds = np.array(sorted(self._kinds), dtype=np.int64)
-        levels = np.array([self._levels[kind] for kind in kinds]).reshape(-1, 2, len(LEVELS))
+        groups = np.array(sorted(self._shifts), dtype=np.int64)
+        shifts = np.array([self._shifts[group] for group in groups]).reshape(-1, 2, len(LEVELS))
         odds = np.array([(self._odds[kind].bias, self._odds[kind].slope) for kind in kinds])
-        state = {"kinds": kinds, "levels": levels, "odds": odds.reshape(-1, 2)}
+        state = {"kinds": kinds, "odds": odds.reshape(-1, 2), "groups": groups, "shifts": shifts}
         for name, outcomes in (
             ("all", self._all),
             *((str(kind), self._kinds[int(kind)]) for kind in kinds),
@@ -327,14 +340,14 @@ class TrackRecord:
                 outcomes.load(_part(state, str(kind)))
             everything = Outcomes(self._hearing)
             everything.load(_part(state, "all"))
-            levels = {
-                kind: np.array(state["levels"][i], dtype=np.float64).reshape(2, len(LEVELS))
-                for i, kind in enumerate(kinds)
+            shifts = {
+                int(group): np.array(state["shifts"][i], dtype=np.float64).reshape(2, len(LEVELS))
+                for i, group in enumerate(state.get("groups", ()))
             }
             odds = {kind: Odds(*map(float, state["odds"][i])) for i, kind in enumerate(kinds)}
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"not a track record: {error!r}") from error
-        self._kinds, self._all, self._levels, self._odds = known, everything, levels, odds
+        self._kinds, self._all, self._shifts, self._odds = known, everything, shifts, odds
 
 
 def _part(state: State, name: str) -> State:
@@ -344,46 +357,43 @@ def _part(state: State, name: str) -> State:
     }
 
 
-def _times(
+def _groups(forecasts: Forecasts) -> Places:
+    """Kinds, and who of them waits: those that do share more of their fate (Vovk, 2003)."""
+    groups: Places = 2 * forecasts.kind.astype(np.intp) + forecasts.waits
+    return groups
+
+
+def _quantiles(
     outcomes: Outcomes,
     forecasts: Forecasts,
     weights: Floats,
     target: int,
-    levels: Floats,
     punctual: Floats,
     now: float,
-) -> Floats:
-    """Seconds at ``LEVELS``, of those that will be in time and those that will not together."""
-    limit, other = limits_of(forecasts).T[:: 1 if target == START else -1]
-    wanted, sure = _wanted(np.minimum(levels, FARTHEST), punctual), punctual[:, None]
-    share = np.minimum(wanted / np.maximum(sure, 1e-9), 1.0)
-    found = outcomes.seconds(forecasts, weights, target, share, now, late=False)
-    latest = np.maximum(np.minimum(limit, forecasts.deadline), 0.0)
-    found = np.minimum(found, latest[:, None])
-    beyond = wanted > sure
-    if beyond.any():
-        share = np.clip((wanted - sure) / np.maximum(1 - sure, 1e-9), 0.0, 1.0)
-        late = outcomes.seconds(forecasts, weights, target, share, now, late=True)
-        # Who is late missed this limit, if it is the only one.
-        floor = np.where(np.isfinite(other) | ~np.isfinite(limit), 0.0, limit)
-        found = np.where(beyond, np.maximum(late, floor[:, None]), found)
-    found = np.maximum.accumulate(found, axis=1)
-    farther = STRETCH * np.maximum(levels - FARTHEST, 0.0)
-    return found + farther * (found - found[:, :1])
+) -> tuple[Floats, Floats, Floats]:
+    """Seconds at ``LEVELS``, of those that will be in time and those that will not together.
 
-
-def _wanted(levels: Floats, punctual: Floats) -> Floats:
-    """The levels that are asked for, by request.
-
-    Who will be in time as surely as is promised is not promised to be late.
+    Returns:
+        Seconds, and between what: who will be in time as surely as is promised is not promised to
+        be late, and the other way round. Each of shape (requests, levels).
     """
-    wanted = np.tile(levels, (len(punctual), 1))
-    for place, promised in enumerate(LEVELS):
-        if levels[place] < SURE_LEVEL:
-            capped = np.minimum(wanted[:, place], punctual)
-            wanted[:, place] = np.where(promised <= punctual, capped, wanted[:, place])
-    return wanted
-
-
-def _as_promised() -> Floats:
-    return np.array([LEVELS, LEVELS])
+    limit, other = limits_of(forecasts).T[:: 1 if target == START else -1]
+    levels, sure = np.tile(LEVELS, (len(punctual), 1)), punctual[:, None]
+    punctually = outcomes.times(forecasts, weights, target, PUNCTUAL, now)
+    found = punctually.quantile(np.minimum(levels / np.maximum(sure, 1e-9), 1.0))
+    latest = np.maximum(np.minimum(limit, forecasts.deadline), 0.0)[:, None]
+    found = np.minimum(found, latest)
+    beyond = levels > sure
+    least = np.zeros_like(found)
+    if (punctual < SURE).any():
+        late = outcomes.times(forecasts, weights, target, LATE, now)
+        # Who missed this limit, if it is the only one, took longer than anybody who did not; who
+        # missed another one need not have.
+        missed = (np.isfinite(limit) & ~np.isfinite(other))[:, None]
+        share = np.clip((levels - sure) / np.maximum(1 - sure, 1e-9), 0.0, 1.0)
+        least = np.where(beyond & missed, limit[:, None], 0.0)
+        found = np.where(beyond & missed, np.maximum(late.quantile(share), least), found)
+        if not missed.all():
+            mixed = mixture(punctually, late, punctual, levels)
+            found = np.where(missed | (sure >= SURE), found, mixed)
+    return np.maximum.accumulate(found, axis=1), least, np.where(beyond, inf, latest)
