@@ -334,6 +334,24 @@ async def test_who_is_refused_for_what_is_ahead_is_told_when_to_try_again(
     assert "try again in" in failure.message
 
 
+async def test_a_refusal_crowds_nothing_out_of_the_completions_and_counts_as_late(
+    mesh: Mesh, redis_url: str
+) -> None:
+    await mesh.deploy("r0", step_seconds=0.5)
+    queue = SchedulerQueue(mesh.redis, MODEL)
+    place = await queue.completions_place()
+    async with scheduler(redis_url):
+        await mesh.ended(await mesh.accept(deadline=2, refusable=True, output=100))
+
+        async def said() -> OfferedLoad | None:
+            load = await mesh.gateway.offered()
+            return load if load is not None and load.judged else None
+
+        load = await eventually(said)
+    assert (load.judged, load.kept) == (1, 0)
+    assert (await queue.read_completions(place, 100, None))[1] == []
+
+
 async def test_a_cancelled_request_leaves_the_queue(mesh: Mesh, redis_url: str) -> None:
     await mesh.deploy("r0", slots=1)
     async with scheduler(redis_url, lookahead_requests=0):

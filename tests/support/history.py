@@ -137,7 +137,7 @@ def _ends(history: Sequence[Event], remains: Remains) -> Iterator[str]:
     for request_id, record in remains.records.items():
         if record.state not in TERMINAL:
             yield f"{request_id}: {record.state}, not ended"
-        if told[request_id] != int(record.ended):
+        if told[request_id] != int(record.ended and not _refused(record)):
             yield f"{request_id}: {told[request_id]} completion events"
     for completion in remains.completions:
         record_of = remains.records.get(completion.request_id)
@@ -148,6 +148,12 @@ def _ends(history: Sequence[Event], remains: Remains) -> Iterator[str]:
         state = record_of.state if record_of is not None else "nothing"
         if state != event.state:
             yield f"{event.request_id}: told {event.state}, but it is {state}"
+
+
+def _refused(record: Record) -> bool:
+    """Its end teaches nothing: its scheduler tells nobody."""
+    finished = record.finished
+    return finished is not None and finished.reason == common_pb2.FINISH_REASON_REFUSED
 
 
 def _keys(history: Sequence[Event], remains: Remains) -> Iterator[str]:

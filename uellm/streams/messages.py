@@ -112,14 +112,15 @@ class Finish:
     """A request ended. The script adds the exact token count to both messages.
 
     Of one that no replica held, there may be the promise that it was refused with, or the reason
-    why it was given up.
+    why it was given up. Of one that was refused there is no completion: it teaches nothing, and
+    under overload there are so many that nothing else would be left in the stream.
     """
 
     request_id: str
     generation: int
     state: str
     finished: inference_pb2.Finished
-    completion: queue_pb2.CompletionEvent
+    completion: queue_pb2.CompletionEvent | None
     promise: common_pb2.Promise | None = None
     dead_reason: str = ""
 
@@ -300,7 +301,7 @@ def operation_arguments(operation: Start | Append | Finish) -> list[Any]:
                 generation,
                 state,
                 finished.SerializeToString(),
-                completion.SerializeToString(),
+                completion.SerializeToString() if completion is not None else b"",
             ]
 
 

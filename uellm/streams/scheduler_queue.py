@@ -206,7 +206,7 @@ class SchedulerQueue(ModelQueue):
                 finish.generation,
                 finish.state,
                 finish.finished.SerializeToString(),
-                finish.completion.SerializeToString(),
+                finish.completion.SerializeToString() if finish.completion is not None else b"",
                 finish.promise.SerializeToString() if finish.promise is not None else b"",
                 finish.dead_reason,
             ]

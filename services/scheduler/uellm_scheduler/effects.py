@@ -111,18 +111,35 @@ class Effects:
                 self._book.drop(ticket.request_id)
         return True
 
-    async def refuse(self, refusals: Sequence[Refusal], now: float) -> None:
-        """End requests that expired, have no chance, or are not let in."""
+    async def refuse(
+        self, refusals: Sequence[Refusal], now: float
+    ) -> list[queue_pb2.CompletionEvent]:
+        """End requests that expired, have no chance, or are not let in.
+
+        Returns:
+            The ends of those that were refused, of which nobody else is told.
+        """
+        told: list[queue_pb2.CompletionEvent] = []
         for i in range(0, len(refusals), FINISHES_AT_ONCE):
             found = [
                 (ticket, refusal)
                 for refusal in refusals[i : i + FINISHES_AT_ONCE]
                 if (ticket := self._book.waiting.get(refusal.request_id)) is not None
             ]
-            await self._end(
+            finishes = [_refused(ticket, refusal, now) for ticket, refusal in found]
+            ended = await self._end(
                 [ticket for ticket, _ in found],
-                [_refused(ticket, refusal, now) for ticket, refusal in found],
+                [
+                    finish if refusal.expired else replace(finish, completion=None)
+                    for (_, refusal), finish in zip(found, finishes, strict=True)
+                ],
             )
+            told += [
+                finish.completion
+                for (_, refusal), finish, done in zip(found, finishes, ended, strict=True)
+                if done and finish.completion is not None and not refusal.expired
+            ]
+        return told
 
     async def fail(self, tickets: Sequence[Ticket], failure: str, message: str, now: float) -> None:
         """End requests that nothing will answer any more."""

@@ -1,7 +1,7 @@
 """What happened to a model's requests since its owner last looked."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -60,6 +60,10 @@ class Inbox:
                 self.routed = self.routed or not events
                 self._place = place
                 self._something.set()
+
+    def note(self, ended: Iterable[queue_pb2.CompletionEvent]) -> None:
+        """Requests ended of which nobody else is told."""
+        self._ended += ended
 
     def wake(self) -> None:
         """Have the owner look."""

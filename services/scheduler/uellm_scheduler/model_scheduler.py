@@ -276,10 +276,11 @@ class ModelScheduler:
         if revise:
             self._keeping.seen(book.answered(), now)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(effects.refuse(decision.refusals, now))
+            refused = tasks.create_task(effects.refuse(decision.refusals, now))
             carried_out = tasks.create_task(
                 effects.carry_out(decision.promises, decision.dispatches, now)
             )
+        inbox.note(refused.result())
         if not carried_out.result():
             inbox.routed = True
             inbox.wake()

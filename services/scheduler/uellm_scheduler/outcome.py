@@ -61,5 +61,6 @@ def finish_of(
         finish_reason=reason,
         censored=True,
         tenant=view.tenant,
+        finished_ms=round(1e3 * now),
     )
     return Finish(view.request_id, ticket.generation, _STATES[reason], finished, completion)

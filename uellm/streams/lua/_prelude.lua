@@ -102,7 +102,8 @@ local STANDING = { 'state', 'generation', 'tokens', 'tenant', 'queue_entry', 'ba
   'replica', 'epoch', 'subs', 'cost', 'strikes', 'progress', 'idem' }
 
 -- The one way to a terminal state. Acknowledges first: that succeeds whatever else fails.
--- `finished` is a serialised Finished, `completion` a serialised CompletionEvent; the token
+-- `finished` is a serialised Finished, `completion` a serialised CompletionEvent or '' of an end that
+-- nobody is to learn of; the token
 -- count is added to both here, where it is known exactly, and to the latter when it began and ended.
 local function finish(id, r, state, finished, completion, retention_seconds)
   leave_batch(r)
@@ -128,9 +129,11 @@ local function finish(id, r, state, finished, completion, retention_seconds)
     redis.call('HDEL', P .. 'tenants', r.tenant)
   end
   push_event(r.subs, id, 0, FINISHED, finished)
-  redis.call('XADD', P .. 'completions', 'MAXLEN', '~', '20000', '*',
-    'payload', completion .. field_varint(6, tokens) .. field_varint(13, first_ms)
-      .. field_varint(14, ended_ms))
+  if completion ~= '' then
+    redis.call('XADD', P .. 'completions', 'MAXLEN', '~', '20000', '*',
+      'payload', completion .. field_varint(6, tokens) .. field_varint(13, first_ms)
+        .. field_varint(14, ended_ms))
+  end
 end
 
 -- True if the holder of `generation` itself ended it so: a call that is repeated, not lost.

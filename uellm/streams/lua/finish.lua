@@ -1,7 +1,7 @@
 -- Ends requests that no replica holds: refused, expired or given up by their scheduler.
 -- ARGV: owner token, retention in s, the same of those that were refused and whose client is being
---   told by a gateway, then per request: id, generation, state, Finished, CompletionEvent, Promise
---   of one that is refused or '', reason for the dead-letter stream or ''
+--   told by a gateway, then per request: id, generation, state, Finished, CompletionEvent
+--   or '' of one that is refused, Promise of one that is refused or '', reason for the dead-letter stream or ''
 -- Returns {'stale'} or {'ok', 1 or 0 (it had moved on) per request}.
 if not owns(ARGV[1]) then
   return { 'stale' }
