@@ -66,14 +66,16 @@ async def test_every_request_is_promised(mesh: Mesh, redis_url: str) -> None:
         promises = [await mesh.promised(request_id) for request_id in ids]
     finishes = sorted(p.finish_p50.ToNanoseconds() / 1e9 for p in promises)
     # One slot: they run one after the other, 100 tokens of half a second each. A new mesh has not
-    # shown yet that it is that fast.
+    # shown yet that it is that fast, least of all with who waits.
     for earlier, later in pairwise(finishes):
-        assert 45 < later - earlier < 75
+        assert 45 < later - earlier < 90
+    first, *behind = (promise.p_meet for promise in promises)
+    assert 0.9 < first < 1
+    assert all(0.8 < odds < 0.9 for odds in behind)
     for promise in promises:
         assert promise.revision == 1
         assert promise.policy == "edf"
         assert promise.plan_epoch == 1
-        assert 0.8 < promise.p_meet < 0.9
         assert promise.start_p50.ToNanoseconds() <= promise.start_p90.ToNanoseconds()
         assert promise.finish_p50.ToNanoseconds() < promise.finish_p90.ToNanoseconds()
         assert promise.output_tokens_p50 == 100
