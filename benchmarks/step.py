@@ -82,7 +82,7 @@ def clocked() -> Iterator[Clock]:
     from uellm_worker.engine.packing import PackedLinear
     from uellm_worker.engine.part import Part
     from uellm_worker.engine.quantized import QuantizedLinear
-    from uellm_worker.engine.shard_engine import ShardStage
+    from uellm_worker.engine.shard_stage import ShardStage
     from uellm_worker.engine.team import Team
 
     clock = Clock()

@@ -10,7 +10,7 @@ from uellm.core.cost import StepCost
 from uellm.core.load import OfferedLoad
 from uellm.core.model import LayerProfile, ModelProfile
 from uellm.core.request import Priority, Promise, QuantileFunction, ResourceProfile, Slo
-from uellm.placement.measuring import BlockCost
+from uellm.placement.measuring import BlockCost, BlockSample, left_over
 from uellm.placement.topology import Device, Link, LinkSpeed, Topology
 from uellm.placement.views import PlannedReplica, PlannedStage, Prediction
 from uellm.v1 import common_pb2, queue_pb2, topology_pb2
@@ -337,16 +337,28 @@ def topology_from_proto(message: topology_pb2.Topology) -> Topology:
     )
 
 
+def sample_from_proto(point: topology_pb2.BlockPoint) -> BlockSample:
+    """A step that was timed."""
+    facts = (point.tokens, point.context_tokens, point.pairs)
+    return BlockSample(*facts, point.layer_seconds, point.step_seconds, point.ends_seconds)
+
+
 def block_from_proto(message: topology_pb2.BlockCost) -> BlockCost:
     """What a layer takes on a device."""
+    layer = cost_from_proto(message.layer)
     return BlockCost(
-        layer=cost_from_proto(message.layer),
+        layer=layer,
         step_seconds=message.step_seconds,
         error=message.error,
         weight_bytes=message.weight_bytes,
         flops_per_token=message.flops_per_token,
         measured_at=seconds(message.measured_at),
         live_ratio=message.live_ratio or 1.0,
+        ends=cost_from_proto(message.ends) if message.HasField("ends") else None,
+        leader_seconds=message.leader_seconds,
+        share=message.share or 1.0,
+        period_seconds=message.period_seconds,
+        left_over=left_over([sample_from_proto(point) for point in message.points], layer),
     )
 
 

@@ -201,11 +201,11 @@ async def test_live_steps_show_that_a_device_became_slower(mesh: Mesh) -> None:
         report = queue_pb2.ReplicaReport(
             epoch=epoch,
             step=step,
-            decode_sequences=2,
-            context_tokens=100,
+            decode_step_sequences=2,
+            decode_step_context_tokens=100,
             stages=[
-                queue_pb2.StageSeconds(compute_seconds=3 * layer),
-                queue_pb2.StageSeconds(compute_seconds=2.5 * 3 * layer),
+                queue_pb2.StageSeconds(decode_seconds=3 * layer),
+                queue_pb2.StageSeconds(decode_seconds=2.5 * 3 * layer),
             ],
         )
         assert await mesh.queue.route(REPLICA, epoch, "READY", report)

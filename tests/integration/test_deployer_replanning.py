@@ -55,11 +55,15 @@ def steps(mesh: Mesh, replica: topology_pb2.Replica, ratios: list[float]) -> Cal
         step += 1
         counts = [stage.last_layer - stage.first_layer + 1 for stage in replica.stages]
         seconds = [
-            queue_pb2.StageSeconds(compute_seconds=ratio * count * COST.seconds(2, 100))
+            queue_pb2.StageSeconds(decode_seconds=ratio * count * COST.seconds(2, 100))
             for ratio, count in zip(ratios, counts, strict=True)
         ]
         message = queue_pb2.ReplicaReport(
-            epoch=replica.epoch, step=step, decode_sequences=2, context_tokens=100, stages=seconds
+            epoch=replica.epoch,
+            step=step,
+            decode_step_sequences=2,
+            decode_step_context_tokens=100,
+            stages=seconds,
         )
         await mesh.queue.route(replica.id, replica.epoch, "READY", message)
 

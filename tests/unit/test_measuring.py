@@ -1,5 +1,7 @@
 """Fits of layers and links: known costs are found again through noise."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -38,7 +40,8 @@ def test_a_layer_is_predicted_within_its_noise(cost: StepCost, seed: int) -> Non
 def test_without_noise_a_layer_is_found_exactly() -> None:
     found = fit_block(samples(CPU, 0.0, 0), 45e6, 22e6, 100.0)
     assert found.error < 5e-3
-    assert found.seconds(10, 4, 400) == pytest.approx(1e-4 + 10 * CPU.seconds(4, 400), rel=1e-2)
+    assert found.layer.seconds(4, 400) == pytest.approx(CPU.seconds(4, 400), rel=1e-2)
+    assert found.step_seconds == pytest.approx(1e-4)
     device = found.describe(Device("w/cpu:0", "w", "h", "cpu", 1))
     assert device.flops_per_second == pytest.approx(22e6 / 110e-6, rel=0.05)
     assert device.memory_bytes_per_second == pytest.approx(45e6 / 1.2e-3, rel=0.2)
@@ -65,13 +68,15 @@ def test_tables_follow_the_cost() -> None:
 
 def test_live_steps_move_the_ratio_and_outliers_do_not() -> None:
     cost = fit_block(samples(CPU, 0.0, 0), 45e6, 22e6, 0.0)
-    took = cost.seconds(4, 8, 800)
     for _ in range(40):
-        cost = cost.seen(4, 8, 800, 2 * took)
+        cost = cost.seen(2.0)
     assert cost.live_ratio == pytest.approx(2.0, rel=0.01)
     assert cost.describe(Device("d", "w", "h", "cpu", 1)).slowdown == cost.live_ratio
-    assert cost.seen(4, 8, 800, 1000 * took) == cost
-    assert cost.seen(4, 8, 800, 0.0) == cost
+    assert cost.seen(1000.0) == cost
+    assert cost.seen(0.0) == cost
+    throttled = Device("d", "w", "h", "cpu", 1, slowdown=3.0)
+    assert cost.describe(throttled).slowdown == 3.0
+    assert cost.describe(replace(throttled, slowdown=1.0)).slowdown == cost.live_ratio
 
 
 @settings(max_examples=50, deadline=None)

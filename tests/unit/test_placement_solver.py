@@ -57,8 +57,8 @@ def everything(costs: Costs) -> Iterator[Point]:
     """Every order of every set, every cut, that fits and keeps workers together."""
     n, num_layers = len(costs.devices), costs.num_layers
     layer, head = costs.layer[:, 0].tolist(), costs.head_total.tolist()
-    stage = costs.stage_total.tolist()
-    link, busy = costs.link.tolist(), costs.busy.tolist()
+    stage, leader = costs.stage_total.tolist(), costs.leader_total.tolist()
+    link, busy, back = costs.link.tolist(), costs.busy.tolist(), costs.back_total.tolist()
     size = int(costs.layer_bytes[0])
     need = costs.need
     fixed = {
@@ -72,7 +72,7 @@ def everything(costs: Costs) -> Iterator[Point]:
             if 1 + sum(a != b for a, b in pairwise(workers)) != len(set(workers)):
                 continue
             ways = list(pairwise(order))
-            on_links = sum(link[a][b] for a, b in ways)
+            on_links = sum(link[a][b] for a, b in ways) + back[order[-1]][order[0]]
             busiest = max((busy[a][b] for a, b in ways), default=0.0)
             most = [
                 (int(costs.room[d]) - fixed[i == 0, i == count - 1]) // max(size, 1)
@@ -83,6 +83,7 @@ def everything(costs: Costs) -> Iterator[Point]:
                     continue
                 work = [layer[d] * k + stage[d] for d, k in zip(order, cut, strict=True)]
                 work[-1] += head[order[-1]]
+                work[0] += leader[order[0]]
                 seconds = sum(work) + on_links
                 yield Point(
                     order,

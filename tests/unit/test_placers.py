@@ -55,7 +55,7 @@ def test_on_equal_devices_an_even_split_stays(objective: Objective, stages: int)
 
 
 def test_a_faster_device_gets_more_and_alone_if_it_can() -> None:
-    request = PlanRequest(devices(1, 4), MODEL, replace(WANTED, stages=2), "lr")
+    request = PlanRequest(devices(0.1, 0.4), MODEL, replace(WANTED, stages=2), "lr")
     assert layers(placer_of("lr").place(request)) in (
         [("w1", 5), ("w0", 1)],
         [("w0", 1), ("w1", 5)],

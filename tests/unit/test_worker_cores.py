@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from uellm_worker import cpu_speed
-from uellm_worker.cores import granted_cores, quota
+from uellm_worker.cores import Quota, granted_cores, quota
 from uellm_worker.cpu import available_memory, numa_nodes
 
 
@@ -54,7 +54,7 @@ def test_quotas_count_as_whole_cores(files: dict[str, str], cores: int, tmp_path
 
 
 def test_the_narrowest_quota_counts(tmp_path: Path) -> None:
-    assert quota(tmp_path) == float("inf")
+    assert quota(tmp_path).cores == float("inf")
     group = "sys/fs/cgroup/cpu/a"
     write(
         tmp_path,
@@ -66,7 +66,7 @@ def test_the_narrowest_quota_counts(tmp_path: Path) -> None:
             f"{group}/b/cpu.cfs_period_us": "100000\n",
         },
     )
-    assert quota(tmp_path) == 0.25
+    assert quota(tmp_path) == Quota(0.25, 0.1)
 
 
 def test_a_quarter_of_a_core_is_a_quarter_as_fast(
@@ -75,7 +75,7 @@ def test_a_quarter_of_a_core_is_a_quarter_as_fast(
     monkeypatch.setattr(cpu_speed, "_measure_apart", lambda threads: (8e10, 2e10))
     file = tmp_path / "speed.json"
     for granted, share in ((float("inf"), 1.0), (4.0, 1.0), (0.5, 0.25)):
-        monkeypatch.setattr(cpu_speed, "quota", lambda granted=granted: granted)
+        monkeypatch.setattr(cpu_speed, "quota", lambda granted=granted: Quota(granted))
         found = cpu_speed.cpu_speed(2, file, 100.0)
         assert (found.flops_per_second, found.memory_bytes_per_second) == (
             8e10 * share,

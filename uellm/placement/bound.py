@@ -1,9 +1,9 @@
 """A lower bound for chains on any topology: the tree's, made better by potentials of the devices.
 
-A device inside a chain has two ways, one at an end has one. Seconds that are added to all ways of a
-device and taken back twice for its use, or once at an end, change no chain; but they change which
-tree is short. Raising them where the tree has too many ways at a device, and lowering them where it
-has too few, lifts the bound (Held and Karp, 1970, here with the layers chosen at the same time).
+With the way back each device of a chain has two ways. Seconds that are added to all ways of a
+device, and taken back twice for its use, change no chain; but they change which tree is short.
+Raising them where the tree has too many ways at a device, and lowering them where it has too few,
+lifts the bound (Held and Karp, 1970, here with the layers chosen at the same time).
 """
 
 from dataclasses import dataclass, replace
@@ -65,23 +65,21 @@ def ascend(chain: Chain, target: float, rounds: int) -> Bounded:
 
 
 def _with_potential(chain: Chain, potential: Array) -> Chain:
-    """Twice the potential off for the use of a device, once back for being an end."""
+    """Twice the potential off for the use of a device; one that is alone has it in its way back."""
     return replace(
         chain,
         fixed=chain.fixed - 2 * potential,
-        first=chain.first + potential,
-        last=chain.last + potential,
-        link=chain.link,
+        back=chain.back + np.diag(2 * potential),
     )
 
 
 def _slope(size: int, tree: Hierarchy, found: TreeResult) -> Array:
     """Ways at each device less those that a chain has there."""
     slope: Array = np.zeros(size)
-    for (a, b), count in zip(tree.edges, found.ways, strict=True):
+    edges = (*tree.edges, *tree.backs)
+    for (a, b), count in zip(edges, (*found.ways, *found.backs), strict=True):
         slope[a] += count
         slope[b] += count
-    slope[np.asarray(found.order)] -= 2
-    slope[found.order[0]] += 1
-    slope[found.order[-1]] += 1
+    if len(found.order) > 1:
+        slope[np.asarray(found.order)] -= 2
     return slope

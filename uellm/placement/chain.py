@@ -27,6 +27,7 @@ class Chain:
         first: [n], seconds of being first.
         last: [n], seconds of being last.
         link: [n, n], seconds from one to the next; inf: not to be used.
+        back: [n, n], seconds from the last to the first.
         middle_cap: [n], most layers between the ends.
         first_cap: [n], most layers when first of several.
         last_cap: [n], most layers when last of several.
@@ -41,6 +42,7 @@ class Chain:
     first: Array
     last: Array
     link: Array
+    back: Array
     middle_cap: Integers
     first_cap: Integers
     last_cap: Integers
@@ -88,6 +90,7 @@ class Chain:
             + self.first[order[0]]
             + self.last[order[-1]]
             + self.link[devices[:-1], devices[1:]].sum()
+            + self.back[order[-1], order[0]]
         )
 
     def allows(self, order: Sequence[int]) -> bool:
@@ -146,9 +149,10 @@ def chain_of(costs: Costs, pins: Sequence[Pin] = (), layer_bytes: float | None =
         num_layers=num_layers,
         layer=costs.layer.mean(axis=1),
         fixed=costs.stage_total,
-        first=np.zeros(n),
+        first=costs.leader_total,
         last=costs.head_total,
         link=costs.link,
+        back=costs.back_total,
         middle_cap=caps(first=False, last=False),
         first_cap=np.where(may_begin, caps(first=True, last=False), 0),
         last_cap=np.where(may_end, caps(first=False, last=True), 0),

@@ -5,7 +5,7 @@ and a launch; where it was measured, the measured times. A link takes its latenc
 the software of the hop unless that was measured with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,6 +26,8 @@ from uellm.placement.views import LayerTimes, PlanRequest, Workload
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
+TOKEN_BYTES = 64
+"""Of a token on its way from the last stage to the first, with what goes with it."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,12 @@ class Costs:
         decode: [n, L], seconds for one step.
         head: [n], seconds for the logits of one step.
         stage: [n], seconds of any step beside layers and head.
+        leader: [n], seconds between two steps, of the first stage.
+        share: [n], of the time that a quota lets it compute; seconds here count the rest.
+        period: [n], of the quota, in seconds.
         link_prefill: [n, n], seconds for the activations of a batch's prompts.
         link_decode: [n, n], seconds for those of one step.
+        back: [n, n], seconds from the last stage to the first for the tokens of one step.
         busy: [n, n], seconds that a batch keeps a link busy: latency does not.
         room: [n], bytes that may be filled.
         price: [n], what using a device costs, in units of the user's own.
@@ -60,8 +66,12 @@ class Costs:
     decode: Array
     head: Array
     stage: Array
+    leader: Array
+    share: Array
+    period: Array
     link_prefill: Array
     link_decode: Array
+    back: Array
     busy: Array
     room: Integers
     price: Array
@@ -100,9 +110,21 @@ class Costs:
         return total
 
     @cached_property
+    def leader_total(self) -> Array:
+        """[n], seconds of a batch from prompt to last token, of the first stage's leading."""
+        total: Array = self.leader * self.output_tokens
+        return total
+
+    @cached_property
     def link(self) -> Array:
         """[n, n], seconds of a batch from prompt to last token."""
         total: Array = self.link_prefill + self.steps * self.link_decode
+        return total
+
+    @cached_property
+    def back_total(self) -> Array:
+        """[n, n], seconds of a batch from prompt to last token, for the way back."""
+        total: Array = self.back * self.output_tokens
         return total
 
     @cached_property
@@ -132,8 +154,12 @@ class Costs:
             decode=self.decode[some],
             head=self.head[some],
             stage=self.stage[some],
+            leader=self.leader[some],
+            share=self.share[some],
+            period=self.period[some],
             link_prefill=self.link_prefill[pairs],
             link_decode=self.link_decode[pairs],
+            back=self.back[pairs],
             busy=self.busy[pairs],
             room=self.room[some],
             price=self.price[some],
@@ -169,12 +195,14 @@ def costs_of(request: PlanRequest, slots: int | None = None) -> Costs:
         in_flight=workload.in_flight,
         prefill=prefill,
         decode=decode,
-        head=_head_times(devices, model, batch),
-        stage=np.array(
-            [d.slowdown * t.stage if t else 0.0 for d, t in zip(devices, times, strict=True)]
-        ),
+        head=_head_times(devices, model, batch, times),
+        stage=_measured(devices, times, lambda t: t.stage),
+        leader=_measured(devices, times, lambda t: t.leader),
+        share=np.array([t.share if t else 1.0 for t in times]),
+        period=np.array([t.period if t else 0.0 for t in times]),
         link_prefill=latency + hop + prompt * per_byte,
         link_decode=latency + hop + activation * per_byte,
+        back=_back(devices, latency + hop + batch * TOKEN_BYTES * per_byte),
         busy=busy,
         room=np.array([int(d.memory_bytes * USABLE) for d in devices], dtype=np.int64),
         price=np.array([request.costs.get(d.id, d.cost) for d in devices]),
@@ -302,13 +330,31 @@ def _interpolate(points: Sequence[tuple[float, float]], tokens: float) -> float:
     return float(seconds[-1] + max(slope, 0.0) * (tokens - at[-1]))
 
 
-def _head_times(devices: Sequence[Device], model: ModelProfile, batch: int) -> Array:
+def _head_times(
+    devices: Sequence[Device],
+    model: ModelProfile,
+    batch: int,
+    times: Sequence[LayerTimes | None],
+) -> Array:
     flops = 2.0 * model.hidden_size * model.vocab_size * batch
     return np.array(
         [
-            max(flops / flops_per_second(d), model.head_bytes / memory_bytes_per_second(d))
-            for d in devices
+            d.slowdown * _interpolate(t.ends, batch)
+            if t is not None and t.ends
+            else max(flops / flops_per_second(d), model.head_bytes / memory_bytes_per_second(d))
+            for d, t in zip(devices, times, strict=True)
         ]
+    )
+
+
+def _measured(
+    devices: Sequence[Device],
+    times: Sequence[LayerTimes | None],
+    seconds: Callable[[LayerTimes], float],
+) -> Array:
+    """[n] seconds of what only measuring tells; 0 where nothing was measured."""
+    return np.array(
+        [d.slowdown * seconds(t) if t else 0.0 for d, t in zip(devices, times, strict=True)]
     )
 
 
@@ -332,6 +378,12 @@ def _links(topology: Topology, devices: Sequence[Device]) -> tuple[Array, Array,
     for array in (latency, per_byte, hop):
         np.fill_diagonal(array, 0.0)
     return latency, per_byte, hop
+
+
+def _back(devices: Sequence[Device], seconds: Array) -> Array:
+    """[n, n] seconds for the tokens of a step; a worker's own way to itself is none."""
+    workers = np.unique([device.worker for device in devices], return_inverse=True)[1]
+    return np.where(workers[:, None] != workers[None, :], seconds, 0.0)
 
 
 def _levels(devices: Sequence[Device]) -> Integers:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from uellm.placement.chain import Chain, Route, route
+from uellm.placement.costs import Array, Integers
 
 MOST_DEVICES = 32
 # Seconds become whole numbers, so many to those of the hint; rounded down, they bound from below.
@@ -68,6 +69,7 @@ class _Circuit:
         layers = [self._add_layers(d, hinted.get(d, 0)) for d in range(chain.size)]
         model.add(sum(layers) == chain.num_layers)
         self._keep_workers_together()
+        self._go_back(hint)
         model.minimize(sum(self._costs))
 
     def order(self, solver: Any) -> list[int]:
@@ -122,6 +124,22 @@ class _Circuit:
             into = [arc for (i, j), arc in self._arcs.items() if j in inside and i not in inside]
             if len(inside) > 1:
                 self.model.add(sum(into) <= 1)
+
+    def _go_back(self, hint: Route) -> None:
+        """The way from the last device to the first: no less than that from it to whoever is."""
+        back, depot = self._scaled(self._chain.back), self._depot
+        most = int(back.max(initial=0))
+        if not most:
+            return
+        way = self.model.new_int_var(0, most, "")
+        self.model.add_hint(way, int(back[hint.order[-1], hint.order[0]]))
+        for last in range(depot):
+            ways = [int(back[last, first]) * self._arcs[depot, first] for first in range(depot)]
+            self.model.add(way >= sum(ways)).only_enforce_if(self._arcs[last, depot])
+        self._costs.append(way)
+
+    def _scaled(self, seconds: Array) -> Integers:
+        return np.floor(self.scale * seconds).astype(np.int64)
 
     def _cost(self, seconds: float, variable: Any) -> None:
         self._costs.append(int(np.floor(self.scale * seconds)) * variable)

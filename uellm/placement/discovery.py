@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations, product
 
-from uellm.placement.measuring import BlockCost
+from uellm.placement.measuring import BlockCost, slowed
 from uellm.placement.topology import Device, Link, LinkSpeed, Topology
 from uellm.placement.views import LayerTimes, Workload
 
@@ -118,7 +118,7 @@ class Knowledge:
             slow = self.slowdowns.get(device.id)
             if slow is not None:
                 # Of its kind others may be as fast as ever.
-                spoken = replace(spoken, slowdown=max(device.slowdown, slow))
+                spoken = replace(spoken, slowdown=slowed(device, slow))
             described.append(spoken)
         ids = {device.id for device in devices}
         settled = {(link.src, link.dst) for link in self.overrides}

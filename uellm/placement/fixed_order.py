@@ -34,6 +34,7 @@ def best_cut(
         first, last = index == 0, index == stages - 1
         work_to = np.concatenate([[0.0], np.cumsum(costs.layer[device])])
         besides = costs.stage_total[device] + (costs.head_total[device] if last else 0.0)
+        besides += costs.leader_total[device] if first else 0.0
         work = work_to[None, :] - work_to[:, None] + besides
         room = costs.room[device] - costs.need.fixed(first=first, last=last)
         # [s, e]: layers s to e - 1 on this device.

@@ -114,7 +114,7 @@ def optima(chain: Chain, path: Array | None = None) -> Optima:
             among = among[(among & required) == required]
             split = _split(chain, first, last, [bits[among] for bits in members], counts[among])
             total = base[among] + split + path[among, first, last]
-            total += chain.first[first] + chain.last[last]
+            total += chain.first[first] + chain.last[last] + chain.back[last, first]
             better = total < seconds[among]
             seconds[among[better]] = total[better]
             ends[among[better]] = first * n + last

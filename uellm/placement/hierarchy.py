@@ -23,12 +23,14 @@ class Merge:
         left: one.
         right: the other.
         seconds: of a way between them.
+        back: seconds of a way back between them, the shortest.
         worker: they make up a whole worker, which a chain enters only once.
     """
 
     left: int
     right: int
     seconds: float
+    back: float
     worker: bool
 
 
@@ -39,11 +41,13 @@ class Hierarchy:
     Attributes:
         merges: n - 1, narrow ones first.
         edges: the two devices whose way each merge goes by.
+        backs: the two devices whose way back each merge goes by.
         exact: the tree says all about the links and workers.
     """
 
     merges: tuple[Merge, ...]
     edges: tuple[tuple[int, int], ...]
+    backs: tuple[tuple[int, int], ...]
     exact: bool
 
 
@@ -56,8 +60,10 @@ def hierarchy(chain: Chain, potential: Array | None = None) -> Hierarchy:
     """
     n = chain.size
     ways = np.minimum(chain.link, chain.link.T)
+    backs = np.minimum(chain.back, chain.back.T)
     if potential is not None:
-        ways = ways + potential[:, None] + potential[None, :]
+        added = potential[:, None] + potential[None, :]
+        ways, backs = ways + added, backs + added
     np.fill_diagonal(ways, np.inf)
     # Of equal ways those within a worker come first, so that its devices form a group.
     apart = chain.group[:, None] != chain.group[None, :]
@@ -67,8 +73,11 @@ def hierarchy(chain: Chain, potential: Array | None = None) -> Hierarchy:
     name = list(range(n))
     members: list[Integers] = [np.array([device]) for device in range(n)]
     sizes = np.bincount(chain.group, minlength=int(chain.group.max(initial=0)) + 1)
-    exact = potential is None and bool(np.allclose(chain.link, chain.link.T, rtol=_SAME, atol=0))
+    exact = potential is None and all(
+        bool(np.allclose(way, way.T, rtol=_SAME, atol=0)) for way in (chain.link, chain.back)
+    )
     merges: list[Merge] = []
+    ends: list[tuple[int, int]] = []
     for a, b in edges:
         left, right = _root(parent, a), _root(parent, b)
         seconds = float(ways[a, b])
@@ -84,11 +93,15 @@ def hierarchy(chain: Chain, potential: Array | None = None) -> Hierarchy:
                 for g in set(chain.group[side])
             )
             exact = whole and bool(np.isclose(between, seconds, rtol=0, atol=tolerance).all())
-        merges.append(Merge(name[left], name[right], seconds, worker))
+        back = backs[np.ix_(one, other)]
+        least = divmod(int(back.argmin()), len(other))
+        ends.append((int(one[least[0]]), int(other[least[1]])))
+        exact = exact and bool(np.isclose(back, back.min(), rtol=0, atol=tolerance).all())
+        merges.append(Merge(name[left], name[right], seconds, float(back.min()), worker))
         parent[right] = left
         name[left] = n + len(merges) - 1
         members[left] = np.concatenate([one, other])
-    return Hierarchy(tuple(merges), tuple(edges), exact)
+    return Hierarchy(tuple(merges), tuple(edges), tuple(ends), exact)
 
 
 def _root(parent: list[int], device: int) -> int:

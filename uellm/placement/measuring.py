@@ -4,12 +4,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from uellm.core.cost import StepCost, chunk_pairs
 from uellm.placement.topology import Device, LinkSpeed
 from uellm.placement.views import LayerTimes, Workload
 from uellm.policy.latency import fit_cost
 
 _SCATTER = 0.05
+_LEAST_LEFT, _MOST_LEFT = 0.7, 1.4
+"""What is beyond was disturbed."""
 LIVE_WEIGHT = 0.2
 """Share of the newest comparison in a smoothed ratio."""
 _LEAST_RATIO, _MOST_RATIO = 0.2, 20.0
@@ -27,6 +31,7 @@ class BlockSample:
     pairs: float
     layer_seconds: float
     step_seconds: float
+    ends_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +42,16 @@ class BlockCost:
         layer: of one layer.
         step_seconds: of a step beside its layers.
         error: median of the relative errors at the points.
+        left_over: by tokens of steps that only decode, what these took in units of the fit: between
+            two tokens there is no knee, as the fit has one.
         weight_bytes: the layer's weights.
         flops_per_token: its work for one token, attention aside.
         measured_at: seconds since the epoch.
         live_ratio: what steps take since then in units of this, smoothed; 1: as measured.
+        ends: of embedding, head and choosing tokens, by sequences; None: not measured.
+        leader_seconds: what a leader does between two steps.
+        share: of the time that a quota lets the device compute; all seconds count the rest.
+        period_seconds: of the quota.
     """
 
     layer: StepCost
@@ -50,23 +61,14 @@ class BlockCost:
     flops_per_token: float
     measured_at: float
     live_ratio: float = 1.0
+    ends: StepCost | None = None
+    leader_seconds: float = 0.0
+    share: float = 1.0
+    period_seconds: float = 0.0
+    left_over: tuple[tuple[float, float], ...] = ()
 
-    def seconds(
-        self, layers: float, tokens: float, context: float = 0.0, pairs: float = 0.0
-    ) -> float:
-        """What a step takes on so many layers, as measured."""
-        return self.step_seconds + layers * self.layer.seconds(tokens, context, pairs)
-
-    def seen(self, layers: float, tokens: float, context: float, seconds: float) -> "BlockCost":
-        """The same, having seen a step that only decodes take so many seconds.
-
-        Args:
-            layers: that the device computed; what it holds besides counts by its weight.
-            tokens: sequences that decoded.
-            context: tokens that they attended to.
-            seconds: what it took.
-        """
-        ratio = seconds / self.seconds(layers, tokens, context)
+    def seen(self, ratio: float) -> "BlockCost":
+        """The same, having seen a step take so much of what it was predicted to."""
         if not _LEAST_RATIO <= ratio <= _MOST_RATIO:
             return self
         return replace(self, live_ratio=self.live_ratio + LIVE_WEIGHT * (ratio - self.live_ratio))
@@ -82,11 +84,23 @@ class BlockCost:
                 for tokens in sorted({*map(float, _PREFILLS), float(knee)})
             ),
             decode=tuple(
-                (batch, self.layer.seconds(batch, context=batch * context))
+                (batch, self._left(batch) * self.layer.seconds(batch, context=batch * context))
                 for batch in sorted({*map(float, _BATCHES), float(knee)})
             ),
             stage=self.step_seconds,
+            ends=()
+            if self.ends is None
+            else tuple((batch, self.ends.seconds(batch)) for batch in map(float, _BATCHES)),
+            leader=self.leader_seconds,
+            share=self.share,
+            period=self.period_seconds,
         )
+
+    def _left(self, tokens: float) -> float:
+        if not self.left_over:
+            return 1.0
+        at, ratios = zip(*self.left_over, strict=True)
+        return float(np.interp(tokens, at, ratios))
 
     def describe(self, device: Device) -> Device:
         """A device with the speeds that this shows, in the terms of a roofline."""
@@ -96,12 +110,27 @@ class BlockCost:
             flops_per_second=_rate(self.flops_per_token, layer.per_token),
             memory_bytes_per_second=_rate(self.weight_bytes, layer.weights),
             launch_seconds=layer.overhead,
-            slowdown=max(device.slowdown, self.live_ratio),
+            slowdown=slowed(device, self.live_ratio),
         )
 
 
+def slowed(device: Device, ratio: float) -> float:
+    """A device's slowdown, whose steps take so much of what they were predicted to.
+
+    What throttles it at present counts where that is more.
+    """
+    return max(ratio, device.slowdown) if device.slowdown > 1 else ratio
+
+
 def fit_block(
-    samples: Sequence[BlockSample], weight_bytes: float, flops_per_token: float, now: float
+    samples: Sequence[BlockSample],
+    weight_bytes: float,
+    flops_per_token: float,
+    now: float,
+    *,
+    leader_seconds: float = 0.0,
+    share: float = 1.0,
+    period_seconds: float = 0.0,
 ) -> BlockCost:
     """A layer's cost from what was timed; at least one sample.
 
@@ -110,6 +139,9 @@ def fit_block(
         weight_bytes: the layer's weights.
         flops_per_token: its work for one token.
         now: when they were taken, seconds since the epoch.
+        leader_seconds: see ``BlockCost``.
+        share: see ``BlockCost``.
+        period_seconds: see ``BlockCost``.
     """
     shortest = min(sample.layer_seconds for sample in samples)
     per_token = min(sample.layer_seconds / sample.tokens for sample in samples)
@@ -128,7 +160,36 @@ def fit_block(
         weight_bytes=weight_bytes,
         flops_per_token=flops_per_token,
         measured_at=now,
+        ends=_fit_ends(samples),
+        left_over=left_over(samples, layer),
+        leader_seconds=leader_seconds,
+        share=share,
+        period_seconds=period_seconds,
     )
+
+
+def left_over(samples: Sequence[BlockSample], layer: StepCost) -> tuple[tuple[float, float], ...]:
+    """By tokens, what steps that only decode took in units of a fit; see ``BlockCost``."""
+    ratios: dict[float, list[float]] = {}
+    for sample in samples:
+        if sample.context_tokens:
+            predicted = layer.seconds(sample.tokens, sample.context_tokens, sample.pairs)
+            ratios.setdefault(sample.tokens, []).append(sample.layer_seconds / predicted)
+    return tuple(
+        (tokens, min(max(statistics.median(ratios[tokens]), _LEAST_LEFT), _MOST_LEFT))
+        for tokens in sorted(ratios)
+    )
+
+
+def _fit_ends(samples: Sequence[BlockSample]) -> StepCost | None:
+    """What the ends of a replica take by its sequences, each of which has one token."""
+    decodes = [s for s in samples if s.context_tokens and s.ends_seconds > 0]
+    if not decodes:
+        return None
+    shortest = min(s.ends_seconds for s in decodes)
+    per_token = min(s.ends_seconds / s.tokens for s in decodes)
+    start = StepCost(shortest / 2, shortest / 2, per_token)
+    return fit_cost([(s.tokens, 0.0, 0.0, s.ends_seconds) for s in decodes], start)
 
 
 def fit_link(samples: Sequence[tuple[float, float]], least_seconds: float = 0.0) -> LinkSpeed:

@@ -23,6 +23,7 @@ class Polisher:
         self._layer = chain.layer.tolist()
         self._fixed = chain.fixed.tolist()
         self._link = chain.link.tolist()
+        self._back = chain.back.tolist()
         self._middle = chain.middle_cap.tolist()
         self._group = chain.group.tolist()
         rank = sorted(range(chain.size), key=lambda d: (self._layer[d], d))
@@ -59,7 +60,7 @@ class Polisher:
         if not self._side_by_side(order):
             return None
         first, last = order[0], order[-1]
-        total: float = float(chain.first[first] + chain.last[last])
+        total: float = float(chain.first[first] + chain.last[last]) + self._back[last][first]
         for device in sorted(order, key=self._rank.__getitem__):
             more = self._middle[device] - 1
             if device == first:

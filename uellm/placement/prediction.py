@@ -7,7 +7,11 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from uellm.placement.costs import Costs
+from uellm.placement.quota import step_seconds
 from uellm.placement.views import PlannedReplica, PlannedStage, Prediction
+
+_ROUNDS = 3
+"""Of how fast a replica is, and how much of quotas that needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +45,71 @@ def latency(costs: Costs, layout: Layout) -> float:
 
 def predict(costs: Costs, layout: Layout) -> Prediction:
     """How fast a layout is."""
-    stages = list(zip(layout.order, layout.ranges, strict=True))
-    last = layout.order[-1]
+    return _predicted(costs, layout, _stage_seconds(costs, layout))
+
+
+@dataclass(frozen=True, slots=True)
+class _Seconds:
+    """What a stage takes for a batch's prompts, and for a step that decodes."""
+
+    prefill: float
+    decode: float
+
+
+def _stage_seconds(costs: Costs, layout: Layout) -> list[_Seconds]:
+    """Of each stage. One with a quota is held back the more the more of its time is needed."""
+    sustained = [
+        _Seconds(float(costs.prefill[d, a : b + 1].sum()), float(costs.decode[d, a : b + 1].sum()))
+        for d, (a, b) in zip(layout.order, layout.ranges, strict=True)
+    ]
+    last = len(sustained) - 1
+    besides = [
+        float(costs.stage[d]) + (float(costs.head[d]) if index == last else 0.0)
+        for index, d in enumerate(layout.order)
+    ]
+    sustained = [
+        _Seconds(each.prefill + more, each.decode + more)
+        for each, more in zip(sustained, besides, strict=True)
+    ]
+    found = sustained
+    if all(costs.share[d] >= 1 for d in layout.order):
+        return found
+    for _ in range(_ROUNDS):
+        pace = _predicted(costs, layout, found).bottleneck_seconds
+        found = [
+            _held_back(costs, device, each, work / pace if pace > 0 else 0.0)
+            for device, each, work in zip(
+                layout.order, sustained, _work(costs, layout, sustained), strict=True
+            )
+        ]
+    return found
+
+
+def _held_back(costs: Costs, device: int, stage: _Seconds, busy: float) -> _Seconds:
+    share, period = float(costs.share[device]), float(costs.period[device])
+    return _Seconds(
+        step_seconds(stage.prefill, share, period, busy),
+        step_seconds(stage.decode, share, period, busy),
+    )
+
+
+def _work(costs: Costs, layout: Layout, stages: Sequence[_Seconds]) -> list[float]:
+    """Seconds of a batch from prompt to last token, by stage."""
+    work = [stage.prefill + costs.steps * stage.decode for stage in stages]
+    work[0] += float(costs.leader_total[layout.order[0]])
+    return work
+
+
+def _predicted(costs: Costs, layout: Layout, stages: Sequence[_Seconds]) -> Prediction:
+    first, last = layout.order[0], layout.order[-1]
     ways = list(pairwise(layout.order))
-    prefill = sum(float(costs.prefill[d, a : b + 1].sum()) for d, (a, b) in stages)
-    decode = sum(float(costs.decode[d, a : b + 1].sum()) for d, (a, b) in stages)
-    besides = float(costs.head[last]) + sum(float(costs.stage[d]) for d, _ in stages)
-    prefill += besides + sum(float(costs.link_prefill[way]) for way in ways)
-    decode += besides + sum(float(costs.link_decode[way]) for way in ways)
+    besides = float(costs.leader[first]) + float(costs.back[last, first])
+    prefill = besides + sum(stage.prefill for stage in stages)
+    decode = besides + sum(stage.decode for stage in stages)
+    prefill += sum(float(costs.link_prefill[way]) for way in ways)
+    decode += sum(float(costs.link_decode[way]) for way in ways)
     total = prefill + costs.steps * decode
-    work = [float(costs.layer[d, a : b + 1].sum() + costs.stage_total[d]) for d, (a, b) in stages]
-    work[-1] += float(costs.head_total[last])
+    work = _work(costs, layout, stages)
     limits = [(seconds, costs.devices[d].id) for seconds, d in zip(work, layout.order, strict=True)]
     limits += [
         (float(costs.busy[a, b]), f"{costs.devices[a].id} -> {costs.devices[b].id}")
@@ -72,26 +130,25 @@ def predict(costs: Costs, layout: Layout) -> Prediction:
 def planned(costs: Costs, layout: Layout) -> PlannedReplica:
     """A layout as a plan shows it."""
     stages = []
-    num_layers = costs.num_layers
+    seconds = _stage_seconds(costs, layout)
     for index, (device, (first, last)) in enumerate(zip(layout.order, layout.ranges, strict=True)):
-        has_head = last == num_layers - 1
-        besides = float(costs.stage[device]) + (float(costs.head[device]) if has_head else 0.0)
-        after = layout.order[index + 1] if index + 1 < len(layout.order) else device
+        after = layout.order[index + 1] if index + 1 < len(layout.order) else layout.order[0]
+        way = costs.link_decode if index + 1 < len(layout.order) else costs.back
         stages.append(
             PlannedStage(
                 device_id=costs.devices[device].id,
                 first_layer=first,
                 last_layer=last,
                 has_embed=first == 0,
-                has_head=has_head,
+                has_head=last == costs.num_layers - 1,
                 memory_bytes=costs.need.stage(first, last),
                 kv_bytes=costs.need.kv(first, last),
-                prefill_seconds=float(costs.prefill[device, first : last + 1].sum()) + besides,
-                decode_seconds=float(costs.decode[device, first : last + 1].sum()) + besides,
-                send_seconds=float(costs.link_decode[device, after]),
+                prefill_seconds=seconds[index].prefill,
+                decode_seconds=seconds[index].decode,
+                send_seconds=float(way[device, after]),
             )
         )
-    return PlannedReplica(tuple(stages), predict(costs, layout))
+    return PlannedReplica(tuple(stages), _predicted(costs, layout, seconds))
 
 
 def layout_of(costs: Costs, replica: PlannedReplica) -> Layout | None:

@@ -180,6 +180,7 @@ def _scale(chain: Chain) -> float:
         + chain.first.max()
         + chain.last.max()
         + ways.max() * chain.size
+        + chain.back.max()
     )
 
 
@@ -202,7 +203,7 @@ def least_cost(chain: Chain, price: Array) -> float:
     """The least cost of devices that hold the layers, whatever they take: a bound; inf: none do."""
     if not chain.size:
         return float("inf")
-    zero = np.zeros(chain.size)
+    zero, nowhere = np.zeros(chain.size), np.zeros((chain.size, chain.size))
     # With equal links everywhere workers are all there is to a tree: it is exact.
     bare = replace(
         chain,
@@ -210,7 +211,8 @@ def least_cost(chain: Chain, price: Array) -> float:
         fixed=price,
         first=zero,
         last=zero,
-        link=np.zeros((chain.size, chain.size)),
+        link=nowhere,
+        back=nowhere,
     )
     result = solve_tree(bare, hierarchy(bare))
     return result.bound if result else float("inf")

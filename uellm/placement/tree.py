@@ -15,11 +15,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from uellm.placement.chain import Chain, Route, route
 from uellm.placement.costs import Array, Integers
-from uellm.placement.hierarchy import Hierarchy
+from uellm.placement.hierarchy import Hierarchy, Merge
 
 # Pieces of the chain that a group offers.
 _NONE, _FIRST, _LAST, _BOTH, _PAIR = range(5)
 # Which pieces are joined: left, right, and what comes of it with how many ways between the groups.
+# Where one has the first device and the other the last, the way back is between them as well.
 _JOINS: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...] = (
     (_NONE, _NONE, ((_NONE, 1),)),
     (_FIRST, _NONE, ((_FIRST, 1),)),
@@ -54,12 +55,14 @@ class TreeResult:
         bound: no chain on the tree takes less.
         order: devices of the chain with that bound.
         ways: how often each merge is crossed by it.
+        backs: how often by its way back.
         route: that chain on the true links; None if workers or links do not allow it.
     """
 
     bound: float
     order: tuple[int, ...]
     ways: Integers
+    backs: Integers
     route: Route | None
 
 
@@ -69,23 +72,23 @@ def solve_tree(chain: Chain, tree: Hierarchy) -> TreeResult | None:
     groups = [_leaf(chain, device) for device in range(n)]
     for merge in tree.merges:
         one, other = groups[merge.left], groups[merge.right]
-        groups.append(_merge(one, other, merge.seconds, merge.worker, chain.num_layers))
+        groups.append(_merge(one, other, merge, chain.num_layers))
     top = groups[-1]
     if top.seconds.shape[1] <= chain.num_layers:
         return None
     bound = float(top.seconds[_BOTH, chain.num_layers])
     if not np.isfinite(bound):
         return None
-    ways = np.zeros(len(tree.merges), dtype=np.int64)
+    ways = np.zeros((2, len(tree.merges)), dtype=np.int64)
     pieces = _pieces(groups, tree, len(groups) - 1, _BOTH, chain.num_layers, ways)
     (order,) = pieces
-    return TreeResult(bound, tuple(order), ways, route(chain, order))
+    return TreeResult(bound, tuple(order), ways[0], ways[1], route(chain, order))
 
 
 def _leaf(chain: Chain, device: int) -> _Group:
     caps = [chain.middle_cap, chain.first_cap, chain.last_cap, chain.only_cap]
     ends = [0.0, chain.first[device], chain.last[device]]
-    ends.append(ends[1] + ends[2])
+    ends.append(ends[1] + ends[2] + chain.back[device, device])
     most = [min(int(cap[device]), chain.num_layers) for cap in caps]
     seconds = np.full((5, max(most) + 1), np.inf)
     for piece, (cap, end) in enumerate(zip(most, ends, strict=True)):
@@ -95,7 +98,8 @@ def _leaf(chain: Chain, device: int) -> _Group:
     return _Group(seconds, none, none, bool(chain.required[device]))
 
 
-def _merge(one: _Group, other: _Group, way: float, worker: bool, num_layers: int) -> _Group:
+def _merge(one: _Group, other: _Group, merge: Merge, num_layers: int) -> _Group:
+    worker = merge.worker
     a, b = one.seconds, other.seconds
     width = min(a.shape[1] + b.shape[1] - 1, num_layers + 1)
     joined, split = _convolve(a[_LEFT], b[_RIGHT], width)
@@ -119,12 +123,18 @@ def _merge(one: _Group, other: _Group, way: float, worker: bool, num_layers: int
         if not one.required:
             alone = b[piece, :width]
             offer(piece, alone, _ALONE_RIGHT, np.zeros(len(alone), dtype=np.int64))
-    for index, (_, _, results) in enumerate(_JOINS):
+    for index, (left_piece, right_piece, results) in enumerate(_JOINS):
+        back = merge.back if _goes_back(left_piece, right_piece) else 0.0
         for piece, crossings in results:
             if piece == _PAIR and worker:
                 continue
-            offer(piece, joined[index] + crossings * way, index, split[index])
+            seconds_here = joined[index] + crossings * merge.seconds + back
+            offer(piece, seconds_here, index, split[index])
     return _Group(seconds, join, left, one.required or other.required)
+
+
+def _goes_back(left: int, right: int) -> bool:
+    return {left, right} == {_FIRST, _LAST}
 
 
 def _convolve(a: Array, b: Array, width: int) -> tuple[Array, Integers]:
@@ -160,7 +170,8 @@ def _pieces(
     if join == _ALONE_RIGHT:
         return _pieces(groups, tree, merge.right, piece, layers, ways)
     left_piece, right_piece, results = _JOINS[join]
-    ways[index - n] += dict(results)[piece]
+    ways[0, index - n] += dict(results)[piece]
+    ways[1, index - n] += _goes_back(left_piece, right_piece)
     one = _pieces(groups, tree, merge.left, left_piece, on_left, ways)
     other = _pieces(groups, tree, merge.right, right_piece, layers - on_left, ways)
     return _joined(left_piece, right_piece, one, other, pair=piece == _PAIR)

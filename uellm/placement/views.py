@@ -77,11 +77,19 @@ class LayerTimes:
         prefill: prompts, tokens of all sequences together.
         decode: one step, one token of each sequence.
         stage: seconds of any step on the device, whatever layers it has.
+        ends: embedding, head and the choosing of tokens, by sequences; empty: not measured.
+        leader: seconds between two steps on the first device.
+        share: of the time that a quota lets the device compute; all seconds here count the rest.
+        period: of the quota, in seconds.
     """
 
     prefill: tuple[tuple[float, float], ...]
     decode: tuple[tuple[float, float], ...]
     stage: float = 0.0
+    ends: tuple[tuple[float, float], ...] = ()
+    leader: float = 0.0
+    share: float = 1.0
+    period: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

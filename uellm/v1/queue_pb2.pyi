@@ -323,19 +323,23 @@ class StageSeconds(_message.Message):
 
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     HOP_SECONDS_FIELD_NUMBER: _builtins.int
+    DECODE_SECONDS_FIELD_NUMBER: _builtins.int
     compute_seconds: _builtins.float
     """The stage's own work per step."""
     hop_seconds: _builtins.float
     """Its activation's way to the next stage."""
+    decode_seconds: _builtins.float
+    """The stage's own work per step that only decodes; 0: there was none."""
     def __init__(
         self,
         *,
         compute_seconds: _builtins.float = ...,
         hop_seconds: _builtins.float = ...,
+        decode_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "hop_seconds", b"hop_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "decode_seconds", b"decode_seconds", "hop_seconds", b"hop_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -371,6 +375,9 @@ class ReplicaReport(_message.Message):
     COST_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     EXECUTION_FIELD_NUMBER: _builtins.int
+    DECODE_STEP_SEQUENCES_FIELD_NUMBER: _builtins.int
+    DECODE_STEP_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    DECODE_STEPS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The placement it runs under."""
     step: _builtins.int
@@ -413,6 +420,12 @@ class ReplicaReport(_message.Message):
     """The policy that decides in its engine."""
     execution: _builtins.str
     """How its engine composes steps."""
+    decode_step_sequences: _builtins.float
+    """Sequences of the steps that only decode, smoothed as the seconds of their stages are."""
+    decode_step_context_tokens: _builtins.float
+    """Tokens of context that they attend to, likewise."""
+    decode_steps_in_flight: _builtins.float
+    """Steps under way at once while they are, likewise."""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageSeconds]:
         """One per stage."""
@@ -452,10 +465,13 @@ class ReplicaReport(_message.Message):
         cost: _common_pb2.StepCost | None = ...,
         policy: _builtins.str = ...,
         execution: _builtins.str = ...,
+        decode_step_sequences: _builtins.float = ...,
+        decode_step_context_tokens: _builtins.float = ...,
+        decode_steps_in_flight: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "reported_at", b"reported_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "cost", b"cost", "decode_sequences", b"decode_sequences", "decode_step_seconds", b"decode_step_seconds", "epoch", b"epoch", "execution", b"execution", "kv_tokens_cached", b"kv_tokens_cached", "kv_tokens_committed", b"kv_tokens_committed", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_reserved", b"kv_tokens_reserved", "kv_tokens_total", b"kv_tokens_total", "kv_tokens_used", b"kv_tokens_used", "padding_tokens", b"padding_tokens", "policy", b"policy", "prefill_seconds_per_token", b"prefill_seconds_per_token", "prefill_tokens", b"prefill_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "reported_at", b"reported_at", "running", b"running", "slots", b"slots", "stages", b"stages", "step", b"step", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "cost", b"cost", "decode_sequences", b"decode_sequences", "decode_step_context_tokens", b"decode_step_context_tokens", "decode_step_seconds", b"decode_step_seconds", "decode_step_sequences", b"decode_step_sequences", "decode_steps_in_flight", b"decode_steps_in_flight", "epoch", b"epoch", "execution", b"execution", "kv_tokens_cached", b"kv_tokens_cached", "kv_tokens_committed", b"kv_tokens_committed", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_reserved", b"kv_tokens_reserved", "kv_tokens_total", b"kv_tokens_total", "kv_tokens_used", b"kv_tokens_used", "padding_tokens", b"padding_tokens", "policy", b"policy", "prefill_seconds_per_token", b"prefill_seconds_per_token", "prefill_tokens", b"prefill_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "reported_at", b"reported_at", "running", b"running", "slots", b"slots", "stages", b"stages", "step", b"step", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -449,6 +449,7 @@ class BlockPoint(_message.Message):
     PAIRS_FIELD_NUMBER: _builtins.int
     LAYER_SECONDS_FIELD_NUMBER: _builtins.int
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    ENDS_SECONDS_FIELD_NUMBER: _builtins.int
     tokens: _builtins.int
     """Tokens that the step computed."""
     context_tokens: _builtins.int
@@ -459,6 +460,8 @@ class BlockPoint(_message.Message):
     """Of a layer."""
     step_seconds: _builtins.float
     """Of the step, whatever the number of layers."""
+    ends_seconds: _builtins.float
+    """Of embedding, head and the choosing of tokens; 0: not measured."""
     def __init__(
         self,
         *,
@@ -467,10 +470,11 @@ class BlockPoint(_message.Message):
         pairs: _builtins.float = ...,
         layer_seconds: _builtins.float = ...,
         step_seconds: _builtins.float = ...,
+        ends_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "layer_seconds", b"layer_seconds", "pairs", b"pairs", "step_seconds", b"step_seconds", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "ends_seconds", b"ends_seconds", "layer_seconds", b"layer_seconds", "pairs", b"pairs", "step_seconds", b"step_seconds", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -491,6 +495,10 @@ class BlockCost(_message.Message):
     LIVE_AT_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     FLOPS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    ENDS_FIELD_NUMBER: _builtins.int
+    LEADER_SECONDS_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    PERIOD_SECONDS_FIELD_NUMBER: _builtins.int
     step_seconds: _builtins.float
     """Seconds of a step beside its layers."""
     error: _builtins.float
@@ -501,6 +509,12 @@ class BlockCost(_message.Message):
     """The layer's weights."""
     flops_per_token: _builtins.float
     """Work of the layer for one token, attention aside."""
+    leader_seconds: _builtins.float
+    """What a leader does between two steps."""
+    share: _builtins.float
+    """Of the time that a quota lets the device compute; 0: all of it."""
+    period_seconds: _builtins.float
+    """Of the quota."""
     @_builtins.property
     def layer(self) -> _common_pb2.StepCost:
         """Of a step, by what it computes."""
@@ -517,6 +531,10 @@ class BlockCost(_message.Message):
     def live_at(self) -> _timestamp_pb2.Timestamp:
         """When steps were last compared with it."""
 
+    @_builtins.property
+    def ends(self) -> _common_pb2.StepCost:
+        """Of embedding, head and the choosing of tokens, by these; unset: not measured."""
+
     def __init__(
         self,
         *,
@@ -529,10 +547,14 @@ class BlockCost(_message.Message):
         live_at: _timestamp_pb2.Timestamp | None = ...,
         weight_bytes: _builtins.int = ...,
         flops_per_token: _builtins.float = ...,
+        ends: _common_pb2.StepCost | None = ...,
+        leader_seconds: _builtins.float = ...,
+        share: _builtins.float = ...,
+        period_seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "live_at", b"live_at", "measured_at", b"measured_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "layer", b"layer", "live_at", b"live_at", "measured_at", b"measured_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "flops_per_token", b"flops_per_token", "layer", b"layer", "live_at", b"live_at", "live_ratio", b"live_ratio", "measured_at", b"measured_at", "points", b"points", "step_seconds", b"step_seconds", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "error", b"error", "flops_per_token", b"flops_per_token", "layer", b"layer", "leader_seconds", b"leader_seconds", "live_at", b"live_at", "live_ratio", b"live_ratio", "measured_at", b"measured_at", "period_seconds", b"period_seconds", "points", b"points", "share", b"share", "step_seconds", b"step_seconds", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -327,10 +327,19 @@ class ProbeBlockResponse(_message.Message):
     POINTS_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     FLOPS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    LEADER_SECONDS_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    PERIOD_SECONDS_FIELD_NUMBER: _builtins.int
     weight_bytes: _builtins.int
     """The layer's weights."""
     flops_per_token: _builtins.float
     """Work of the layer for one token, attention aside."""
+    leader_seconds: _builtins.float
+    """What a leader does between two steps."""
+    share: _builtins.float
+    """Of the time that a quota lets it compute; 0: all of it."""
+    period_seconds: _builtins.float
+    """Of the quota."""
     @_builtins.property
     def points(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.BlockPoint]:
         """By composition of the step."""
@@ -341,10 +350,13 @@ class ProbeBlockResponse(_message.Message):
         points: _abc.Iterable[_topology_pb2.BlockPoint] | None = ...,
         weight_bytes: _builtins.int = ...,
         flops_per_token: _builtins.float = ...,
+        leader_seconds: _builtins.float = ...,
+        share: _builtins.float = ...,
+        period_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops_per_token", b"flops_per_token", "points", b"points", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops_per_token", b"flops_per_token", "leader_seconds", b"leader_seconds", "period_seconds", b"period_seconds", "points", b"points", "share", b"share", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

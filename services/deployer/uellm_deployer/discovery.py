@@ -32,7 +32,7 @@ from uellm.v1 import common_pb2, deployer_pb2, queue_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.measurements import Measurements
 from uellm_deployer.notes import Notes, name_of, workers_of
-from uellm_deployer.planning import dtype_for, nominal_seconds
+from uellm_deployer.planning import StepsSeen, dtype_for, nominal_seconds
 from uellm_deployer.probing import HIDDEN_SIZE, Activation, Prober
 from uellm_deployer.replica import Replica
 from uellm_deployer.settings import DeployerSettings
@@ -339,7 +339,8 @@ class Discovery:
         if self._steps.get(replica.id) == seen or len(report.stages) != len(planned.stages):
             return
         self._steps[replica.id] = seen
-        if report.prefill_tokens or not report.decode_sequences:
+        sequences, context = report.decode_step_sequences, report.decode_step_context_tokens
+        if report.prefill_tokens or not sequences:
             return
         assignment = replica.assignments[0]
         devices = {device.id: device for w in self._workers.all for device in self.said(w)}
@@ -349,32 +350,19 @@ class Discovery:
             replica,
             model,
             [device_from_proto(devices[stage.device_id]) for stage in planned.stages],
-            (report.decode_sequences, report.context_tokens),
+            StepsSeen(sequences, context, report.decode_steps_in_flight),
             self.knowledge,
         )
         times = []
-        for stage, took, predicted in zip(planned.stages, report.stages, nominal, strict=True):
+        for stage, took, expected in zip(planned.stages, report.stages, nominal, strict=True):
             device = devices[stage.device_id]
-            if not took.compute_seconds:
+            if not took.decode_seconds:
                 continue
-            weights = [layer.weight_bytes for layer in model.layers]
-            inside = sum(weights[stage.first_layer : stage.last_layer + 1])
-            inside += model.head_bytes if stage.has_head else 0
             key = BlockKey(device.host, device.name, assignment.model.digest, assignment.dtype)
-            layers = inside * len(weights) / max(sum(weights), 1)
             known = self._measurements.block(key)
             kind = "" if known is not None or device.flops_per_second else device.name or "unknown"
-            step = (report.decode_sequences, report.context_tokens)
-            expected = predicted if known is None else known.seconds(layers, *step)
-            times.append(StageTime(device.id, kind, expected, took.compute_seconds))
-            await self._measurements.see(
-                key,
-                layers,
-                report.decode_sequences,
-                report.context_tokens,
-                took.compute_seconds,
-                self._now(),
-            )
+            times.append(StageTime(device.id, kind, expected, took.decode_seconds))
+            await self._measurements.see(key, took.decode_seconds / expected, self._now())
         self.times.see(replica.id, times, time.monotonic())
 
     def _live(self) -> list[Worker]:

@@ -134,14 +134,12 @@ class Measurements:
             value = measured_to_proto(each).SerializeToString()
             await self._redis.hset(LINKS, _field(*ends), value)
 
-    async def see(
-        self, key: BlockKey, layers: float, tokens: float, context: float, took: float, now: float
-    ) -> None:
-        """Learn from a step that ran, if its layers were measured; see ``BlockCost.seen``."""
+    async def see(self, key: BlockKey, ratio: float, now: float) -> None:
+        """Learn from steps that ran, if their layers were measured; see ``BlockCost.seen``."""
         known = self._costs.get(key)
         if known is None:
             return
-        seen = known.seen(layers, tokens, context, took)
+        seen = known.seen(ratio)
         self._costs[key] = seen
         message = self._blocks[key]
         if abs(seen.live_ratio / (message.cost.live_ratio or 1.0) - 1) > _WORTH_KEEPING:

@@ -178,11 +178,26 @@ def _alike(one: PlannedReplica, other: PlannedReplica) -> bool:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class StepsSeen:
+    """Steps that only decoded.
+
+    Attributes:
+        sequences: in each, on the average.
+        context_tokens: that they attend to together.
+        in_flight: of them at once.
+    """
+
+    sequences: float
+    context_tokens: float
+    in_flight: float
+
+
 def nominal_seconds(
     replica: Replica,
     model: ModelProfile,
     devices: Sequence[Device],
-    step: tuple[int, int],
+    steps: StepsSeen,
     knowledge: Knowledge,
 ) -> list[float]:
     """What a step that only decodes should take on each part of a replica, if none is slowed.
@@ -191,20 +206,31 @@ def nominal_seconds(
         replica: with its plan.
         model: its needs in the dtype that it runs in.
         devices: those of its parts.
-        step: sequences, and the tokens that they attend to together.
+        steps: what they computed.
         knowledge: of devices and ways.
     """
     assignment = replica.assignments[0]
-    sequences, context = step
     described = knowledge.topology(devices, assignment.model.digest, assignment.dtype)
     nominal = tuple(dataclasses.replace(device, slowdown=1.0) for device in described.devices)
+    batch = max(round(steps.sequences), 1)
+    context = min(round(steps.context_tokens / steps.sequences), model.max_tokens - 2)
     workload = Workload(
-        slots=sequences, prompt_tokens=max(context // sequences, 1), output_tokens=1
+        batch=batch,
+        prompt_tokens=max(context, 1),
+        output_tokens=2,
+        in_flight=max(min(round(steps.in_flight), assignment.stage_count), 1),
     )
-    wanted = PlanRequest(dataclasses.replace(described, devices=nominal), model, workload)
+    wanted = PlanRequest(
+        dataclasses.replace(described, devices=nominal),
+        model,
+        workload,
+        layer_times=knowledge.layer_times(
+            devices, assignment.model.digest, assignment.dtype, workload
+        ),
+    )
     if replica.planned is None:
         raise AssertionError("unreachable: a replica that serves was planned")
-    found = rated(Plan((replica.planned,), sequences, 0, "", ""), wanted)
+    found = rated(Plan((replica.planned,), batch, 0, "", ""), wanted)
     if found is None:
         raise AssertionError("unreachable: the devices are those of its parts")
     return [stage.decode_seconds for stage in found.replicas[0].stages]

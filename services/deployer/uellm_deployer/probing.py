@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import grpc
 
 from uellm.addresses import host_of
-from uellm.convert import cost_to_proto, duration, link_to_proto, timestamp
+from uellm.convert import cost_to_proto, duration, link_to_proto, sample_from_proto, timestamp
 from uellm.core.errors import FailedPreconditionError
-from uellm.placement.measuring import BlockCost, BlockSample, fit_block, fit_link
+from uellm.placement.measuring import BlockCost, fit_block, fit_link
 from uellm.placement.topology import Link
 from uellm.rpc import error_from
 from uellm.v1 import common_pb2, topology_pb2, worker_pb2
@@ -19,7 +19,7 @@ from uellm_deployer.workers import Worker
 
 CALL_SECONDS = 30.0
 """How long a probe may take with all that goes with it."""
-BLOCK_SECONDS = 1.0
+BLOCK_SECONDS = 2.0
 LINK_SECONDS = 0.8
 COPIES_SECONDS = 1.0
 HIDDEN_SIZE = 2048
@@ -163,17 +163,16 @@ class Prober:
             raise error_from(error) from None
         if not answer.points:
             return None
-        samples = [
-            BlockSample(
-                point.tokens,
-                point.context_tokens,
-                point.pairs,
-                point.layer_seconds,
-                point.step_seconds,
-            )
-            for point in answer.points
-        ]
-        cost = fit_block(samples, answer.weight_bytes, answer.flops_per_token, now)
+        samples = [sample_from_proto(point) for point in answer.points]
+        cost = fit_block(
+            samples,
+            answer.weight_bytes,
+            answer.flops_per_token,
+            now,
+            leader_seconds=answer.leader_seconds,
+            share=answer.share or 1.0,
+            period_seconds=answer.period_seconds,
+        )
         return cost, answer.points
 
     async def copies(self, worker: Worker, now: float) -> list[MeasuredLink]:
@@ -214,6 +213,10 @@ def block_to_proto(
         live_ratio=cost.live_ratio,
         weight_bytes=round(cost.weight_bytes),
         flops_per_token=cost.flops_per_token,
+        ends=None if cost.ends is None else cost_to_proto(cost.ends),
+        leader_seconds=cost.leader_seconds,
+        share=cost.share,
+        period_seconds=cost.period_seconds,
     )
 
 

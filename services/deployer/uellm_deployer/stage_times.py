@@ -70,7 +70,7 @@ class StageTimes:
         return 1 + (ratio - 1) * _trust(now - at)
 
     def slowdowns(self, now: float) -> Mapping[str, float]:
-        """How much slower devices are than was predicted, at least 1, by id.
+        """How much slower devices are than was predicted, or below 1 faster, by id.
 
         Where nothing was measured or declared, what devices of a kind have in common is an error of
         the prediction: there a device is as slow as it is against the best one of its kind.
@@ -82,7 +82,7 @@ class StageTimes:
         found = {}
         for device, (ratio, at) in self._ratios.items():
             kind = self._kinds[device]
-            slow = max(ratio / best[kind] if kind else ratio, 1.0)
+            slow = ratio / best[kind] if kind else ratio
             found[device] = 1 + (slow - 1) * _trust(now - at)
         return found
 

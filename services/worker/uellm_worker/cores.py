@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
@@ -11,6 +12,19 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 Asleep at once, half of a decode step goes into waking them; awake all the time, they take the cores
 from other processes: on four busy cores a step of two stages, four threads each, took a second.
 """
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Quota:
+    """Processor time that a control group grants.
+
+    Attributes:
+        cores: seconds of it in a second; inf: no limit.
+        period_seconds: it is granted by so long; what is left of it is lost.
+    """
+
+    cores: float = math.inf
+    period_seconds: float = 0.0
 
 
 def granted_cores(system: Path = Path("/")) -> int:
@@ -23,11 +37,11 @@ def granted_cores(system: Path = Path("/")) -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         cores = os.cpu_count() or 1
-    return max(1, min(cores, math.ceil(min(quota(system), cores))))
+    return max(1, min(cores, math.ceil(min(quota(system).cores, cores))))
 
 
-def quota(system: Path = Path("/")) -> float:
-    """Processor time that may be used in a second, as control groups grant it; inf: no limit.
+def quota(system: Path = Path("/")) -> Quota:
+    """Processor time that may be used, as control groups grant it: the least.
 
     Where it is used up the kernel has all threads wait, so that a fraction of a core is a whole
     one that is there a part of the time.
@@ -35,7 +49,7 @@ def quota(system: Path = Path("/")) -> float:
     Args:
         system: where ``proc`` and ``sys`` are.
     """
-    return min(_quotas(system), default=math.inf)
+    return min(_quotas(system), default=Quota())
 
 
 def control_groups(controller: str, system: Path = Path("/")) -> Iterator[Path]:
@@ -60,21 +74,21 @@ def control_groups(controller: str, system: Path = Path("/")) -> Iterator[Path]:
             group = group.parent
 
 
-def _quotas(system: Path) -> Iterator[float]:
-    """Quotas of this process's groups, in cores."""
+def _quotas(system: Path) -> Iterator[Quota]:
+    """Quotas of this process's groups."""
     for group in control_groups("cpu", system):
         yield from _quota(group)
 
 
-def _quota(group: Path) -> Iterator[float]:
+def _quota(group: Path) -> Iterator[Quota]:
     try:
         if (group / "cpu.max").is_file():
             limit, period = (group / "cpu.max").read_text().split()
         else:
             limit = (group / "cpu.cfs_quota_us").read_text()
             period = (group / "cpu.cfs_period_us").read_text()
-        quota = float(limit) / float(period)
+        quota = Quota(float(limit) / float(period), float(period) / 1e6)
     except (OSError, ValueError):  # "max" is no number, and no limit.
         return
-    if quota > 0:
+    if quota.cores > 0:
         yield quota

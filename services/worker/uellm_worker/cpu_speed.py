@@ -62,7 +62,7 @@ def cpu_speed(threads: int, file: Path, now: float) -> CpuSpeed:
         subprocess.SubprocessError: if it fails.
         ValueError: likewise.
     """
-    share = min(quota() / threads, 1.0)
+    share = min(quota().cores / threads, 1.0)
     found = _at_full_speed(threads, file, now)
     return replace(
         found,

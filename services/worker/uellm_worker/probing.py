@@ -103,6 +103,9 @@ class Probes:
             points=probed.points,
             weight_bytes=probed.weight_bytes,
             flops_per_token=probed.flops_per_token,
+            leader_seconds=probed.leader_seconds,
+            share=probed.share,
+            period_seconds=probed.period_seconds,
         )
 
     async def copies(

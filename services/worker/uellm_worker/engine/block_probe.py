@@ -2,15 +2,16 @@
 
 One layer and then several are run through the very code that serves, on weights of the checkpoint.
 Their difference is what a layer takes; what is left of the one is what a step takes besides.
-Several, because a single small layer would stay in the processor's caches, as no model does.
+Several, because a single small layer would stay in the processor's caches, as no model does. The
+one once more with embedding and head says what the ends of a replica take, and what its leader does
+between two steps.
 """
 
 import json
-import math
-import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,25 +20,28 @@ from safetensors.torch import save_file
 
 from uellm.models.manifest import read_manifest
 from uellm.models.profile import layer_of, read_profile
+from uellm.v1.common_pb2 import Sampling
 from uellm.v1.engine_pb2 import BlockProbed, PrepareShard, ProbeBlock
 from uellm.v1.topology_pb2 import BlockPoint, ShardAssignment
-from uellm_worker.cores import quota
-from uellm_worker.engine.device import Device, on_host
+from uellm_worker.engine.capacity import Capacity
+from uellm_worker.engine.device import Device
+from uellm_worker.engine.loop_probe import leader_seconds
 from uellm_worker.engine.part import Part, shard_capacity
-from uellm_worker.engine.plan import Chunk, StepPlan
-from uellm_worker.engine.shard import DTYPES, load_shard
+from uellm_worker.engine.plan import Admission, Chunk, StepPlan
+from uellm_worker.engine.shard import DTYPES, Shard, load_shard
+from uellm_worker.engine.shard_stage import ShardStage
+from uellm_worker.engine.step_timing import LEAST_REPEATS, StepTimer
 from uellm_worker.engine.weights import ShardSpec
 
 _CACHED_BYTES = 96 << 20
 """Weights beyond this are in no cache."""
 _MOST_LAYERS = 8
-_LEAST_REPEATS, _MOST_REPEATS = 3, 15
 _LEAST_POINTS = 7
 """Fewer would not tell weights from arithmetic: a slow device takes longer than it was to."""
 _OVERTIME = 4.0
 """So many times the budget at most."""
 _PREFILL_TOKENS = (16, 64, 256, 1024)
-_DECODES = ((1, 64), (1, 1024), (4, 256), (16, 512), (32, 128))
+_DECODES = ((1, 64), (1, 1024), (4, 256), (8, 64), (16, 512), (32, 128))
 """Sequences, and tokens of context of each."""
 _PATTERN = 1 << 20
 """Numbers that are repeated where any will do."""
@@ -86,12 +90,22 @@ def _probe(command: ProbeBlock, directory: Path) -> BlockProbed:
     if command.stand_in:
         _fill(directory, {middle, *range(first, first + count)})
     one = _part(command.shard, directory, dtype, (middle, middle), longest)
-    many = _part(command.shard, directory, dtype, (first, first + count - 1), longest)
-    parts = (one, many) if count > 1 else (one,)
+    many = None
+    if count > 1:
+        many = _part(command.shard, directory, dtype, (first, first + count - 1), longest)
+    timer = StepTimer(one.device.place)
+    subjects = _Subjects(one, many, count, profile.hidden_size)
+    room = command.room_bytes - (count + 1) * layer.weight_bytes
+    if not command.room_bytes or profile.embed_bytes + profile.head_bytes <= room:
+        whole = _part(command.shard, directory, dtype, (middle, middle), longest, ends=True)
+        subjects.whole = ShardStage([whole], _capacity(whole.shard, longest))
     return BlockProbed(
-        points=_points(parts, count, longest, profile.hidden_size, command.budget_seconds),
+        points=_points(subjects, timer, longest, command.budget_seconds),
         weight_bytes=layer.weight_bytes,
         flops_per_token=layer.flops_per_token,
+        leader_seconds=leader_seconds(subjects.whole) / timer.share if subjects.whole else 0.0,
+        share=timer.share,
+        period_seconds=timer.period_seconds,
     )
 
 
@@ -105,7 +119,13 @@ def _layer_count(layers: int, weight_bytes: int, room_bytes: int) -> int:
 
 
 def _part(
-    shard: PrepareShard, directory: Path, dtype: str, layers: tuple[int, int], longest: int
+    shard: PrepareShard,
+    directory: Path,
+    dtype: str,
+    layers: tuple[int, int],
+    longest: int,
+    *,
+    ends: bool = False,
 ) -> Part:
     (device_id,) = shard.assignment.device_ids
     device = Device.named(device_id, shard.simulated)
@@ -116,24 +136,80 @@ def _part(
         device=device.place,
         first_layer=layers[0],
         last_layer=layers[1],
-        has_embed=False,
-        has_head=False,
+        has_embed=ends,
+        has_head=ends,
     )
     loaded = load_shard(spec, None, lambda done, total: None)
-    assignment = ShardAssignment(slots=_SLOTS, max_tokens=longest)
-    part = Part(loaded, shard_capacity(loaded, assignment), device)
+    part = Part(loaded, _capacity(loaded, longest), device)
     # Memory that was never written is one page of zeros, and read faster than any other.
     for cached in (*part.cache.keys, *part.cache.values):
         cached[:_SLOTS, :, :longest].fill_(0.1)
     return part
 
 
+def _capacity(shard: Shard, longest: int) -> Capacity:
+    return shard_capacity(shard, ShardAssignment(slots=_SLOTS, max_tokens=longest))
+
+
+class _Subjects:
+    """What steps are computed on.
+
+    Args:
+        one: a layer.
+        many: several, so many; None: there is but one.
+        count: how many.
+        hidden: width of activations.
+
+    Attributes:
+        whole: a layer with embedding and head; None: there is no room for these.
+    """
+
+    def __init__(self, one: Part, many: Part | None, count: int, hidden: int) -> None:
+        self._one, self._many, self._count, self._hidden = one, many, count, hidden
+        self.whole: ShardStage | None = None
+
+    def time(self, timer: StepTimer, plan: StepPlan, budget: float) -> tuple[BlockPoint, float]:
+        """What a step takes, and all that was timed for it together."""
+        place, dtype = self._one.device.place, self._one.shard.spec.dtype
+        activation = torch.randn(plan.rows, self._hidden, device=place).to(dtype)
+        steps: list[Callable[[], object]] = [lambda: self._one.compute(plan, activation)]
+        if self._many is not None:
+            many = self._many
+            steps.append(lambda: many.compute(plan, activation))
+        if self.whole is not None:
+            steps.append(partial(_compute, self.whole, plan))
+        seconds = timer.seconds(steps, budget)
+        alone = seconds[0]
+        layer = alone
+        if self._many is not None:
+            layer = (seconds[1] - alone) / (self._count - 1)
+        layer = min(max(layer, alone / 100), alone)
+        ends = max(seconds[-1] - alone, 0.0) if self.whole is not None else 0.0
+        decodes = [chunk for chunk in plan.chunks if chunk.count == 1]
+        point = BlockPoint(
+            tokens=plan.rows,
+            context_tokens=sum(chunk.start + 1 for chunk in decodes),
+            pairs=sum(
+                chunk.count * (chunk.count + 1) / 2 for chunk in plan.chunks if chunk.count > 1
+            ),
+            layer_seconds=layer / timer.share,
+            step_seconds=(alone - layer) / timer.share,
+            ends_seconds=ends / timer.share,
+        )
+        return point, sum(seconds) / timer.share
+
+
+def _compute(stage: ShardStage, plan: StepPlan) -> None:
+    """A step from token ids to tokens."""
+    stage.sample(plan, stage.compute(plan, None))
+
+
 def _points(
-    parts: tuple[Part, ...], count: int, longest: int, hidden: int, budget_seconds: float
+    subjects: _Subjects, timer: StepTimer, longest: int, budget_seconds: float
 ) -> Iterator[BlockPoint]:
     """Compositions of steps, small ones first, until the time is over; at least one."""
     plans = sorted(_plans(longest), key=lambda plan: plan.rows)
-    _time(parts, plans[0], hidden, 0.0)  # Kernels are loaded, and memory is touched.
+    subjects.time(timer, plans[0], 0.0)  # Kernels are loaded, and memory is touched.
     begun = time.perf_counter()
     found: list[tuple[int, float]] = []
     for left, plan in zip(range(len(plans), 0, -1), plans, strict=True):
@@ -142,23 +218,11 @@ def _points(
         limit = 3 * share
         if len(found) < _LEAST_POINTS:
             limit = max(limit, _OVERTIME * budget_seconds - spent)
-        if _expected(found, plan.rows) * (_LEAST_REPEATS + 1) > limit:
+        if _expected(found, plan.rows) * (LEAST_REPEATS + 1) > limit:
             continue
-        seconds = _time(parts, plan, hidden, share)
-        found.append((plan.rows, sum(seconds)))
-        alone, together = seconds[0], seconds[-1]
-        layer = (together - alone) / (count - 1) if count > 1 else alone
-        layer = min(max(layer, alone / 100), alone)
-        decodes = [chunk for chunk in plan.chunks if chunk.count == 1]
-        yield BlockPoint(
-            tokens=plan.rows,
-            context_tokens=sum(chunk.start + 1 for chunk in decodes),
-            pairs=sum(
-                chunk.count * (chunk.count + 1) / 2 for chunk in plan.chunks if chunk.count > 1
-            ),
-            layer_seconds=layer,
-            step_seconds=alone - layer,
-        )
+        point, took = subjects.time(timer, plan, share)
+        found.append((plan.rows, took))
+        yield point
 
 
 def _expected(found: Sequence[tuple[int, float]], rows: int) -> float:
@@ -176,37 +240,17 @@ def _expected(found: Sequence[tuple[int, float]], rows: int) -> float:
 def _plans(longest: int) -> Iterator[StepPlan]:
     for tokens in _PREFILL_TOKENS:
         if tokens <= longest:
-            yield StepPlan(0, (Chunk(0, 0, tokens, True),))
+            yield _plan((Chunk(0, 0, tokens, True),))
     for sequences, context in _DECODES:
         start = min(context, longest) - 1
-        yield StepPlan(0, tuple(Chunk(slot, start, 1, True) for slot in range(sequences)))
+        yield _plan(tuple(Chunk(slot, start, 1, True) for slot in range(sequences)))
 
 
-def _time(parts: tuple[Part, ...], plan: StepPlan, hidden: int, share: float) -> list[float]:
-    """Median seconds of each part, taken in turn so that both see the same disturbances.
-
-    A quota on the processors holds a process back now and then, for longer than a step takes: the
-    median would not feel it. A step takes no less than what its processor time does of the quota.
-    """
-    place, dtype = parts[0].device.place, parts[0].shard.spec.dtype
-    activation = torch.randn(plan.rows, hidden, device=place).to(dtype)
-    found: list[list[tuple[float, float]]] = [[] for _ in parts]
-    end = time.perf_counter() + share
-    for repeat in range(_MOST_REPEATS + 1):
-        for seconds, part in zip(found, parts, strict=True):
-            started, used = time.perf_counter(), time.process_time()
-            part.compute(plan, activation)
-            if not on_host(place):
-                torch.accelerator.synchronize(place)
-            if repeat:  # The first is to warm up.
-                seconds.append((time.perf_counter() - started, time.process_time() - used))
-        if repeat >= _LEAST_REPEATS and time.perf_counter() > end:
-            break
-    granted = quota() if on_host(place) else math.inf
-    return [
-        max(statistics.median(wall), statistics.median(used) / granted)
-        for wall, used in (zip(*seconds, strict=True) for seconds in found)
-    ]
+def _plan(chunks: tuple[Chunk, ...]) -> StepPlan:
+    """A step of these, whose tokens are the likeliest ones."""
+    rows = sum(chunk.count for chunk in chunks)
+    given = tuple(Admission(chunk.slot, 1, Sampling()) for chunk in chunks)
+    return StepPlan(0, chunks, given, token_ids=(1,) * rows)
 
 
 def _fill(directory: Path, layers: set[int]) -> None:

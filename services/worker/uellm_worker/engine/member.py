@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 class Stage(Protocol):
-    """What a member needs of its stage; see ``uellm_worker.engine.shard_engine.ShardStage``."""
+    """What a member needs of its stage; see ``uellm_worker.engine.shard_stage.ShardStage``."""
 
     @property
     def last(self) -> Shard:

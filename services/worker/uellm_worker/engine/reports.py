@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from uellm.convert import cost_to_proto
 from uellm.core.cost import DEFAULT_COST, StepCost, chunk_pairs
@@ -19,6 +20,12 @@ _WEIGHT = 0.1
 def _smoothed(old: float, new: float) -> float:
     """Exponential smoothing that starts at the first value."""
     return new if old == 0 else old + _WEIGHT * (new - old)
+
+
+def _all_smoothed(old: Sequence[float], new: Sequence[float]) -> list[float]:
+    if len(old) != len(new):
+        return list(new)
+    return [_smoothed(*pair) for pair in zip(old, new, strict=True)]
 
 
 class CostMeter:
@@ -91,6 +98,9 @@ class StepMeter:
         decode_step_seconds: smoothed time from one token of a sequence to its next; 0 until known.
         decode_interval_seconds: smoothed interval of steps that only decode; 0 until known.
         compute_seconds: per stage, smoothed.
+        decode_seconds: per stage, of steps that only decode, smoothed.
+        decode_mean: sequences of these steps, the tokens that they attend to, and steps under way
+            while they are, smoothed likewise.
         cost: what steps take by what they compute.
         hop_seconds: smoothed time of one hop; all hops of a step are taken as equal, because
             clocks of different hosts cannot tell them apart. Known of steps that were alone under
@@ -109,6 +119,8 @@ class StepMeter:
     decode_step_seconds: float = 0.0
     decode_interval_seconds: float = 0.0
     compute_seconds: list[float] = field(default_factory=list)
+    decode_seconds: list[float] = field(default_factory=list)
+    decode_mean: list[float] = field(default_factory=list)
     hop_seconds: float = 0.0
     cost: CostMeter = field(default_factory=CostMeter)
     _last_result_at: float = 0.0
@@ -137,6 +149,11 @@ class StepMeter:
             self.decode_step_seconds = _smoothed(self.decode_step_seconds, self.step_seconds)
             interval = _smoothed(self.decode_interval_seconds, self.interval_seconds)
             self.decode_interval_seconds = interval
+            self.decode_seconds = _all_smoothed(self.decode_seconds, result.seconds)
+            # As many as end while one is under way (Little's law).
+            under_way = self.step_seconds / max(self.interval_seconds, 1e-9)
+            work = (len(decodes), self.context_tokens, under_way)
+            self.decode_mean = _all_smoothed(self.decode_mean, work)
         elif self.prefill_tokens:
             # What the decodes of a mixed step would have taken alone is not the prompt's.
             theirs = self.decode_interval_seconds if decodes else 0.0
@@ -145,12 +162,7 @@ class StepMeter:
         self._add_stages(result.seconds, alone=alone)
 
     def _add_stages(self, stage_seconds: Sequence[float], *, alone: bool) -> None:
-        if len(self.compute_seconds) != len(stage_seconds):
-            self.compute_seconds = [0.0] * len(stage_seconds)
-        self.compute_seconds = [
-            _smoothed(old, new)
-            for old, new in zip(self.compute_seconds, stage_seconds, strict=True)
-        ]
+        self.compute_seconds = _all_smoothed(self.compute_seconds, stage_seconds)
         if alone and len(stage_seconds) > 1:
             hop = max(self.step_seconds - sum(stage_seconds), 0.0) / len(stage_seconds)
             self.hop_seconds = _smoothed(self.hop_seconds, hop)
@@ -183,9 +195,16 @@ class StepMeter:
             prefix_hit_tokens=kv.hit_tokens,
             padding_tokens=self.padding_tokens,
             stages=[
-                StageSeconds(compute_seconds=seconds, hop_seconds=self.hop_seconds)
-                for seconds in self.compute_seconds
+                StageSeconds(
+                    compute_seconds=seconds, hop_seconds=self.hop_seconds, decode_seconds=decode
+                )
+                for seconds, decode in zip_longest(
+                    self.compute_seconds, self.decode_seconds, fillvalue=0.0
+                )
             ],
+            decode_step_sequences=self.decode_mean[0] if self.decode_mean else 0.0,
+            decode_step_context_tokens=self.decode_mean[1] if self.decode_mean else 0.0,
+            decode_steps_in_flight=self.decode_mean[2] if self.decode_mean else 0.0,
             running=running,
             waiting=waiting,
             slots=slots,

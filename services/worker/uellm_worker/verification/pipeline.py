@@ -20,7 +20,8 @@ from uellm_worker.engine.flights import Share
 from uellm_worker.engine.loop import EngineLoop
 from uellm_worker.engine.member import ShardMember
 from uellm_worker.engine.plan import StepPlan, StepResult
-from uellm_worker.engine.shard_engine import ShardStage, load_stage, shard_specs
+from uellm_worker.engine.shard_engine import load_stage, shard_specs
+from uellm_worker.engine.shard_stage import ShardStage
 from uellm_worker.engine.transport import Loopback
 
 

@@ -1,0 +1,49 @@
+"""What the leader of a replica does between two steps: a loop over one layer, timed."""
+
+import statistics
+import time
+
+from uellm.policy.registry import DEFAULT_POLICY, step_policy
+from uellm.v1.common_pb2 import Sampling
+from uellm.v1.engine_pb2 import AddSequence
+from uellm_worker.engine.capacity import Vocabulary
+from uellm_worker.engine.loop import EngineLoop
+from uellm_worker.engine.member import ShardMember
+from uellm_worker.engine.shard_stage import ShardStage
+from uellm_worker.engine.step_timing import REST_SECONDS
+
+_SEQUENCES, _STEPS = 4, 12
+_PROMPT = (1, 1)
+
+
+def leader_seconds(stage: ShardStage) -> float:
+    """Median seconds of a step that only decodes which are not the stage's own.
+
+    Args:
+        stage: with embedding and head; whatever it has computed is lost.
+    """
+    vocabulary = Vocabulary(stage.first.config.vocab_size, stage.first.eos_ids)
+    loop = EngineLoop(
+        ShardMember(stage, None), step_policy(DEFAULT_POLICY), stage.capacity, vocabulary
+    )
+    sequences = min(_SEQUENCES, stage.capacity.slots)
+    for index in range(sequences):
+        loop.add(
+            AddSequence(
+                request_id=str(index),
+                token_ids=_PROMPT,
+                prompt_tokens=len(_PROMPT),
+                sampling=Sampling(max_tokens=_STEPS, ignore_eos=True),
+            )
+        )
+    took = []
+    while loop.busy:
+        time.sleep(REST_SECONDS)
+        started = time.perf_counter()
+        report = loop.step()
+        if report is None:
+            break
+        report.SerializeToString()
+        if not report.report.prefill_tokens:
+            took.append(time.perf_counter() - started - sum(stage.seconds))
+    return max(statistics.median(took), 0.0) if took else 0.0

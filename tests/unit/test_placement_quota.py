@@ -1,0 +1,78 @@
+"""What steps take under a quota on processors, against a processor that is played."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.clusters import small_model
+from uellm.placement.costs import costs_of
+from uellm.placement.prediction import Layout, planned
+from uellm.placement.quota import step_seconds
+from uellm.placement.topology import Device, Topology
+from uellm.placement.views import LayerTimes, PlanRequest, Workload
+
+PERIOD = 0.01
+
+
+def played(free: float, share: float, steps: int = 4000) -> float:
+    """Mean seconds of a step that begins at any time of a period, nothing of which is used."""
+    rng = random.Random(0)  # noqa: S311 - repeatable
+    total = 0.0
+    for _ in range(steps):
+        at, left, granted = rng.random() * PERIOD, free, share * PERIOD
+        while True:
+            run = min(left, granted, PERIOD - at)
+            left, granted, at, total = left - run, granted - run, at + run, total + run
+            if left <= 1e-12:
+                break
+            total += PERIOD - at
+            at, granted = 0.0, share * PERIOD
+    return total / steps
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("free", [0.0004, 0.002, 0.003, 0.006, 0.02, 0.1])
+def test_a_step_now_and_then_takes_what_a_played_processor_says(free: float, share: float) -> None:
+    found = step_seconds(free / share, share, PERIOD)
+    assert found == pytest.approx(played(free, share), rel=0.02)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sustained=st.floats(1e-5, 10.0),
+    share=st.floats(0.01, 1.0),
+    busy=st.floats(0.0, 1.0),
+    more=st.floats(0.0, 1.0),
+)
+def test_it_is_between_free_and_always_held_back(
+    sustained: float, share: float, busy: float, more: float
+) -> None:
+    found = step_seconds(sustained, share, PERIOD, busy)
+    assert sustained * share * (1 - 1e-9) <= found <= sustained * (1 + 1e-9)
+    assert step_seconds(sustained, share, PERIOD, min(busy + more, 1.0)) >= found * (1 - 1e-9)
+    assert step_seconds(sustained, share, PERIOD, 1.0) == pytest.approx(sustained)
+    assert step_seconds(sustained, 1.0, PERIOD, busy) == sustained
+
+
+def test_a_stage_that_waits_for_others_is_not_held_back_and_a_busy_one_is() -> None:
+    devices = tuple(Device(f"w{n}/cpu:0", f"w{n}", f"h{n}", "cpu", 1 << 34) for n in range(2))
+    held = LayerTimes(
+        ((16.0, 0.004),), ((1.0, 0.004),), ends=((1.0, 1e-6),), share=0.25, period=PERIOD
+    )
+    free = replace(held, share=1.0, period=0.0)
+    request = PlanRequest(
+        Topology(devices),
+        small_model(layers=8),
+        Workload(batch=1, prompt_tokens=16, output_tokens=100),
+        layer_times={devices[0].id: held, devices[1].id: free},
+    )
+    one, other = planned(costs_of(request), Layout((0, 1), (1, 7))).stages
+    assert one.decode_seconds == pytest.approx(0.001, rel=0.1)
+    assert other.decode_seconds == pytest.approx(7 * 0.004, rel=0.01)
+    # With more under way it is the one that the others wait for.
+    full = replace(request, workload=replace(request.workload, in_flight=2))
+    one, _ = planned(costs_of(full), Layout((0, 1), (7, 1))).stages
+    assert one.decode_seconds == pytest.approx(7 * 0.004, rel=0.05)
