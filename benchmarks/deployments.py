@@ -15,8 +15,9 @@ between them and shares of a core; the mesh over them is the real one, ``uellm u
 4. that host is killed while requests run: is every answer whole, and does the mesh go on where
    ``--what-if remove=…`` said, moving as many layers?
 
-The machine needs some cores that are free: shares are of its own. Predictions rest on the way from
-stage to stage alone; those "with the way back" add that of each step's tokens to the first stage.
+The machine needs some cores that are free: shares are of its own. Cold predictions rest on what was
+measured before anything was placed; learnt ones, made before each placement, besides on the steps
+of those before it.
 """
 
 import argparse
@@ -27,18 +28,24 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
+from datetime import datetime
 from pathlib import Path
 from statistics import median
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
+from benchmarks.deployments_shown import say, show_found, show_plan
 from benchmarks.hosts import NoHostsError
 from benchmarks.layouts import Layout, Planner
-from benchmarks.scores import kendall, median_error, regret, spearman
+from benchmarks.scores import scores
 from benchmarks.shaped_client import LOAD, MODEL, Client, write_model
 from benchmarks.shaped_mesh import HostSpec, ShapedMesh, shaped_mesh
 from uellm.cli.discovered import discover
 from uellm.placement.topology import LinkSpeed
+from uellm.placement.views import PlannedReplica, Prediction
+
+T = TypeVar("T")
 
 MIB = 1 << 20
 HOSTS = (
@@ -58,7 +65,8 @@ WAYS = {
     "late": LinkSpeed(0.0002, 1e8),
 }
 _WAIT_SECONDS = 120.0
-_STATUS_CALLS = 3
+_SEEN_SECONDS = 4.0
+"""By when the deployer has seen the steps of a request."""
 
 
 class Experiment:
@@ -82,17 +90,17 @@ class Experiment:
         await self._mesh.run("undeploy", MODEL)
         planner = await self._planner()
         found: dict[str, Any] = {"found": self._discovered(planner), "plans": []}
-        _show_found(found["found"])
+        show_found(found["found"])
         for layout in planner.layouts(plans):
             found["plans"].append(await self._compare(planner, layout))
-            _show_plan(found["plans"][-1])
+            show_plan(found["plans"][-1])
         if plans:
             # One that lost a host for a while was elsewhere meanwhile.
             found["scores"] = scores([plan for plan in found["plans"] if plan["kept"]])
-            _say(json.dumps(found["scores"], indent=1))
+            say(json.dumps(found["scores"], indent=1))
         if changes:
             found["what_if"] = await self._changes(planner)
-            _say(json.dumps(found["what_if"], indent=1))
+            say(json.dumps(found["what_if"], indent=1))
         return found
 
     async def _planner(self) -> Planner:
@@ -135,18 +143,26 @@ class Experiment:
         )
 
     async def _compare(self, planner: Planner, layout: Layout) -> dict[str, Any]:
-        """A placement's predictions, and what it does."""
+        """A placement's predictions, and what it does.
+
+        Once by what was measured before anything was placed, once by what was learnt of those
+        before it besides.
+        """
+        learnt = await self._planner()
         file = self._mesh.directory / "plan.json"
         file.write_text(json.dumps({"stages": layout.stages}))
         await self._deploy("--plan", str(file))
         (deployment,) = (await self._mesh.json("status", MODEL))["deployments"]
-        lone, full = planner.predict(layout, deployment["slots"])
-        if lone.prediction is None or full.prediction is None:
-            raise AssertionError("unreachable: it was rated")
-        alone = await self._client.alone(self._repeats)
-        stages = {"alone": await self._stages(lone)}
-        rates = await self._client.full(self._repeats)
-        stages["full"] = await self._stages(full)
+        told = {
+            "cold": planner.predict(layout, deployment["slots"]),
+            "learnt": learnt.predict(layout, deployment["slots"]),
+        }
+        alone, lone_steps = await self._repeated(self._client.alone)
+        rates, full_steps = await self._repeated(self._client.full)
+        stages = {
+            "alone": _stages({how: lone for how, (lone, _) in told.items()}, lone_steps),
+            "full": _stages({how: full for how, (_, full) in told.items()}, full_steps),
+        }
         held = await self._held()
         await self._mesh.run("undeploy", MODEL)
         return {
@@ -157,33 +173,48 @@ class Experiment:
             "layers": [
                 (device, n) for device, n in zip(layout.devices, layout.layers, strict=True)
             ],
-            "predicted_seconds": lone.prediction.total_seconds,
-            "predicted_with_way_back": lone.prediction.total_seconds
-            + LOAD.tokens * planner.way_back(layout),
+            "predicted_seconds": {how: _of(lone).total_seconds for how, (lone, _) in told.items()},
             "measured_seconds": median(took for _, took in alone),
             "measured_first": median(first for first, _ in alone),
-            "predicted_tokens_per_second": full.prediction.tokens_per_second,
+            "predicted_tokens_per_second": {
+                how: _of(full).tokens_per_second for how, (_, full) in told.items()
+            },
             "measured_tokens_per_second": median(rates),
             "runs": {"seconds": [took for _, took in alone], "tokens_per_second": rates},
             "stages": stages,
         }
 
-    async def _stages(self, planned: Any) -> list[dict[str, Any]]:
-        """What stages were to take of a step, and took in the latest."""
-        samples = []
-        for _ in range(_STATUS_CALLS):
+    async def _repeated(
+        self, measure: Callable[[], Awaitable[T]]
+    ) -> tuple[list[T], list[list[float]]]:
+        """Measure several times; besides, what stages took each time, as the mesh has seen it."""
+        await measure()  # To warm up.
+        seen = await self._steps(0.0)
+        found, steps = [], []
+        for _ in range(self._repeats):
+            found.append(await measure())
+            before, (at, seconds) = seen[0], await self._steps(seen[0])
+            seen = at, seconds
+            if at > before:
+                steps.append(seconds)
+        return found, steps
+
+    async def _steps(self, before: float) -> tuple[float, list[float]]:
+        """When the latest steps that only decoded were, and seconds of their stages.
+
+        Args:
+            before: how long to wait for others than those of that time.
+        """
+        deadline = time.monotonic() + _SEEN_SECONDS
+        while True:
             (deployment,) = (await self._mesh.json("status", MODEL))["deployments"]
-            samples += [live["stages"] for live in deployment["live"] if live["stages"]]
-        return [
-            {
-                "device": stage.device_id,
-                "planned_ms": 1e3 * stage.decode_seconds,
-                "measured_ms": 1e3 * median(sample[i]["measured_seconds"] for sample in samples),
-                "predicted_ms": 1e3 * median(sample[i]["predicted_seconds"] for sample in samples),
-            }
-            for i, stage in enumerate(planned.stages)
-            if samples and len(samples[0]) == len(planned.stages)
-        ]
+            for live in deployment["live"]:
+                at = max((_when(stage["seen_at"]) for stage in live["stages"]), default=0.0)
+                if at > before:
+                    return at, [stage["measured_seconds"] for stage in live["stages"]]
+            if time.monotonic() > deadline:
+                return before, []
+            await asyncio.sleep(0.2)
 
     # ---- hosts that come and go ----------------------------------------------------------------
 
@@ -237,7 +268,8 @@ class Experiment:
         }
 
     async def _seconds(self) -> float:
-        return median(took for _, took in await self._client.alone(self._repeats))
+        await self._client.alone()
+        return median([(await self._client.alone())[1] for _ in range(self._repeats)])
 
     async def _held(self) -> Layout | None:
         """Where the replica that takes requests is."""
@@ -270,72 +302,28 @@ class Experiment:
         return time.monotonic() - began
 
 
-def scores(plans: list[dict[str, Any]]) -> dict[str, Any]:
-    """How well predictions order plans, and how far off they are."""
+def _of(replica: PlannedReplica) -> Prediction:
+    if replica.prediction is None:
+        raise AssertionError("unreachable: it was rated")
+    return replica.prediction
 
-    def of(name: str) -> list[float]:
-        return [plan[name] for plan in plans]
 
-    measured = of("measured_seconds")
-    slowness = [1 / rate for rate in of("measured_tokens_per_second")]
-    predicted = {
-        "latency": (of("predicted_seconds"), measured),
-        "latency with the way back": (of("predicted_with_way_back"), measured),
-        "throughput": ([1 / rate for rate in of("predicted_tokens_per_second")], slowness),
-    }
-    found: dict[str, Any] = {
-        name: {
-            "spearman": round(spearman(*pair), 3),
-            "kendall": round(kendall(*pair), 3),
-            "regret": round(regret(*pair), 3),
-            "median_error": round(median_error(*pair), 3),
+def _when(timestamp: str) -> float:
+    return datetime.fromisoformat(timestamp).timestamp()
+
+
+def _stages(told: dict[str, PlannedReplica], seen: list[list[float]]) -> list[dict[str, Any]]:
+    """What stages were to take of a step that only decodes, and took; nothing if none was seen."""
+    (first, *_) = told.values()
+    return [
+        {
+            "device": stage.device_id,
+            "planned_ms": {how: 1e3 * each.stages[i].decode_seconds for how, each in told.items()},
+            "measured_ms": 1e3 * median(seconds[i] for seconds in seen),
         }
-        for name, pair in predicted.items()
-    }
-    for kind in ("alone", "full"):
-        stages = [stage for plan in plans for stage in plan["stages"][kind]]
-        pairs = [(s["planned_ms"], s["measured_ms"]) for s in stages if s["measured_ms"]]
-        if pairs:
-            errors = [abs(p / m - 1) for p, m in pairs]
-            found[f"stages {kind}"] = {
-                "median_error": round(median(errors), 3),
-                "within_15_percent": round(sum(e <= 0.15 for e in errors) / len(errors), 2),
-                "stages": len(errors),
-            }
-    return found
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
-def _show_found(found: dict[str, Any]) -> None:
-    for device in found["devices"]:
-        _say(f"{device['host']:6} {device['cores']:4} cores: {device['layer_ms']:.2f} ms a layer")
-    for way in found["ways"]:
-        _say(
-            f"{way['from']:>6} -> {way['to']:6} {way['made_ms']:6.2f} ms made, "
-            f"{way['found_ms']:6.2f} found; {way['made_mb']:6.1f} MB/s made, "
-            f"{way['found_mb']:6.1f} found"
-        )
-
-
-def _show_plan(plan: dict[str, Any]) -> None:
-    where = " ".join(f"{device.split('-')[1]}:{count}" for device, count in plan["layers"])
-    _say(
-        f"{plan['name']:20} {where:32} latency {plan['predicted_seconds']:.3f} predicted, "
-        f"{plan['predicted_with_way_back']:.3f} with the way back, "
-        f"{plan['measured_seconds']:.3f} measured; tokens/s "
-        f"{plan['predicted_tokens_per_second']:.0f}, {plan['measured_tokens_per_second']:.0f}"
-        + ("" if plan["kept"] else "; lost a host meanwhile, does not count")
-    )
-    for kind, stages in plan["stages"].items():
-        for stage in stages:
-            _say(
-                f"    {kind:6} {stage['device'].split('-')[1]:6} {stage['planned_ms']:6.2f} ms "
-                f"planned, {stage['measured_ms']:6.2f} measured"
-            )
+        for i, stage in enumerate(first.stages)
+        if seen
+    ]
 
 
 async def run(arguments: argparse.Namespace) -> dict[str, Any]:

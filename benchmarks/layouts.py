@@ -134,12 +134,6 @@ class Planner:
             found.append(plan.replicas[0])
         return found[0], found[1]
 
-    def way_back(self, layout: Layout) -> float:
-        """Seconds from the last stage to the first, for the tokens of a step."""
-        by_id = {device.id: device for device in self.topology.devices}
-        first, last = by_id[layout.devices[0]], by_id[layout.devices[-1]]
-        return self.topology.link(last, first).latency_seconds if first is not last else 0.0
-
     def with_change(self, text: str) -> "Planner":
         """The same for a cluster that might be; ``add=ID@HOST`` and ``remove=HOST``."""
         change = parse_change(text)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import combinations
 from statistics import mean, median
+from typing import Any
 
 
 def ranks(values: Sequence[float]) -> list[float]:
@@ -44,3 +45,36 @@ def regret(predicted: Sequence[float], measured: Sequence[float]) -> float:
 def median_error(predicted: Sequence[float], measured: Sequence[float]) -> float:
     """Median of ``|predicted / measured - 1|``."""
     return median(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True))
+
+
+def scores(plans: list[dict[str, Any]]) -> dict[str, Any]:
+    """How well predictions order plans, and how far off they are: cold ones, and learnt ones."""
+    seconds = [plan["measured_seconds"] for plan in plans]
+    slowness = [1 / plan["measured_tokens_per_second"] for plan in plans]
+    found: dict[str, Any] = {}
+    for how in ("cold", "learnt"):
+        told = [plan["predicted_seconds"][how] for plan in plans]
+        rates = [plan["predicted_tokens_per_second"][how] for plan in plans]
+        found[how] = {
+            "latency": _score(told, seconds),
+            "throughput": _score([1 / rate for rate in rates], slowness),
+        }
+        for kind in ("alone", "full"):
+            stages = [stage for plan in plans for stage in plan["stages"][kind]]
+            errors = [abs(s["planned_ms"][how] / s["measured_ms"] - 1) for s in stages]
+            if errors:
+                found[how][f"stages {kind}"] = {
+                    "median_error": round(median(errors), 3),
+                    "within_15_percent": round(sum(e <= 0.15 for e in errors) / len(errors), 2),
+                    "stages": len(errors),
+                }
+    return found
+
+
+def _score(predicted: list[float], measured: list[float]) -> dict[str, float]:
+    return {
+        "spearman": round(spearman(predicted, measured), 3),
+        "kendall": round(kendall(predicted, measured), 3),
+        "regret": round(regret(predicted, measured), 3),
+        "median_error": round(median_error(predicted, measured), 3),
+    }

@@ -60,15 +60,13 @@ class Client:
             raise RuntimeError(f"an answer of {count} tokens instead of {LOAD.tokens}")
         return first, time.perf_counter() - began
 
-    async def alone(self, count: int) -> list[tuple[float, float]]:
-        """One request after another; the first is to warm up."""
+    async def alone(self) -> tuple[float, float]:
+        """A request that nobody else is served beside."""
         async with channel(self._mesh.address) as way:
-            stub: Any = inference_pb2_grpc.InferenceServiceStub(way)
-            return [await self.answer(stub) for _ in range(count + 1)][1:]
+            return await self.answer(inference_pb2_grpc.InferenceServiceStub(way))
 
-    async def full(self, rounds: int) -> list[float]:
-        """Tokens per second of as many requests at once as slots, and as many again, by round."""
-        found = []
+    async def full(self) -> float:
+        """Tokens per second of as many requests at once as slots, and as many again."""
         async with channel(self._mesh.address) as way:
             stub: Any = inference_pb2_grpc.InferenceServiceStub(way)
 
@@ -76,11 +74,9 @@ class Client:
                 await self.answer(stub)
                 await self.answer(stub)
 
-            for _ in range(rounds):
-                began = time.perf_counter()
-                await asyncio.gather(*(twice() for _ in range(LOAD.slots)))
-                found.append(2 * LOAD.slots * LOAD.tokens / (time.perf_counter() - began))
-        return found
+            began = time.perf_counter()
+            await asyncio.gather(*(twice() for _ in range(LOAD.slots)))
+            return 2 * LOAD.slots * LOAD.tokens / (time.perf_counter() - began)
 
     async def until(self, done: asyncio.Event) -> int:
         """Keep a few requests under way until something is done; how many were answered, whole."""

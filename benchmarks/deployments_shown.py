@@ -1,0 +1,41 @@
+"""What the benchmark of deployments shows while it runs."""
+
+import sys
+from typing import Any
+
+
+def say(text: str) -> None:
+    """A line, at once."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def show_found(found: dict[str, Any]) -> None:
+    """Devices and ways, beside how they were made."""
+    for device in found["devices"]:
+        say(f"{device['host']:6} {device['cores']:4} cores: {device['layer_ms']:.2f} ms a layer")
+    for way in found["ways"]:
+        say(
+            f"{way['from']:>6} -> {way['to']:6} {way['made_ms']:6.2f} ms made, "
+            f"{way['found_ms']:6.2f} found; {way['made_mb']:6.1f} MB/s made, "
+            f"{way['found_mb']:6.1f} found"
+        )
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    """A placement, predicted and measured."""
+    where = " ".join(f"{device.split('-')[1]}:{count}" for device, count in plan["layers"])
+    latency, rate = plan["predicted_seconds"], plan["predicted_tokens_per_second"]
+    say(
+        f"{plan['name']:20} {where:32} latency {latency['cold']:.3f} predicted, "
+        f"{latency['learnt']:.3f} learnt, {plan['measured_seconds']:.3f} measured; tokens/s "
+        f"{rate['cold']:.0f}, {rate['learnt']:.0f}, {plan['measured_tokens_per_second']:.0f}"
+        + ("" if plan["kept"] else "; lost a host meanwhile, does not count")
+    )
+    for kind, stages in plan["stages"].items():
+        for stage in stages:
+            planned = stage["planned_ms"]
+            say(
+                f"    {kind:6} {stage['device'].split('-')[1]:6} {planned['cold']:6.2f} ms "
+                f"planned, {planned['learnt']:6.2f} learnt, {stage['measured_ms']:6.2f} measured"
+            )
