@@ -10,7 +10,8 @@ would know beforehand; only tokens that were asked for count. ``hf-continuous`` 
 continuous batching; ``vllm`` and ``openvino`` are measured where ``make bench-peers`` has installed
 them, on CPUs. All compute in one dtype, float32 by default. Each run is a process of its own, on as
 many cores as it has threads, after one short run to warm up; engines take turns, and medians are
-given.
+given. With ``--results FILE`` every run is kept in a file as it ends, and a later call with the
+same settings goes on from there: what takes hours can be measured in pieces.
 """
 # ruff: noqa: PLC0415 - the process that starts the others needs no model library.
 
@@ -125,8 +126,40 @@ def _interpreter(engine: str, peers: Path) -> str:
     return str(found)
 
 
+class Results:
+    """Runs that were made, in a file of JSON lines.
+
+    Args:
+        path: the file; None: they are not kept.
+        settings: what they have in common; others in the file are left alone.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self._path = path
+        self._settings = settings
+
+    def of(self, engine: str) -> list[float]:
+        """Tokens a second of an engine's runs, oldest first."""
+        if self._path is None or not self._path.exists():
+            return []
+        runs = map(json.loads, self._path.read_text().splitlines())
+        return [
+            run["tokens_per_second"]
+            for run in runs
+            if run["engine"] == engine and run["settings"] == self._settings
+        ]
+
+    def add(self, engine: str, rate: float) -> None:
+        """Keep a run."""
+        if self._path is None:
+            return
+        run = {"engine": engine, "tokens_per_second": rate, "settings": self._settings}
+        with self._path.open("a") as file:
+            file.write(json.dumps(run) + "\n")
+
+
 def compare(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """Run every engine in turn, so many times."""
+    """Run every engine in turn, so many times; those count that were made before."""
     # Not for those that run in an interpreter of their own, in which uellm is not installed.
     from uellm_worker.cores import WAITING
 
@@ -135,9 +168,20 @@ def compare(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     for name in ("threads", "slots", "requests", "device", "dtype"):
         command.append(f"--{name}={getattr(arguments, name)}")
     interpreters = {engine: _interpreter(engine, arguments.peers) for engine in arguments.engines}
-    rates: dict[str, list[float]] = {engine: [] for engine in arguments.engines}
-    for _ in range(arguments.repeats):
+    settings = {
+        "model": arguments.random or str(directory),
+        "stored": arguments.stored if arguments.random else None,
+        **{
+            name: getattr(arguments, name)
+            for name in ("threads", "slots", "requests", "device", "dtype")
+        },
+    }
+    results = Results(arguments.results, settings)
+    rates = {engine: results.of(engine) for engine in arguments.engines}
+    for repeat in range(arguments.repeats):
         for engine, found in rates.items():
+            if len(found) > repeat:
+                continue
             run = [interpreters[engine], *command, f"--one={engine}"]
             # As the worker has it; others as their users have them.
             waiting = WAITING if engine.startswith("shard") else {}
@@ -145,15 +189,12 @@ def compare(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
                 run, check=True, env={**waiting, **environment}, stdout=subprocess.PIPE
             )
             found.append(float(done.stdout.split()[-1]))
+            results.add(engine, found[-1])
     medians = {engine: statistics.median(found) for engine, found in rates.items()}
     ours = medians.get("shard")
     return {
-        "model": arguments.random or str(directory),
-        "stored": arguments.stored if arguments.random else None,
-        **{
-            name: getattr(arguments, name)
-            for name in ("threads", "slots", "requests", "repeats", "device", "dtype")
-        },
+        **settings,
+        "repeats": arguments.repeats,
         "engines": {
             engine: {
                 "tokens_per_second": round(rate, 1),
@@ -178,6 +219,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="as torch names it, for instance cuda:0")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--peers", type=Path, default=Path(".peers"))
+    parser.add_argument("--results", type=Path, help="keeps runs, and goes on from them")
     parser.add_argument("--one", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

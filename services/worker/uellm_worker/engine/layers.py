@@ -40,7 +40,7 @@ class Norm:
         if found is not None:
             return found.norm(rows, self.weight, self.bias, self.eps)
         size = self.weight.shape[-1]
-        segments = rows.reshape(len(rows), -1, size)
+        segments = rows.reshape(len(rows), rows.shape[-1] // size, size)
         if self.bias is not None:
             normed = functional.layer_norm(segments, (size,), eps=self.eps)
             return normed.mul_(self.weight).add_(self.bias).view(rows.shape)

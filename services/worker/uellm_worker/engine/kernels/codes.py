@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from uellm_worker.engine.kernels.arithmetic import bytes_at, floats, integers, real
-from uellm_worker.engine.kernels.panels import DEPTH, TILE, add_rows
+from uellm_worker.engine.kernels.panels import DEPTH, LINE, PARTS, TILE, add_rows
 from uellm_worker.engine.kernels.vectors import (
     BFLOATS,
     FLOAT,
@@ -27,7 +27,6 @@ from uellm_worker.engine.kernels.vectors import (
 )
 from uellm_worker.engine.tiles import OUTPUT, PANEL_ROWS
 
-_PARTS = PANEL_ROWS // LANES
 _AHEAD_BYTES = 2048
 _KINDS = {0: (VECTOR, 4), 1: (HALVES, 2), 2: (BFLOATS, 2)}
 """Of scales: float32, float16, bfloat16; and bytes of each."""
@@ -35,7 +34,7 @@ _KINDS = {0: (VECTOR, 4), 1: (HALVES, 2), 2: (BFLOATS, 2)}
 
 def _widened(code, line, bits, zeros):
     """The codes of a line, less their zeros, as floats: by input, then by part of the panel."""
-    found = [code.codes(line, LANES * part) for part in range(_PARTS)]
+    found = [code.codes(line, LANES * part) for part in range(PARTS)]
     if bits == 4:
         found = [code.nibbles(codes) for codes in found]
         found = list(zip(*found, strict=True))
@@ -56,8 +55,8 @@ def _write_tile(code, arguments, rows, bits, shifted):
     def part(index):
         return code.load(numbers, 4 * LANES * index)
 
-    scales = [part(index) for index in range(_PARTS)]
-    zeros = [part(_PARTS + index) for index in range(_PARTS)] if shifted else None
+    scales = [part(index) for index in range(PARTS)]
+    zeros = [part(LINE + index) for index in range(PARTS)] if shifted else None
 
     def one_line(index, sums):
         line = code.moved(lines, I64(PANEL_ROWS), index)
@@ -67,16 +66,16 @@ def _write_tile(code, arguments, rows, bits, shifted):
             for row, start in enumerate(starts):
                 at = code.moved(start, I64(4 * inputs), index)
                 number = code.everywhere(code.load(at, 4 * place, FLOAT))
-                before = sums[_PARTS * row : _PARTS * (row + 1)]
+                before = sums[PARTS * row : PARTS * (row + 1)]
                 results += [code.fma(number, w, b) for w, b in zip(weights, before, strict=True)]
             sums = results
         return sums
 
-    sums = code.repeat(count, [ZEROS] * (_PARTS * rows), one_line)
+    sums = code.repeat(count, [ZEROS] * (PARTS * rows), one_line)
     for number, total in enumerate(sums):
-        row, offset = number // _PARTS, 4 * LANES * (number % _PARTS)
+        row, offset = number // PARTS, 4 * LANES * (number % PARTS)
         addend = code.load(code.moved(added, added_stride, row), offset)
-        result = code.fma(total, scales[number % _PARTS], addend)
+        result = code.fma(total, scales[number % PARTS], addend)
         code.store(result, code.moved(output, output_stride, row), offset)
 
 
@@ -127,7 +126,7 @@ def _take_scales(typing, kind, scales, factor, target):
         code = Code(builder)
 
         def write(form, size):
-            for part in range(_PARTS):
+            for part in range(LINE):
                 found = code.load(scales, size * LANES * part, form)
                 product = builder.fmul(found, code.everywhere(factor))
                 code.store(product, target, 4 * LANES * part)
@@ -161,24 +160,25 @@ def _group(rows, stride, count, lines, inputs, bits, shifted, numbers, output, o
     blocks = (count + TILE - 1) // TILE
     each = types.int64(8) // bits
     for begin in range(0, inputs, DEPTH):
-        for block in range(blocks):
+        for turn in range(blocks * (LINE // PARTS)):
+            block, column = turn % blocks, turn // blocks * PARTS * LANES
             first = count * block // blocks
-            target = output + first * out_stride
+            target = output + first * out_stride + 4 * column
             # What has been summed before is added, or else the bias.
             added, added_stride = target, out_stride
             if begin == 0 and bias:
-                added, added_stride = bias, types.int64(0)
+                added, added_stride = bias + 4 * column, types.int64(0)
             _tile(
                 count * (block + 1) // blocks - first + (2 * shifted + (bits == 4)) * TILE,
                 rows + first * stride + 4 * begin,
-                lines + begin // each * PANEL_ROWS,
+                lines + begin // each * PANEL_ROWS + column,
                 added,
                 target,
                 stride,
                 added_stride,
                 out_stride,
                 min(DEPTH, inputs - begin) // each,
-                numbers,
+                numbers + 4 * column,
             )
 
 

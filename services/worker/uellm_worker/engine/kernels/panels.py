@@ -23,10 +23,10 @@ from uellm_worker.engine.kernels.vectors import (
 )
 from uellm_worker.engine.tiles import OUTPUT, PANEL_ROWS
 
-_PARTS = PANEL_ROWS // LANES
+LINE = PANEL_ROWS // LANES
 """Vectors of a panel's line."""
-TILE = 8 if VECTORS > 16 else 3
-"""Most rows at a time: what is summed takes half of the registers, or with AVX2 three quarters."""
+PARTS, TILE = (LINE, 8) if VECTORS > 16 else (1, 6)
+"""Vectors of a line, and most rows, at a time: sums take half of the registers, with AVX2 more."""
 DEPTH = 256
 """Lines of a panel that stay in the first-level cache while rows take turns."""
 _AHEAD_BYTES = 2048
@@ -39,20 +39,20 @@ def _write_tile(code, arguments, rows, half):
     starts = [code.moved(given, stride, row) for row in range(rows)]
 
     def one_line(index, sums):
-        line = code.moved(lines, I64(_PARTS * size), index)
-        code.read_ahead(line, _AHEAD_BYTES, _PARTS * size)
-        weights = [code.load(line, size * part, kind) for part in range(_PARTS)]
+        line = code.moved(lines, I64(LINE * size), index)
+        code.read_ahead(line, _AHEAD_BYTES, PARTS * size)
+        weights = [code.load(line, size * part, kind) for part in range(PARTS)]
         results = []
         for row, start in enumerate(starts):
             number = code.everywhere(code.load(code.moved(start, I64(4), index), 0, FLOAT))
-            before = sums[_PARTS * row : _PARTS * (row + 1)]
+            before = sums[PARTS * row : PARTS * (row + 1)]
             results += [code.fma(number, w, b) for w, b in zip(weights, before, strict=True)]
         return results
 
-    sums = code.repeat(count, [ZEROS] * (_PARTS * rows), one_line)
+    sums = code.repeat(count, [ZEROS] * (PARTS * rows), one_line)
     scale = code.everywhere(factor)
     for number, total in enumerate(sums):
-        row, offset = number // _PARTS, 4 * LANES * (number % _PARTS)
+        row, offset = number // PARTS, 4 * LANES * (number % PARTS)
         addend = code.load(code.moved(added, added_stride, row), offset)
         code.store(code.fma(total, scale, addend), code.moved(output, output_stride, row), offset)
 
@@ -97,17 +97,18 @@ def _panel(rows, stride, count, depth, panel, half, bias, output, output_stride,
     size = 2 if half else 4
     blocks = (count + TILE - 1) // TILE
     for begin in range(0, depth, DEPTH):
-        for block in range(blocks):
+        for turn in range(blocks * (LINE // PARTS)):
+            block, column = turn % blocks, turn // blocks * PARTS * LANES
             first = count * block // blocks
-            target = output + first * output_stride
+            target = output + first * output_stride + 4 * column
             # What has been summed before is added, or else the bias.
             added, added_stride = target, output_stride
             if begin == 0:
-                added, added_stride = bias, types.int64(0)
+                added, added_stride = bias + 4 * column, types.int64(0)
             _tile(
                 count * (block + 1) // blocks - first + half * TILE,
                 rows + first * stride + 4 * begin,
-                panel + begin * PANEL_ROWS * size,
+                panel + (begin * PANEL_ROWS + column) * size,
                 added,
                 target,
                 stride,
