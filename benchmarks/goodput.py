@@ -20,6 +20,7 @@ from statistics import fmean
 
 from uellm.policy.views import DispatchSettings
 from uellm.simulator.experiments import Cell, Setup, goodput, serve
+from uellm.simulator.mesh import MeshSettings
 from uellm.simulator.metrics import measure
 from uellm.simulator.platforms import find_platform
 
@@ -122,6 +123,7 @@ def compare(
             predictor=predictor,
             requests=requests or REQUESTS.get(platform, 3000),
             cv=cv,
+            mesh=MeshSettings(promises=False),
             dispatch=dispatch,
         )
 

@@ -72,7 +72,8 @@ def compared(
         # Nothing keeps first come, first served's only engine short of requests.
         fcfs = policy.startswith("fcfs")
         dispatch = DispatchSettings(kv_headroom=100.0) if fcfs else DispatchSettings()
-        setup = Setup(platform, str(trace), predictor, most, 1.0, MeshSettings(), dispatch)
+        mesh = MeshSettings(promises=False)
+        setup = Setup(platform, str(trace), predictor, most, 1.0, mesh, dispatch)
         bound = setup.highest_load(0.99)
         for load in loads:
             metrics = simulate(setup, Cell(policy, load * bound, 0)).metrics

@@ -154,6 +154,21 @@ def test_logits_that_are_not_finite_fail_one_sequence_and_wipe_its_slot() -> Non
     assert [admission.slot for admission in second.admissions] == [0]
 
 
+def test_prompts_are_computed_in_the_order_that_was_decided() -> None:
+    def decide(view: EngineView) -> StepDecision:
+        names = tuple(s.request_id for s in view.waiting)
+        return StepDecision(admit=names, chunk_tokens=6, prefill=("c",))
+
+    loop = make_loop(policy=FunctionPolicy(decide), slots=3)
+    for name in "abc":
+        loop.add(add(name, prompt=6, max_tokens=2))
+    firsts = []
+    while loop.busy:
+        report = loop.step()
+        firsts += [output.request_id for output in report.outputs] if report else []
+    assert list(dict.fromkeys(firsts)) == ["c", "a", "b"]
+
+
 def test_dropping_frees_the_slot_before_the_next_step() -> None:
     loop = make_loop(slots=1)
     loop.add(add("a", max_tokens=50))

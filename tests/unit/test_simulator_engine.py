@@ -171,6 +171,39 @@ def test_what_comes_during_a_long_stretch_joins_at_the_next_step() -> None:
     assert first.finished_at > second.finished_at
 
 
+def test_prompts_are_computed_in_the_order_that_was_decided() -> None:
+    class LastFirst(FcfsStep):
+        def step(self, engine: EngineView, now: float) -> StepDecision:
+            ids = [sequence.request_id for sequence in (*engine.running, *engine.waiting)]
+            return replace(super().step(engine, now), prefill=tuple(sorted(ids, reverse=True)[:1]))
+
+    requests = [request(i, 20, 2) for i in range(3)]
+    first_tokens = [
+        [record.first_token_at for record in simulate(requests, step=step).records]
+        for step in (FcfsStep(), LastFirst())
+    ]
+    in_order, last_first = first_tokens
+    assert in_order == sorted(in_order)
+    # Who is not named follows by admission.
+    assert last_first.index(min(last_first)) == 2
+    assert last_first[0] < last_first[1]
+
+
+@given(requests=REQUESTS, replicas=st.integers(1, 2))
+@settings(max_examples=25, deadline=None)
+def test_policies_decide_the_same_whether_or_not_promises_are_made(
+    requests: list[Request], replicas: int
+) -> None:
+    def ends(*, promises: bool) -> list[float]:
+        mesh = replace(AT_ONCE, replicas=replicas, promises=promises)
+        dispatch = EdfDispatch(DispatchSettings())
+        run = simulate(requests, mesh=mesh, dispatch=dispatch)
+        assert all((record.promise is not None) == promises for record in run.records)
+        return [record.finished_at for record in run.records]
+
+    assert ends(promises=True) == ends(promises=False)
+
+
 def test_a_padded_batch_runs_to_its_longest() -> None:
     requests = [request(0, 4, 3), request(1, 10, 9), request(2, 2, 1)]
     run = simulate(requests, mesh=replace(AT_ONCE, execution=Execution.STATIC), predictor="oracle")

@@ -70,6 +70,8 @@ def test_a_decision_is_one_that_an_engine_can_carry_out(name: str, view: EngineV
     stay = [s for name, s in running.items() if name not in preempted]
     assert len(stay) + len(admitted) <= view.slots
     assert decision.reconsider_at is None or decision.reconsider_at > NOW
+    assert set(decision.prefill) <= {*running, *admitted}
+    assert len(set(decision.prefill)) == len(decision.prefill)
     for request_id in admitted:
         assert decision.reserve[request_id] >= waiting[request_id].prompt_tokens
     # Whoever stays has room for its next token, and admissions fit beside it.
@@ -444,6 +446,20 @@ def test_prefill_is_paced_by_those_that_decode() -> None:
     # 19 ms a step are less than a full one takes: what the weights' streaming hides is left.
     chunk = step_policy("cslo-odbs").step(replace(view, running=[late]), NOW).chunk_tokens
     assert chunk == COST.knee - 1
+
+
+def test_prompts_are_computed_in_the_order_in_which_first_tokens_are_needed() -> None:
+    long = sequence("long", prompt=200, computed_tokens=20, tokens=100, deadline_at=NOW + 60)
+    soon = sequence("soon", ttft_at=NOW + 0.5)
+    lost = sequence("lost", ttft_at=NOW - 1)
+    # It is due first, but for its short answer there is time.
+    brief = sequence("brief", deadline_at=NOW + 59, tokens=4)
+    view = engine([lost, long, soon, decoding("busy")], [])
+    policy = step_policy("cslo-odbs")
+    assert policy.step(view, NOW).prefill == ("soon", "long", "lost")
+    joined = policy.step(replace(view, waiting=[brief], slots=8), NOW)
+    assert joined.admit == ("brief",)
+    assert joined.prefill == ("soon", "long", "brief", "lost")
 
 
 def test_prefill_keeps_up_with_the_answers_that_end() -> None:

@@ -19,7 +19,7 @@ from uellm.policy.cslo_settings import CsloSettings
 from uellm.policy.fairness import Turn, in_turns
 from uellm.policy.latest_start import FactsCache, Outlook, Pace, outlook, pace_of
 from uellm.policy.occupancy import held_tokens, victims
-from uellm.policy.pacing import paced_chunk
+from uellm.policy.pacing import paced_chunk, prefill_order
 from uellm.policy.peak import PeakRoom, peak_room
 from uellm.policy.rows import Floats, Places, sorted_by
 from uellm.policy.running_facts import RunningFacts
@@ -155,7 +155,7 @@ class CsloOdbsStep:
             preempt = self._out_of_room(engine, running, now)
             return StepDecision(preempt=preempt, chunk_tokens=chunk, reconsider_at=again)
         if not engine.waiting:
-            return StepDecision(chunk_tokens=chunk)
+            return StepDecision(chunk_tokens=chunk, prefill=prefill_order(running))
         cap = batch_cap(engine.slots, engine.cost, settings.knee_factor)
         standing = self._standing(engine, running, cap, pace, now)
         waiting = outlook(
@@ -169,13 +169,16 @@ class CsloOdbsStep:
         )
         urgent = ~waiting.lost & (waiting.latest_start - now < settings.urgent_steps * pace.step)
         if standing.places <= 0 and not urgent.any():
-            return StepDecision(chunk_tokens=chunk, reconsider_at=again)
+            return StepDecision(
+                chunk_tokens=chunk, prefill=prefill_order(running), reconsider_at=again
+            )
         order = self._order(waiting, engine, standing, cap, pace, now)
         admit, preempt = self._admit(order, urgent, waiting, standing, pace, now)
         return StepDecision(
             admit=tuple(engine.waiting[i].request_id for i in admit),
             preempt=preempt,
             chunk_tokens=chunk,
+            prefill=prefill_order(running, waiting, admit),
             reconsider_at=again if len(admit) < len(engine.waiting) else None,
             reserve={engine.waiting[i].request_id: held_tokens(engine.waiting[i]) for i in admit},
         )

@@ -6,7 +6,7 @@ Times are seconds since the epoch by Redis TIME; durations are seconds.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from uellm.core.cost import StepCost
 from uellm.core.request import Promise, ResourceProfile, Slo
@@ -304,6 +304,18 @@ class EngineView:
     cost: StepCost | None = None
 
 
+class HasId(Protocol):
+    """What an engine calls a sequence."""
+
+    @property
+    def request_id(self) -> str:
+        """Its id."""
+        ...
+
+
+Named = TypeVar("Named", bound=HasId)
+
+
 @dataclass(frozen=True, slots=True)
 class StepDecision:
     """What an engine is to do in its next step, and in those after it until it asks again.
@@ -322,6 +334,8 @@ class StepDecision:
         reserve: KV room to reserve for those that are admitted, in tokens, where it is not their
             ``reserve_tokens``. A policy that reserves less than what may come preempts itself
             when room runs out, and is asked again when less is free than the next step takes.
+        prefill: ids of those whose prompts are computed first, in order; the others follow by
+            admission.
     """
 
     admit: tuple[str, ...] = ()
@@ -331,6 +345,14 @@ class StepDecision:
     reconsider_when: int | None = None
     reconsider_at: float | None = None
     reserve: Mapping[str, int] = field(default_factory=dict)
+    prefill: tuple[str, ...] = ()
+
+    def prefill_order(self, sequences: Sequence[Named]) -> Sequence[Named]:
+        """Those whose prompts are to be computed, given by admission: who goes first is first."""
+        if not self.prefill or len(sequences) < 2:
+            return sequences
+        places = {request_id: place for place, request_id in enumerate(self.prefill)}
+        return sorted(sequences, key=lambda s: places.get(s.request_id, len(places)))
 
 
 class StepPolicy(Protocol):

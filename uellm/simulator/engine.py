@@ -326,8 +326,9 @@ class ContinuousEngine(Engine):
         budget = min(self._decision.chunk_tokens, self.platform.chunk_tokens - len(decodes))
         chunks: list[tuple[Sequence, int]] = []
         if len(decodes) < len(self.running):
-            for sequence in self.running:
-                if budget > 0 and not sequence.decoding:
+            prompts = [s for s in self.running if not s.decoding]
+            for sequence in self._decision.prefill_order(prompts):
+                if budget > 0:
                     count = min(budget, sequence.prefill - sequence.computed)
                     chunks.append((sequence, count))
                     budget -= count

@@ -44,6 +44,8 @@ class MeshSettings:
         completion_seconds: from an end until the scheduler has heard of it.
         report_seconds: how often replicas' reports are read, as in the scheduler.
         refusable: requests ask to be refused when they cannot be in time.
+        promises: requests are promised when they will be answered. Where none may be refused,
+            policies decide the same without, in a fraction of the time.
     """
 
     replicas: int = 1
@@ -52,6 +54,7 @@ class MeshSettings:
     completion_seconds: float = 0.005
     report_seconds: float = 0.25
     refusable: bool = False
+    promises: bool = True
 
 
 @dataclass(slots=True)
@@ -153,6 +156,7 @@ class Mesh:
             [station.engine for station in self._stations],
             report_seconds=settings.report_seconds,
             refusable=settings.refusable,
+            promises=settings.promises or settings.refusable,
         )
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._numbers = count()

@@ -39,6 +39,7 @@ class Scheduler:
         engines: one a replica.
         report_seconds: how often replicas are looked at while there is work.
         refusable: requests ask to be refused when they cannot be in time.
+        promises: requests are promised when they will be answered.
 
     Attributes:
         waiting: by id, in order of arrival.
@@ -54,6 +55,7 @@ class Scheduler:
         *,
         report_seconds: float,
         refusable: bool,
+        promises: bool,
     ) -> None:
         self.waiting: dict[str, QueuedView] = {}
         self.asked = 0
@@ -63,6 +65,7 @@ class Scheduler:
         self._engines = engines
         self._report_seconds = report_seconds
         self._refusable = refusable
+        self._promises = promises
         self._reported_at = float("-inf")
         self._replicas = [
             _Replica(
@@ -103,7 +106,8 @@ class Scheduler:
             max_tokens=request.max_tokens,
             refusable=self._refusable,
         )
-        self._unpromised.add(request.request_id)
+        if self._promises:
+            self._unpromised.add(request.request_id)
 
     def take_back(self, view: QueuedView, tokens: int) -> None:
         """A replica handed a request back, with so many tokens logged."""

@@ -1116,6 +1116,7 @@ class RecordedStepDecision(_message.Message):
     RECONSIDER_WHEN_FIELD_NUMBER: _builtins.int
     RECONSIDER_AT_FIELD_NUMBER: _builtins.int
     RESERVE_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
     chunk_tokens: _builtins.int
     reconsider_when: _builtins.int
     reconsider_at: _builtins.float
@@ -1127,6 +1128,8 @@ class RecordedStepDecision(_message.Message):
     def hand_back(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def reserve(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]: ...
+    @_builtins.property
+    def prefill(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -1137,10 +1140,11 @@ class RecordedStepDecision(_message.Message):
         reconsider_when: _builtins.int | None = ...,
         reconsider_at: _builtins.float | None = ...,
         reserve: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
+        prefill: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_reconsider_at", b"_reconsider_at", "_reconsider_when", b"_reconsider_when", "reconsider_at", b"reconsider_at", "reconsider_when", b"reconsider_when"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reconsider_at", b"_reconsider_at", "_reconsider_when", b"_reconsider_when", "admit", b"admit", "chunk_tokens", b"chunk_tokens", "hand_back", b"hand_back", "preempt", b"preempt", "reconsider_at", b"reconsider_at", "reconsider_when", b"reconsider_when", "reserve", b"reserve"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reconsider_at", b"_reconsider_at", "_reconsider_when", b"_reconsider_when", "admit", b"admit", "chunk_tokens", b"chunk_tokens", "hand_back", b"hand_back", "preempt", b"preempt", "prefill", b"prefill", "reconsider_at", b"reconsider_at", "reconsider_when", b"reconsider_when", "reserve", b"reserve"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__reconsider_at: _TypeAlias = _typing.Literal["reconsider_at"]  # noqa: Y015
     _WhichOneofArgType__reconsider_at: _TypeAlias = _typing.Literal["_reconsider_at", b"_reconsider_at"]  # noqa: Y015

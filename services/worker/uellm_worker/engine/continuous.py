@@ -7,6 +7,7 @@ chunks: Agrawal et al., "Sarathi-Serve", arXiv 2403.02310).
 
 from collections.abc import Callable
 
+from uellm.policy.views import StepDecision
 from uellm_worker.engine.capacity import Capacity
 from uellm_worker.engine.flights import Padding, Share
 from uellm_worker.engine.kv import KvManager
@@ -43,7 +44,7 @@ class Continuous:
         )
 
     def next_step(
-        self, roster: Roster, chunk_tokens: int, rows: int, burden: Callable[[int], int]
+        self, roster: Roster, decision: StepDecision, rows: int, burden: Callable[[int], int]
     ) -> tuple[list[Share], list[Padding]]:
         """See ``Execution``. It is the turn of the group with the least burden.
 
@@ -51,7 +52,7 @@ class Continuous:
         """
         groups = {roster.kv.group(s.slot) for s in roster.running if s.ready}
         for group in sorted(groups, key=lambda g: (burden(g), self._last_step[g])):
-            if shares := _shares_of(group, roster, chunk_tokens, rows):
+            if shares := self._shares_of(group, roster, decision, rows):
                 self._last_step[group] = self._steps
                 self._steps += 1
                 return shares, []
@@ -60,24 +61,27 @@ class Continuous:
     def start_again(self) -> None:
         """See ``Execution``."""
 
-
-def _shares_of(group: int, roster: Roster, chunk_tokens: int, rows: int) -> list[Share]:
-    """What a step of a group computes: decodes in slot order, then prefill by admission."""
-    members = [s for s in roster.running if s.ready and roster.kv.group(s.slot) == group]
-    prompts = [s for s in members if not s.decoding]
-    decodes = sorted((s for s in members if s.decoding), key=lambda s: s.slot)
-    for sequence in decodes:
-        roster.make_room(sequence)
-    # Room for one may have come from another.
-    shares = [Share.next_of(sequence, 1) for sequence in decodes if sequence.slot >= 0]
-    budget = min(chunk_tokens, rows - len(shares))
-    for sequence in prompts:
-        if sequence.slot < 0:
-            continue
-        if budget <= 0:
-            break
-        share = Share.next_of(sequence, budget)
-        if roster.kv.grow(share.chunk.slot, share.token_ids):
-            shares.append(share)
-            budget -= share.chunk.count
-    return shares
+    def _shares_of(
+        self, group: int, roster: Roster, decision: StepDecision, rows: int
+    ) -> list[Share]:
+        """What a step of a group computes: decodes in slot order, then prefill as decided."""
+        members = [s for s in roster.running if s.ready and roster.kv.group(s.slot) == group]
+        prompts = [s for s in members if not s.decoding]
+        decodes = sorted((s for s in members if s.decoding), key=lambda s: s.slot)
+        for sequence in decodes:
+            roster.make_room(sequence)
+        # Room for one may have come from another.
+        shares = [Share.next_of(sequence, 1) for sequence in decodes if sequence.slot >= 0]
+        # Prompt tokens of one of the steps that are under way together.
+        chunk = -(-decision.chunk_tokens // self.depth)
+        budget = min(chunk, rows - len(shares))
+        for sequence in decision.prefill_order(prompts):
+            if sequence.slot < 0:
+                continue
+            if budget <= 0:
+                break
+            share = Share.next_of(sequence, budget)
+            if roster.kv.grow(share.chunk.slot, share.token_ids):
+                shares.append(share)
+                budget -= share.chunk.count
+        return shares

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from uellm.policy.views import StepDecision
 from uellm_worker.engine.capacity import Capacity
 from uellm_worker.engine.continuous import Continuous
 from uellm_worker.engine.flights import Padding, Share
@@ -37,13 +38,13 @@ class Execution(Protocol):
         ...
 
     def next_step(
-        self, roster: Roster, chunk_tokens: int, rows: int, burden: Callable[[int], int]
+        self, roster: Roster, decision: StepDecision, rows: int, burden: Callable[[int], int]
     ) -> tuple[list[Share], list[Padding]]:
         """What the next step computes of whom, and what for nobody.
 
         Args:
             roster: who runs; somebody may lose a slot.
-            chunk_tokens: most tokens of prompts.
+            decision: how many tokens of prompts all steps under way compute, and whose first.
             rows: most tokens in all.
             burden: steps under way of a group.
         """

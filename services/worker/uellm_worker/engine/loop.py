@@ -242,10 +242,8 @@ class EngineLoop:
             if not self._roster.active:
                 return False
             changed = self._due(now) and self._decide(now)
-            # Prompt tokens of one of the steps that are under way together.
-            chunk = -(-self._occasion.decision.chunk_tokens // self._execution.depth)
             shares, padding = self._execution.next_step(
-                self._roster, chunk, self._limit.rows, self._under_way_of
+                self._roster, self._occasion.decision, self._limit.rows, self._under_way_of
             )
             if shares or padding:
                 self._submit(shares, padding, began_at)

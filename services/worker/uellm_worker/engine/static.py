@@ -8,6 +8,7 @@ the padding is thrown away: the answers are those of continuous execution.
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+from uellm.policy.views import StepDecision
 from uellm_worker.engine.capacity import Capacity
 from uellm_worker.engine.flights import Padding, Share
 from uellm_worker.engine.kv import KvManager
@@ -130,10 +131,10 @@ class Static:
         )
 
     def next_step(
-        self, roster: Roster, chunk_tokens: int, rows: int, burden: Callable[[int], int]
+        self, roster: Roster, decision: StepDecision, rows: int, burden: Callable[[int], int]
     ) -> tuple[list[Share], list[Padding]]:
         """See ``Execution``. Prompts go by what memory allows alone."""
-        del chunk_tokens, burden
+        del decision, burden
         if self._batch is None or self._batch.over:
             if not roster.running:
                 return [], []
