@@ -106,6 +106,23 @@ def test_who_waits_does_not_spoil_the_promises_of_who_does_not() -> None:
     assert (record.prospects(free, 2e6).times - 2e6)[0, FINISH, 1] == pytest.approx(before)
 
 
+def test_those_that_end_first_do_not_speak_for_those_that_go_on() -> None:
+    """A new mesh: when a tenth of the answers is there, these are the shortest."""
+    kept = []
+    for seed in range(10):
+        rng, record = np.random.default_rng(seed), TrackRecord()
+        took = 100 * rng.lognormal(0, 0.6, 120)
+        ends = sorted((i + seconds, f"r{i}") for i, seconds in enumerate(took))
+        for i, seconds in enumerate(took):
+            while ends[0][0] <= i:
+                at, name = ends.pop(0)
+                record.first_token(name, at)
+                record.finished(name, at)
+            times, _ = promise(record, f"r{i}", forecast(100.0), float(i))
+            kept.append(times[FINISH, 1] >= seconds)
+    assert np.mean(np.reshape(kept, (10, -1))[:, 40:]) == pytest.approx(0.9, abs=0.05)
+
+
 def test_broken_promises_count_no_less_for_coming_in_bursts() -> None:
     """Of each crowd a fifth takes ten times as long, and is heard of when all others are."""
     rng, record = np.random.default_rng(10), TrackRecord()

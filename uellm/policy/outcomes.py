@@ -84,11 +84,13 @@ class Outcomes:
         hearing_seconds: how long after it happened something may be heard of.
 
     Attributes:
-        seen: requests taken in.
+        seen: requests followed.
+        known: those of which is known whether they were in time.
     """
 
     def __init__(self, hearing_seconds: float = 0.0) -> None:
         self.seen = 0
+        self.known = 0
         self._hearing = hearing_seconds
         self._features = np.zeros((SIZE, FEATURES))
         self._spread = np.ones(SIZE)
@@ -98,6 +100,7 @@ class Outcomes:
         self._since = np.zeros(SIZE)
         self._late = np.zeros(SIZE, dtype=np.bool_)
         self._judged = np.zeros(SIZE, dtype=np.bool_)
+        self._filed = np.zeros(SIZE, dtype=np.bool_)
         self._took = np.full((SIZE, 2), np.nan)
         # Seconds that it was watched for, if it will not be longer; else infinite.
         self._watched = np.full(SIZE, np.inf)
@@ -109,23 +112,13 @@ class Outcomes:
         """How many are kept."""
         return min(self.seen, SIZE)
 
-    def add(
-        self,
-        forecast: Forecasts,
-        in_turn: float,
-        since: float,
-        *,
-        late: bool,
-        judged: bool = True,
-    ) -> int:
-        """Take in a request; returns its number, for ``learn``.
+    def add(self, forecast: Forecasts, in_turn: float, since: float) -> int:
+        """Follow a request; returns its number, for the others.
 
         Args:
             forecast: of it alone.
             in_turn: its probability of being in time by that alone; see ``in_turn``.
             since: when that was made.
-            late: it missed what it asked for.
-            judged: that is known.
         """
         place = self.seen % SIZE
         self._features[place] = features_of(forecast)[0]
@@ -135,11 +128,24 @@ class Outcomes:
         self._limit[place] = limits_of(forecast)[0].min()
         self._in_turn[place] = logit(np.array([in_turn]))[0]
         self._since[place] = since
-        self._late[place], self._judged[place] = late, judged
+        self._late[place], self._judged[place], self._filed[place] = False, False, False
         self._took[place], self._watched[place] = np.nan, np.inf
         self.seen += 1
-        self._changes += 1
         return self.seen - 1
+
+    def file(self, number: int, *, late: bool, judged: bool = True) -> None:
+        """It is known whether a request is in time, or will not be known.
+
+        Args:
+            number: whose.
+            late: it missed what it asked for.
+            judged: that is known.
+        """
+        if self.seen - number <= SIZE:
+            place = number % SIZE
+            self._late[place], self._judged[place], self._filed[place] = late, judged, True
+            self._changes += 1
+        self.known += 1
 
     def learn(self, number: int, target: int, seconds: float) -> None:
         """A request's first or last token came after so many seconds."""
@@ -193,7 +199,8 @@ class Outcomes:
         self._late[rows] = state["late"]
         self._judged[rows] = state["judged"]
         self._since[rows] = -np.inf
-        self.seen = count
+        self._filed[rows] = True
+        self.seen = self.known = count
 
     # ---- asking --------------------------------------------------------------------------------
 
@@ -206,7 +213,7 @@ class Outcomes:
         near -= (known**2).sum(axis=1) / 2
         near -= (asked**2).sum(axis=1)[:, None] / 2
         np.exp(near, out=weights[:, :-1])
-        weights[:, -1] = VAGUE / (1 + kept / 32) / len(_NORMAL)
+        weights[:, -1] = VAGUE / (1 + min(self.known, SIZE) / 32) / len(_NORMAL)
         return weights
 
     def in_turn(self, forecasts: Forecasts, weights: Floats, now: float) -> Floats:
@@ -270,7 +277,7 @@ class Outcomes:
             return late_reference(forecasts), np.ones(len(forecasts))
         expected = forecasts.start if target == START else forecasts.finish
         spread = np.ones(len(forecasts)) if target == START else forecasts.spread
-        alike = weights[:, :-1].sum(axis=1)
+        alike = weights[:, :-1] @ self._filed[: self.kept]
         return expected, np.hypot(spread, UNTAUGHT_SPREAD / np.sqrt(1.0 + alike**2 / 8))
 
     # ---- fitting -------------------------------------------------------------------------------
@@ -288,7 +295,7 @@ class Outcomes:
 
     def _fitted(self, now: float) -> list[list[Residuals]]:
         """By target: of the punctual, of the late, of the time until the turn."""
-        if not self._fits or self._changes >= (REFIT if self.seen >= FEW else 1):
+        if not self._fits or self._changes >= (REFIT if self.known >= FEW else 1):
             self._fits = [
                 [self._fit(target, which, now) for which in (PUNCTUAL, LATE, IN_TURN)]
                 for target in (START, FINISH)
@@ -300,11 +307,12 @@ class Outcomes:
         took, late = self._took[:, target], self._late
         known = ~np.isnan(took)
         watched = np.minimum(now - self._since - self._hearing, self._watched)
-        lost = np.isfinite(self._watched)
         if which == LATE:
             ended, waits = known & late, ~known & late
         else:
-            ended, waits = known & ~late & self._judged, ~known & ~late & lost
+            ended, waits = known & ~late & self._judged, ~known & ~late
+            if which == IN_TURN:
+                waits &= np.isfinite(self._watched)
         if which == IN_TURN:
             # Who is late would have had his turn after what he asked for.
             waits, watched = waits | late, np.where(late, self._limit, watched)

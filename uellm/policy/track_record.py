@@ -83,9 +83,8 @@ class _Open:
         basis: what it rests on.
         since: when it was made.
         rate: by how much of an error it moves its group's shifts.
-        followed: the outcomes that it will be among: of its kind, and of all.
-        places: its number among them, once it is known whether it is in time.
-        filed: that is known.
+        places: the outcomes that it is among, of its kind and of all, and its number there.
+        filed: it is known whether it is in time.
         first: seconds until its first token; nan: not heard of.
         judged: by target and level: whether it was kept is known.
     """
@@ -93,8 +92,7 @@ class _Open:
     basis: _Basis
     since: float
     rate: float
-    followed: list[Outcomes]
-    places: list[tuple[Outcomes, int]] = field(default_factory=list)
+    places: list[tuple[Outcomes, int]]
     filed: bool = False
     first: float = nan
     judged: list[list[bool]] = field(default_factory=lambda: [[False] * 2, [False] * 2])
@@ -153,7 +151,7 @@ class TrackRecord:
     def _of_group(self, group: int, forecasts: Forecasts, now: float) -> _Asked:
         kind = group // 2
         outcomes = self._kinds.get(kind)
-        if outcomes is None or outcomes.seen < FEW:
+        if outcomes is None or outcomes.known < FEW:
             outcomes = self._all
         weights = outcomes.weights(forecasts)
         asked = np.isfinite(limits_of(forecasts)).any(axis=1)
@@ -198,7 +196,10 @@ class TrackRecord:
         # Were it set when the promise is judged, what is heard of while many are open, and that
         # is more often bad news, would count less.
         rate = min(RATE, LAG / self._unjudged[group])
-        self._open[request_id] = _Open(basis, now, rate, self._followed(kind))
+        places = [
+            (each, each.add(basis.forecast, basis.in_turn, now)) for each in self._followed(kind)
+        ]
+        self._open[request_id] = _Open(basis, now, rate, places)
         for target in self._targets:
             limit = float(limits_of(basis.forecast)[0, target])
             if limit < inf:
@@ -284,10 +285,8 @@ class TrackRecord:
         if judged and min(forecast.ttft[0], forecast.deadline[0]) < inf:
             self._odds[entry.kind].learn(basis.said, not late)
         entry.filed = True
-        entry.places = [
-            (each, each.add(forecast, basis.in_turn, entry.since, late=late, judged=judged))
-            for each in entry.followed
-        ]
+        for outcomes, number in entry.places:
+            outcomes.file(number, late=late, judged=judged)
         if entry.first == entry.first:
             self._learn(entry, START, entry.first)
 
