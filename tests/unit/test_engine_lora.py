@@ -16,15 +16,17 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
+    from uellm_worker.engine import panels
     from uellm_worker.engine.lora import LoraLinear, rows_by_adapter
     from uellm_worker.engine.shard_engine import ShardEngine
     from uellm_worker.verification.pipeline import Pipeline, generate
     from uellm_worker.verification.reference import Reference
     from uellm_worker.verification.report import verify
 
-from uellm_worker.engine.plan import Chunk  # noqa: E402
+from uellm_worker.engine.plan import Admission, Chunk, StepPlan  # noqa: E402
 
 from tests.support.families import BASE, FAMILIES, LAYERS, save_model  # noqa: E402
+from tests.support.quantizing import Recipe, quantize_checkpoint  # noqa: E402
 from uellm.core.errors import ModelFilesError  # noqa: E402
 from uellm.models.adapters import with_adapters  # noqa: E402
 from uellm.models.profile import read_profile  # noqa: E402
@@ -119,6 +121,47 @@ def test_a_batch_of_all_adapters_is_what_peft_computes(
         assert result.exact, result
         assert result.preemptions >= len(adapters)
         assert {report.adapter for report in result.prompts} == {"", *adapters}
+
+
+@pytest.mark.skipif(not panels.usable(), reason="panels need AVX2 or AVX-512")
+@pytest.mark.parametrize("quantised", [False, True])
+def test_layers_with_adapters_are_compiled(
+    quantised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact as well; and a row's logits are the same bit for bit, whoever is beside it."""
+    torch.set_num_threads(2)
+    name, own = FAMILIES["llama"]
+    heads = {"hidden_size": 80, "num_attention_heads": 5, "num_key_value_heads": 1}
+    monkeypatch.setitem(FAMILIES, "llama-kernels", (name, own | heads))
+    directory = tmp_path / "model"
+    save_model(directory, "llama-kernels")
+    adapters = {
+        adapter: adapter_of(tmp_path / adapter, config_of("llama-kernels"), seed, **fields)
+        for seed, (adapter, fields) in enumerate(ADAPTERS["llama"].items(), 1)
+    }
+    if quantised:
+        coded = tmp_path / "coded"
+        directory = quantize_checkpoint(directory, coded, Recipe("gptq", group_size=16))
+    pipeline = Pipeline(directory, (LAYERS,), slots=4, max_tokens=CONTEXT, adapters=adapters)
+    ((part,),) = (stage.parts for stage in pipeline.stages)
+    assert part.shard.fused is not None
+    assert part.shard.fused.compiled is not None
+    if not quantised:
+        reference = Reference.load(directory, torch.float32, adapters)
+        assert verify(pipeline, reference, PROMPTS, TOKENS).exact
+    alone = {}
+    for adapter in range(-1, len(adapters)):
+        admitted = (Admission(0, 9, Sampling(), adapter),)
+        plan = StepPlan(0, (Chunk(0, 0, 9, True),), admitted, tuple(range(5, 14)))
+        alone[adapter] = part.compute(plan, None)[0].clone()
+    orders = [[-1, 0, 1, 2], [2, 1, 1, 0], [0, -1, -1, 1]]
+    for order in orders:
+        admitted = tuple(Admission(slot, 9, Sampling(), a) for slot, a in enumerate(order))
+        chunks = tuple(Chunk(slot, 0, 9, True) for slot in range(4))
+        together = part.compute(StepPlan(0, chunks, admitted, tuple(range(5, 14)) * 4), None)
+        for row, adapter in zip(together, order, strict=True):
+            assert torch.equal(row, alone[adapter])
+    assert len({tuple(row.tolist()) for row in alone.values()}) == len(alone)
 
 
 def test_each_adapter_answers_in_a_batch_as_alone_and_unlike_the_others(

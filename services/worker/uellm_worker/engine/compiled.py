@@ -12,6 +12,7 @@ import torch
 
 from uellm_worker.engine.attention import SlotCache
 from uellm_worker.engine.layers import LayerParts, Norm
+from uellm_worker.engine.lora import LoraLinear
 from uellm_worker.engine.native import Kernels
 from uellm_worker.engine.packed import PackedStep
 from uellm_worker.engine.packing import PackedLinear
@@ -44,7 +45,9 @@ def compilable(layers: Sequence[LayerParts]) -> bool:
     return all(
         each.activation_kind
         and each.head_dim % HEAD_NUMBERS == 0
-        and all(map(in_panels, (each.qkv, each.output, each.gate_up, each.down)))
+        and all(
+            in_panels(_base(linear)) for linear in (each.qkv, each.output, each.gate_up, each.down)
+        )
         for each in layers
     )
 
@@ -54,6 +57,11 @@ def in_panels(linear: Any) -> bool:
     if type(linear) is PackedLinear:
         return isinstance(linear.weight, PanelWeight)
     return type(linear) is QuantizedPanels
+
+
+def _base(linear: Any) -> Any:
+    """The linear layer without its adapters."""
+    return linear.base if isinstance(linear, LoraLinear) else linear
 
 
 class CompiledLayers:
@@ -80,11 +88,12 @@ class CompiledLayers:
         self._head = head
         self._hidden_size = hidden_size
         self._ropes = list(ropes)
-        self._products = sum(
-            linear.numbers
-            for each in layers
-            for linear in (each.qkv, each.output, each.gate_up, each.down)
-        )
+        linears = [
+            linear for each in layers for linear in (each.qkv, each.output, each.gate_up, each.down)
+        ]
+        self._products = sum(_base(linear).numbers for linear in linears)
+        adapted = (linear.step for linear in linears if isinstance(linear, LoraLinear))
+        self._adapters = next(adapted, None)
         self._laid_out: _Layout | None = None
 
     def __call__(
@@ -121,6 +130,7 @@ class CompiledLayers:
             step.table,
             None if self._head is None else step.samples,
             output,
+            None if self._adapters is None else self._adapters.by_row,
             turns,
         )
         alone = self._products * rows < _ALONE
@@ -233,7 +243,7 @@ class _Writer:
         width, group = layer.heads * layer.head_dim, layer.heads // layer.kv_heads
         output = self._empty("attended", width)[:, :width]
         longest = keys.shape[2]
-        scratch = self._scratch(SPAN_ROWS * group * longest)
+        scratch = self._scratch("scores", SPAN_ROWS * group * longest)
         self.operations.append(
             self._make.attend(
                 heads,
@@ -248,11 +258,11 @@ class _Writer:
         )
         return output
 
-    def _scratch(self, width: int) -> torch.Tensor:
-        """Room for the scores of each thread; takes memory as far as it is used."""
-        if "scratch" not in self._room or self._room["scratch"].shape[1] < width:
-            self._room["scratch"] = torch.empty(self._members, width)
-        return self._room["scratch"]
+    def _scratch(self, name: str, width: int) -> torch.Tensor:
+        """Room of each thread for what it is at; takes memory as far as it is used."""
+        if name not in self._room or self._room[name].shape[1] < width:
+            self._room[name] = torch.empty(self._members, width)
+        return self._room[name]
 
     def _activate(self, layer: LayerParts, rows: torch.Tensor) -> torch.Tensor:
         """The MLP of the rows, before its last product."""
@@ -276,7 +286,7 @@ class _Writer:
         self.hidden, self._spare = output[:, : self._size], before
 
     def _product(self, linear: Any, rows: torch.Tensor, name: str) -> torch.Tensor:
-        output = self._empty(name, linear.width)
+        output = self._empty(name, _base(linear).width)
         self._multiply(linear, rows, output)
         return output
 
@@ -290,10 +300,17 @@ class _Writer:
         factor: float = 1.0,
         sampling: bool = False,
     ) -> None:
-        operation = linear.operation(
+        operation = _base(linear).operation(
             self._make, rows, output, added, factor=factor, sampling=sampling
         )
         self.operations.append(operation)
+        if isinstance(linear, LoraLinear) and output is not None:
+            scratch = self._scratch("inner", linear.ranks)
+            self.operations.append(
+                self._make.adapt(
+                    rows, output, linear.table, scratch, linear.base.in_features, factor
+                )
+            )
 
     def _norm(
         self,

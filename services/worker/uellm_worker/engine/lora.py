@@ -7,6 +7,7 @@ any, are left to the layer alone. The idea of grouping instead of merging: S-LoR
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,12 +35,14 @@ class StepAdapters:
 
     Attributes:
         groups: adapters that are present, by index, and their rows.
+        by_row: ``[T]``, index of each row's adapter, -1 for none; None where no row has one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._by_slot: dict[int, int] = {}
         self.groups: tuple[tuple[int, Rows], ...] = ()
+        self.by_row: torch.Tensor | None = None
 
     def begin(self, plan: StepPlan) -> None:
         """Turn to a step; remembers the adapters of its newly admitted sequences."""
@@ -49,6 +52,11 @@ class StepAdapters:
             (adapter, self._rows(runs))
             for adapter, runs in rows_by_adapter(plan.chunks, self._by_slot).items()
         )
+        self.by_row = None
+        if self.groups:
+            self.by_row = torch.full((plan.rows,), -1, device=self._device)
+            for adapter, rows in self.groups:
+                self.by_row[rows] = adapter
 
     def _rows(self, runs: Sequence[range]) -> Rows:
         if len(runs) == 1:
@@ -84,7 +92,7 @@ class _Part:
     Attributes:
         ranks: which of the inner numbers it takes.
         columns: which outputs it adds to.
-        b: ``[columns, ranks]``, the scale in it.
+        b: ``[ranks, columns]``, the scale in it.
     """
 
     ranks: slice
@@ -99,15 +107,24 @@ class _Matrices:
     a: torch.Tensor
     parts: tuple[_Part, ...]
 
+    def numbers(self) -> list[int]:
+        """See ``LoraLinear.table``."""
+        found = [self.a.data_ptr(), len(self.a), len(self.parts)]
+        for part in self.parts:
+            ranks, columns = part.ranks, part.columns
+            sizes = (ranks.start, len(part.b), columns.start, columns.stop - columns.start)
+            found += (*sizes, part.b.data_ptr())
+        return found
+
     def add(self, inputs: torch.Tensor, outputs: torch.Tensor, rows: Rows) -> None:
         """Add to some rows of ``[T, out]`` what comes of the same rows of ``[T, in]``."""
         inner = functional.linear(inputs[rows], self.a)
         for part in self.parts:
             columns, ranks = outputs[:, part.columns], inner[:, part.ranks]
             if isinstance(rows, slice):
-                columns[rows].addmm_(ranks, part.b.T)
+                columns[rows].addmm_(ranks, part.b)
             else:
-                columns.index_add_(0, rows, functional.linear(ranks, part.b))
+                columns.index_add_(0, rows, ranks @ part.b)
 
 
 class LoraLinear(nn.Module):
@@ -120,6 +137,8 @@ class LoraLinear(nn.Module):
 
     Attributes:
         out_features: numbers in a row that comes out, where ``base`` says so.
+        base: as it was given.
+        step: likewise.
     """
 
     def __init__(self, base: nn.Module, matrices: dict[int, _Matrices], step: StepAdapters) -> None:
@@ -128,12 +147,32 @@ class LoraLinear(nn.Module):
             self.out_features = int(base.out_features)
         self.base = base
         self._matrices = matrices
-        self._step = step
+        self.step = step
+
+    @property
+    def ranks(self) -> int:
+        """Most inner numbers of an adapter."""
+        return max(len(matrices.a) for matrices in self._matrices.values())
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """Addresses by adapter, ``[adapters]``, as the kernel finds them; 0: adds nothing.
+
+        There it finds the address of ``a``, how many ranks, how many parts, and of each part
+        the first rank, how many, the first column, how many, and the address of ``b``.
+        """
+        self._blocks = {
+            index: torch.tensor(matrices.numbers()) for index, matrices in self._matrices.items()
+        }
+        addresses = torch.zeros(max(self._matrices) + 1, dtype=torch.long)
+        for index, block in self._blocks.items():
+            addresses[index] = block.data_ptr()
+        return addresses
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``; together the leading dimensions are the step's rows."""
         outputs: torch.Tensor = self.base(inputs)
-        for adapter, rows in self._step.groups:
+        for adapter, rows in self.step.groups:
             matrices = self._matrices.get(adapter)
             if matrices is not None:
                 flat = inputs.reshape(-1, inputs.shape[-1])
@@ -253,10 +292,10 @@ def _together(pieces: Sequence[tuple[_Place, torch.Tensor, torch.Tensor]]) -> _M
     rank = 0
     for place, a, b in pieces:
         columns = slice(place.start, place.start + b.shape[0])
-        parts.append(_Part(slice(rank, rank + a.shape[0]), columns, b))
+        parts.append(_Part(slice(rank, rank + a.shape[0]), columns, b.T.contiguous()))
         rank += a.shape[0]
     first = pieces[0][1]
-    whole = torch.cat([a for _, a, _ in pieces]) if len(pieces) > 1 else first
+    whole = torch.cat([a for _, a, _ in pieces]) if len(pieces) > 1 else first.contiguous()
     return _Matrices(whole, tuple(parts))
 
 

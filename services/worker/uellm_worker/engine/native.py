@@ -4,6 +4,7 @@ Several operations in a row are better run as one program (``compiled.py``); her
 torch's own operations come between. Where kernels are missing, torch computes the same.
 """
 
+import hashlib
 import importlib
 import logging
 import os
@@ -210,12 +211,13 @@ def load() -> Kernels | None:
         vectors = _compiled("vectors")
         if not vectors.FUSES:
             raise RuntimeError("the processor has no fused multiplication and addition")
-        attention, rows, team = map(_compiled, ("attention", "rows", "team"))
+        names = ("attention", "rows", "adapters", "team")
+        attention, rows, adapters, team = map(_compiled, names)
         panels: Any = None
         codes: Any = None
         if vectors.VECTORS:
             panels, codes = _compiled("panels"), _compiled("codes")
-        return Kernels(Operations(attention, rows, panels, codes), Team(team))
+        return Kernels(Operations(attention, rows, panels, codes, adapters), Team(team))
     except Exception as error:  # Numba fails in ways of its own; all mean the same here.
         _log.warning("no compiled kernels, decode steps on CPUs will be slower: %s", error)
         return None
@@ -229,16 +231,27 @@ def _keep_compiled() -> None:
     """Have Numba keep what it compiles where this user alone can write.
 
     What lies there is run: hence nothing that others might write to. Numba keeps it apart by
-    processor and by the source's time.
+    processor and by a kernel's own source; by all that it takes numbers from, the directory does.
     """
-    if numba.config.CACHE_DIR:
+    name = _digest()
+    given = Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else None
+    if given is not None and given.name == name:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    directory = home / "uellm" / "kernels"
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        directory = (given or home / "uellm" / "kernels") / name
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except (OSError, RuntimeError):
-        directory = Path(tempfile.mkdtemp(prefix="uellm-kernels-"))
+        directory = Path(tempfile.mkdtemp(prefix="uellm-kernels-")) / name
     numba.config.CACHE_DIR = str(directory)
+
+
+def _digest() -> str:
+    """Of the sources of all kernels."""
+    here = Path(__file__).parent
+    sha = hashlib.sha256()
+    for path in (here / "tiles.py", *sorted((here / "kernels").glob("*.py"))):
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:16]

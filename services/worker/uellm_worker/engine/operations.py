@@ -11,6 +11,7 @@ import torch
 
 from uellm_worker.engine.team import Operation
 from uellm_worker.engine.tiles import (
+    ADAPTED,
     ONCE,
     PANEL_ROWS,
     ROW_PIECES,
@@ -56,14 +57,16 @@ class Operations:
         rows: ``kernels/rows.py``.
         panels: ``kernels/panels.py``; None where its kernels gain nothing.
         codes: ``kernels/codes.py``; None likewise.
+        adapters: ``kernels/adapters.py``.
     """
 
-    def __init__(self, attention: Any, rows: Any, panels: Any, codes: Any) -> None:
+    def __init__(self, attention: Any, rows: Any, panels: Any, codes: Any, adapters: Any) -> None:
         self._attend = int(attention.attend.address)
         self._place = int(attention.place.address)
         self._norm = int(rows.norm.address)
         self._activate = int(rows.activate.address)
         self._multiply = 0 if panels is None else int(panels.multiply.address)
+        self._adapt = int(adapters.adapt.address)
         self._multiply_codes = 0 if codes is None else int(codes.multiply.address)
 
     @property
@@ -157,6 +160,30 @@ class Operations:
         per = SAMPLING if sampling else ONCE
         tensors = (rows, weight.codes, weight.scales, weight.zeros, addend, output, added)
         return Operation(self._multiply_codes, count, per, block, "products", tensors)
+
+    def adapt(
+        self,
+        rows: torch.Tensor,
+        output: torch.Tensor,
+        adapters: torch.Tensor,
+        scratch: torch.Tensor,
+        inputs: int,
+        factor: float,
+    ) -> Operation:
+        """Add what LoRA adapters make of rows.
+
+        Args:
+            rows: ``[n, inputs]``.
+            output: ``[n, out]``, added to.
+            adapters: ``[adapters]``, addresses of what each is, as ``LoraLinear.table`` has it.
+            scratch: ``[members, ranks]``.
+            inputs: of a row.
+            factor: of what is added.
+        """
+        addresses = (adapters.data_ptr(), inputs, *_rows(scratch))
+        block = (*_rows(rows), *_rows(output), *addresses, float(factor), len(adapters))
+        tensors = (rows, output, adapters, scratch)
+        return Operation(self._adapt, 1, ADAPTED, block, "products", tensors)
 
     def norm(
         self,

@@ -64,6 +64,11 @@ class PackedLinear(nn.Module):
         return PANEL_ROWS * len(self._panels.panels)
 
     @property
+    def in_features(self) -> int:
+        """Inputs of a weight in panels."""
+        return int(self._panels.panels.shape[1])
+
+    @property
     def numbers(self) -> int:
         """Of a weight in panels, filled up likewise."""
         return self._panels.panels.numel()

@@ -79,6 +79,7 @@ class StepNumbers:
         spans: ``[n, 4]``: first row, rows, slot and first position of rows that attend together.
         samples: rows that sample.
         output: gets the step's output.
+        adapters: ``[rows]``, index of each one's adapter, -1 for none; None: no row has one.
         turns: by kind of rotation, ``[positions, pairs]`` complex.
     """
 
@@ -90,9 +91,10 @@ class StepNumbers:
         spans: torch.Tensor | None = None,
         samples: torch.Tensor | None = None,
         output: torch.Tensor | None = None,
+        adapters: torch.Tensor | None = None,
         turns: Sequence[torch.Tensor] = (),
     ) -> None:
-        self._tensors = (slots, positions, spans, samples, output, *turns)
+        self._tensors = (slots, positions, spans, samples, output, adapters, *turns)
         sampling = 0 if samples is None else len(samples)
         self._memory = _numbers(TURNS + len(turns))
         self._memory[:] = (
@@ -103,6 +105,7 @@ class StepNumbers:
             sampling,
             -(-sampling // ROW_PIECE),
             sampling > 0,
+            0 if adapters is None else rows,
             *(0 if each is None else each.data_ptr() for each in self._tensors),
         )
         self.address = ctypes.addressof(self._memory)

@@ -13,9 +13,10 @@ ROW_PIECE = 4
 SPAN_ROWS = 8
 """Most rows of a sequence that attend together."""
 
-ONCE, ROWS, ROW_PIECES, SPANS, SAMPLES, SAMPLE_PIECES, SAMPLING = range(7)
-"""Counts of a step: 1, rows, pieces of them, spans, rows that sample, pieces of them, if any do."""
-SLOTS, POSITIONS, SPAN_TABLE, SAMPLE_TABLE, OUTPUT, TURNS = range(7, 13)
+ONCE, ROWS, ROW_PIECES, SPANS, SAMPLES, SAMPLE_PIECES, SAMPLING, ADAPTED = range(8)
+"""Counts of a step: 1, rows, pieces of them, spans, rows that sample, pieces of them, if any do,
+and rows again if any has an adapter."""
+SLOTS, POSITIONS, SPAN_TABLE, SAMPLE_TABLE, OUTPUT, ADAPTERS, TURNS = range(8, 15)
 """Addresses of a step. What positions are turned by comes last, for each kind of rotation."""
 
 OPERATION_WORDS = 4
