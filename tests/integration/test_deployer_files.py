@@ -12,8 +12,9 @@ from tests.support.waiting import eventually
 from tests.support.workers import RecordingWorker
 from uellm.core.errors import ModelFilesError, UnavailableError
 from uellm.models import adapters, files
+from uellm.models.manifest import read_manifest
 from uellm.streams.secret import mesh_secret
-from uellm.v1 import common_pb2, worker_pb2
+from uellm.v1 import common_pb2, deployer_pb2, worker_pb2
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ async def test_nobody_is_named_where_all_have_the_files(mesh: Mesh) -> None:
     digest = files.digest(mesh.source)
     secret = await mesh_secret(mesh.redis)
     assert mesh.workers["w1"].files.asked == [(digest, f"Bearer {secret}")]
-    assert mesh.workers["w3"].files.asked == []  # It is not concerned.
+    assert len(mesh.workers["w3"].files.asked) == 1  # It might have been chosen.
     # What is known to be there is not asked for again.
     mesh.workers["w1"].fail_stage(REPLICA, "CHILD_LOST")
     await mesh.ready(above=1)
@@ -91,3 +92,25 @@ async def test_fetching_is_shown(mesh: Mesh) -> None:
     for worker in (one, other):
         worker.hold_prepare.set()
     assert (await mesh.ready()).status == ""
+
+
+async def test_of_equal_workers_those_with_the_files_are_chosen(mesh: Mesh) -> None:
+    for name in ("w1", "w2"):
+        mesh.workers[name].files.share = 0.0
+    wanted = mesh.request(objective="lr")
+    assert (await mesh.call("Plan", wanted)).plan.fetch_bytes == 0
+    await mesh.apply(objective="lr")
+    (replica,) = (await mesh.ready()).replicas
+    assert [stage.device_ids[0] for stage in replica.stages] == ["w3/cpu:0"]
+
+
+async def test_what_has_to_be_fetched_is_said_of_a_plan(mesh: Mesh) -> None:
+    mesh.workers["w2"].files.share = 0.5
+    mesh.workers["w2"].files.parts = ["3", "rest"]
+    pins = [deployer_pb2.DevicePin(device_id="w2/cpu:0")]
+    plan = (await mesh.call("Plan", mesh.request(objective="lr", pins=pins))).plan
+    manifest = read_manifest(mesh.source)
+    lacking = sum(p.tensor_bytes for name, p in manifest.parts.items() if name not in ("3", "rest"))
+    assert plan.fetch_bytes == lacking > 0
+    assert 0 < plan.fetch_seconds < 1
+    assert "to be fetched by w2, in about" in plan.explanation

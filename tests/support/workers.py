@@ -28,11 +28,13 @@ class RecordingFiles(files_pb2_grpc.FilesServiceServicer):
 
     Attributes:
         share: of every model, from 0 to 1.
+        parts: of every model, where it has not all.
         asked: digests and what was shown, of every call.
     """
 
     def __init__(self) -> None:
         self.share = 1.0
+        self.parts: list[str] = []
         self.asked: list[tuple[str, str]] = []
 
     async def FindFiles(
@@ -41,7 +43,7 @@ class RecordingFiles(files_pb2_grpc.FilesServiceServicer):
         shown = dict(context.invocation_metadata()).get("authorization", "")
         self.asked.append((request.model.digest, shown))
         return files_pb2.FindFilesResponse(
-            whole=self.share == 1, held_bytes=round(1000 * self.share)
+            whole=self.share == 1, held_bytes=round(1000 * self.share), held_parts=self.parts
         )
 
 

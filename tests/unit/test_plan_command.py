@@ -1,6 +1,7 @@
 """`uellm plan`: on clusters by name, without a GPU and without a mesh."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,20 @@ def test_json_can_be_the_previous_plan(tmp_path: Path) -> None:
     gone = first["plan"]["replicas"][0]["stages"][0]["device_id"]
     after = planned(*SMALL, "--stages", "2", "--previous", str(path), "--exclude", gone)
     assert after["plan"]["moves"]
+
+
+def test_how_long_moved_layers_take_to_come_is_said(tmp_path: Path) -> None:
+    told = ("--model", "llama-2-7b", "--topology", "mixed12", "--objective", "lr")
+    path = tmp_path / "plan.json"
+    first = planned(*told)
+    path.write_text(json.dumps(first))
+    _, out = plan(*told, "--previous", str(path))
+    assert "moves " not in out
+    used = [stage["device_id"] for stage in first["plan"]["replicas"][0]["stages"]]
+    gone = {f"--exclude={device.partition('/')[0]}" for device in used}
+    status, out = plan(*told, "--previous", str(path), *gone)
+    assert status == 0, out
+    assert re.search(r"moves 32 layers, 12\.\d GiB; [\d.]+ s where files come from those", out), out
 
 
 def test_pins_costs_and_what_if() -> None:

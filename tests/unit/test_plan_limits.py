@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from uellm_deployer import planning
+from uellm_deployer import assigning, planning
 from uellm_deployer.catalog import ResolvedModel, checked
 
 from tests.support.checkpoints import write_checkpoint
@@ -65,4 +65,4 @@ def test_it_is_placed_or_said_why_not(model: ResolvedModel, asked: dict[str, Any
     assert message.replicas or message.infeasible_reason
     for replica in planned.plan.replicas:
         assert planned_to_proto(replica).stages
-        assert planning.first_report(planned, replica, 1).slots > 0
+        assert assigning.first_report(planned, replica, 1).slots > 0

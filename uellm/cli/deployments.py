@@ -12,7 +12,7 @@ from rich.console import Console
 
 from uellm.cli import exits
 from uellm.cli.device_options import read_pins
-from uellm.cli.placements import changed, deployment_table, plan_table, predicted
+from uellm.cli.placements import changed, deployment_table, fetched, plan_table, predicted
 from uellm.cli.plan_files import read_plan
 from uellm.cli.service_calls import deployer
 from uellm.convert import planned_to_proto, seconds
@@ -234,6 +234,8 @@ def _print_plan(console: Console, plan: topology_pb2.Plan) -> None:
         f"{plan.objective}: {plan.slots} sequences of up to {plan.max_tokens} tokens, {plan.dtype}",
         soft_wrap=True,
     )
+    if plan.fetch_bytes:
+        console.print(fetched(plan.fetch_bytes, plan.fetch_seconds), soft_wrap=True)
 
 
 async def _follow(console: Console, stub: Any, name: str) -> int:

@@ -1,6 +1,7 @@
 """Placements in tables and words: plans, and what runs beside what was planned."""
 
 from collections.abc import Mapping
+from math import isfinite
 
 from rich.console import Console
 from rich.table import Table
@@ -54,6 +55,8 @@ def changed(change: topology_pb2.PlacementChange) -> str:
         for stage in change.planned.stages
     )
     loads = f"{change.moved_layers} layers, {size(change.moved_bytes)}"
+    if change.fetch_bytes:
+        loads += f", {fetched(change.fetch_bytes, change.fetch_seconds)}"
     if change.kind == topology_pb2.CHANGE_KIND_ADD:
         return (
             f"{change.replica}: one more copy, {state}: {where}: {change.gain:.0%} more of the "
@@ -67,6 +70,13 @@ def changed(change: topology_pb2.PlacementChange) -> str:
         f"{change.replica}: {state}: {where}: {change.gain:.0%} better as {change.reason}; moves "
         f"{loads}{how}"
     )
+
+
+def fetched(fetch_bytes: int, seconds: float) -> str:
+    """What workers have to fetch of a model's files from others."""
+    if not isfinite(seconds):
+        return f"{size(fetch_bytes)} to be fetched, which nobody has"
+    return f"{size(fetch_bytes)} to be fetched, in about {seconds:.2g} s"
 
 
 def loaded(load: deployer_pb2.DeploymentLoad) -> str:

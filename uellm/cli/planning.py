@@ -25,8 +25,9 @@ from uellm.models.shapes import SHAPES, profile_of_shape, read_shape
 from uellm.placement.explain import size
 from uellm.placement.placers import placer_of
 from uellm.placement.solver import solve
+from uellm.placement.stock import Fetching, Stock, fetching
 from uellm.placement.topology import Topology
-from uellm.placement.views import OBJECTIVES, Plan, PlanRequest, Workload
+from uellm.placement.views import OBJECTIVES, Plan, PlannedStage, PlanRequest, Workload
 from uellm.placement.what_if import (
     Figures,
     changed,
@@ -304,9 +305,29 @@ def _print(asked: Asked, plan: Plan, found: Figures) -> None:
     if plan.moves:
         moved = sum(move.weight_bytes for move in plan.moves)
         layers = sum(move.last_layer - move.first_layer + 1 for move in plan.moves)
-        console.print(f"moves {layers} layers, {size(moved)}")
+        took = _fetched(asked.request, plan).seconds
+        fetch = f"; {took:.2g} s where files come from those that held them" if took else ""
+        console.print(f"moves {layers} layers, {size(moved)}{fetch}")
     if asked.explain:
         _print_candidates(console, plan)
+
+
+def _fetched(request: PlanRequest, plan: Plan) -> Fetching:
+    """What moves, if nobody has files of layers but those that held them."""
+    workers = {device.id: device.worker for device in request.topology.devices}
+    held: dict[str, set[str]] = {worker: set() for worker in workers.values()}
+    for replica in request.previous.replicas if request.previous else ():
+        for stage in replica.stages:
+            layers = map(str, range(stage.first_layer, stage.last_layer + 1))
+            held.setdefault(workers.get(stage.device_id, ""), set()).update(layers)
+
+    def needs(stage: PlannedStage) -> dict[str, int]:
+        numbers = range(stage.first_layer, stage.last_layer + 1)
+        return {str(n): request.model.layers[n].weight_bytes for n in numbers}
+
+    stock = Stock(needs, {worker: frozenset(layers) for worker, layers in held.items()})
+    found = fetching(plan.replicas, request.topology, stock)
+    return found if isfinite(found.seconds) else Fetching()
 
 
 def _dearest_link(plan: Plan, output_tokens: int) -> str:

@@ -72,7 +72,7 @@ class ObjectivePlacer:
     def place(self, request: PlanRequest) -> Plan:
         """Plan; see ``uellm.placement.views.Placer``."""
         sought_for = request.objective
-        request = replace(_of_a_copy(request), topology=_shared(request.topology))
+        request = replace(_of_a_copy(request), topology=shared(request.topology))
         plan, even = solve(request), _even(request)
         if even is not None and not self._better(plan, even, request):
             plan = _proven(even, plan)
@@ -99,14 +99,14 @@ def improvement(request: PlanRequest, present: Plan) -> tuple[Plan, float]:
     """
     plan = ObjectivePlacer().place(replace(request, previous=present))
     request = _of_a_copy(request)
-    shared = replace(request, topology=_shared(request.topology), previous=present)
-    before = rated(present, shared)
+    divided = replace(request, topology=shared(request.topology), previous=present)
+    before = rated(present, divided)
     short = len(plan.replicas) < len(present.replicas) or plan.slots < present.slots
     if short or plan.infeasible_reason:
         return plan, 0.0
-    if before is None or not all(_keeps(replica, request) for replica in before.replicas):
+    if before is None or not all(keeps(replica, request) for replica in before.replicas):
         return plan, 1.0
-    return plan, gain(plan, before, shared)
+    return plan, gain(plan, before, divided)
 
 
 def gain(plan: Plan, before: Plan, request: PlanRequest) -> float:
@@ -152,7 +152,7 @@ def _even(request: PlanRequest) -> Plan | None:
     )
     bare = replace(request, topology=replace(request.topology, devices=allowed))
     plan = rated(EvenPlacer().place(bare), request)
-    if plan is None or not all(_keeps(replica, request) for replica in plan.replicas):
+    if plan is None or not all(keeps(replica, request) for replica in plan.replicas):
         return None
     costs = costs_of(request, plan.slots)
     return replace(
@@ -174,7 +174,7 @@ def _proven(plan: Plan, sought: Plan) -> Plan:
     return replace(plan, certificate=proof, candidates=sought.candidates)
 
 
-def _keeps(replica: PlannedReplica, request: PlanRequest) -> bool:
+def keeps(replica: PlannedReplica, request: PlanRequest) -> bool:
     """Whether a replica keeps pins and SLO."""
     devices = {device.id: device for device in request.topology.devices}
     for pin in request.layer_pins:
@@ -207,7 +207,7 @@ def _value(plan: Plan, request: PlanRequest) -> tuple[float, float]:
     return (cost if request.objective in ("he", "helr") else 0.0), seconds
 
 
-def _shared(topology: Topology) -> Topology:
+def shared(topology: Topology) -> Topology:
     """Devices that compute for other replicas too have a share of their time for this one."""
     devices = tuple(
         replace(device, slowdown=device.slowdown * (1 + device.num_stages))

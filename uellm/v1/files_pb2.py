@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from uellm.v1 import common_pb2 as uellm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14uellm/v1/files.proto\x12\x08uellm.v1\x1a\x15uellm/v1/common.proto\"F\n\x10\x46indFilesRequest\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.uellm.v1.ModelRef\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\x08\"6\n\x11\x46indFilesResponse\x12\r\n\x05whole\x18\x01 \x01(\x08\x12\x12\n\nheld_bytes\x18\x02 \x01(\x04\"\"\n\x10ListFilesRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"[\n\x11ListFilesResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\x12\x13\n\x0bhas_tensors\x18\x04 \x01(\x08\"J\n\x13\x46\x65tchTensorsRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12\x12\n\nskip_bytes\x18\x03 \x01(\x04\"4\n\x14\x46\x65tchTensorsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x32\xed\x01\n\x0c\x46ilesService\x12\x44\n\tFindFiles\x12\x1a.uellm.v1.FindFilesRequest\x1a\x1b.uellm.v1.FindFilesResponse\x12\x46\n\tListFiles\x12\x1a.uellm.v1.ListFilesRequest\x1a\x1b.uellm.v1.ListFilesResponse0\x01\x12O\n\x0c\x46\x65tchTensors\x12\x1d.uellm.v1.FetchTensorsRequest\x1a\x1e.uellm.v1.FetchTensorsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14uellm/v1/files.proto\x12\x08uellm.v1\x1a\x15uellm/v1/common.proto\"F\n\x10\x46indFilesRequest\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.uellm.v1.ModelRef\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\x08\"J\n\x11\x46indFilesResponse\x12\r\n\x05whole\x18\x01 \x01(\x08\x12\x12\n\nheld_bytes\x18\x02 \x01(\x04\x12\x12\n\nheld_parts\x18\x03 \x03(\t\"\"\n\x10ListFilesRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"[\n\x11ListFilesResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\x12\x13\n\x0bhas_tensors\x18\x04 \x01(\x08\"J\n\x13\x46\x65tchTensorsRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12\x12\n\nskip_bytes\x18\x03 \x01(\x04\"4\n\x14\x46\x65tchTensorsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x32\xed\x01\n\x0c\x46ilesService\x12\x44\n\tFindFiles\x12\x1a.uellm.v1.FindFilesRequest\x1a\x1b.uellm.v1.FindFilesResponse\x12\x46\n\tListFiles\x12\x1a.uellm.v1.ListFilesRequest\x1a\x1b.uellm.v1.ListFilesResponse0\x01\x12O\n\x0c\x46\x65tchTensors\x12\x1d.uellm.v1.FetchTensorsRequest\x1a\x1e.uellm.v1.FetchTensorsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FINDFILESREQUEST']._serialized_start=57
   _globals['_FINDFILESREQUEST']._serialized_end=127
   _globals['_FINDFILESRESPONSE']._serialized_start=129
-  _globals['_FINDFILESRESPONSE']._serialized_end=183
-  _globals['_LISTFILESREQUEST']._serialized_start=185
-  _globals['_LISTFILESREQUEST']._serialized_end=219
-  _globals['_LISTFILESRESPONSE']._serialized_start=221
-  _globals['_LISTFILESRESPONSE']._serialized_end=312
-  _globals['_FETCHTENSORSREQUEST']._serialized_start=314
-  _globals['_FETCHTENSORSREQUEST']._serialized_end=388
-  _globals['_FETCHTENSORSRESPONSE']._serialized_start=390
-  _globals['_FETCHTENSORSRESPONSE']._serialized_end=442
-  _globals['_FILESSERVICE']._serialized_start=445
-  _globals['_FILESSERVICE']._serialized_end=682
+  _globals['_FINDFILESRESPONSE']._serialized_end=203
+  _globals['_LISTFILESREQUEST']._serialized_start=205
+  _globals['_LISTFILESREQUEST']._serialized_end=239
+  _globals['_LISTFILESRESPONSE']._serialized_start=241
+  _globals['_LISTFILESRESPONSE']._serialized_end=332
+  _globals['_FETCHTENSORSREQUEST']._serialized_start=334
+  _globals['_FETCHTENSORSREQUEST']._serialized_end=408
+  _globals['_FETCHTENSORSRESPONSE']._serialized_start=410
+  _globals['_FETCHTENSORSRESPONSE']._serialized_end=462
+  _globals['_FILESSERVICE']._serialized_start=465
+  _globals['_FILESSERVICE']._serialized_end=702
 # @@protoc_insertion_point(module_scope)

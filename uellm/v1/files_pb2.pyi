@@ -55,19 +55,27 @@ class FindFilesResponse(_message.Message):
 
     WHOLE_FIELD_NUMBER: _builtins.int
     HELD_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_PARTS_FIELD_NUMBER: _builtins.int
     whole: _builtins.bool
     """All of it."""
     held_bytes: _builtins.int
     """Bytes of tensors that are there."""
+    @_builtins.property
+    def held_parts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The parts of which all tensors are there, if not all are: "0" and so on for layers, "embedding",
+        "beside", "head", "rest".
+        """
+
     def __init__(
         self,
         *,
         whole: _builtins.bool = ...,
         held_bytes: _builtins.int = ...,
+        held_parts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "whole", b"whole"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "held_parts", b"held_parts", "whole", b"whole"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

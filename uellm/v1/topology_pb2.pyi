@@ -1084,6 +1084,8 @@ class Plan(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     SOLVER_FIELD_NUMBER: _builtins.int
     CERTIFICATE_FIELD_NUMBER: _builtins.int
+    FETCH_BYTES_FIELD_NUMBER: _builtins.int
+    FETCH_SECONDS_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     """Of which model."""
     objective: _builtins.str
@@ -1100,6 +1102,10 @@ class Plan(_message.Message):
     """Longest context granted."""
     solver: _builtins.str
     """What found it."""
+    fetch_bytes: _builtins.int
+    """Of the model's files, what its workers have to fetch from others."""
+    fetch_seconds: _builtins.float
+    """How long that takes by the ways between them, in seconds."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedReplica]:
         """Its copies."""
@@ -1121,10 +1127,12 @@ class Plan(_message.Message):
         max_tokens: _builtins.int = ...,
         solver: _builtins.str = ...,
         certificate: Global___PlanCertificate | None = ...,
+        fetch_bytes: _builtins.int = ...,
+        fetch_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "deployment", b"deployment", "dtype", b"dtype", "explanation", b"explanation", "infeasible_reason", b"infeasible_reason", "max_tokens", b"max_tokens", "objective", b"objective", "replicas", b"replicas", "slots", b"slots", "solver", b"solver"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "deployment", b"deployment", "dtype", b"dtype", "explanation", b"explanation", "fetch_bytes", b"fetch_bytes", "fetch_seconds", b"fetch_seconds", "infeasible_reason", b"infeasible_reason", "max_tokens", b"max_tokens", "objective", b"objective", "replicas", b"replicas", "slots", b"slots", "solver", b"solver"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1188,6 +1196,8 @@ class PlacementChange(_message.Message):
     PLANNED_FIELD_NUMBER: _builtins.int
     CHANGED_AT_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    FETCH_BYTES_FIELD_NUMBER: _builtins.int
+    FETCH_SECONDS_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """The replica."""
     state: Global___ChangeState.ValueType
@@ -1206,6 +1216,10 @@ class PlacementChange(_message.Message):
     """The new one takes over once it serves; otherwise the old one is drained first, and requests wait."""
     kind: Global___ChangeKind.ValueType
     """What it is."""
+    fetch_bytes: _builtins.int
+    """Of the model's files, what its workers have to fetch from others."""
+    fetch_seconds: _builtins.float
+    """How long that takes by the ways between them, in seconds."""
     @_builtins.property
     def planned(self) -> Global___PlannedReplica:
         """Where it goes; of one that is given back, where it is."""
@@ -1227,10 +1241,12 @@ class PlacementChange(_message.Message):
         planned: Global___PlannedReplica | None = ...,
         changed_at: _timestamp_pb2.Timestamp | None = ...,
         kind: Global___ChangeKind.ValueType = ...,
+        fetch_bytes: _builtins.int = ...,
+        fetch_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "planned", b"planned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "gain", b"gain", "kind", b"kind", "make_before_break", b"make_before_break", "moved_bytes", b"moved_bytes", "moved_layers", b"moved_layers", "planned", b"planned", "reason", b"reason", "replica", b"replica", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "fetch_bytes", b"fetch_bytes", "fetch_seconds", b"fetch_seconds", "gain", b"gain", "kind", b"kind", "make_before_break", b"make_before_break", "moved_bytes", b"moved_bytes", "moved_layers", b"moved_layers", "planned", b"planned", "reason", b"reason", "replica", b"replica", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,8 +11,10 @@ from uellm.core.model import ModelProfile
 from uellm.models import files
 from uellm.models.adapters import check_names, parse_adapter, resolve_adapter, with_adapters
 from uellm.models.adapters import digest as adapter_digest
+from uellm.models.manifest import Manifest, Span, read_manifest
 from uellm.models.profile import DTYPE_BYTES, read_profile
 from uellm.placement.placers import GOODPUT, placer_of
+from uellm.placement.views import PlannedStage
 from uellm.streams.keys import MODEL_NAME
 from uellm.v1 import common_pb2, deployer_pb2
 
@@ -39,6 +41,7 @@ class ResolvedModel:
     directory: Path
     adapters: tuple[tuple[common_pb2.ModelRef, Path], ...] = ()
     _profiles: dict[str, ModelProfile] = field(default_factory=dict)
+    _manifest: Manifest | None = None
 
     def profile(self, dtype: str) -> ModelProfile:
         """Its needs in a compute dtype, adapters included.
@@ -51,6 +54,18 @@ class ResolvedModel:
             base = read_profile(self.directory, dtype)
             self._profiles[dtype] = with_adapters(base, directories, dtype)
         return self._profiles[dtype]
+
+    def needs(self, stage: PlannedStage) -> dict[str, int]:
+        """The parts of its files that a stage needs, and their bytes; blocks at first.
+
+        Raises:
+            ModelFilesError: if its files are not what they should be.
+        """
+        if self._manifest is None:
+            self._manifest = read_manifest(self.directory)
+        span = Span(stage.first_layer, stage.last_layer, stage.has_embed, stage.has_head)
+        parts = self._manifest.parts
+        return {name: parts[name].tensor_bytes for name in self._manifest.needed(span)}
 
     @property
     def adapter_refs(self) -> list[common_pb2.ModelRef]:

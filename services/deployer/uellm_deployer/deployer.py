@@ -84,6 +84,7 @@ class Deployer:
             store=self._store,
             workers=self.workers,
             former=Former(self._links, self.workers, self._settings, self._holders),
+            stock=self._holders.stock,
             discovery=self._discovery,
             planning=self._planning,
             replicas=lambda: [r for d in self._deployments.values() for r in d.replicas],
@@ -274,12 +275,8 @@ class Deployer:
         devices = devices_for(own, self._tools.replicas(), there, self._discovery.said)
         planned = await asyncio.to_thread(
             planning.plan,
-            model,
-            request,
-            devices,
-            request.replicas,
-            None,
-            self._discovery.knowledge,
+            *(model, request, devices, request.replicas, None, self._discovery.knowledge),
+            await self._holders.stock(model),
         )
         return planning.plan_to_proto(request.model.name, planned)
 

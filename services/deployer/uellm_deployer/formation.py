@@ -13,7 +13,7 @@ from uellm.placement.explain import size
 from uellm.placement.views import PlannedReplica
 from uellm.streams.connection import UNREACHABLE
 from uellm.v1 import deployer_pb2, worker_pb2
-from uellm_deployer import planning
+from uellm_deployer import assigning, planning
 from uellm_deployer.budgets import devices_for
 from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.forming import StageError
@@ -109,6 +109,7 @@ async def _plan(deployment: Formed, replica: Replica, *, fresh: bool) -> Planned
         # What was lost is to come back soon, with what is known.
         subject = tools.discovery.subject(model, deployment.request.dtype)
         await tools.discovery.measure_idle(subject)
+    stock = await tools.stock(model)
     async with tools.planning:
         now = time.monotonic()
         live = tools.workers.live(now, tools.settings.worker_silence_seconds)
@@ -122,7 +123,8 @@ async def _plan(deployment: Formed, replica: Replica, *, fresh: bool) -> Planned
         planned: Planned | None = None
         for request, group in product(_ways(deployment.request), groups if avoided else groups[1:]):
             planned = await asyncio.to_thread(
-                planning.plan, model, request, group, 1, previous, tools.discovery.knowledge
+                planning.plan,
+                *(model, request, group, 1, previous, tools.discovery.knowledge, stock),
             )
             if planned.plan.replicas and len(planned.plan.replicas[0].stages) >= stages:
                 break
@@ -150,7 +152,7 @@ async def _bring_up(
     last = max(replica.epoch, replica.fence, *(stage.generation for stage in before), 0)
     tools.check()
     generation = await tools.store.next_generation(replica.id, last)
-    after = planning.assignments(planned, copy, model, replica.id, generation, workers)
+    after = assigning.assignments(planned, copy, model, replica.id, generation, workers)
     replica.assignments, replica.planned = after, copy
     replica.incarnations = {
         name: workers[name].incarnation for name in (worker_of(stage) for stage in after)
@@ -165,7 +167,7 @@ async def _bring_up(
     replica.message = "joins its stages"
     await deployment.publish()
     tools.check()
-    report = planning.first_report(planned, copy, generation)
+    report = assigning.first_report(planned, copy, generation)
     await tools.former.commit(after, rendezvous, report.cost)
     tools.check()
     report.reported_at.CopyFrom(timestamp(tools.now()))

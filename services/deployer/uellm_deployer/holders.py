@@ -6,15 +6,18 @@ from collections.abc import Sequence
 
 import grpc
 
+from uellm.placement.stock import Stock
 from uellm.streams.connection import RedisClient
 from uellm.streams.secret import mesh_secret
 from uellm.v1 import common_pb2, files_pb2, topology_pb2, worker_pb2
+from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.links import Links
 from uellm_deployer.replica import worker_of
 from uellm_deployer.workers import Worker, Workers
 
-FIND_SECONDS = 2.0
-"""How long a worker may take to say; one that does not is not counted on."""
+FIND_SECONDS, STOCK_SECONDS = 2.0, 0.5
+"""How long a worker may take to say, to those who need its files and to those who choose of equal
+places; one that does not is not counted on."""
 
 
 class Holders:
@@ -75,6 +78,21 @@ class Holders:
             if found[worker.worker]
         ]
 
+    async def stock(self, model: ResolvedModel) -> Stock:
+        """What the hosts of all workers have of a model; one that does not say has nothing."""
+        live = self._workers.live(time.monotonic(), self._silence_seconds)
+        whole = self._whole.setdefault(model.ref.digest, set())
+        asked = [worker for worker in live if _start(worker) not in whole]
+        answers = await asyncio.gather(
+            *(self._find_files(worker, model.ref, STOCK_SECONDS) for worker in asked)
+        )
+        held = {
+            worker.worker: frozenset(answer.held_parts if answer is not None else ())
+            for worker, answer in zip(asked, answers, strict=True)
+            if answer is None or not answer.whole
+        }
+        return Stock(model.needs, held)
+
     def forget(self) -> None:
         """Ask everybody again: something did not go as was said."""
         self._whole.clear()
@@ -92,20 +110,26 @@ class Holders:
         return found
 
     async def _holds(self, worker: Worker, ref: common_pb2.ModelRef, adapter: bool) -> bool:
-        whole, start = self._whole.setdefault(ref.digest, set()), _start(worker)
-        if start in whole:
+        if _start(worker) in self._whole.setdefault(ref.digest, set()):
             return True
+        answer = await self._find_files(worker, ref, FIND_SECONDS, adapter=adapter)
+        return answer is not None and bool(answer.held_bytes)
+
+    async def _find_files(
+        self, worker: Worker, ref: common_pb2.ModelRef, seconds: float, *, adapter: bool = False
+    ) -> files_pb2.FindFilesResponse | None:
+        whole = self._whole.setdefault(ref.digest, set())
         request = files_pb2.FindFilesRequest(model=ref, adapter=adapter)
         metadata = (("authorization", f"Bearer {await mesh_secret(self._redis)}"),)
         try:
             answer = await self._links.files(worker).FindFiles(
-                request, metadata=metadata, timeout=FIND_SECONDS
+                request, metadata=metadata, timeout=seconds
             )
         except grpc.aio.AioRpcError:
-            return False
+            return None
         if answer.whole:
-            whole.add(start)
-        return bool(answer.held_bytes)
+            whole.add(_start(worker))
+        return answer
 
     def _has_all(self, worker: Worker, models: Sequence[tuple[common_pb2.ModelRef, bool]]) -> bool:
         # What was found may have been forgotten while it was asked for.

@@ -1,26 +1,31 @@
 """From a request and the workers that are there to a plan, and from a plan to assignments."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from uellm.addresses import host_of
-from uellm.convert import cost_to_proto, planned_from_proto, planned_to_proto
-from uellm.core.errors import FailedPreconditionError
+from uellm.convert import planned_from_proto, planned_to_proto
 from uellm.core.model import ModelProfile
+from uellm.placement import stock as stocks
 from uellm.placement.discovery import Knowledge
 from uellm.placement.placers import EVEN, improvement, placer_of, rated
 from uellm.placement.segments import on
-from uellm.placement.speed import first_guess
+from uellm.placement.stock import EVERYWHERE, NOTHING_LACKING, Fetching, Stock
 from uellm.placement.told import ToldPlacer
-from uellm.placement.topology import Device
-from uellm.placement.views import LayerPin, Pin, Placer, Plan, PlannedReplica, PlanRequest, Workload
-from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
+from uellm.placement.topology import Device, Topology
+from uellm.placement.views import (
+    OBJECTIVES,
+    LayerPin,
+    Pin,
+    Placer,
+    Plan,
+    PlannedReplica,
+    PlanRequest,
+    Workload,
+)
+from uellm.v1 import deployer_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.replica import Replica
-from uellm_deployer.workers import Worker
 
 NOTHING = Knowledge()
 """Where nothing was measured."""
@@ -41,12 +46,14 @@ class Planned:
         dtype: compute dtype.
         profile: the model's needs in it.
         devices: those that it was made from, by id.
+        fetching: what of the model's files has to be fetched for it.
     """
 
     plan: Plan
     dtype: str
     profile: ModelProfile
     devices: dict[str, Device]
+    fetching: Fetching = NOTHING_LACKING
 
 
 def plan(
@@ -56,8 +63,9 @@ def plan(
     replicas: int,
     previous: Plan | None = None,
     knowledge: Knowledge = NOTHING,
+    stock: Stock = EVERYWHERE,
 ) -> Planned:
-    """Place a model as its objective says.
+    """Place a model as its objective says; of plans that are alike, where its files are.
 
     Accelerators alone are tried before CPUs are taken too: a CPU among them would set the pace.
     Without a dtype in the request it is float32 where a CPU computes, else bfloat16.
@@ -76,7 +84,12 @@ def plan(
     for group in groups:
         dtype = request.dtype or dtype_for(group)
         wanted = request_for(model, request, group, dtype, replicas, previous, knowledge)
-        made.append(Planned(placer.place(wanted), dtype, wanted.model, _by_id(wanted)))
+        found = placer.place(wanted)
+        if request.objective in OBJECTIVES and not request.layout:
+            found = stocks.least_fetched(found, wanted, stock)
+        # Files come from whoever has them, be it to be placed on or not.
+        there = knowledge.topology(devices, model.ref.digest, dtype)
+        made.append(_with_fetching(found, dtype, wanted, stock, there))
     whole = [
         one
         for one in made
@@ -145,6 +158,7 @@ def better(
     present: topology_pb2.Deployment,
     replica: PlannedReplica,
     knowledge: Knowledge,
+    stock: Stock = EVERYWHERE,
 ) -> tuple[Planned, float]:
     """Where a replica that serves would rather be, and the gain, as a share; 0 or less: nowhere.
 
@@ -155,20 +169,30 @@ def better(
         present: the deployment as it serves.
         replica: where it is.
         knowledge: of devices and ways as they are now.
+        stock: which hosts have the model's files.
 
     Raises:
         ModelFilesError: if the model's files do not say what it needs.
     """
     before = Plan((replica,), present.slots, present.max_tokens, request.objective, "")
     if request.layout:
-        told = plan(model, request, devices, 1, before, knowledge)
+        told = plan(model, request, devices, 1, before, knowledge, stock)
         # What is there stays, however full its devices have become.
         as_told = _alike(_told(request), replica)
         if as_told or told.plan.replicas or request.objective == EVEN:
             return told, float(bool(told.plan.replicas) and not as_told)
     wanted = request_for(model, request, devices, present.dtype, 1, before, knowledge)
     found, gained = improvement(wanted, before)
-    return Planned(found, present.dtype, wanted.model, _by_id(wanted)), gained
+    return _with_fetching(found, present.dtype, wanted, stock, wanted.topology), gained
+
+
+def _with_fetching(
+    found: Plan, dtype: str, wanted: PlanRequest, stock: Stock, there: Topology
+) -> Planned:
+    needed = stocks.fetching(found.replicas, there, stock)
+    if needed.total_bytes:
+        found = replace(found, explanation=f"{found.explanation}; {stocks.in_words(needed)}")
+    return Planned(found, dtype, wanted.model, _by_id(wanted), needed)
 
 
 def _alike(one: PlannedReplica, other: PlannedReplica) -> bool:
@@ -211,7 +235,7 @@ def nominal_seconds(
     """
     assignment = replica.assignments[0]
     described = knowledge.topology(devices, assignment.model.digest, assignment.dtype)
-    nominal = tuple(dataclasses.replace(device, slowdown=1.0) for device in described.devices)
+    nominal = tuple(replace(device, slowdown=1.0) for device in described.devices)
     batch = max(round(steps.sequences), 1)
     context = min(round(steps.context_tokens / steps.sequences), model.max_tokens - 2)
     workload = Workload(
@@ -221,7 +245,7 @@ def nominal_seconds(
         in_flight=max(min(round(steps.in_flight), assignment.stage_count), 1),
     )
     wanted = PlanRequest(
-        dataclasses.replace(described, devices=nominal),
+        replace(described, devices=nominal),
         model,
         workload,
         layer_times=knowledge.layer_times(
@@ -269,89 +293,6 @@ def as_previous(replica: PlannedReplica | None) -> Plan | None:
     return Plan((replica,), 0, 0, "", "") if replica is not None else None
 
 
-def assignments(
-    planned: Planned,
-    replica: PlannedReplica,
-    model: ResolvedModel,
-    replica_id: str,
-    generation: int,
-    workers: dict[str, Worker],
-) -> tuple[topology_pb2.ShardAssignment, ...]:
-    """A planned replica as it is pushed to its workers, in stage order.
-
-    Devices of one worker that follow each other become one stage of it.
-
-    Raises:
-        FailedPreconditionError: if the plan comes back to a worker, which holds one stage of it.
-    """
-    stages = [
-        (worker, tuple(parts))
-        for worker, parts in groupby(
-            replica.stages, key=lambda part: planned.devices[part.device_id].worker
-        )
-    ]
-    names = [worker for worker, _ in stages]
-    for name in names:
-        if names.count(name) > 1:
-            raise FailedPreconditionError(
-                f"the plan of {replica_id} comes back to worker {name} after another one, and a "
-                "worker holds consecutive layers; give each device a worker of its own",
-                reason="PLACEMENT_INFEASIBLE",
-            )
-    peers = [
-        topology_pb2.Peer(stage=index, worker=name, host=host_of(workers[name].address))
-        for index, name in enumerate(names)
-    ]
-    return tuple(
-        topology_pb2.ShardAssignment(
-            deployment=model.ref.name,
-            replica=replica_id,
-            generation=generation,
-            stage_index=index,
-            stage_count=len(stages),
-            device_ids=[part.device_id for part in parts],
-            first_layer=parts[0].first_layer,
-            last_layer=parts[-1].last_layer,
-            has_embed=parts[0].has_embed,
-            has_head=parts[-1].has_head,
-            model=model.ref,
-            dtype=planned.dtype,
-            kv_bytes=sum(part.kv_bytes for part in parts),
-            slots=planned.plan.slots,
-            peers=peers,
-            max_tokens=planned.plan.max_tokens,
-            shards=[
-                topology_pb2.DeviceShard(
-                    device_id=part.device_id,
-                    first_layer=part.first_layer,
-                    last_layer=part.last_layer,
-                    kv_bytes=part.kv_bytes,
-                )
-                for part in parts
-            ],
-            adapters=model.adapter_refs,
-        )
-        for index, (_, parts) in enumerate(stages)
-    )
-
-
-def first_report(
-    planned: Planned, replica: PlannedReplica, generation: int
-) -> queue_pb2.ReplicaReport:
-    """What schedulers go by until the replica reports for itself."""
-    cost = first_guess(replica, planned.profile, planned.devices)
-    tokens = planned.plan.kv_tokens
-    return queue_pb2.ReplicaReport(
-        epoch=generation,
-        kv_tokens_free=tokens,
-        kv_tokens_total=tokens,
-        slots=planned.plan.slots,
-        prefill_seconds_per_token=cost.per_token,
-        decode_step_seconds=cost.overhead + cost.weights,
-        cost=cost_to_proto(cost),
-    )
-
-
 def plan_to_proto(name: str, planned: Planned) -> topology_pb2.Plan:
     """A plan for the wire."""
     proof = planned.plan.certificate
@@ -370,4 +311,6 @@ def plan_to_proto(name: str, planned: Planned) -> topology_pb2.Plan:
         )
         if proof is not None
         else None,
+        fetch_bytes=planned.fetching.total_bytes,
+        fetch_seconds=planned.fetching.seconds,
     )

@@ -183,6 +183,8 @@ class Replanner:
         }
         beside = [replace(device, memory_bytes=left[device.id]) for device in instead]
 
+        stock = await tools.stock(model)
+
         def weigh(devices: list[Device]) -> tuple[Planned, float]:
             return planning.better(
                 model,
@@ -191,6 +193,7 @@ class Replanner:
                 deployment.published,
                 present,
                 knowledge,
+                stock,
             )
 
         planned, gained = await asyncio.to_thread(weigh, instead)
@@ -222,6 +225,8 @@ class Replanner:
             moved_layers=layers,
             moved_bytes=moved_bytes,
             make_before_break=beside,
+            fetch_bytes=planned.fetching.total_bytes,
+            fetch_seconds=planned.fetching.seconds,
             planned=planned_to_proto(copy),
             changed_at=timestamp(self._tools.now()),
         )

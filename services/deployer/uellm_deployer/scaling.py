@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from uellm.convert import planned_to_proto, timestamp
@@ -11,6 +11,7 @@ from uellm.core.load import OfferedLoad
 from uellm.logs import logger
 from uellm.placement.placers import GOODPUT
 from uellm.placement.sharing import Copy, Step, Tenant, capacity, share_out
+from uellm.placement.stock import EVERYWHERE, Stock, fetching
 from uellm.placement.topology import Device
 from uellm.placement.views import Plan
 from uellm.v1 import deployer_pb2, topology_pb2
@@ -34,11 +35,12 @@ _WORSE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """Who shares the cluster, by name; the dtypes they compute in; their replicas by id."""
+    """Who shares the cluster, by name: dtypes, files that hosts have; and replicas, by id."""
 
     tenants: Mapping[str, Tenant]
     dtypes: Mapping[str, str]
     replicas: Mapping[str, Replica]
+    stocks: Mapping[str, Stock] = field(default_factory=dict)
 
 
 class Scaler:
@@ -70,10 +72,16 @@ class Scaler:
             return
         gain = self._tools.settings.replan_gain
         steps = await asyncio.to_thread(share_out, list(tenants.values()), gain)
+        stocks = await self._stocks({step.tenant for step in steps if step.adds})
         async with self._tools.planning:
             # What was placed meanwhile may stand where a copy was to go: it is thought out again.
             if not self._unsettled() and self._places() == before:
-                await self._carry_out(steps, replace(shared, tenants=tenants))
+                await self._carry_out(steps, replace(shared, tenants=tenants, stocks=stocks))
+
+    async def _stocks(self, names: Collection[str]) -> Mapping[str, Stock]:
+        """What hosts have of the files of models that are to have one more copy."""
+        models = {name: d.model for name, d in self._deployments().items() if name in names}
+        return {name: await self._tools.stock(m) for name, m in models.items() if m is not None}
 
     def _let_go_of_lost(self) -> None:
         """What the load had brought and no device can hold any more is not tried for ever."""
@@ -255,7 +263,10 @@ class Scaler:
         return Planned(plan, shared.dtypes[step.tenant], tenant.request.model, devices)
 
     def _change(self, step: Step, replica_id: str, shared: _Shared) -> topology_pb2.PlacementChange:
-        layers = shared.tenants[step.tenant].request.model.layers if step.adds else ()
+        request = shared.tenants[step.tenant].request
+        layers = request.model.layers if step.adds else ()
+        stock = shared.stocks.get(step.tenant, EVERYWHERE)
+        needed = fetching([step.copy.placed], request.topology, stock)
         return topology_pb2.PlacementChange(
             replica=replica_id,
             kind=_ADD if step.adds else _REMOVE,
@@ -265,6 +276,8 @@ class Scaler:
             moved_layers=len(layers),
             moved_bytes=sum(layer.weight_bytes for layer in layers),
             make_before_break=True,
+            fetch_bytes=needed.total_bytes,
+            fetch_seconds=needed.seconds,
             planned=planned_to_proto(step.copy.placed),
             changed_at=timestamp(self._tools.now()),
         )

@@ -1,11 +1,13 @@
 """What every deployment of a deployer works with."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from uellm.faults import Faults
+from uellm.placement.stock import Stock
+from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former
 from uellm_deployer.replica import Replica
@@ -23,6 +25,7 @@ class Tools:
         store: Redis.
         workers: who is there.
         former: calls to them.
+        stock: asks them what their hosts have of a model's files.
         discovery: how fast devices and the ways between them are.
         planning: held while a plan is made and noted, so that no two plan the same memory.
         replicas: all replicas of all deployments.
@@ -38,6 +41,7 @@ class Tools:
     store: Store
     workers: Workers
     former: Former
+    stock: Callable[[ResolvedModel], Awaitable[Stock]]
     discovery: Discovery
     planning: asyncio.Lock
     replicas: Callable[[], list[Replica]]

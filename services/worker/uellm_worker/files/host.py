@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,15 @@ class Holding:
     def whole(self) -> bool:
         """Every tensor is here."""
         return len(self.places) == len(self.manifest.tensors)
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """Names of the parts of which every tensor is here."""
+        return [
+            name
+            for name, part in self.manifest.parts.items()
+            if all(tensor.name in self.places for tensor in part.tensors)
+        ]
 
     @property
     def held_bytes(self) -> int:

@@ -40,7 +40,11 @@ class FilesServicer(files_pb2_grpc.FilesServiceServicer):
         held = await asyncio.to_thread(self._host.look, request.model, adapter=request.adapter)
         if held is None:
             return files_pb2.FindFilesResponse()
-        return files_pb2.FindFilesResponse(whole=held.whole, held_bytes=held.held_bytes)
+        return files_pb2.FindFilesResponse(
+            whole=held.whole,
+            held_bytes=held.held_bytes,
+            held_parts=() if held.whole else held.parts,
+        )
 
     async def ListFiles(
         self, request: files_pb2.ListFilesRequest, context: Call
