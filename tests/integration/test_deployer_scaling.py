@@ -48,7 +48,8 @@ class Loaded(Mesh):
         now = float((await self.redis.time())[0])
         for model, rate in self._rates.items():
             load = OfferedLoad(now, 30.0, rate, 0.0, 16.0, 16, 16.0, 16)
-            await SchedulerQueue(self.redis, model).offer(load, 60_000)
+            queue = SchedulerQueue(self.redis, model)
+            await queue.offer(await queue.own("scheduler", 60_000), load, 60_000)
 
     async def want(self, name: str, **wanted: Any) -> None:
         """Have a model served by the objective goodput."""

@@ -15,6 +15,8 @@ from tests.support.queues import (
 )
 from tests.support.waiting import eventually
 from uellm.core.errors import AbortedError
+from uellm.core.load import OfferedLoad
+from uellm.streams.messages import Door
 from uellm.v1 import common_pb2, queue_pb2
 
 
@@ -72,12 +74,18 @@ async def test_a_scheduler_that_lost_the_model_can_change_nothing(sides: Sides) 
         queue.dispatch(stale, REPLICA, 1, LEASE_MS, "batch", [batch_entry(request_id, 1)]),
         queue.reap(stale, LEASE_MS, most_gap_ms=1000, most_strikes=3),
         queue.finish(stale, [finish(request_id, 0, "EXPIRED")]),
+        queue.keep_track_record(stale, b"learnt"),
+        queue.keep_door(stale, Door(0.1, 1.0), 1000),
+        queue.offer(stale, OfferedLoad(1.0, 1.0, 1.0, 1.0, 1.0, 1, 1.0, 1), 1000),
     ):
         with pytest.raises(AbortedError):
             await attempt
     record = await queue.record(request_id)
     assert (record.state, record.generation, record.promise) == ("QUEUED", 0, None)
     assert await sides.events() == []
+    assert await queue.track_record() == b""
+    assert await queue.offered() is None
+    assert not await sides.redis.exists(queue.keys.door)
 
 
 async def test_a_successor_takes_over_what_was_read(sides: Sides) -> None:

@@ -636,7 +636,9 @@ async def test_promises_are_learnt_from_and_the_next_owner_goes_on(
     first, last = state["all.took"][0]
     assert 0 < first <= last < 60
     assert not state["all.late"][0]
-    await queue.keep_track_record(b"broken")
+    token = await queue.own("someone", 60_000)
+    await queue.keep_track_record(token, b"broken")
+    await queue.own("someone", 0)
     async with scheduler(redis_url):
         assert (await mesh.promised(await mesh.accept(deadline=60))).revision == 1
 

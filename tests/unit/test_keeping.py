@@ -89,3 +89,49 @@ async def test_a_margin_that_makes_no_sense_ends_nothing(kept: Any, margin: floa
     keeping = Keeping(cast(Any, Kept()), "cslo-odbs")
     await keeping.load()
     assert keeping.admissions.margin.value == margin
+
+
+class Redis:
+    """What an owner keeps, and the next one finds."""
+
+    model = "m"
+    kept = b""
+
+    async def track_record(self) -> bytes:
+        return self.kept
+
+    async def keep_track_record(self, token: int, packed: bytes) -> None:
+        self.kept = packed
+
+
+async def test_the_next_owner_goes_on_with_the_price_and_the_door() -> None:
+    queue = cast(Any, Redis())
+    keeping = Keeping(queue, "cslo-odbs")
+    _serve(keeping, "r", 100.0, 10.0)
+    keeping.admissions.price.learn([2.0] * 10, [2.0] * 90)
+    for second in range(20):
+        keeping.admissions.shedding.learn(1000, 10, 1000.0 + second)
+    await keeping.save(1, 1020.0)
+    heir = Keeping(queue, "cslo-odbs")
+    await heir.load()
+    assert heir.admissions.price.value == keeping.admissions.price.value < np.inf
+    share = keeping.admissions.shedding.share
+    assert heir.admissions.shedding.share == share < 0.2
+    # By what it sees itself the door opens, or stays as it is.
+    heir.advance(1021.0)
+    assert share < heir.admissions.shedding.share < 1
+    heir.advance(1060.0)
+    assert heir.admissions.shedding.share == 1
+
+
+async def test_a_record_is_kept_for_the_policy_that_it_was_made_under() -> None:
+    queue = cast(Any, Redis())
+    keeping = Keeping(queue, "cslo-odbs")
+    for i in range(100):
+        _serve(keeping, f"r{i}", 100.0 * i, 10.0 + i % 3)
+    await keeping.save(1, 1e4)
+    heir = Keeping(queue, "fcfs")
+    await heir.load()
+    assert _width(heir.record, 1e5) > 3
+    heir.under("cslo-odbs")
+    assert _width(heir.record, 1e5) < 1.5

@@ -3,7 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from uellm.policy.margin import Margin
+from uellm.policy.outcomes import State
 from uellm.policy.price import Price
 from uellm.policy.shedding import Shedding
 from uellm.policy.views import DispatchDecision, QueuedView, QueueView
@@ -67,6 +70,28 @@ class Admissions:
         self.margin.let_in(view for i in decision.let_in if (view := find(i)) is not None)
         self.price.learn(decision.let_in.values(), decision.crowded.values(), easy)
         self.shedding.learn(let_in + refused, let_in, now)
+
+    def state(self, now: float) -> State:
+        """What was learnt, for the next owner to go on from."""
+        return {
+            "margin": np.array(self.margin.value),
+            "price": np.array([self.price.value, self.price.mean]),
+            "door": np.array([self.shedding.share, now]),
+        }
+
+    def load(self, state: State) -> None:
+        """Go on from what another kept, as far as it did.
+
+        Raises:
+            ValueError: if that makes no sense; what was read before that stands.
+            TypeError: likewise.
+        """
+        if "margin" in state:
+            self.margin.load(float(state["margin"]))
+        if "price" in state:
+            self.price.load(*map(float, state["price"]))
+        if "door" in state:
+            self.shedding.load(*map(float, state["door"]))
 
     def began(self, first_tokens: Mapping[str, float]) -> None:
         """First tokens came, by request id."""

@@ -27,11 +27,22 @@ class Price:
 
     Attributes:
         value: in seconds that a request takes a place; infinite: all pass.
+        mean: what requests take in the mean; 0: nothing is known.
     """
 
     def __init__(self) -> None:
         self.value = inf
-        self._mean = 0.0
+        self.mean = 0.0
+
+    def load(self, value: float, mean: float) -> None:
+        """Go on from another's: its price, and the mean cost that it had seen.
+
+        Raises:
+            ValueError: if these are not what they should be.
+        """
+        if not (value > 0 and 0 <= mean < inf):
+            raise ValueError(f"not a price: {value}, of a mean cost of {mean}")
+        self.value, self.mean = value, mean
 
     def learn(self, let_in: Collection[float], crowded: Collection[float], easy: int = 0) -> None:
         """Some passed.
@@ -42,10 +53,10 @@ class Price:
             easy: how many more found a place free.
         """
         for cost in (*let_in, *crowded):
-            self._mean += (cost - self._mean) / REMEMBERED if self._mean else cost
-        most = DEAREST * self._mean
+            self.mean += (cost - self.mean) / REMEMBERED if self.mean else cost
+        most = DEAREST * self.mean
         rise = RATE * (CROWDED * (len(let_in) + easy) - (1.0 - CROWDED) * len(crowded))
-        value = max(min(self.value, most) * exp(min(rise, MOST_RISE)), self._mean / DEAREST)
+        value = max(min(self.value, most) * exp(min(rise, MOST_RISE)), self.mean / DEAREST)
         self.value = inf if value >= most else value
 
 

@@ -6,7 +6,7 @@ choose from.
 """
 
 from dataclasses import dataclass
-from math import exp
+from math import exp, isfinite
 from zlib import crc32
 
 CHOICE = 3.0
@@ -36,6 +36,18 @@ class Shedding:
         self._at: float | None = None
         self._asked = self._let_in = 0.0
         self._calm_since = 0.0
+
+    def load(self, share: float, at: float) -> None:
+        """Go on from another's share at that time; it fades like everything that was seen.
+
+        Raises:
+            ValueError: if it is not a share.
+        """
+        if not LEAST_SHARE <= share <= 1.0 or not isfinite(at):
+            raise ValueError(f"not the share of a door: {share}, at {at}")
+        if share < 1.0:
+            self.share, self._at, self._calm_since = share, at, at
+            self._asked = CHOICE * FEWEST / share
 
     def learn(self, seen: int, let_in: int, now: float) -> None:
         """Some were looked at, and so many of them let in."""

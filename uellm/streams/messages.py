@@ -146,6 +146,7 @@ class Record:
     promise: common_pb2.Promise | None
     finished: inference_pb2.Finished | None
     strikes: int = 0
+    epoch: int = 0
 
     @property
     def ended(self) -> bool:
@@ -215,6 +216,7 @@ def parse_record(request_id: str, raw: Mapping[bytes, bytes]) -> Record:
         promise=common_pb2.Promise.FromString(promise) if promise else None,
         finished=inference_pb2.Finished.FromString(finished) if finished else None,
         strikes=int(text("strikes") or 0),
+        epoch=int(text("epoch") or 0),
     )
 
 

@@ -82,22 +82,36 @@ class SchedulerQueue(ModelQueue):
         """How the model's promises were kept, as an owner left it; empty: none did."""
         return bytes(await self._redis.get(self.keys.track_record) or b"")
 
-    async def keep_door(self, door: Door, keep_ms: int) -> None:
-        """Say how wide the door is; for so long it is taken to be, unless said anew."""
-        with suppress(OutOfMemoryError):
-            text = f"{door.share:.4g} {door.retry_seconds:.4g}"
-            await self._redis.set(self.keys.door, text, px=keep_ms)
+    async def keep_door(self, token: int, door: Door, keep_ms: int) -> None:
+        """Say how wide the door is; for so long it is taken to be, unless said anew.
 
-    async def keep_track_record(self, packed: bytes) -> None:
-        """Keep it for the next owner; a Redis that is full keeps the one that it has."""
-        with suppress(OutOfMemoryError):
-            await self._redis.set(self.keys.track_record, packed)
+        Raises:
+            AbortedError: if ``token`` is no longer the owner's.
+        """
+        text = f"{door.share:.4g} {door.retry_seconds:.4g}"
+        await self._keep(token, self.keys.door, text, keep_ms)
 
-    async def offer(self, load: OfferedLoad, keep_ms: int) -> None:
-        """Say what the model's load is, for so long; a Redis that is full does without."""
+    async def keep_track_record(self, token: int, packed: bytes) -> None:
+        """Keep it for the next owner; a Redis that is full keeps the one that it has.
+
+        Raises:
+            AbortedError: if ``token`` is no longer the owner's.
+        """
+        await self._keep(token, self.keys.track_record, packed)
+
+    async def offer(self, token: int, load: OfferedLoad, keep_ms: int) -> None:
+        """Say what the model's load is, for so long; a Redis that is full does without.
+
+        Raises:
+            AbortedError: if ``token`` is no longer the owner's.
+        """
+        packed = load_to_proto(load).SerializeToString()
+        await self._keep(token, self.keys.offered, packed, keep_ms)
+
+    async def _keep(self, token: int, key: str, value: str | bytes, keep_ms: int = 0) -> None:
+        name = key.removeprefix(self.keys.prefix)
         with suppress(OutOfMemoryError):
-            packed = load_to_proto(load).SerializeToString()
-            await self._redis.set(self.keys.offered, packed, px=keep_ms)
+            self._fenced(await self._run("keep", token, name, value, keep_ms))
 
     async def ensure_requests_group(self) -> None:
         """Create the schedulers' group, at 0: work accepted before it existed is not skipped."""

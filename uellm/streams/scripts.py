@@ -1,7 +1,7 @@
 """The Lua scripts, loaded once and called by name.
 
 Each script runs behind ``_prelude.lua``. ``allow-oom`` lets what frees or finishes work run when
-Redis is full; only ``accept`` takes new work and is refused then.
+Redis is full; ``accept``, which takes new work, is refused then, and ``keep``, which can wait.
 """
 
 from functools import cache
@@ -20,6 +20,7 @@ NAMES = (
     "dispatch",
     "finish",
     "hand_back",
+    "keep",
     "known",
     "learnt",
     "open_frames",
@@ -32,7 +33,7 @@ NAMES = (
     "route",
     "watch",
 )
-_MAY_BE_REFUSED_WHEN_FULL = {"accept"}
+_MAY_BE_REFUSED_WHEN_FULL = {"accept", "keep"}
 
 
 @cache

@@ -144,14 +144,15 @@ class Book:
         ticket = ticket_of(queued_of(record))
         ticket.promise = record.promise
         ticket.sent(record.replica, record.dispatched_at or record.accepted_at)
+        self._prefixes.sent(record.replica, record.epoch, ticket.entry.prefix_marks)
         self.in_flight[record.request_id] = ticket
 
-    def sent(self, request_id: str, replica: str, now: float) -> None:
-        """Note that a waiting request left for a replica."""
+    def sent(self, request_id: str, replica: str, epoch: int, now: float) -> None:
+        """Note that a waiting request left for a replica, placed under an epoch."""
         ticket = self.waiting.pop(request_id, None)
         if ticket is not None:
             ticket.sent(replica, now)
-            self._prefixes.sent(replica, ticket.entry.prefix_marks)
+            self._prefixes.sent(replica, epoch, ticket.entry.prefix_marks)
             self.in_flight[request_id] = ticket
 
     def drop(self, request_id: str) -> Ticket | None:
@@ -240,7 +241,9 @@ class Book:
                 sent.setdefault(ticket.replica, []).append(ticket)
         ready = [route for route in routes.values() if route.state == "READY"]
         more = wanted > len(ready)
-        self._prefixes.keep({r.replica: (r.epoch, r.report.kv_tokens_total) for r in ready})
+        if routes:
+            room = {name: (r.epoch, r.report.kv_tokens_total) for name, r in routes.items()}
+            self._prefixes.keep(room)
         choices = near if len(ready) > 1 else ()
         marked = [self.waiting[i] for i in choices if i in self.waiting]
         return [

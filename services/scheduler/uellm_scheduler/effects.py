@@ -105,7 +105,7 @@ class Effects:
             return False
         for ticket, taken in zip(tickets, sent, strict=True):
             if taken:
-                self._book.sent(ticket.request_id, dispatch.replica, now)
+                self._book.sent(ticket.request_id, dispatch.replica, dispatch.epoch, now)
             else:
                 # Cancelled, or given another turn that has not been read yet.
                 self._book.drop(ticket.request_id)

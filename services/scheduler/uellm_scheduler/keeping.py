@@ -43,6 +43,7 @@ class Keeping:
         self._records = {policy: self.record}
         self.admissions = Admissions(HEARING_SECONDS)
         self._queue = queue
+        self._policy = policy
         self._saving = Timer(SAVE_SECONDS)
         self._changed = False
         self._loaded = False
@@ -51,7 +52,7 @@ class Keeping:
         """Go on under a policy of that name."""
         if policy not in self._records:
             self._records[policy] = TrackRecords(HEARING_SECONDS)
-        self.record = self._records[policy]
+        self._policy, self.record = policy, self._records[policy]
 
     async def load(self) -> None:
         """Go on from what the owner before kept; what cannot be read is learnt anew."""
@@ -63,9 +64,13 @@ class Keeping:
             return
         try:
             state = unpack(packed)
-            self.record.load(state)
-            if "margin" in state:
-                self.admissions.margin.load(float(state["margin"]))
+            # Kept before another policy came into force, it waits for that one to come back.
+            policy = str(state.get("policy", self._policy))
+            record = TrackRecords(HEARING_SECONDS)
+            record.load(state)
+            self._records[policy] = record
+            self.under(self._policy)
+            self.admissions.load(state)
         except (InvalidArgumentError, ValueError, TypeError) as error:
             _log.warning("promises are learnt anew", model=self._queue.model, error=str(error))
 
@@ -111,10 +116,14 @@ class Keeping:
         for request_id in answered:
             self.record.seen_begun(request_id, now)
 
-    async def save(self, *, at_once: bool = False) -> None:
-        """Keep what was learnt, if it is time, or to be done at once, and there is news."""
+    async def save(self, token: int, now: float, *, at_once: bool = False) -> None:
+        """Keep what was learnt, if it is time, or to be done at once, and there is news.
+
+        Raises:
+            AbortedError: if ``token`` is no longer the owner's.
+        """
         if self._changed and (self._saving.due() or at_once):
             self._changed = False
-            await self._queue.keep_track_record(
-                pack(self.record.state() | {"margin": np.array(self.admissions.margin.value)})
-            )
+            learnt = self.record.state() | self.admissions.state(now)
+            packed = pack(learnt | {"policy": np.array(self._policy)})
+            await self._queue.keep_track_record(token, packed)

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain, count
 
 from redis.exceptions import RedisError
@@ -123,7 +124,9 @@ class ModelScheduler:
 
     async def hand_over(self) -> None:
         """Leave what was learnt to the next owner, once this one has stopped."""
-        await self._keeping.save(at_once=True)
+        # Who has been followed by another has nothing to say any more.
+        with suppress(AbortedError):
+            await self._keeping.save(self.token, self._context.clock.now(), at_once=True)
 
     async def _serve(self) -> None:
         consumer = self._settings.identity
@@ -159,7 +162,7 @@ class ModelScheduler:
                 self._keeping.heard(each.event for each in heard.ended)
                 self._meter.arrived(heard.waiting)
                 self._meter.ended(heard.ended)
-                await self._keeping.save()
+                await self._keeping.save(self.token, self._context.clock.now())
                 await self._say_load()
                 if upkeep.reaping.seconds_left == 0:
                     self._decide_by(await self._queue.policy())
@@ -207,7 +210,7 @@ class ModelScheduler:
         share = admissions.shedding.share
         if share < 1 and self._dooring.due():
             door = Door(share, admissions.retry_seconds)
-            await self._queue.keep_door(door, DOOR_KEPT_MS)
+            await self._queue.keep_door(self.token, door, DOOR_KEPT_MS)
 
     async def _say_load(self) -> None:
         """Tell the deployer what is asked of the model, if it is time to."""
@@ -218,7 +221,7 @@ class ModelScheduler:
         waiting = len(self.book.waiting) + ahead
         self._meter.sample(now, waits=waiting > 0 and bool(replicas))
         keep_ms = round(1000 * LOAD_KEPT_SECONDS) + self._settings.lease_ms
-        await self._queue.offer(self._meter.load(now, waiting), keep_ms)
+        await self._queue.offer(self.token, self._meter.load(now, waiting), keep_ms)
 
     async def _give_up_waiting(self, effects: Effects) -> None:
         """End what waits for a model that is gone: its clients would wait for ever."""
@@ -264,7 +267,8 @@ class ModelScheduler:
         )
         decision = self.in_force.policy.dispatch(queue, replicas, now)
         self._recorder.note(self.in_force.choice, queue, replicas, now, decision, book.view)
-        seconds = time.monotonic() - began
+        decided = time.monotonic()
+        seconds = decided - began
         if full:
             self._full_round_at = began + seconds / FULL_ROUND_SHARE
         if revise:
@@ -285,7 +289,8 @@ class ModelScheduler:
             inbox.routed = True
             inbox.wake()
         if seconds > LONG_SECONDS:
-            await asyncio.sleep(seconds)
+            # What Redis took of it was left to the others already.
+            await asyncio.sleep(max(seconds - (time.monotonic() - decided), 0.0))
 
     # ---- asked by the servicer -----------------------------------------------------------------
 

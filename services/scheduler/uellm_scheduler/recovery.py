@@ -26,10 +26,12 @@ async def recover(queue: SchedulerQueue, token: int, consumer: str) -> tuple[Boo
         for entry in entries:
             book.queue(entry)
     sent = await queue.dispatched()
+    held = []
     for i in range(0, len(sent), AT_ONCE):
-        for record in await queue.records(sent[i : i + AT_ONCE]):
-            if record is not None and record.state in {"LEASED", "RUNNING"}:
-                book.restore(record)
+        records = await queue.records(sent[i : i + AT_ONCE])
+        held += [each for each in records if each and each.state in {"LEASED", "RUNNING"}]
+    for record in sorted(held, key=lambda each: each.dispatched_at or each.accepted_at):
+        book.restore(record)
     await _remember_promises(queue, book)
     return book, place
 

@@ -29,26 +29,30 @@ class SentPrefixes:
     def keep(self, room: Mapping[str, tuple[int, int]]) -> None:
         """Forget what is not, or not any more, in the caches of these replicas: all there are.
 
+        Those that take no requests at present are among them.
+
         Args:
             room: epoch and tokens of KV room, by replica.
         """
-        for replica in self._sent.keys() - room.keys():
-            del self._sent[replica]
-        for replica, (epoch, kv_tokens) in room.items():
-            known = self._sent.get(replica)
-            if known is None or known.epoch != epoch:
-                known = self._sent[replica] = _Sent(epoch)
+        for replica, known in list(self._sent.items()):
+            epoch, kv_tokens = room.get(replica, (None, 0))
+            if known.epoch != epoch:
+                del self._sent[replica]
+                continue
             while len(known.marks) > kv_tokens // PIECE_TOKENS:
                 known.marks.popitem(last=False)
 
-    def sent(self, replica: str, marks: Sequence[int]) -> None:
-        """A prompt with these marks left for a replica."""
+    def sent(self, replica: str, epoch: int, marks: Sequence[int]) -> None:
+        """A prompt with these marks left for a replica under an epoch."""
         known = self._sent.get(replica)
-        if known is not None:
-            # Its end first, to be forgotten before its beginning.
-            for mark in reversed(marks):
-                known.marks[mark] = None
-                known.marks.move_to_end(mark)
+        if known is None or known.epoch < epoch:
+            known = self._sent[replica] = _Sent(epoch)
+        if known.epoch > epoch:
+            return
+        # Its end first, to be forgotten before its beginning.
+        for mark in reversed(marks):
+            known.marks[mark] = None
+            known.marks.move_to_end(mark)
 
     def tokens(self, replica: str, marks: Sequence[int]) -> int:
         """How many of a prompt's first tokens a replica may hold."""
