@@ -11,11 +11,7 @@ from contextlib import contextmanager
 
 from uellm.core.cost import DEFAULT_COST, StepCost
 from uellm.policy.views import StepPolicy
-from uellm.v1.common_pb2 import (
-    FINISH_REASON_FAILED,
-    FINISH_REASON_LENGTH,
-    FINISH_REASON_STOP,
-)
+from uellm.v1.common_pb2 import FINISH_REASON_FAILED, FINISH_REASON_LENGTH
 from uellm.v1.engine_pb2 import AddSequence, DropSequence, SequenceOutput, StepReport
 from uellm.v1.inference_pb2 import Failure, TokenLogprobs
 from uellm.v1.queue_pb2 import ReplicaReport
@@ -31,7 +27,7 @@ from uellm_worker.engine.recorder import StepRecorder
 from uellm_worker.engine.reports import CostMeter, StepMeter
 from uellm_worker.engine.roster import Roster
 from uellm_worker.engine.runner import Runner
-from uellm_worker.engine.sequences import Sequence, SequenceError, sequence_from_command
+from uellm_worker.engine.sequences import SequenceError, sequence_from_command
 
 MAX_CHUNK_TOKENS = 512
 """Most tokens that the steps under way compute together: keeps them short enough for those that
@@ -360,34 +356,10 @@ class EngineLoop:
             if token < 0:
                 self._roster.taint(share.chunk.slot)
             return
-        sequence.proven = token >= 0
-        if token < 0:
-            failure = Failure(
-                reason="LOGITS_NOT_FINITE",
-                message="the model's logits are not finite; a wider dtype may help",
-            )
-            self._finish(sequence, sequence.output(finish=FINISH_REASON_FAILED, failure=failure))
-            return
-        if token in self._vocabulary.eos_ids:
-            self._finish(sequence, sequence.output(finish=FINISH_REASON_STOP))
-            return
-        sequence.tokens.append(token)
-        if sequence.first_token_at is None:
-            sequence.first_token_at = self._now()
-        output = sequence.output((token,))
-        if logprobs is not None:
-            output.logprobs.append(logprobs)
-        if sequence.full:
-            output.finish = FINISH_REASON_LENGTH
-            self._finish(sequence, output)
-        else:
-            self._outbox.add(output)
-
-    # ---- bookkeeping ---------------------------------------------------------------------------
-
-    def _finish(self, sequence: Sequence, output: SequenceOutput) -> None:
+        output = sequence.take(token, logprobs, self._vocabulary.eos_ids, self._now())
         self._outbox.add(output)
-        self._roster.remove(sequence)
+        if output.finish:
+            self._roster.remove(sequence)
 
     def report(self) -> ReplicaReport:
         """How the replica is doing."""

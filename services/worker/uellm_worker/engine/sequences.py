@@ -8,9 +8,16 @@ from uellm.convert import profile_from_proto, slo_from_proto
 from uellm.core.request import QuantileFunction, ResourceProfile, Slo
 from uellm.policy.reserving import reserve_tokens
 from uellm.policy.views import SequenceView
-from uellm.v1.common_pb2 import FINISH_REASON_UNSPECIFIED, FinishReason, Sampling
+from uellm.v1.common_pb2 import (
+    FINISH_REASON_FAILED,
+    FINISH_REASON_LENGTH,
+    FINISH_REASON_STOP,
+    FINISH_REASON_UNSPECIFIED,
+    FinishReason,
+    Sampling,
+)
 from uellm.v1.engine_pb2 import AddSequence, SequenceOutput
-from uellm.v1.inference_pb2 import Failure
+from uellm.v1.inference_pb2 import Failure, TokenLogprobs
 from uellm_worker.engine.capacity import Capacity, Vocabulary
 
 
@@ -134,6 +141,39 @@ class Sequence:
             finish=finish,
             failure=failure,
         )
+
+    def take(
+        self, token: int, logprobs: TokenLogprobs | None, eos_ids: Collection[int], now: float
+    ) -> SequenceOutput:
+        """Take in the token that was chosen.
+
+        Args:
+            token: -1 where the logits were not finite.
+            logprobs: what was asked for of log probabilities.
+            eos_ids: tokens that end the answer.
+            now: seconds since the epoch.
+
+        Returns:
+            What the agent is told; with a reason to finish if this was the last.
+        """
+        self.proven = token >= 0
+        if token < 0:
+            failure = Failure(
+                reason="LOGITS_NOT_FINITE",
+                message="the model's logits are not finite; a wider dtype may help",
+            )
+            return self.output(finish=FINISH_REASON_FAILED, failure=failure)
+        if token in eos_ids:
+            return self.output(finish=FINISH_REASON_STOP)
+        self.tokens.append(token)
+        if self.first_token_at is None:
+            self.first_token_at = now
+        output = self.output((token,))
+        if logprobs is not None:
+            output.logprobs.append(logprobs)
+        if self.full:
+            output.finish = FINISH_REASON_LENGTH
+        return output
 
     def view(self) -> SequenceView:
         """What the policy sees. Kept while it waits: nothing changes then."""
