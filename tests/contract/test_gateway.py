@@ -395,7 +395,7 @@ async def _unfinished(driver: MeshDriver, key: str, count: int) -> bool:
 async def test_at_a_narrow_door_who_prefers_refusal_is_refused_at_once(
     gateway: Gateway, driver: MeshDriver
 ) -> None:
-    token = await driver.scheduler.own("scheduler", 60_000)
+    token = await driver.scheduler.own("driver", 60_000)
     await driver.scheduler.keep_door(token, Door(0.0, retry_seconds=3.0), keep_ms=60_000)
     refusing = {"on_infeasible": common_pb2.ON_INFEASIBLE_REFUSE}
     # The first to come brings the news; best effort always passes.
