@@ -79,7 +79,10 @@ def check(probed: BlockProbed) -> None:
         assert point.layer_seconds > 0
         assert point.step_seconds >= 0
         assert (point.pairs > 0) != (point.context_tokens > 0)
+    assert any(point.ends_seconds > 0 for point in probed.points)
     assert probed.weight_bytes > 0
+    assert probed.leader_seconds > 0
+    assert (probed.share == 1) == (probed.period_seconds == 0)
 
 
 async def test_layers_of_a_model_are_timed(spawner: ChildSpawner, tmp_path: Path) -> None:

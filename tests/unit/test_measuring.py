@@ -66,6 +66,28 @@ def test_tables_follow_the_cost() -> None:
         assert list(points) == sorted(points)
 
 
+def test_a_batch_between_those_that_were_measured_is_between_them() -> None:
+    """A step's time has no knee where the fit has one."""
+    smooth = {1: 1.0, 4: 1.25, 8: 1.6, 16: 2.4, 32: 4.0}
+    measured = [BlockSample(n, 64.0 * n, 0.0, 1e-3 * took, 0.0) for n, took in smooth.items()]
+    cost = fit_block(measured, 45e6, 22e6, 0.0)
+    decode = dict(cost.times(Workload(prompt_tokens=48, output_tokens=32)).decode)
+    for tokens in (1, 4, 6, 8, 12, 16, 24, 32):
+        expected = 1e-3 * float(np.interp(tokens, list(smooth), list(smooth.values())))
+        assert decode[float(tokens)] == pytest.approx(expected, rel=0.1)
+
+
+def test_the_ends_of_a_replica_are_found_by_its_sequences() -> None:
+    measured = [
+        BlockSample(n, 64.0 * n, 0.0, 1e-3, 0.0, ends_seconds=2e-4 + 5e-5 * n)
+        for n in (1, 4, 16, 32)
+    ]
+    cost = fit_block(measured, 45e6, 22e6, 0.0, leader_seconds=3e-4, share=0.5, period_seconds=0.1)
+    times = cost.times(Workload())
+    assert dict(times.ends)[8.0] == pytest.approx(6e-4, rel=0.1)
+    assert (times.leader, times.share, times.period) == (3e-4, 0.5, 0.1)
+
+
 def test_live_steps_move_the_ratio_and_outliers_do_not() -> None:
     cost = fit_block(samples(CPU, 0.0, 0), 45e6, 22e6, 0.0)
     for _ in range(40):

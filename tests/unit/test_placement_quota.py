@@ -74,5 +74,27 @@ def test_a_stage_that_waits_for_others_is_not_held_back_and_a_busy_one_is() -> N
     assert other.decode_seconds == pytest.approx(7 * 0.004, rel=0.01)
     # With more under way it is the one that the others wait for.
     full = replace(request, workload=replace(request.workload, in_flight=2))
-    one, _ = planned(costs_of(full), Layout((0, 1), (7, 1))).stages
-    assert one.decode_seconds == pytest.approx(7 * 0.004, rel=0.05)
+    replica = planned(costs_of(full), Layout((0, 1), (7, 1)))
+    assert replica.stages[0].decode_seconds == pytest.approx(7 * 0.004, rel=0.05)
+    assert replica.prediction is not None
+    assert replica.prediction.bottleneck_seconds == pytest.approx(100 * 7 * 0.004, rel=0.05)
+
+
+def test_what_a_leader_does_besides_takes_of_the_same_quota() -> None:
+    devices = tuple(Device(f"w{n}/cpu:0", f"w{n}", f"h{n}", "cpu", 1 << 34) for n in range(2))
+    held = LayerTimes(
+        ((16.0, 0.004),), ((1.0, 0.004),), ends=((1.0, 1e-6),), share=0.25, period=PERIOD
+    )
+    request = PlanRequest(
+        Topology(devices),
+        small_model(layers=8),
+        Workload(batch=1, prompt_tokens=16, output_tokens=100),
+    )
+    found = []
+    for leader in (0.0, 0.004):
+        times = {device.id: replace(held, leader=leader) for device in devices}
+        times[devices[1].id] = replace(held, share=1.0, period=0.0)
+        measured = replace(request, layer_times=times)
+        found.append(planned(costs_of(measured), Layout((0, 1), (2, 6))).stages[0].decode_seconds)
+    assert found[0] == pytest.approx(0.002, rel=0.3)
+    assert found[1] > 2 * found[0]

@@ -470,6 +470,8 @@ def test_what_a_stage_takes_beside_its_layers_counts(method: str, objective: Obj
                 ((1.0, 1e-4), (1e3, 0.1)),
                 ((1.0, rng.uniform(1e-3, 5e-3)),),
                 stage=rng.choice([0, 0.05]),
+                ends=((1.0, rng.choice([0.001, 0.2])),),
+                leader=rng.choice([0, 0.05]),
             )
             for d in bare.topology.devices
         }

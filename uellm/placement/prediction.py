@@ -45,92 +45,99 @@ def latency(costs: Costs, layout: Layout) -> float:
 
 def predict(costs: Costs, layout: Layout) -> Prediction:
     """How fast a layout is."""
-    return _predicted(costs, layout, _stage_seconds(costs, layout))
+    return _Replica(costs, layout).prediction
 
 
 @dataclass(frozen=True, slots=True)
 class _Seconds:
-    """What a stage takes for a batch's prompts, and for a step that decodes."""
+    """What a stage takes for a batch's prompts, for a step that decodes, and between two steps."""
 
     prefill: float
     decode: float
+    led: float
 
 
-def _stage_seconds(costs: Costs, layout: Layout) -> list[_Seconds]:
-    """Of each stage. One with a quota is held back the more the more of its time is needed."""
-    sustained = [
-        _Seconds(float(costs.prefill[d, a : b + 1].sum()), float(costs.decode[d, a : b + 1].sum()))
-        for d, (a, b) in zip(layout.order, layout.ranges, strict=True)
-    ]
-    last = len(sustained) - 1
-    besides = [
-        float(costs.stage[d]) + (float(costs.head[d]) if index == last else 0.0)
-        for index, d in enumerate(layout.order)
-    ]
-    sustained = [
-        _Seconds(each.prefill + more, each.decode + more)
-        for each, more in zip(sustained, besides, strict=True)
-    ]
-    found = sustained
-    if all(costs.share[d] >= 1 for d in layout.order):
-        return found
-    for _ in range(_ROUNDS):
-        pace = _predicted(costs, layout, found).bottleneck_seconds
-        found = [
-            _held_back(costs, device, each, work / pace if pace > 0 else 0.0)
-            for device, each, work in zip(
-                layout.order, sustained, _work(costs, layout, sustained), strict=True
-            )
+class _Replica:
+    """A layout's stages, as they are if they always compute, and as their quotas have them.
+
+    Attributes:
+        stages: what each takes, on the average.
+        prediction: of the whole.
+    """
+
+    def __init__(self, costs: Costs, layout: Layout) -> None:
+        self._costs, self._layout = costs, layout
+        self._always = [self._seconds(index) for index in range(len(layout.order))]
+        self._work = [
+            each.prefill + costs.steps * each.decode + costs.output_tokens * each.led
+            for each in self._always
         ]
-    return found
+        self.stages = self._always
+        self.prediction = self._predicted()
+        if any(costs.share[d] < 1 for d in layout.order):
+            for _ in range(_ROUNDS):
+                pace = self.prediction.bottleneck_seconds
+                self.stages = [
+                    self._held_back(index, work / pace if pace > 0 else 0.0)
+                    for index, work in enumerate(self._work)
+                ]
+                self.prediction = self._predicted()
 
+    def _seconds(self, index: int) -> _Seconds:
+        costs, device = self._costs, self._layout.order[index]
+        first, last = self._layout.ranges[index]
+        besides = float(costs.stage[device])
+        if index == len(self._layout.order) - 1:
+            besides += float(costs.head[device])
+        return _Seconds(
+            float(costs.prefill[device, first : last + 1].sum()) + besides,
+            float(costs.decode[device, first : last + 1].sum()) + besides,
+            float(costs.leader[device]) if index == 0 else 0.0,
+        )
 
-def _held_back(costs: Costs, device: int, stage: _Seconds, busy: float) -> _Seconds:
-    share, period = float(costs.share[device]), float(costs.period[device])
-    return _Seconds(
-        step_seconds(stage.prefill, share, period, busy),
-        step_seconds(stage.decode, share, period, busy),
-    )
+    def _held_back(self, index: int, busy: float) -> _Seconds:
+        """A stage that needs so much of its quota, which a leader's other work takes as well."""
+        device, stage = self._layout.order[index], self._always[index]
+        share, period = float(self._costs.share[device]), float(self._costs.period[device])
+        led = step_seconds(stage.led, share, period, busy)
+        return _Seconds(
+            step_seconds(stage.prefill + stage.led, share, period, busy) - led,
+            step_seconds(stage.decode + stage.led, share, period, busy) - led,
+            led,
+        )
 
-
-def _work(costs: Costs, layout: Layout, stages: Sequence[_Seconds]) -> list[float]:
-    """Seconds of a batch from prompt to last token, by stage."""
-    work = [stage.prefill + costs.steps * stage.decode for stage in stages]
-    work[0] += float(costs.leader_total[layout.order[0]])
-    return work
-
-
-def _predicted(costs: Costs, layout: Layout, stages: Sequence[_Seconds]) -> Prediction:
-    first, last = layout.order[0], layout.order[-1]
-    ways = list(pairwise(layout.order))
-    besides = float(costs.leader[first]) + float(costs.back[last, first])
-    prefill = besides + sum(stage.prefill for stage in stages)
-    decode = besides + sum(stage.decode for stage in stages)
-    prefill += sum(float(costs.link_prefill[way]) for way in ways)
-    decode += sum(float(costs.link_decode[way]) for way in ways)
-    total = prefill + costs.steps * decode
-    work = _work(costs, layout, stages)
-    limits = [(seconds, costs.devices[d].id) for seconds, d in zip(work, layout.order, strict=True)]
-    limits += [
-        (float(costs.busy[a, b]), f"{costs.devices[a].id} -> {costs.devices[b].id}")
-        for a, b in ways
-    ]
-    limits.append((total / costs.in_flight, "in_flight"))
-    pace, bottleneck = max(limits, key=lambda limit: limit[0])
-    return Prediction(
-        prefill_seconds=prefill,
-        decode_seconds=decode,
-        total_seconds=total,
-        bottleneck_seconds=pace,
-        bottleneck=bottleneck,
-        tokens_per_second=costs.batch * costs.output_tokens / pace if pace > 0 else np.inf,
-    )
+    def _predicted(self) -> Prediction:
+        costs, order = self._costs, self._layout.order
+        ways = list(pairwise(order))
+        back = float(costs.back[order[-1], order[0]])
+        prefill = back + sum(stage.prefill + stage.led for stage in self.stages)
+        decode = back + sum(stage.decode + stage.led for stage in self.stages)
+        prefill += sum(float(costs.link_prefill[way]) for way in ways)
+        decode += sum(float(costs.link_decode[way]) for way in ways)
+        # However short its steps are, a stage needs its quota for all of them.
+        total = max(prefill + costs.steps * decode, *self._work)
+        names = [costs.devices[d].id for d in order]
+        limits = list(zip(self._work, names, strict=True))
+        limits += [
+            (float(costs.busy[a, b]), f"{costs.devices[a].id} -> {costs.devices[b].id}")
+            for a, b in ways
+        ]
+        limits.append((total / costs.in_flight, "in_flight"))
+        pace, bottleneck = max(limits, key=lambda limit: limit[0])
+        return Prediction(
+            prefill_seconds=prefill,
+            decode_seconds=decode,
+            total_seconds=total,
+            bottleneck_seconds=pace,
+            bottleneck=bottleneck,
+            tokens_per_second=costs.batch * costs.output_tokens / pace if pace > 0 else np.inf,
+        )
 
 
 def planned(costs: Costs, layout: Layout) -> PlannedReplica:
     """A layout as a plan shows it."""
     stages = []
-    seconds = _stage_seconds(costs, layout)
+    replica = _Replica(costs, layout)
     for index, (device, (first, last)) in enumerate(zip(layout.order, layout.ranges, strict=True)):
         after = layout.order[index + 1] if index + 1 < len(layout.order) else layout.order[0]
         way = costs.link_decode if index + 1 < len(layout.order) else costs.back
@@ -143,12 +150,12 @@ def planned(costs: Costs, layout: Layout) -> PlannedReplica:
                 has_head=last == costs.num_layers - 1,
                 memory_bytes=costs.need.stage(first, last),
                 kv_bytes=costs.need.kv(first, last),
-                prefill_seconds=seconds[index].prefill,
-                decode_seconds=seconds[index].decode,
+                prefill_seconds=replica.stages[index].prefill,
+                decode_seconds=replica.stages[index].decode,
                 send_seconds=float(way[device, after]),
             )
         )
-    return PlannedReplica(tuple(stages), _predicted(costs, layout, seconds))
+    return PlannedReplica(tuple(stages), replica.prediction)
 
 
 def layout_of(costs: Costs, replica: PlannedReplica) -> Layout | None:
