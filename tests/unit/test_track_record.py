@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from uellm.policy.columns import BEGUN, Floats
 from uellm.policy.forecast import FEATURES
+from uellm.policy.odds import Odds
 from uellm.policy.prospects import Forecasts
 from uellm.policy.track_record import TrackRecord
 from uellm.policy.track_records import TrackRecords
@@ -230,6 +231,19 @@ def test_odds_come_true() -> None:
         given = serve(TrackRecord(), forecast(deadline=deadline), took)
         said = np.mean([chance for _, chance in given[200:]])
         assert said == pytest.approx(np.mean(np.array(took) <= deadline), abs=0.05)
+
+
+def test_odds_that_err_in_the_middle_alone_are_put_right() -> None:
+    """Two in three are told as much, and nine in ten of these come true; the others are right."""
+    rng, odds = np.random.default_rng(12), Odds()
+    for _ in range(1500):
+        middle = rng.random() < 0.1
+        odds.learn(0.67 if middle else 0.98, bool(rng.random() < (0.9 if middle else 0.98)))
+    heir = Odds()
+    heir.load(*odds.state())
+    for each in (odds, heir):
+        found = each.corrected(np.array([0.67, 0.98, 0.2]))
+        assert found == pytest.approx([0.88, 0.98, 0.2], abs=0.04)
 
 
 def test_a_first_token_that_is_asked_for_has_odds_too() -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from uellm.policy.rows import Flags, Floats, Places
 
 WAIT = 0
@@ -43,6 +45,12 @@ class Forecasts:
         """Who finds no slot free."""
         waits: Flags = self.features[:, WAIT] > 0
         return waits
+
+    @property
+    def group(self) -> Places:
+        """Kinds, and who of them waits: those that do share more of their fate (Vovk, 2003)."""
+        group: Places = 2 * self.kind.astype(np.intp) + self.waits
+        return group
 
     def some(self, rows: Places) -> "Forecasts":
         """Of some of the requests."""

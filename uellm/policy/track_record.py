@@ -14,7 +14,7 @@ from math import inf, nan
 
 import numpy as np
 
-from uellm.policy.columns import Floats, Places
+from uellm.policy.columns import Floats
 from uellm.policy.odds import Odds
 from uellm.policy.outcomes import FEW, FINISH, LATE, PUNCTUAL, START, Outcomes, State, limits_of
 from uellm.policy.prospects import Forecasts, Prospects
@@ -137,7 +137,7 @@ class TrackRecord:
         """What can be promised."""
         times = np.zeros((len(forecasts), 2, len(LEVELS)))
         p_meet, said, in_turn = np.full((3, len(forecasts)), nan)
-        groups = _groups(forecasts)
+        groups = forecasts.group
         for group in np.unique(groups):
             alike = np.flatnonzero(groups == group)
             for start in range(0, len(alike), AT_ONCE):
@@ -317,8 +317,10 @@ class TrackRecord:
         kinds = np.array(sorted(self._kinds), dtype=np.int64)
         groups = np.array(sorted(self._shifts), dtype=np.int64)
         shifts = np.array([self._shifts[group] for group in groups]).reshape(-1, 2, len(LEVELS))
-        odds = np.array([(self._odds[kind].bias, self._odds[kind].slope) for kind in kinds])
-        state = {"kinds": kinds, "odds": odds.reshape(-1, 2), "groups": groups, "shifts": shifts}
+        state: State = {"kinds": kinds, "groups": groups, "shifts": shifts}
+        for kind in kinds:
+            said, true = self._odds[int(kind)].state()
+            state |= {f"{kind}.said": said.astype(np.float32), f"{kind}.came_true": true}
         for name, outcomes in (
             ("all", self._all),
             *((str(kind), self._kinds[int(kind)]) for kind in kinds),
@@ -343,7 +345,11 @@ class TrackRecord:
                 int(group): np.array(state["shifts"][i], dtype=np.float64).reshape(2, len(LEVELS))
                 for i, group in enumerate(state.get("groups", ()))
             }
-            odds = {kind: Odds(*map(float, state["odds"][i])) for i, kind in enumerate(kinds)}
+            odds = {kind: Odds() for kind in kinds}
+            for kind, each in odds.items():
+                # Who kept none of these learns odds anew.
+                if f"{kind}.said" in state:
+                    each.load(state[f"{kind}.said"], state[f"{kind}.came_true"])
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"not a track record: {error!r}") from error
         self._kinds, self._all, self._shifts, self._odds = known, everything, shifts, odds
@@ -354,12 +360,6 @@ def _part(state: State, name: str) -> State:
     return {
         key.removeprefix(prefix): array for key, array in state.items() if key.startswith(prefix)
     }
-
-
-def _groups(forecasts: Forecasts) -> Places:
-    """Kinds, and who of them waits: those that do share more of their fate (Vovk, 2003)."""
-    groups: Places = 2 * forecasts.kind.astype(np.intp) + forecasts.waits
-    return groups
 
 
 def _quantiles(
