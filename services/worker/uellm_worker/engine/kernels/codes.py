@@ -58,20 +58,34 @@ def _write_tile(code, arguments, rows, bits, shifted):
     scales = [part(index) for index in range(PARTS)]
     zeros = [part(LINE + index) for index in range(PARTS)] if shifted else None
 
-    def one_line(index, sums):
-        line = code.moved(lines, I64(PANEL_ROWS), index)
-        code.read_ahead(line, _AHEAD_BYTES, PANEL_ROWS)
-        for place, weights in enumerate(_widened(code, line, bits, zeros)):
-            results = []
-            for row, start in enumerate(starts):
-                at = code.moved(start, I64(4 * inputs), index)
-                number = code.everywhere(code.load(at, 4 * place, FLOAT))
-                before = sums[PARTS * row : PARTS * (row + 1)]
-                results += [code.fma(number, w, b) for w, b in zip(weights, before, strict=True)]
-            sums = results
-        return sums
+    def add_lines(places):
+        """The sums of some of the inputs of each line, one after another."""
 
-    sums = code.repeat(count, [ZEROS] * (PARTS * rows), one_line)
+        def one_line(index, sums):
+            line = code.moved(lines, I64(PANEL_ROWS), index)
+            code.read_ahead(line, _AHEAD_BYTES, PANEL_ROWS)
+            widened = _widened(code, line, bits, zeros)
+            results = []
+            for turn, place in enumerate(places):
+                for row, start in enumerate(starts):
+                    at = code.moved(start, I64(4 * inputs), index)
+                    number = code.everywhere(code.load(at, 4 * place, FLOAT))
+                    first = PARTS * (rows * turn + row)
+                    before = sums[first : first + PARTS]
+                    pairs = zip(widened[place], before, strict=True)
+                    results += [code.fma(number, w, b) for w, b in pairs]
+            return results
+
+        return code.repeat(count, [ZEROS] * (PARTS * rows * len(places)), one_line)
+
+    if inputs == 1:
+        sums = add_lines((0,))
+    else:
+        # Sums of their own, so that few rows wait less for each other; many take turns instead.
+        few = 2 * rows <= TILE
+        both = add_lines((0, 1)) if few else [*add_lines((0,)), *add_lines((1,))]
+        half = PARTS * rows
+        sums = [code.builder.fadd(x, y) for x, y in zip(both[:half], both[half:], strict=True)]
     for number, total in enumerate(sums):
         row, offset = number // PARTS, 4 * LANES * (number % PARTS)
         addend = code.load(code.moved(added, added_stride, row), offset)
