@@ -93,6 +93,17 @@ async def test_layers_of_a_model_are_timed(spawner: ChildSpawner, tmp_path: Path
     assert event.block_probed.flops_per_token == event.block_probed.weight_bytes / 2
 
 
+async def test_where_there_is_no_room_for_the_ends_layers_are_timed(
+    spawner: ChildSpawner, tmp_path: Path
+) -> None:
+    model = write_checkpoint(tmp_path / "model", layers=4, hidden=64)
+    weight = (await block(spawner, str(model))).block_probed.weight_bytes
+    probed = (await block(spawner, str(model), room_bytes=3 * weight)).block_probed
+    assert {1, 16} <= {point.tokens for point in probed.points}
+    assert not any(point.ends_seconds for point in probed.points)
+    assert probed.leader_seconds == 0
+
+
 async def test_layers_are_timed_without_their_numbers(
     spawner: ChildSpawner, tmp_path: Path
 ) -> None:

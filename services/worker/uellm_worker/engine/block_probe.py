@@ -36,6 +36,8 @@ from uellm_worker.engine.weights import ShardSpec
 _CACHED_BYTES = 96 << 20
 """Weights beyond this are in no cache."""
 _MOST_LAYERS = 8
+_LEAST_LAYERS = 3
+"""One and two: without room for these besides, embedding and head are not measured."""
 _LEAST_POINTS = 7
 """Fewer would not tell weights from arithmetic: a slow device takes longer than it was to."""
 _OVERTIME = 4.0
@@ -84,7 +86,11 @@ def _probe(command: ProbeBlock, directory: Path) -> BlockProbed:
     profile = read_profile(directory, dtype)
     middle = len(profile.layers) // 2
     layer = profile.layers[middle]
-    count = _layer_count(len(profile.layers), layer.weight_bytes, command.room_bytes)
+    ends = layer.weight_bytes + profile.embed_bytes + profile.head_bytes
+    left = command.room_bytes - ends
+    with_ends = not command.room_bytes or left >= _LEAST_LAYERS * layer.weight_bytes
+    room = left if command.room_bytes and with_ends else command.room_bytes
+    count = _layer_count(len(profile.layers), layer.weight_bytes, room)
     longest = min(profile.max_tokens, max(_PREFILL_TOKENS) + 1)
     first = min(middle, len(profile.layers) - count)
     if command.stand_in:
@@ -95,8 +101,7 @@ def _probe(command: ProbeBlock, directory: Path) -> BlockProbed:
         many = _part(command.shard, directory, dtype, (first, first + count - 1), longest)
     timer = StepTimer(one.device.place)
     subjects = _Subjects(one, many, count, profile.hidden_size)
-    room = command.room_bytes - (count + 1) * layer.weight_bytes
-    if not command.room_bytes or profile.embed_bytes + profile.head_bytes <= room:
+    if with_ends:
         whole = _part(command.shard, directory, dtype, (middle, middle), longest, ends=True)
         subjects.whole = ShardStage([whole], _capacity(whole.shard, longest))
     return BlockProbed(
