@@ -42,6 +42,17 @@ def test_columns_follow_a_queue_that_changes(random: Random, size: int) -> None:
         waiting += [new() for _ in range(random.randrange(4))]
 
 
+@given(st.integers(0, 300), st.sets(st.integers(-5, 400)), st.integers(0, 300))
+def test_some_are_found_by_their_ids_whoever_waits(count: int, wanted: set[int], sent: int) -> None:
+    waiting = [queued(f"q{number}", 5.0) for number in range(count)]
+    behind = ColumnsCache().of([queued(f"q{count + number}", 5.0) for number in range(sent)])
+    everybody = ColumnsCache().of(waiting).joined(behind)
+    ids = {f"q{number}" for number in wanted}
+    found = everybody.among(ids).tolist()
+    assert found == [i for i, view in enumerate(everybody.views) if view.request_id in ids]
+    assert len(everybody.views) == everybody.numbers.shape[1] == count + sent
+
+
 @given(st.one_of(st.none(), st.floats(-5, 50)), st.one_of(st.none(), st.floats(NOW - 5, NOW + 50)))
 def test_columns_say_what_the_requests_say(deadline: float | None, ttft_at: float | None) -> None:
     request = queued("q", deadline, ttft_at=ttft_at, resume_tokens=0, refusable=True, prompt=7)

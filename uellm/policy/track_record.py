@@ -200,10 +200,10 @@ class TrackRecord:
             (each, each.add(basis.forecast, basis.in_turn, now)) for each in self._followed(kind)
         ]
         self._open[request_id] = _Open(basis, now, rate, places)
+        limits = limits_of(basis.forecast)[0].tolist()
         for target in self._targets:
-            limit = float(limits_of(basis.forecast)[0, target])
-            if limit < inf:
-                self._expect(now + max(limit, 0.0), request_id, target, -1)
+            if limits[target] < inf:
+                self._expect(now + max(limits[target], 0.0), request_id, target, -1)
             for place in range(len(LEVELS)):
                 self._expect(now + basis.seconds[target][place], request_id, target, place)
 
