@@ -368,7 +368,7 @@ def test_an_urgent_one_takes_the_slot_of_one_that_has_time() -> None:
 
 def test_the_urgent_go_beyond_the_knee_before_anybody_is_preempted_for_them() -> None:
     rich = [decoding(f"rich-{i}", 5, tokens=100, deadline_at=NOW + 100) for i in range(45)]
-    urgent = sequence("urgent", ttft_at=NOW + 0.2, tokens=100)
+    urgent = sequence("urgent", ttft_at=NOW + 0.2, tokens=400)
     calm = sequence("calm", ttft_at=NOW + 50, tokens=100)
     view = engine(rich, [urgent, calm], slots=64, kv_tokens_total=100_000)
     decision = step_policy("cslo-odbs").step(view, NOW)
@@ -377,6 +377,30 @@ def test_the_urgent_go_beyond_the_knee_before_anybody_is_preempted_for_them() ->
     assert len(knee.step(view, NOW).preempt) == 1
     # Nor are there slots beyond those of the engine.
     assert len(step_policy("cslo-odbs").step(replace(view, slots=45), NOW).preempt) == 1
+
+
+def test_nobody_goes_beyond_the_knee_where_those_that_decode_would_be_late() -> None:
+    # A step of 46 tokens takes 20.4 ms; one of those that run has 20.3 ms for each of its tokens.
+    tight = [decoding(f"r{i}", 5, tokens=100, deadline_at=NOW + 95 * 0.0203) for i in range(9)]
+    rich = [decoding(f"rich-{i}", 5, tokens=100, deadline_at=NOW + 100) for i in range(36)]
+    urgent = sequence("urgent", ttft_at=NOW + 0.2, tokens=40)
+    view = engine(tight + rich, [urgent], slots=64, kv_tokens_total=100_000)
+    policy = step_policy("cslo-odbs", {"most_preemptions": 0})
+    assert policy.step(view, NOW).admit == ()
+    # One in ten that could not keep up does not keep all others from going on.
+    alone = replace(view, running=[*tight[:4], *rich, *rich[:5]])
+    assert policy.step(alone, NOW).admit == ("urgent",)
+
+
+def test_who_is_lost_stays_where_computing_anew_takes_time_from_all() -> None:
+    lost = decoding("lost", 50, tokens=100, prompt=400, deadline_at=NOW - 1)
+    urgent = sequence("urgent", ttft_at=NOW + 1, tokens=50)
+    view = engine([lost], [urgent], slots=1)
+    policy = step_policy("cslo-odbs")
+    assert policy.step(view, NOW).preempt == ("lost",)
+    # A knee of 1: each token takes as long as the weights do.
+    dear = replace(COST, per_token=COST.weights)
+    assert policy.step(replace(view, cost=dear), NOW).preempt == ()
 
 
 def test_of_those_that_run_few_have_waited_too_long() -> None:

@@ -13,85 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 from uellm.core.cost import DEFAULT_COST
-from uellm.core.settings import setting
 from uellm.policy.continuous import batch_cap
-from uellm.policy.cslo_settings import CsloSettings
+from uellm.policy.cslo_settings import CsloOdbsSettings
 from uellm.policy.fairness import Turn, in_turns
 from uellm.policy.latest_start import FactsCache, Outlook, Pace, outlook, pace_of
 from uellm.policy.occupancy import held_tokens, victims
-from uellm.policy.pacing import paced_chunk, prefill_order
+from uellm.policy.pacing import paced_chunk, paced_tokens, prefill_order
 from uellm.policy.peak import PeakRoom, peak_room
 from uellm.policy.rows import Floats, Places, sorted_by
 from uellm.policy.running_facts import RunningFacts
 from uellm.policy.selection import Fluid, Job, late_ones
 from uellm.policy.views import EngineView, StepDecision
-
-
-@dataclass(frozen=True)
-class CsloOdbsSettings(CsloSettings):
-    """Settings of continuous SLO-ODBS in the engine."""
-
-    knee_factor: float = setting(
-        1.0,
-        "Most sequences at once, in knees: batches from which on arithmetic, not the weights, "
-        "sets the pace. 0: as many as there are slots.",
-        least=0,
-    )
-    kv_share: float = setting(
-        0.98, "Share of the KV room that the predicted peak may take.", above=0, most=1
-    )
-    urgent_knee_factor: float = setting(
-        2.0,
-        "With the urgent, in knees: beyond one all are slower, but nothing is computed twice. "
-        "0: as many as there are slots.",
-        least=0,
-    )
-    urgent_steps: float = setting(
-        60.0, "A request is urgent when it has to start within so many steps.", least=0
-    )
-    foresight: float = setting(
-        0.3,
-        "For how long a request can wait, lengths are taken so far from their median to their 90 % "
-        "quantile.",
-        least=0,
-        most=1,
-    )
-    overload_weight: float = setting(
-        3.0,
-        "w2 besides, times the share of those that wait that is lost: where not all can be in "
-        "time, more are if the short go first.",
-        least=0,
-    )
-    lent_steps: int = setting(
-        8,
-        "The urgent are let in beyond the predicted peak where there is room for so many steps: "
-        "whoever has time is preempted only if room really runs out.",
-        least=0,
-    )
-    recompute_factor: float = setting(
-        2.0,
-        "Computing anew who is preempted may take so many times what an urgent one takes of the "
-        "engine.",
-        least=0,
-    )
-    most_preemptions: int = setting(
-        3, "Who was preempted so often is not preempted for an urgent one. 0: nobody is.", least=0
-    )
-    min_chunk_tokens: int = setting(
-        32, "A step prefills so many tokens, however short of time the running are.", least=1
-    )
-    keep_up: float = setting(
-        2.0,
-        "And so many times as many as keep up with the answers that end: with less, those that "
-        "wait for their first token pay for those that decode.",
-        least=0,
-    )
-    scanned: int = setting(
-        0,
-        "So many first of the order are judged by whether they are in time together; at most 256.",
-        least=0,
-        most=256,
-    )
 
 
 @dataclass(slots=True)
@@ -149,7 +81,8 @@ class CsloOdbsStep:
             settings.foresight,
         )
         least = max(settings.min_chunk_tokens, ceil(settings.keep_up * pace.turnover))
-        chunk = paced_chunk(running, engine.max_chunk_tokens, pace, least, now)
+        all_paced, most_paced = paced_tokens(running, pace, now)
+        chunk = paced_chunk(running, all_paced, engine.max_chunk_tokens, pace, least)
         again = now + settings.urgent_steps * pace.step / 2 if engine.waiting else None
         if running.held.sum() > engine.kv_tokens_total and len(engine.running) > 1:
             preempt = self._out_of_room(engine, running, now)
@@ -157,7 +90,7 @@ class CsloOdbsStep:
         if not engine.waiting:
             return StepDecision(chunk_tokens=chunk, prefill=prefill_order(running))
         cap = batch_cap(engine.slots, engine.cost, settings.knee_factor)
-        standing = self._standing(engine, running, cap, pace, now)
+        standing = self._standing(engine, running, cap, pace, most_paced, now)
         waiting = outlook(
             engine.waiting,
             self._waiting.of(engine.waiting),
@@ -184,10 +117,18 @@ class CsloOdbsStep:
         )
 
     def _standing(
-        self, engine: EngineView, running: Outlook, cap: int, pace: Pace, now: float
+        self,
+        engine: EngineView,
+        running: Outlook,
+        cap: int,
+        pace: Pace,
+        paced: float,
+        now: float,
     ) -> _Standing:
         settings = self._settings
         most = batch_cap(engine.slots, engine.cost, settings.urgent_knee_factor)
+        # Each takes a token of a step, and as much prefill as keeps up with the answers that end.
+        in_time = paced / (1 + pace.turnover / max(len(engine.running), 1))
         preemptions = np.array([s.preemptions for s in engine.running])
         spare = running.latest_start - now - 5 * running.prefill
         yields = (preemptions < settings.most_preemptions) & ~self._overdue(running, now)
@@ -206,7 +147,7 @@ class CsloOdbsStep:
                 settings.kv_share * engine.kv_tokens_total, running.held, running.cautious
             ),
             places=cap - len(engine.running),
-            beyond=max(most - cap, 0),
+            beyond=int(max(min(most, in_time) - cap, 0)),
         )
 
     def _overdue(self, those: Outlook, now: float) -> npt.NDArray[np.bool_]:
@@ -335,7 +276,7 @@ class CsloOdbsStep:
                 gone, standing.room = [], fuller
             elif urgent[i] and not elder:
                 need = float(waiting.prefill[i] + waiting.median[i] * pace.step)
-                gone = self._cleared(held, cautious, need, standing)
+                gone = self._cleared(held, cautious, need, standing, dear=pace.dear)
             if gone is None:
                 misfits += 1
                 # Whoever has waited too long goes before all others, as soon as there is room.
@@ -364,6 +305,8 @@ class CsloOdbsStep:
         cautious: float,
         need: float,
         standing: _Standing,
+        *,
+        dear: bool,
     ) -> list[int] | None:
         """Whom to preempt so that an urgent one fits; None if that is not worth its price.
 
@@ -372,12 +315,16 @@ class CsloOdbsStep:
             cautious: tokens that it will generate.
             need: seconds that it takes.
             standing: who runs; changed, with the urgent one, if somebody is preempted.
+            dear: arithmetic sets the pace.
         """
         running = standing.running
+        settings, share = self._settings, need / max(standing.count, 1)
         # In time, with as much again to spare, and computed anew at less than what it makes wait.
-        price = self._settings.recompute_factor * need / max(standing.count, 1)
-        worth = (standing.spare > 1.5 * need) & (standing.anew <= price)
-        able = (standing.yields & (standing.lost | worth)).nonzero()[0][:_MOST_VICTIMS]
+        worth = (standing.spare > 1.5 * need) & (standing.anew <= settings.recompute_factor * share)
+        yields = standing.yields & (standing.lost | worth)
+        if dear:
+            yields &= standing.anew <= settings.dear_recompute_factor * share
+        able = yields.nonzero()[0][:_MOST_VICTIMS]
         victims: list[int] = standing.victims[able].tolist()
         places, room = standing.places + standing.beyond, standing.room
         if places + len(victims) <= 0:

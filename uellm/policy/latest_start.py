@@ -25,12 +25,14 @@ class Pace:
         step: seconds of a step at the present load.
         best: seconds of a step for an optimistic test.
         turnover: prompt tokens a step that take the place of answers that end.
+        dear: arithmetic sets the pace, not the streaming of the weights.
     """
 
     cost: StepCost
     step: float
     best: float
     turnover: float
+    dear: bool
 
 
 def pace_of(engine: EngineView, running: Floats, cost: StepCost) -> Pace:
@@ -50,7 +52,7 @@ def pace_of(engine: EngineView, running: Floats, cost: StepCost) -> Pace:
         tokens += turnover
     context = float(running[6].sum())
     step = cost.seconds(min(tokens, engine.max_chunk_tokens), context)
-    return Pace(cost, step, (step + cost.unloaded) / 2, turnover)
+    return Pace(cost, step, (step + cost.unloaded) / 2, turnover, tokens >= cost.knee)
 
 
 def _facts(sequence: SequenceView) -> tuple[float, ...]:

@@ -8,32 +8,48 @@ import numpy as np
 from uellm.policy.latest_start import Outlook, Pace
 
 
-def paced_chunk(running: Outlook, most: int, pace: Pace, least: int, now: float) -> int:
-    """The largest prefill of a step that keeps all in time that decode and can still be.
+def paced_tokens(running: Outlook, pace: Pace, now: float) -> tuple[float, float]:
+    """Most tokens of a step that keeps in time who decodes and can still be.
+
+    Args:
+        running: what is expected of those with a slot.
+        pace: of the engine.
+        now: in seconds.
+
+    Returns:
+        For all to be in time, and for nine in ten; decodes included, infinite where nobody minds.
+    """
+    decoding, cost = running.decoding, pace.cost
+    if cost.per_token <= 0 or not decoding.any():
+        return inf, inf
+    due = np.fmax(
+        running.tpot, running.first_token_at + running.tpot * (running.answered + 1) - now
+    )
+    each = np.minimum(due, (running.deadline - now) / running.median)[decoding & ~running.lost]
+    if not len(each):
+        return inf, inf
+    each.sort()
+    tightest, most = float(each[0]), float(each[len(each) // 10])
+    fixed = cost.overhead + cost.per_context * float(running.computed[decoding].sum())
+    return (tightest - fixed) / cost.per_token, (most - fixed) / cost.per_token
+
+
+def paced_chunk(running: Outlook, paced: float, most: int, pace: Pace, least: int) -> int:
+    """Prompt tokens of a step.
 
     What the step computes while it streams the weights costs nothing, and is always allowed.
 
     Args:
         running: what is expected of those with a slot.
+        paced: tokens that keep them in time; see ``paced_tokens``.
         most: tokens that a step may compute.
         pace: of the engine.
         least: tokens, however short of time they are.
-        now: in seconds.
     """
-    decoding, cost = running.decoding, pace.cost
-    if cost.per_token <= 0 or not decoding.any():
+    if paced == inf:
         return most
-    due = np.fmax(
-        running.tpot, running.first_token_at + running.tpot * (running.answered + 1) - now
-    )
-    each = np.minimum(due, (running.deadline - now) / running.median)
-    allowed = float(each[decoding & ~running.lost].min(initial=inf))
-    if allowed == inf:
-        return most
-    decodes = int(decoding.sum())
-    context = float(running.computed[decoding].sum())
-    tokens = (allowed - cost.overhead - cost.per_context * context) / cost.per_token - decodes
-    return int(min(max(tokens, least, cost.knee - decodes), most))
+    decodes = int(running.decoding.sum())
+    return int(min(max(paced - decodes, least, pace.cost.knee - decodes), most))
 
 
 def prefill_order(
