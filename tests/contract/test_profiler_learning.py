@@ -15,7 +15,7 @@ import grpc
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 from uellm_profiler import learning
-from uellm_profiler.serving import FIRST_CAREFUL, MOST_WAITING, Serving
+from uellm_profiler.serving import MOST_WAITING, Serving
 from uellm_profiler.store import PREFIX, Store
 
 from tests.contract.test_profiler import learnt, profile_request, stub_of, teach
@@ -249,39 +249,88 @@ async def test_calls_beyond_the_limit_are_refused_and_the_others_answered() -> N
     assert [len(answer) for answer in answers] == [len(requests)] * 4
 
 
-async def test_some_are_hurried_when_all_together_would_take_too_long(
-    monkeypatch: pytest.MonkeyPatch,
+class Reader(Guess):
+    """Takes 10 ms for each prompt that it reads with care, and none for others."""
+
+    now, seconds = 0.0, 0.01
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.careful: list[int] = []
+
+    def predict_batch(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
+        read = sum(not request.hurried and not request.features for request in requests)
+        self.now += self.seconds * read
+        self.careful.append(read)
+        return super().predict_batch(requests)
+
+
+def prompts(turn: int, count: int) -> list[PredictionRequest]:
+    return [PredictionRequest(MODEL, GREEDY, 3, 9, text=f"{turn:03} {i:03}") for i in range(count)]
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
+    made = Reader()
+    monkeypatch.setattr("uellm_profiler.serving.time.perf_counter", lambda: made.now)
+    return made
+
+
+async def test_as_many_are_read_as_there_is_time_for_and_all_are_answered_in_time(
+    reader: Reader,
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr("uellm_profiler.serving.time.perf_counter", lambda: now)
-
-    class Reader(Guess):
-        """Takes 10 ms for each prompt that it reads with care."""
-
-        def predict_batch(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
-            nonlocal now
-            read = sum(not request.hurried and not request.features for request in requests)
-            now += 0.01 * read
-            careful.append(read)
-            return super().predict_batch(requests)
-
-    careful: list[int] = []
-    serving = Serving(Reader())
+    serving, took, read = Serving(reader), [], []
     try:
         for turn in range(40):
-            # Each is as long as no other, and so a prompt of its own.
-            texts = ["." * (64 * turn + i + 1) for i in range(64)]
-            await serving.predict([PredictionRequest(MODEL, GREEDY, 3, 9, text=t) for t in texts])
-        again = await serving.predict([PredictionRequest(MODEL, GREEDY, 3, 9, text=texts[0])])
-        # Whoever was hurried is read with care when there is time.
-        late = await serving.predict([PredictionRequest(MODEL, GREEDY, 3, 9, text=texts[-1])])
+            began, before = reader.now, sum(reader.careful)
+            found = await serving.predict(prompts(turn, 64), 0.1)
+            # It has to learn how slow it is.
+            assert all(found) or turn < 5
+            took.append(reader.now - began)
+            read.append(sum(reader.careful) - before)
+        again = sum(reader.careful)
+        await serving.predict(prompts(39, 1), 0.1)
     finally:
         serving.close()
-    assert careful[0] == FIRST_CAREFUL
-    # 40 ms are four of them; as many as that are tried again and again, and hardly more.
-    assert set(careful[10:40]) <= {2, 3, 4, 5}
-    assert careful[-2:] == [0, 1]
-    assert len(again) == len(late) == 1
+    # Ten fit into 100 ms, in turns of four, and one of them is left for the way back.
+    assert max(took[5:]) <= 0.1
+    assert all(6 <= count <= 9 for count in read[10:])
+    assert sum(reader.careful) == again
+
+
+async def test_whoever_waits_for_as_long_as_it_takes_is_read(reader: Reader) -> None:
+    serving = Serving(reader)
+    try:
+        found = await serving.predict(prompts(0, 300))
+    finally:
+        serving.close()
+    assert all(found)
+    assert sum(reader.careful) == 300
+
+
+async def test_one_that_took_long_for_a_while_reads_again(reader: Reader) -> None:
+    serving = Serving(reader)
+    try:
+        reader.seconds = 5.0
+        for turn in range(5):
+            await serving.predict(prompts(turn, 1))
+        reader.seconds = 0.01
+        for turn in range(5, 60):
+            await serving.predict(prompts(turn, 1), 0.1)
+    finally:
+        serving.close()
+    assert not all(reader.careful)
+    assert all(reader.careful[-5:])
+
+
+async def test_who_comes_too_late_is_told_so_at_once() -> None:
+    serving = Serving(Prior())
+    request = PredictionRequest(MODEL, GREEDY, 3, 100)
+    try:
+        assert await serving.predict([request], 0.001) == [None]
+        assert all(await serving.predict([request], 10.0))
+    finally:
+        serving.close()
 
 
 async def test_whoever_waits_no_longer_is_not_worked_for() -> None:

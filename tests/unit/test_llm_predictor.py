@@ -163,7 +163,7 @@ def test_until_it_is_tuned_it_is_text() -> None:
     predictor = LlmPredictor(OPTIONS)
     request = PredictionRequest("m", "greedy", 5, 100, text="Count from 1 to 9.")
     (prediction,) = predictor.predict_batch([request])
-    assert prediction == TextPredictor().predict_batch([request])[0]
+    assert prediction == replace(TextPredictor().predict_batch([request])[0], by="text")
     (without,) = predictor.predict_batch([replace(request, text=" ")])
     assert without.features == b""
     assert without.lengths.values[-1] == 100
@@ -183,6 +183,7 @@ def test_who_is_hurried_is_answered_from_words_alone(
     monkeypatch.setattr(LengthNetwork, "say", listened)
     found = tuned.predict_batch(asked)
     assert read == [request.text for request in asked[:3]]
+    assert [prediction.by for prediction in found] == 3 * [""] + 37 * ["text"]
     lengths = np.array([example.output_tokens for example in examples(40, 6)])
     medians = np.array([prediction.lengths.at(0.5) for prediction in found])
     assert np.abs(medians - lengths).mean() < np.abs(lengths - np.median(lengths)).mean()

@@ -57,10 +57,12 @@ class Prediction:
         lengths: output length at ``uellm.core.request.LEVELS``, within 1 and ``max_tokens``.
         features: what it saw of the prompt, for ``CompletionFacts.features`` when the answer has
             ended; at most ``MOST_FEATURE_BYTES``, never the text. Empty if it needs none.
+        by: the predictor that it would be without what there was no time for; "": itself.
     """
 
     lengths: QuantileFunction
     features: bytes = b""
+    by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ class ProfiledItem(_message.Message):
     """What the predictor saw of the prompt, for when the answer's length is known; at most 1 KiB."""
     @_builtins.property
     def profile(self) -> _common_pb2.ResourceProfile:
-        """What it will need; unset if the profiler does not know the model (yet)."""
+        """What it will need; unset if the profiler does not know the model (yet), or cannot say in time."""
 
     def __init__(
         self,

@@ -34,14 +34,17 @@ class ProfilerServicer(profiler_pb2_grpc.ProfilerServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> profiler_pb2.ProfileResponse:
         """Predict what requests will need."""
-        del context
         check_items(request.items)
         models = [await self._model(item.model) for item in request.items]
         known = [item for item, model in zip(request.items, models, strict=True) if model]
         with contextlib.ExitStack() as spans:
             for item in known:
                 spans.enter_context(span("profiler.profile", parent=item.traceparent))
-            found = iter(await self._serving.predict([_asked(item) for item in known]))
+            found = iter(
+                await self._serving.predict(
+                    [_asked(item) for item in known], context.time_remaining()
+                )
+            )
         return profiler_pb2.ProfileResponse(
             items=[
                 self._profiled(item, model, next(found)) if model else profiler_pb2.ProfiledItem()
@@ -56,14 +59,16 @@ class ProfilerServicer(profiler_pb2_grpc.ProfilerServiceServicer):
             return None
 
     def _profiled(
-        self, item: profiler_pb2.ProfileItem, model: ModelProfile, prediction: Prediction
+        self, item: profiler_pb2.ProfileItem, model: ModelProfile, prediction: Prediction | None
     ) -> profiler_pb2.ProfiledItem:
+        if prediction is None:
+            return profiler_pb2.ProfiledItem()
         profile = build_profile(
             model,
             item.prompt_tokens,
             prediction.lengths,
             item.max_tokens,
-            self._serving.predictor.name,
+            prediction.by or self._serving.predictor.name,
             self._serving.version,
             image_tokens=item.image_tokens,
             image_flops=item.image_flops,

@@ -2,31 +2,50 @@
 
 import asyncio
 import hashlib
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import chain
+from dataclasses import dataclass, replace
 
 from uellm.core.errors import ResourceExhaustedError
 from uellm.prediction.interface import Prediction, PredictionRequest, Predictor
+from uellm_profiler.pacing import Asked, Pace, effort_of, next_turn
 from uellm_profiler.store import kind_of
 
-MOST_AT_ONCE = 256
-"""Requests that are predicted together."""
 MOST_WAITING = 2048
 """Requests that wait; beyond these, calls are refused, and their gateways answer for themselves."""
 MOST_REMEMBERED = 8192
 """Prompts whose features are remembered: some are asked again and again."""
-AT_ONCE_SECONDS = 0.04
-"""How long those that are predicted together should take. A gateway waits 100 ms: for those before,
-and for its own."""
-FIRST_CAREFUL = 16
-"""Prompts of those that are not hurried at first; then as many as there is time for."""
-_FEWER = 0.75
 
-_Call = tuple[Sequence[PredictionRequest], "asyncio.Future[list[Prediction]]"]
+
+class _Call:
+    """A call, and what is known of its answer."""
+
+    def __init__(self, count: int) -> None:
+        self.found: list[Prediction | None] = [None] * count
+        self.left = count
+        self.done: asyncio.Future[list[Prediction | None]]
+        self.done = asyncio.get_running_loop().create_future()
+
+    def answer(self, place: int, prediction: Prediction | None) -> None:
+        """Take one answer; with the last the call has ended."""
+        self.found[place] = prediction
+        self.left -= 1
+        if not self.left and not self.done.done():
+            self.done.set_result(self.found)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """One request of a call."""
+
+    call: _Call
+    place: int
+    request: PredictionRequest
+    asked: Asked
+    digest: bytes
 
 
 class Serving:
@@ -40,11 +59,10 @@ class Serving:
         self.predictor = predictor
         self.number = 0
         self._executor = ThreadPoolExecutor(1, "predictor")
-        self._waiting: list[_Call] = []
-        self._num_waiting = 0
+        self._waiting: list[_Waiting] = []
         self._worker: asyncio.Task[None] | None = None
-        self._features: OrderedDict[bytes, bytes] = OrderedDict()
-        self._careful = FIRST_CAREFUL
+        self._features: OrderedDict[tuple[str, bytes], bytes] = OrderedDict()
+        self._pace = Pace()
 
     def put(self, predictor: Predictor, number: int) -> None:
         """Let another answer from now on, as the version of that number."""
@@ -55,95 +73,108 @@ class Serving:
         """What answers: the code's version and the number of what it has learnt."""
         return f"{self.predictor.version}.{self.number}"
 
-    async def predict(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
-        """One prediction for each request, in their order.
+    async def predict(
+        self, requests: Sequence[PredictionRequest], seconds: float | None = None
+    ) -> list[Prediction | None]:
+        """One prediction for each request, in their order; None where there is none in time.
+
+        Args:
+            requests: of one call.
+            seconds: how long the caller waits; None: as long as it takes.
 
         Raises:
             ResourceExhaustedError: if too many wait already.
         """
-        if self._num_waiting + len(requests) > MOST_WAITING:
+        if len(self._waiting) + len(requests) > MOST_WAITING:
             raise ResourceExhaustedError(
-                f"{self._num_waiting} requests wait for their profiles, the limit is "
+                f"{len(self._waiting)} requests wait for their profiles, the limit is "
                 f"{MOST_WAITING}; start more profilers",
                 reason="PROFILER_BUSY",
                 retry_after_seconds=0.1,
             )
-        future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((requests, future))
-        self._num_waiting += len(requests)
+        if not requests:
+            return []
+        call = _Call(len(requests))
+        deadline = math.inf if seconds is None else time.perf_counter() + seconds
+        reads = self.predictor.needs_text
+        self._waiting += [
+            _Waiting(
+                call,
+                place,
+                request,
+                Asked(deadline, effort_of(request.text) if reads else 0.0),
+                _digest(request.text) if reads else b"",
+            )
+            for place, request in enumerate(requests)
+        ]
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work(), name="predictions")
-        return await future
+        return await call.done
 
     def close(self) -> None:
         """Predict no more."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._waiting:
-            calls = self._next()
-            asked = list(chain.from_iterable(requests for requests, _ in calls))
-            try:
-                found = await loop.run_in_executor(self._executor, self._predict, asked)
-            except Exception as error:
-                for _, future in calls:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            start = 0
-            for requests, future in calls:
-                if not future.done():
-                    future.set_result(found[start : start + len(requests)])
-                start += len(requests)
+            refused, hurried, read = self._next()
+            for each in refused:
+                each.call.answer(each.place, None)
+            await self._answer(hurried, hurried=True)
+            await self._answer(read, hurried=False)
 
-    def _next(self) -> list[_Call]:
-        calls: list[_Call] = []
-        count = 0
-        while self._waiting and (not calls or count + len(self._waiting[0][0]) <= MOST_AT_ONCE):
-            call = self._waiting.pop(0)
-            self._num_waiting -= len(call[0])
-            # Whoever waits no longer is not worked for: those that still do would wait, too.
-            if not call[1].done():
-                calls.append(call)
-                count += len(call[0])
-        return calls
+    def _next(self) -> tuple[list[_Waiting], list[_Waiting], list[_Waiting]]:
+        # Whoever waits no longer is not worked for: those that still do would wait, too.
+        waiting = [each for each in self._waiting if not each.call.done.done()]
+        kind = kind_of(self.predictor)
+        known = [self._features.get((kind, each.digest)) for each in waiting]
+        asked = [
+            replace(each.asked, effort=0.0) if features else each.asked
+            for each, features in zip(waiting, known, strict=True)
+        ]
+        turn = next_turn(asked, self._pace, time.perf_counter())
+        if turn.hopeless:
+            self._pace.doubted()
+        for i in turn.hurried:
+            if features := known[i]:
+                waiting[i].request = replace(waiting[i].request, text="", features=features)
+        taken = {*turn.refused, *turn.hurried, *turn.read}
+        self._waiting = [each for i, each in enumerate(waiting) if i not in taken]
+        refused, hurried, read = (
+            [waiting[i] for i in places] for places in (turn.refused, turn.hurried, turn.read)
+        )
+        return refused, hurried, read
 
-    def _predict(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
-        predictor = self.predictor
-        if not predictor.needs_text:
-            return predictor.predict_batch(requests)
-        kind = kind_of(predictor)
-        keys = [_digest(kind, request.text) for request in requests]
-        known = [self._features.get(key, b"") for key in keys]
-        asked: list[PredictionRequest] = []
-        unknown = 0
-        for request, features in zip(requests, known, strict=True):
-            if features:
-                asked.append(replace(request, text="", features=features))
-            else:
-                asked.append(replace(request, hurried=unknown >= self._careful))
-                unknown += 1
+    async def _answer(self, those: Sequence[_Waiting], *, hurried: bool) -> None:
+        """Predict some together, and tell their calls."""
+        if not those:
+            return
+        predictor, loop = self.predictor, asyncio.get_running_loop()
+        asked = [replace(each.request, hurried=hurried) for each in those]
         began = time.perf_counter()
-        found = predictor.predict_batch(asked)
-        if unknown:
-            self._pace(time.perf_counter() - began, any(each.hurried for each in asked))
-        for key, request, prediction in zip(keys, asked, found, strict=True):
-            if not request.hurried:
-                self._features[key] = prediction.features
-                self._features.move_to_end(key)
-        while len(self._features) > MOST_REMEMBERED:
+        try:
+            found = await loop.run_in_executor(self._executor, predictor.predict_batch, asked)
+        except Exception as error:
+            for each in those:
+                if not each.call.done.done():
+                    each.call.done.set_exception(error)
+            return
+        seconds = time.perf_counter() - began
+        if hurried:
+            self._pace.was_answering(len(those), seconds)
+        else:
+            self._pace.was_reading(sum(each.asked.effort for each in those), seconds)
+        for each, prediction in zip(those, found, strict=True):
+            each.call.answer(each.place, prediction)
+            if prediction.features and (not hurried or each.request.features):
+                self._remember((kind_of(predictor), each.digest), prediction.features)
+
+    def _remember(self, key: tuple[str, bytes], features: bytes) -> None:
+        self._features[key] = features
+        self._features.move_to_end(key)
+        if len(self._features) > MOST_REMEMBERED:
             self._features.popitem(last=False)
-        return found
-
-    def _pace(self, seconds: float, hurried: bool) -> None:
-        """Have fewer predicted carefully if that took too long, more if there was time."""
-        if seconds > AT_ONCE_SECONDS:
-            self._careful = max(int(_FEWER * self._careful), 1)
-        elif hurried:
-            self._careful += 1 + self._careful // 8
 
 
-def _digest(kind: str, text: str) -> bytes:
-    seen = f"{kind}\n{text}".encode(errors="surrogatepass")
-    return hashlib.blake2b(seen, digest_size=16).digest()
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()

@@ -84,7 +84,9 @@ class TextPredictor:
                 lengths = QuantileFunction(LEVELS, capped)
             else:
                 lengths = self._prior.predict(request)
-            predictions.append(Prediction(lengths, sight.packed() if sight else b""))
+            # What a language model was not asked about is what `text` says.
+            by = TextPredictor.name if self.listens and sight and not len(sight.said) else ""
+            predictions.append(Prediction(lengths, sight.packed() if sight else b"", by))
         return predictions
 
     def observe(self, facts: CompletionFacts) -> None:
