@@ -54,10 +54,13 @@ class Up:
         return process.returncode or 0, out.decode(), err.decode()
 
     async def gone(self) -> None:
-        def left() -> list[psutil.Process]:
-            return [p for p in self.tree if p.is_running() and p.status() != "zombie"]
+        def there(process: psutil.Process) -> bool:
+            try:
+                return process.is_running() and process.status() != "zombie"
+            except psutil.NoSuchProcess:  # Between the two.
+                return False
 
-        await eventually(lambda: not left(), 20)
+        await eventually(lambda: not any(map(there, self.tree)), 20)
 
 
 @pytest.fixture

@@ -115,3 +115,23 @@ async def test_copies_follow_the_load_beside_a_model_whose_files_are_not_right(
         return "config.json cannot be read" in (await mesh.registry.deployments())[OTHER].status
 
     await eventually(said)
+
+
+async def test_another_wish_is_not_held_against_what_was_in_the_way_of_the_last(
+    mesh: Loaded,
+) -> None:
+    await mesh.add_deployer()
+    worker = await mesh.add_worker("w1")
+    await mesh.apply(pins=[deployer_pb2.DevicePin(device_id="gone/cpu:0")])
+
+    async def failed() -> bool:
+        found = await mesh.published()
+        return found is not None and [r.state for r in found.replicas] == [FAILED]
+
+    await eventually(failed)
+    worker.hold_prepare.clear()
+    deployment = await mesh.apply()
+    assert [replica.state for replica in deployment.replicas] != [FAILED]
+    assert "gone/cpu:0" not in deployment.status
+    worker.hold_prepare.set()
+    await mesh.ready()

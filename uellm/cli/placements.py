@@ -65,11 +65,10 @@ def changed(change: topology_pb2.PlacementChange) -> str:
     if change.kind == topology_pb2.CHANGE_KIND_REMOVE:
         saved = f": {change.gain:.0%} less cost" if change.gain else ""
         return f"{change.replica}: given back, {state}: {where}{saved}; {change.reason}"
+    # What was not wanted any more is not compared with.
+    better = f"{change.gain:.0%} better as " if change.gain < 1 else ""
     how = "" if change.make_before_break else ", requests wait meanwhile"
-    return (
-        f"{change.replica}: {state}: {where}: {change.gain:.0%} better as {change.reason}; moves "
-        f"{loads}{how}"
-    )
+    return f"{change.replica}: {state}: {where}: {better}{change.reason}; moves {loads}{how}"
 
 
 def fetched(fetch_bytes: int, seconds: float) -> str:

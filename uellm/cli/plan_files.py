@@ -53,7 +53,7 @@ def _stages(said: Sequence[dict[str, Any]]) -> tuple[PlannedStage, ...]:
         raise ValueError("no stages")
     return tuple(
         PlannedStage(
-            device_id=str(stage["device_id"]),
+            device_id=_name(stage["device_id"]),
             first_layer=_number(stage, "first_layer"),
             last_layer=_number(stage, "last_layer"),
             has_embed=index == 0,
@@ -63,6 +63,12 @@ def _stages(said: Sequence[dict[str, Any]]) -> tuple[PlannedStage, ...]:
         )
         for index, stage in enumerate(said)
     )
+
+
+def _name(said: object) -> str:
+    if not isinstance(said, str) or not said:
+        raise ValueError(f"device_id: {said!r} is no name")
+    return said
 
 
 def _number(said: dict[str, Any], name: str, default: int | None = None) -> int:

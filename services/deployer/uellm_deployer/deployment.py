@@ -134,6 +134,10 @@ class Deployment:
             self.changes |= announced(self.replicas)
         self.model = model or (None if changed else self.model)
         self.guard.retry()
+        for replica in self.replicas:
+            if replica.phase is Phase.IDLE:
+                # What was in the way of the earlier wish says nothing of this one.
+                replica.failed, replica.message, replica.retry_at = False, "", 0.0
         if changed:
             self.avoided.clear()
             for replica in self.replicas:
