@@ -112,6 +112,8 @@ class Book:
         self.waiting: dict[str, Ticket] = {}
         self.in_flight: dict[str, Ticket] = {}
         self._restarts: list[str] = []
+        # A dict for its order; a hundred thousand may wait, and turns ask several times.
+        self._unpromised: dict[str, None] = {}
         self._progress_at = 0.0
         self._prefixes = SentPrefixes()
         # Two streams are read side by side: an end may be read before the queue entry of a
@@ -129,6 +131,8 @@ class Book:
             ticket.promise, ticket.promised_at = known.promise, known.promised_at
             self.in_flight.pop(request_id, None)
         self.waiting[request_id] = ticket
+        if not ticket.promise:
+            self._unpromised[request_id] = None
         if queued.fruitless:
             self._restarts.append(request_id)
         return True
@@ -143,6 +147,8 @@ class Book:
         """Take a request that an earlier owner sent."""
         ticket = ticket_of(queued_of(record))
         ticket.promise = record.promise
+        if not ticket.promise:
+            self._unpromised[record.request_id] = None
         ticket.sent(record.replica, record.dispatched_at or record.accepted_at)
         self._prefixes.sent(record.replica, record.epoch, ticket.entry.prefix_marks)
         self.in_flight[record.request_id] = ticket
@@ -157,6 +163,7 @@ class Book:
 
     def drop(self, request_id: str) -> Ticket | None:
         """Forget a request that is not this owner's to send any more."""
+        self._unpromised.pop(request_id, None)
         return self.waiting.pop(request_id, None) or self.in_flight.pop(request_id, None)
 
     def end(self, request_id: str) -> None:
@@ -177,8 +184,14 @@ class Book:
 
     def unpromised(self) -> list[str]:
         """Ids of requests that have no promise, those included that were sent without one."""
-        everybody = chain(self.waiting.values(), self.in_flight.values())
-        return [ticket.request_id for ticket in everybody if not ticket.promise]
+        return list(self._unpromised)
+
+    def promised(self, request_id: str, promise: common_pb2.Promise, now: float = 0.0) -> None:
+        """Note the latest promise that a request was given, and when."""
+        ticket = self.ticket(request_id)
+        if ticket is not None:
+            ticket.promise, ticket.promised_at = promise, now
+            self._unpromised.pop(request_id, None)
 
     def ticket(self, request_id: str) -> Ticket | None:
         """A request that waits or was sent."""

@@ -72,9 +72,8 @@ class Effects:
             ticket = self._book.ticket(request_id)
             if ticket is not None:
                 revision = ticket.promise.revision + 1 if ticket.promise else 1
-                ticket.promise = promise_to_proto(promise, revision)
-                ticket.promised_at = now
-                messages[request_id] = ticket.promise
+                messages[request_id] = promise_to_proto(promise, revision)
+                self._book.promised(request_id, messages[request_id], now)
         ids = list(messages)
         for i in range(0, len(ids), PROMISES_AT_ONCE):
             chunk = {

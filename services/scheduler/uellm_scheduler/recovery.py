@@ -50,5 +50,5 @@ async def _remember_promises(queue: SchedulerQueue, book: Book) -> None:
     for i in range(0, len(unknown), AT_ONCE):
         chunk = unknown[i : i + AT_ONCE]
         for request_id, promise in zip(chunk, await queue.promises(chunk), strict=True):
-            if (ticket := book.ticket(request_id)) is not None:
-                ticket.promise = promise
+            if promise is not None:
+                book.promised(request_id, promise)
