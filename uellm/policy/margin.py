@@ -16,7 +16,9 @@ KEPT = 0.975
 """Share of those let in that are to be in time."""
 FIRST = 0.1
 """Before anything is known."""
-LEAST, MOST = -0.5, 1.0
+LEAST, MOST = 0.0, 1.0
+"""Less than forecast is not taken: in calm times nearly all are in time with any margin, and a
+burst would then find more let in than can be."""
 RATE = 0.03
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import exp, isfinite
 from zlib import crc32
 
-CHOICE = 3.0
+CHOICE = 2.5
 """For each that is let in, so many are looked at: the more there are to choose from, the more are
 served in time, and the more each costs. Of two for each a tenth fewer are served than of three."""
 MEMORY_SECONDS = 2.0

@@ -92,7 +92,7 @@ class Scheduler:
     def sheds(self, request: Request, now: float) -> bool:
         """Whether a gateway refuses a request at the door, as far as it has heard of it."""
         # The live one looks at the time whether or not anybody comes.
-        self.admissions.advance(now)
+        self.admissions.shedding.learn(0, 0, now)
         return shed(request.request_id, self._heard.share(now))
 
     def accept(self, request: Request, profile: ResourceProfile, now: float) -> None:
