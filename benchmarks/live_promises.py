@@ -5,7 +5,9 @@
 The mesh of ``benchmarks.scheduling``, with the default policy and predictor. From its first request
 on, all are counted: those that measure its step and its saturated rate (a load of 1) are shown
 apart. The interval of the coverage is a bootstrap's over blocks of requests that follow each
-other, for they share their queue and their fate.
+other, for they share their queue and their fate. Sharpness is as in ``benchmarks.promises``.
+
+UELLM_PROFILER_PREDICTOR=prior shows what promises are worth without a learning predictor.
 """
 
 import argparse
@@ -17,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.promises import bins_of, pinball
 from benchmarks.scheduling import Live, Settings, live_mesh
-from benchmarks.tiers import Answered, draw
+from benchmarks.tiers import TIERS, Answered, draw
 from uellm.simulator.mesh import Outcome
 
 LEVEL = 0.9
@@ -38,6 +41,7 @@ class Kept:
         p50: share that finished by the promised median.
         p90: likewise by the 90 % quantile.
         interval: 95 % of the bootstraps of ``p90`` are in there.
+        sharpness: pinball loss of the 90 % quantile, over that of the class's own with hindsight.
         width: mean seconds from median to quantile, over the mean time taken.
         said: mean probability of being in time.
         came_true: share that was.
@@ -47,6 +51,7 @@ class Kept:
     p50: float
     p90: float
     interval: tuple[float, float]
+    sharpness: float
     width: float
     said: float
     came_true: float
@@ -75,11 +80,13 @@ def kept(done: Sequence[Answered]) -> Kept:
     drawn = (sums[ends] - sums[picks]).sum(axis=1) / (ends - picks).sum(axis=1)
     low, most = np.quantile(drawn, (0.025, 0.975))
     told = ~np.isnan(said)
+    own = float(np.quantile(took, LEVEL))
     return Kept(
         len(hits),
         float(np.mean(took <= median)),
         float(hits.mean()),
         (float(low), float(most)),
+        pinball(took - high) / max(pinball(took - own), 1e-12),
         float(np.mean(high - median) / np.mean(took)),
         float(said[told].mean()),
         float(punctual[told].mean()),
@@ -104,11 +111,15 @@ async def measure(loads: Sequence[float], requests: int, cv: float) -> dict[str,
             done = await live.drive(draw(load * rate, cv, requests, step_seconds, 100 + number))
             found[f"load {load:g}"] = kept(done)
             everybody += done
+        for tier in TIERS:
+            mine = [one for one in everybody if one.record.request.kind == tier.name]
+            found[f"all loads, {tier.name}"] = kept(mine)
         found["all loads"] = kept(everybody)
     return {
         "step_seconds": step_seconds,
         "saturated_requests_per_second": rate,
         "predictor": everybody[-1].profile.predictor,
+        "bins": [asdict(each) for each in bins_of([one.record for one in everybody], least=40)],
         "kept": {name: asdict(each) for name, each in found.items()},
     }
 
@@ -147,9 +158,11 @@ def main() -> None:
         low, high = each["interval"]
         print(
             f"{name:32} {each['requests']:5} requests  p50 {each['p50']:.2f}  p90 "
-            f"{each['p90']:.3f} ({low:.3f} to {high:.3f})  width {each['width']:.2f}  odds "
-            f"{each['said']:.2f}>{each['came_true']:.2f}"
+            f"{each['p90']:.3f} ({low:.3f} to {high:.3f})  width {each['width']:.2f}  sharpness "
+            f"{each['sharpness']:.2f}  odds {each['said']:.2f}>{each['came_true']:.2f}"
         )
+    bins = (f"{b['said']:.2f}>{b['came_true']:.2f} ({b['requests']})" for b in result["bins"])
+    print("odds at all loads:", *bins)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def measure(case: Case, requests: int, seeds: int) -> Result:
     return Result(
         case,
         {name: _kept([[r for r in run if _name(r) == name] for run in runs]) for name in names},
-        _bins([record for run in runs for record in run]),
+        bins_of([record for run in runs for record in run]),
     )
 
 
@@ -129,7 +129,7 @@ def _kept(runs: Sequence[Sequence[Record]]) -> Kept:
     picks = np.random.default_rng(0).integers(0, len(rows), (BOOTSTRAPS, len(rows)))
     drawn = (shares * sizes)[picks].sum(axis=1) / sizes[picks].sum(axis=1)
     low, most = np.quantile(drawn, (0.025, 0.975))
-    baseline = _pinball(took - float(np.quantile(took, LEVEL)))
+    baseline = pinball(took - float(np.quantile(took, LEVEL)))
     return Kept(
         requests=len(took),
         p50=float(np.mean(took <= median)),
@@ -137,7 +137,7 @@ def _kept(runs: Sequence[Sequence[Record]]) -> Kept:
         p90_interval=(float(low), float(most)),
         start_p90=float(np.mean(started)),
         width=float(np.mean(high - median) / np.mean(took)),
-        sharpness=_pinball(took - high) / max(baseline, 1e-12),
+        sharpness=pinball(took - high) / max(baseline, 1e-12),
     )
 
 
@@ -158,11 +158,13 @@ def _rows(records: Sequence[Record]) -> Floats:
     return np.array(rows, dtype=np.float64).reshape(-1, 4).T
 
 
-def _pinball(late: Floats) -> float:
+def pinball(late: Floats) -> float:
+    """Mean loss of a 90 % quantile, by how much later than it the truth is."""
     return float(np.mean(np.maximum(LEVEL * late, (LEVEL - 1) * late)))
 
 
-def _bins(records: Sequence[Record]) -> list[Bin]:
+def bins_of(records: Sequence[Record], least: int = LEAST_IN_BIN) -> list[Bin]:
+    """Bins of a reliability diagram that have so many requests at least."""
     told = [
         (record.promise.p_meet, record.punctual)
         for record in records
@@ -175,7 +177,7 @@ def _bins(records: Sequence[Record]) -> list[Bin]:
     return [
         Bin(int(some.sum()), float(said[some].mean()), float(true[some].mean()))
         for place in range(BINS)
-        if (some := places == place).sum() >= LEAST_IN_BIN
+        if (some := places == place).sum() >= least
     ]
 
 
