@@ -49,7 +49,9 @@ class Fitting:
 
     def __call__(self) -> State:
         """Fit; returns the state of a ``TextModel`` and a ``Book`` beside ``fitted_taught``."""
-        from threadpoolctl import threadpool_limits  # noqa: PLC0415 - heavy
+        # Only libraries that are loaded can be limited.
+        import sklearn.ensemble  # noqa: F401, PLC0415 - heavy
+        from threadpoolctl import threadpool_limits  # noqa: PLC0415
 
         # One thread: the same data give the same trees, and those who serve keep their cores.
         with threadpool_limits(1):
