@@ -56,6 +56,34 @@ def test_who_comes_back_is_counted_once() -> None:
     assert meter.load(110.0, waiting=0).requests_per_second == pytest.approx(0.3)
 
 
+def test_who_is_turned_away_is_asked_of_the_model_too() -> None:
+    meter = Meter(10.0)
+    meter.sample(100.0, waits=False)
+    meter.turned_away([(105.0, 1000), (112.0, 30), (113.0, 12)])
+    meter.arrived(view(112 + n / 2) for n in range(8))
+    found = meter.load(120.0, waiting=0)
+    assert found.turned_away_per_second == pytest.approx(4.2)
+    assert found.requests_per_second == pytest.approx(5.0)
+    assert meter.load(130.0, waiting=0).requests_per_second == 0.0
+
+
+def test_who_is_let_in_at_the_second_try_is_counted_once() -> None:
+    meter = Meter(10.0)
+    meter.sample(100.0, waits=False)
+    meter.turned_away([(112.0, 1), (115.0, -1)])
+    meter.arrived([view(115.0)])
+    assert meter.load(120.0, waiting=0).requests_per_second == pytest.approx(0.1)
+    # The refusal is past by now, and the acceptance is not.
+    assert meter.load(123.0, waiting=0).requests_per_second == pytest.approx(0.1)
+
+
+def test_an_owner_that_has_just_begun_knows_how_long_others_were_turned_away() -> None:
+    meter = Meter(60.0)
+    meter.turned_away((80.0 + n, 5) for n in range(20))
+    meter.sample(100.0, waits=False)
+    assert meter.load(100.0, waiting=0).turned_away_per_second == pytest.approx(5.0)
+
+
 def test_lengths_are_those_predicted() -> None:
     meter = Meter(60.0)
     meter.arrived(view(100 + n, prompt=n, output=10.0 * n) for n in range(1, 11))
@@ -94,5 +122,5 @@ def test_waiting_is_a_share_of_the_samples() -> None:
 
 
 def test_a_load_survives_the_wire() -> None:
-    load = OfferedLoad(5.0, 30.0, 1.5, 1.25, 10.5, 20, 30.5, 60, 7, 5, 2, 0.5)
+    load = OfferedLoad(5.0, 30.0, 1.5, 1.25, 10.5, 20, 30.5, 60, 7, 5, 2, 0.5, 0.25)
     assert load_from_proto(load_to_proto(load)) == load

@@ -86,6 +86,9 @@ def loaded(load: deployer_pb2.DeploymentLoad) -> str:
         if offered.output_tokens
         else ""
     )
+    away = ""
+    if offered.turned_away_per_second:
+        away = f", {offered.turned_away_per_second:.3g} of them turned away by gateways"
     does = ""
     if load.capacity_requests_per_second:
         does = f"; replicas do {load.capacity_requests_per_second:.3g}"
@@ -97,8 +100,8 @@ def loaded(load: deployer_pb2.DeploymentLoad) -> str:
         else ""
     )
     return (
-        f"load: {offered.requests_per_second:.3g} requests/s{lengths}{does}; {offered.waiting} wait"
-        f"{kept}"
+        f"load: {offered.requests_per_second:.3g} requests/s{lengths}{away}{does}; "
+        f"{offered.waiting} wait{kept}"
     )
 
 

@@ -10,7 +10,7 @@ class OfferedLoad:
     Attributes:
         measured_at: the window's end, in seconds since the epoch by Redis TIME.
         window_seconds: its length.
-        requests_per_second: accepted, whether answered or not.
+        requests_per_second: that came, whether answered or not, turned away or not.
         answered_per_second: answered in full.
         prompt_tokens: of a request, mean.
         prompt_tokens_p90: likewise, 90 % quantile.
@@ -20,6 +20,7 @@ class OfferedLoad:
         kept: of these, those that ended in time.
         waiting: requests that wait at the window's end.
         waited_share: of the window, in which requests waited that no replica had room for.
+        turned_away_per_second: of those that came, those that gateways refused unseen.
     """
 
     measured_at: float = 0.0
@@ -34,6 +35,7 @@ class OfferedLoad:
     kept: int = 0
     waiting: int = 0
     waited_share: float = 0.0
+    turned_away_per_second: float = 0.0
 
     @property
     def attainment(self) -> float:

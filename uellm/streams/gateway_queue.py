@@ -1,6 +1,7 @@
 """A gateway's side of a model's queues."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from redis.exceptions import OutOfMemoryError
 
@@ -17,6 +18,11 @@ from uellm.streams.messages import (
 )
 from uellm.streams.queue import ModelQueue
 from uellm.v1 import inference_pb2, queue_pb2
+
+TURNED_AWAY_ENTRIES = 1000
+"""Kept at most, about: a gateway adds one a second while it refuses."""
+TURNED_AWAY_SECONDS = 60
+"""Kept for so long after the last."""
 
 
 class GatewayQueue(ModelQueue):
@@ -46,6 +52,17 @@ class GatewayQueue(ModelQueue):
         """Whether a request was accepted under a key, and how wide the door is."""
         known, door = await self._run("known", tenant, idempotency_key)
         return bool(known), parse_door(door)
+
+    async def turn_away(self, count: int) -> None:
+        """Say that so many more requests were refused before they were accepted.
+
+        Not to be repeated; a Redis that is full does without.
+        """
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.xadd(self.keys.turned_away, {"count": count}, maxlen=TURNED_AWAY_ENTRIES)
+        pipeline.expire(self.keys.turned_away, TURNED_AWAY_SECONDS)
+        with suppress(OutOfMemoryError):
+            await pipeline.execute()
 
     async def watch(self, request_id: str, tenant: str, gateway: str) -> str:
         """Have a request's events sent to a gateway from now on; returns the request's state.

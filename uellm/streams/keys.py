@@ -101,6 +101,11 @@ class Keys:
         return f"{self.prefix}door"
 
     @property
+    def turned_away(self) -> str:
+        """Stream, trimmed, expires: how many requests gateways refused before accepting them."""
+        return f"{self.prefix}turned_away"
+
+    @property
     def decisions(self) -> str:
         """Stream of DecisionSegments, trimmed; nothing depends on it."""
         return f"{self.prefix}decisions"

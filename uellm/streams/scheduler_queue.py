@@ -245,6 +245,23 @@ class SchedulerQueue(ModelQueue):
         latest = await self._redis.xrevrange(self.keys.completions, count=1)
         return str(latest[0][0].decode()) if latest else "0"
 
+    async def turned_away(self, after: str) -> tuple[str, list[tuple[float, int]]]:
+        """How many requests gateways refused before accepting them.
+
+        Args:
+            after: the place that was read to; "0": none.
+
+        Returns:
+            The place to go on from; when, and how many more, in order. A number is negative where
+            some were let in that came again.
+        """
+        entries = await self._redis.xrange(self.keys.turned_away, min=f"({after}")
+        counts = [
+            (int(entry_id.partition(b"-")[0]) / 1000, int(fields[b"count"]))
+            for entry_id, fields in entries
+        ]
+        return (entries[-1][0].decode() if entries else after), counts
+
     async def promises(self, request_ids: Sequence[str]) -> list[common_pb2.Promise | None]:
         """The latest promises given to requests, in one round trip."""
         pipeline = self._redis.pipeline(transaction=False)

@@ -571,10 +571,11 @@ class OfferedLoad(_message.Message):
     KEPT_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     WAITED_SHARE_FIELD_NUMBER: _builtins.int
+    TURNED_AWAY_PER_SECOND_FIELD_NUMBER: _builtins.int
     window_seconds: _builtins.float
     """Its length: shorter when the scheduler has just begun."""
     requests_per_second: _builtins.float
-    """Requests that were accepted."""
+    """Requests that came: accepted, or turned away."""
     answered_per_second: _builtins.float
     """Requests that were answered in full."""
     prompt_tokens: _builtins.float
@@ -593,6 +594,8 @@ class OfferedLoad(_message.Message):
     """Requests that wait for a replica now."""
     waited_share: _builtins.float
     """Share of the window in which requests waited that no replica had room for."""
+    turned_away_per_second: _builtins.float
+    """Of the requests that came, those that gateways refused before they accepted them."""
     @_builtins.property
     def measured_at(self) -> _timestamp_pb2.Timestamp:
         """The window's end."""
@@ -612,10 +615,11 @@ class OfferedLoad(_message.Message):
         kept: _builtins.int = ...,
         waiting: _builtins.int = ...,
         waited_share: _builtins.float = ...,
+        turned_away_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["measured_at", b"measured_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_per_second", b"answered_per_second", "judged", b"judged", "kept", b"kept", "measured_at", b"measured_at", "output_tokens", b"output_tokens", "output_tokens_p90", b"output_tokens_p90", "prompt_tokens", b"prompt_tokens", "prompt_tokens_p90", b"prompt_tokens_p90", "requests_per_second", b"requests_per_second", "waited_share", b"waited_share", "waiting", b"waiting", "window_seconds", b"window_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_per_second", b"answered_per_second", "judged", b"judged", "kept", b"kept", "measured_at", b"measured_at", "output_tokens", b"output_tokens", "output_tokens_p90", b"output_tokens_p90", "prompt_tokens", b"prompt_tokens", "prompt_tokens_p90", b"prompt_tokens_p90", "requests_per_second", b"requests_per_second", "turned_away_per_second", b"turned_away_per_second", "waited_share", b"waited_share", "waiting", b"waiting", "window_seconds", b"window_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

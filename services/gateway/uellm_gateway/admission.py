@@ -29,6 +29,7 @@ from uellm_gateway.models import ModelView, ServedModel
 from uellm_gateway.profiling import Profiling
 from uellm_gateway.prompts import image_field, prompt_text, read_prompt
 from uellm_gateway.settings import GatewaySettings
+from uellm_gateway.turned_away import TurnedAway
 from uellm_gateway.validation import (
     check_images,
     check_request,
@@ -80,20 +81,26 @@ class Admission:
         settings: its limits.
         models: what is served.
         profiling: predicts what requests need.
+        turned_away: told of those that are refused before they are accepted.
 
     Attributes:
         doors: who is refused before all that.
     """
 
     def __init__(
-        self, context: Context, settings: GatewaySettings, models: ModelView, profiling: Profiling
+        self,
+        context: Context,
+        settings: GatewaySettings,
+        models: ModelView,
+        profiling: Profiling,
+        turned_away: TurnedAway,
     ) -> None:
         self._context = context
         self._models = models
         self._profiling = profiling
         self._most_bytes = settings.max_request_bytes
         self._accept_seconds = settings.accept_seconds
-        self.doors = Doors(settings.opening_requests)
+        self.doors = Doors(settings.opening_requests, turned_away)
         self._limits = Limits(
             settings.waiting_requests, settings.waiting_tokens, settings.tenant_requests
         )

@@ -17,8 +17,11 @@ from uellm_gateway.peers import Peers
 from uellm_gateway.profiling import Profiling
 from uellm_gateway.servicer import InferenceServicer
 from uellm_gateway.settings import GatewaySettings
+from uellm_gateway.turned_away import TurnedAway
 
 PEER_POLL_SECONDS = 1.0
+TURNED_AWAY_SECONDS = 1.0
+"""How often it is said how many were refused before they were accepted, where some were."""
 # The rest of the time to drain is for streams that have to be ended.
 _SHARE_OF_DRAIN_TO_FINISH = 0.8
 
@@ -34,6 +37,7 @@ class GatewayApplication:
         self._profilers = Peers(context.registry, "profiler")
         self._schedulers = Peers(context.registry, "scheduler")
         self._models = ModelView(context.registry)
+        self._turned_away = TurnedAway(lambda name: self._models.find(name) is not None)
         self._answers = Answers(context, self._models, settings.retention_seconds)
         self._calls = Calls(context, context.identity, settings.stream_interval_seconds)
 
@@ -43,7 +47,7 @@ class GatewayApplication:
         servicer = InferenceServicer(
             self._context,
             self._models,
-            Admission(self._context, self._settings, self._models, profiling),
+            Admission(self._context, self._settings, self._models, profiling, self._turned_away),
             self._answers,
             self._calls,
             Estimates(self._schedulers),
@@ -59,6 +63,7 @@ class GatewayApplication:
             ("models", self._models.poll),
             ("peers", self._poll_peers),
             ("answers", self._answers.check),
+            ("turned away", self._say_turned_away),
         ):
             self._context.spawn(self._context.repeat(step, name), name)
 
@@ -69,6 +74,11 @@ class GatewayApplication:
     async def _poll_peers(self) -> None:
         await asyncio.sleep(PEER_POLL_SECONDS)
         await self._refresh_peers()
+
+    async def _say_turned_away(self) -> None:
+        await asyncio.sleep(TURNED_AWAY_SECONDS)
+        for model, count in self._turned_away.take().items():
+            await self._answers.queue(model).turn_away(count)
 
     async def drain(self) -> None:
         """Let streams end; requests themselves are durable and go on without this gateway."""

@@ -16,11 +16,14 @@ from uellm.streams.gateway_queue import GatewayQueue
 from uellm.streams.keys import new_request_id
 from uellm.streams.messages import OPEN, Door
 from uellm.v1 import common_pb2, inference_pb2
+from uellm_gateway.turned_away import TurnedAway
 
 MOST_OPENING = 64
 """While so many requests are on their way to being accepted, a door that is not open is shut: this
 gateway has enough to do. Behind an open one they came at once, and that is no overload."""
 BUSY_RETRY_SECONDS = 1.0
+FULL = frozenset({"QUEUE_FULL", "QUEUE_TOKENS", "QUEUE_MEMORY"})
+"""Reasons for refusing that are another's load, not the caller's own."""
 
 
 class Doors:
@@ -28,10 +31,12 @@ class Doors:
 
     Args:
         most_opening: so many requests may be on their way to being accepted, whatever they wish.
+        turned_away: told of all that are refused here.
     """
 
-    def __init__(self, most_opening: int) -> None:
+    def __init__(self, most_opening: int, turned_away: TurnedAway) -> None:
         self._most_opening = most_opening
+        self._turned_away = turned_away
         self._heard: dict[str, tuple[Hearsay, float]] = {}
         self._opening = 0
 
@@ -52,12 +57,18 @@ class Doors:
             ResourceExhaustedError: if it is not, with a time to try again.
         """
         if self._opening >= self._most_opening:
+            self._turned_away.refused(request, tenant)
             raise _busy(self._most_opening)
         if request.on_infeasible == common_pb2.ON_INFEASIBLE_REFUSE:
             await self._check(queue, request, tenant)
+        self._turned_away.let_in(request, tenant)
         self._opening += 1
         try:
             yield
+        except ResourceExhaustedError as error:
+            if error.reason in FULL:
+                self._turned_away.refused(request, tenant)
+            raise
         finally:
             self._opening -= 1
 
@@ -74,6 +85,7 @@ class Doors:
             self.heard(model, latest)
             if known:
                 return
+        self._turned_away.refused(request, tenant)
         # Spread, so that those who are refused together do not return together.
         retry *= random.uniform(1, 2)  # noqa: S311
         raise ResourceExhaustedError(

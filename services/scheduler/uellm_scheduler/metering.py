@@ -48,6 +48,7 @@ class Meter:
         self._lengths: deque[tuple[float, int, tuple[float, ...], float]] = deque(
             maxlen=LENGTHS_KEPT
         )
+        self._turned_away: deque[tuple[float, int]] = deque()
         self._answers: deque[float] = deque()
         self._verdicts: deque[tuple[float, bool]] = deque()
         self._samples: deque[tuple[float, bool]] = deque()
@@ -61,6 +62,13 @@ class Meter:
             self._arrivals.append(at)
             points = tuple(lengths.at(level) for level in _QUANTILES)
             self._lengths.append((at, view.profile.prompt_tokens, points, lengths.mean))
+
+    def turned_away(self, counts: Iterable[tuple[float, int]]) -> None:
+        """So many more were refused by gateways before they were accepted, by when that was said.
+
+        Below 0: so many of them came again and were accepted.
+        """
+        self._turned_away.extend(counts)
 
     def ended(self, requests: Iterable[Ended]) -> None:
         """Requests ended. One that was cancelled, or failed, says nothing of the load."""
@@ -93,18 +101,20 @@ class Meter:
         for times in (self._arrivals, self._answers):
             while times and times[0] <= since:
                 times.popleft()
-        for marked in (self._lengths, self._verdicts, self._samples):
+        for marked in (self._lengths, self._verdicts, self._samples, self._turned_away):
             while marked and marked[0][0] <= since:
                 marked.popleft()
-        known_for = now - min([*self._arrivals, now if self._began is None else self._began])
+        seen = [*self._arrivals, *(at for at, _ in self._turned_away)]
+        known_for = now - min([*seen, now if self._began is None else self._began])
         seconds = min(self._window, max(known_for, _LEAST_SECONDS))
         prompts = [prompt for _, prompt, _, _ in self._lengths]
         points = [point for _, _, found, _ in self._lengths for point in found]
+        turned_away = max(0, sum(count for _, count in self._turned_away))
         samples = [waits for _, waits in self._samples]
         return OfferedLoad(
             measured_at=now,
             window_seconds=seconds,
-            requests_per_second=len(self._arrivals) / seconds,
+            requests_per_second=(len(self._arrivals) + turned_away) / seconds,
             answered_per_second=len(self._answers) / seconds,
             prompt_tokens=float(np.mean(prompts)) if prompts else 0.0,
             prompt_tokens_p90=round(float(np.quantile(prompts, 0.9))) if prompts else 0,
@@ -114,4 +124,5 @@ class Meter:
             kept=sum(kept for _, kept in self._verdicts),
             waiting=waiting,
             waited_share=sum(samples) / len(samples) if samples else 0.0,
+            turned_away_per_second=turned_away / seconds,
         )

@@ -86,6 +86,7 @@ class ModelScheduler:
         self._keeping = Keeping(queue, self.in_force.policy.name)
         self._meter = Meter(settings.load_window_seconds)
         self._saying = Timer(LOAD_SECONDS)
+        self._turned_away_place = "0"
         self._inbox: Inbox | None = None
         self._away = False
         # Goes on after a recovery, so that no two batches of a term have one name.
@@ -220,6 +221,9 @@ class ModelScheduler:
         ahead = sum(max(0, len(view.in_flight) - view.slots) for view in replicas)
         waiting = len(self.book.waiting) + ahead
         self._meter.sample(now, waits=waiting > 0 and bool(replicas))
+        place, turned_away = await self._queue.turned_away(self._turned_away_place)
+        self._turned_away_place = place
+        self._meter.turned_away(turned_away)
         keep_ms = round(1000 * LOAD_KEPT_SECONDS) + self._settings.lease_ms
         await self._queue.offer(self.token, self._meter.load(now, waiting), keep_ms)
 
