@@ -106,6 +106,7 @@ def next_turn(asked: Sequence[Asked], pace: Pace, now: float) -> Turn:
     order = sorted(range(len(asked)), key=lambda i: asked[i].deadline)
     hurried = [i for i in order if not asked[i].effort]
     readable = [i for i in order if asked[i].effort]
+    left_out: set[int] = {*hurried}
     while True:
         # Those in a hurry are answered first, so that each of them delays those that are read.
         begin = now + pace.answering(len(hurried))
@@ -113,7 +114,8 @@ def next_turn(asked: Sequence[Asked], pace: Pace, now: float) -> Turn:
         if not late:
             break
         readable = [i for i in readable if i not in late]
-        hurried = [i for i in order if i in late or i in {*hurried}]
+        left_out |= late
+        hurried = [i for i in order if i in left_out]
     answered: list[int] = []
     refused: list[int] = []
     deferred = 0
