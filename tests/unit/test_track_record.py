@@ -162,6 +162,28 @@ def test_who_misses_a_first_token_may_still_be_as_fast_as_others() -> None:
     assert np.mean(times, axis=0)[FINISH] == pytest.approx(quantiles, rel=0.1)
 
 
+@pytest.mark.parametrize("handed_on", [False, True])
+def test_empty_answers_say_nothing_of_when_others_begin(handed_on: bool) -> None:
+    """They end without a first token: nobody still waits for that, and it is not late either."""
+    rng, record = np.random.default_rng(12), TrackRecord()
+    asked = forecast(deadline=15.0)
+    for i, took in enumerate(10 * rng.lognormal(0, 0.5, 200)):
+        now = 100.0 * i
+        promise(record, f"r{i}", asked, now)
+        if i % 5:
+            record.advance(now + 1.0)
+            record.first_token(f"r{i}", now + 1.0)
+        record.advance(now + took)
+        record.finished(f"r{i}", now + took)
+    if handed_on:
+        kept, record = record.state(), TrackRecord()
+        record.load(kept)
+    found = record.prospects(asked, 1e6)
+    assert (found.times - 1e6)[0, START] == pytest.approx([1.0, 1.0], rel=0.15)
+    assert np.isfinite(found.times).all()
+    assert np.isfinite(found.p_meet).all()
+
+
 @pytest.mark.parametrize("bias", [0.3, 1.0, 4.0])
 def test_a_biased_forecast_is_put_right(bias: float) -> None:
     rng = np.random.default_rng(1)

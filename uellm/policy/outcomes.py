@@ -306,11 +306,13 @@ class Outcomes:
     def _fit(self, target: int, which: int, now: float) -> Residuals:
         took, late = self._took[:, target], self._late
         known = ~np.isnan(took)
+        # An empty answer has ended without a first token: nobody waits for that.
+        open_ = ~known & np.isnan(self._took[:, FINISH])
         watched = np.minimum(now - self._since - self._hearing, self._watched)
         if which == LATE:
-            ended, waits = known & late, ~known & late
+            ended, waits = known & late, open_ & late
         else:
-            ended, waits = known & ~late & self._judged, ~known & ~late
+            ended, waits = known & ~late & self._judged, open_ & ~late
             if which == IN_TURN:
                 waits &= np.isfinite(self._watched)
         if which == IN_TURN:
