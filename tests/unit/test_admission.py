@@ -1,5 +1,7 @@
 """Who is let in of those that would rather be refused than late, and what is learnt of it."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 
 import numpy as np
@@ -18,7 +20,7 @@ from uellm.policy.margin import FIRST, KEPT, LEAST, MOST, Margin
 from uellm.policy.price import Price, passes
 from uellm.policy.selection import Fluid, Job, late_ones
 from uellm.policy.shedding import CHOICE, WINDOW_SECONDS, Shedding, shed
-from uellm.policy.views import DispatchDecision, QueuedView, QueueView
+from uellm.policy.views import DispatchDecision, DispatchPolicy, QueuedView, QueueView, ReplicaView
 from uellm.simulator.mesh import Mesh, MeshSettings, Outcome, Record
 from uellm.simulator.platforms import Platform
 from uellm.simulator.predictors import profiler
@@ -288,9 +290,12 @@ def served(load: float, seconds: float) -> list[Record]:
     return simulated(requests)
 
 
-def simulated(requests: list[Request]) -> list[Record]:
+def simulated(
+    requests: list[Request], platform: Platform = PACED, policy: DispatchPolicy | None = None
+) -> list[Record]:
     """What becomes of requests that are to be refused rather than late."""
-    mesh = Mesh(PACED, CsloOdbsDispatch(), CsloOdbsStep, MeshSettings(refusable=True))
+    decides = policy or CsloOdbsDispatch()
+    mesh = Mesh(platform, decides, CsloOdbsStep, MeshSettings(refusable=True))
     known = profiler("oracle", requests, np.random.default_rng(1))
     return list(mesh.run(requests, known).records)
 
@@ -306,6 +311,40 @@ def test_what_is_let_in_is_in_time_and_as_much_as_ever_under_overload() -> None:
     for fewest in range(8, 40, 8):
         alike = [r for r in over if fewest <= r.request.output_tokens < fewest + 8]
         assert sum(record.met for record in alike) >= 0.05 * len(alike)
+
+
+class Noting(CsloOdbsDispatch):
+    """The default policy; notes the margins that it is to keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.margins: list[float] = []
+
+    def dispatch(
+        self, queue: QueueView, replicas: Sequence[ReplicaView], now: float
+    ) -> DispatchDecision:
+        """See DispatchPolicy."""
+        self.margins.append(queue.margin)
+        return super().dispatch(queue, replicas, now)
+
+
+def test_while_all_are_in_time_the_margin_does_not_grow_however_many_are_shed() -> None:
+    # Long answers in few slots, and first tokens that are wanted soon: a request has begun long
+    # before the scheduler, which nobody waits for, looks at its replica again. Those who are
+    # refused at the door meanwhile are no occasion to call it late.
+    rng = np.random.default_rng(1)
+    platform = replace(PACED, slots=2)
+    requests = [
+        Request(f"r{i:05d}", 0.07 * i, 13, int(n), "any", int(n), ttft=0.1)
+        for i, n in enumerate(rng.integers(50, 101, 400))
+    ]
+    policy = Noting()
+    records = simulated(requests, platform, policy)
+    let_in = [record for record in records if record.outcome is not Outcome.REFUSED]
+    assert len(let_in) > 20
+    assert len(let_in) < len(records) / 2
+    assert all(record.met for record in let_in)
+    assert max(policy.margins) <= FIRST
 
 
 def test_after_a_crowd_and_a_pause_nobody_is_refused() -> None:
