@@ -129,9 +129,22 @@ async def test_another_wish_is_not_held_against_what_was_in_the_way_of_the_last(
         return found is not None and [r.state for r in found.replicas] == [FAILED]
 
     await eventually(failed)
+    status = (await mesh.registry.deployments())[MODEL].status
+    assert "'gone/cpu:0' is no device of the topology: nothing is placed until it is" in status
     worker.hold_prepare.clear()
     deployment = await mesh.apply()
     assert [replica.state for replica in deployment.replicas] != [FAILED]
     assert "gone/cpu:0" not in deployment.status
     worker.hold_prepare.set()
     await mesh.ready()
+
+
+async def test_a_pinned_worker_that_failed_once_is_not_avoided(mesh: Loaded) -> None:
+    await mesh.add_deployer()
+    worker = await mesh.add_worker("w1")
+    await mesh.add_worker("w2")
+    worker.fail_prepare.append(ModelFilesError("config.json cannot be read; copy it again"))
+    await mesh.apply(pins=[deployer_pb2.DevicePin(device_id="w1/cpu:0")])
+    deployment = await mesh.ready()
+    assert worker.fail_prepare == []
+    assert [stage.device_ids[0] for stage in deployment.replicas[0].stages] == ["w1/cpu:0"]

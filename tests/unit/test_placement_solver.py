@@ -9,6 +9,7 @@ from itertools import pairwise, permutations
 import pytest
 
 from tests.support.clusters import MIB, random_request, random_topology, small_model, wide_area
+from uellm.core.errors import InvalidArgumentError
 from uellm.placement import cpsat, held_karp
 from uellm.placement.baselines import BASELINES
 from uellm.placement.chain import chain_of
@@ -314,6 +315,36 @@ def test_pins_and_exclusions_are_kept(method: str) -> None:
             assert ids[2] not in used
             best = min(p.seconds for p in points)
             assert method != "sets" or facts(plan, costs)[0] == pytest.approx(best, rel=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("healthy", "excluded", "message"),
+    [
+        (None, False, "is no device of the topology: nothing is placed until it is; start its"),
+        (False, False, "is unhealthy: nothing is placed until it is well again; see"),
+        (True, True, "is excluded too: take it from one of the two"),
+    ],
+)
+def test_a_pin_to_what_cannot_be_used_says_what_it_waits_for(
+    healthy: bool | None, excluded: bool, message: str
+) -> None:
+    request = random_request(3, 3, "lr")
+    pinned, *others = request.topology.devices
+    there = [] if healthy is None else [replace(pinned, healthy=healthy)]
+    topology = Topology((*there, *others))
+    left = ", ".join(sorted(device.id for device in others))
+    with pytest.raises(InvalidArgumentError) as refused:
+        solve(
+            replace(
+                request,
+                topology=topology,
+                pins=(Pin(pinned.id),),
+                excluded=frozenset({pinned.id}) if excluded else frozenset(),
+            )
+        )
+    assert f"pins: {pinned.id!r} {message}" in refused.value.message
+    assert refused.value.message.endswith(f", or pin another instead, of {left}")
+    assert refused.value.field == "pins"
 
 
 @pytest.mark.parametrize("tree", [True, False])

@@ -5,7 +5,7 @@ and a launch; where it was measured, the measured times. A link takes its latenc
 the software of the hop unless that was measured with it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -236,11 +236,7 @@ def usable_devices(request: PlanRequest) -> tuple[Device, ...]:
     left = {device.id for device in found}
     for pin in request.pins:
         if pin.device_id not in left:
-            why = "excluded or unhealthy" if pin.device_id in ids else "no device of the topology"
-            raise InvalidArgumentError(
-                f"pins: {pin.device_id!r} is {why}; pin one of {', '.join(sorted(left)) or 'none'}",
-                field="pins",
-            )
+            raise _away(pin.device_id, every, left)
     for end in ("first", "last"):
         pinned = sorted({pin.device_id for pin in request.pins if pin.end == end})
         if len(pinned) > 1:
@@ -249,6 +245,21 @@ def usable_devices(request: PlanRequest) -> tuple[Device, ...]:
                 field="pins",
             )
     return found
+
+
+def _away(pinned: str, every: Sequence[Device], left: Collection[str]) -> InvalidArgumentError:
+    """Why a pin to a device that cannot be used lets nothing be placed."""
+    known = {device.id: device for device in every}
+    if pinned not in known:
+        why = "is no device of the topology: nothing is placed until it is; start its worker"
+    elif not known[pinned].healthy:
+        why = "is unhealthy: nothing is placed until it is well again; see `uellm topology`"
+    else:
+        why = "is excluded too: take it from one of the two"
+    others = ", ".join(sorted(left)) or "none"
+    return InvalidArgumentError(
+        f"pins: {pinned!r} {why}, or pin another instead, of {others}", field="pins"
+    )
 
 
 def _need(model: ModelProfile, workload: Workload, slots: int | None) -> Need:

@@ -113,7 +113,10 @@ def _check(request: PlanRequest, pins: Sequence[LayerPin]) -> None:
     for pin, held in workers.items():
         if not held:
             names = sorted({device.host for device in usable} | {device.id for device in usable})
-            _refuse(f"{_words(pin)}: no device that may be used; there are {', '.join(names)}")
+            _refuse(
+                f"{_words(pin)}: {pin.name} has no device that may be used, and nothing is placed "
+                f"until it has; start its worker, or pin to another of {', '.join(names) or 'none'}"
+            )
     for one, other in combinations(pins, 2):
         if workers[one] & workers[other]:
             _refuse(

@@ -119,7 +119,8 @@ async def _plan(deployment: Formed, replica: Replica, *, fresh: bool) -> Planned
         follow = not fresh and (not stages or replica.num_devices == stages)
         previous = planning.as_previous(replica.planned) if follow else None
         avoided = {name for name, until in deployment.avoided.items() if until > now}
-        groups = [[device for device in devices if device.worker not in avoided], devices]
+        pinned = planning.pinned(deployment.request, devices)
+        groups = [[d for d in devices if d.worker not in avoided or d.id in pinned], devices]
         planned: Planned | None = None
         for request, group in product(_ways(deployment.request), groups if avoided else groups[1:]):
             planned = await asyncio.to_thread(

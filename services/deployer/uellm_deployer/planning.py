@@ -1,6 +1,6 @@
 """From a request and the workers that are there to a plan, and from a plan to assignments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -75,9 +75,7 @@ def plan(
         InvalidArgumentError: if it names a layout that cannot be of the model.
     """
     placer = _placer(request)
-    named = {pin.device_id for pin in request.pins} | {s.device_id for s in request.layout}
-    names = {pin.name for pin in request.layer_pins}
-    named |= {device.id for device in devices if any(on(device, name) for name in names)}
+    named = pinned(request, devices) | {stage.device_id for stage in request.layout}
     accelerators = [d for d in devices if d.kind != "cpu" or d.id in named]
     groups = [devices] if len(accelerators) in (0, len(devices)) else [accelerators, devices]
     made = []
@@ -98,6 +96,14 @@ def plan(
     ]
     feasible = [one for one in made if not one.plan.infeasible_reason]
     return (whole or feasible or made[-1:])[0]
+
+
+def pinned(request: deployer_pb2.PlanRequest, devices: Iterable[Device]) -> set[str]:
+    """Ids of the devices that a request pins, by their own name, their worker's or their host's."""
+    names = {pin.name for pin in request.layer_pins}
+    return {pin.device_id for pin in request.pins} | {
+        device.id for device in devices if any(on(device, name) for name in names)
+    }
 
 
 def _placer(request: deployer_pb2.PlanRequest) -> Placer:
