@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from uellm.client import Client, new_request
-from uellm.core.errors import InvalidArgumentError, UnavailableError
+from uellm.core.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from uellm.rpc import SERVER_OPTIONS, ErrorInterceptor
 from uellm.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
@@ -91,6 +91,8 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
     async def Submit(
         self, request: inference_pb2.SubmitRequest, context: Context
     ) -> inference_pb2.SubmitResponse:
+        if request.request.first_try:
+            raise ResourceExhaustedError("no gateway looks who that is", reason="OVERLOADED")
         request_id, _ = self.mesh.accept(request.request.idempotency_key)
         return inference_pb2.SubmitResponse(request_ids=[request_id])
 
@@ -174,6 +176,19 @@ async def test_leaving_early_cancels() -> None:
     gateway.hang = True
     async with running(gateway) as address, Client(address) as client:
         async with contextlib.aclosing(client.generate(new_request("fake", "Hello"))) as events:
+            async for event in events:
+                accepted = event.request_id
+                break
+        assert gateway.mesh.cancelled == [accepted]
+
+
+async def test_leaving_before_all_answers_are_known_to_be_accepted_cancels() -> None:
+    gateway = Gateway(Mesh(), [])
+    gateway.hang = True
+    request = new_request("fake", "Hello")
+    request.sampling.n = 2
+    async with running(gateway) as address, Client(address) as client:
+        async with contextlib.aclosing(client.generate(request)) as events:
             async for event in events:
                 accepted = event.request_id
                 break

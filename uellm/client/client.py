@@ -191,7 +191,9 @@ class Client:
             async with asyncio.timeout(CANCEL_SECONDS):
                 ids = [answer.request_id for answer in answers.values()]
                 if not all(ids):
-                    # Accepted or not, the answer is still on its way: the same key finds it.
+                    # Accepted or not, the answer is still on its way: the same key finds it, if
+                    # anybody looks.
+                    request.first_try = False
                     ids = list((await self.submit(request)).request_ids)
                 for request_id in ids:
                     await self.cancel(request_id)
