@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 from uellm_gateway.doors import MOST_OPENING, Doors
 from uellm_gateway.turned_away import MOST_REMEMBERED, REMEMBERED_SECONDS, TurnedAway
+from uellm_gateway.validation import MOST_CHOICES
 
 from uellm.core.errors import ResourceExhaustedError
 from uellm.streams.messages import OPEN, Door
@@ -100,6 +101,13 @@ def test_each_answer_that_was_asked_for_counts_and_only_once() -> None:
         turned_away.refused(request, "local")
     assert turned_away.take() == {"m": 5}
     assert turned_away.take() == {}
+
+
+def test_a_number_of_answers_that_is_not_allowed_is_not_taken_at_its_word() -> None:
+    """Who is refused at the door was not looked at yet."""
+    turned_away = TurnedAway(SERVED.__contains__)
+    turned_away.refused(asks(choices=2**32 - 1), "local")
+    assert turned_away.take() == {"m": MOST_CHOICES}
 
 
 def test_who_comes_again_under_its_key_is_counted_once_and_not_at_all_when_let_in() -> None:

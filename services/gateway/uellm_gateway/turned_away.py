@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from uellm.v1 import inference_pb2
+from uellm_gateway.validation import MOST_CHOICES
 
 REMEMBERED_SECONDS = 30.0
 """Who comes again under the same idempotency key within this time, the window of a model's load by
@@ -70,8 +71,8 @@ class TurnedAway:
 
 
 def _answers(request: inference_pb2.GenerateRequest) -> int:
-    """Each choice is a request of its own, once accepted."""
-    return max(request.sampling.n, 1)
+    """Each choice is a request of its own, once accepted: as many as may be asked for at most."""
+    return min(max(request.sampling.n, 1), MOST_CHOICES)
 
 
 def _key(request: inference_pb2.GenerateRequest, tenant: str) -> int:
