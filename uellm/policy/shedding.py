@@ -51,9 +51,10 @@ class Shedding:
 
     def learn(self, seen: int, let_in: int, now: float) -> None:
         """Some were looked at, and so many of them let in."""
-        before = now if self._at is None else self._at
-        self._at = now = max(now, before)
-        faded = exp((before - now) / MEMORY_SECONDS)
+        # A clock that was put back has no time pass, and goes on from where it is now.
+        passed = 0.0 if self._at is None else max(now - self._at, 0.0)
+        self._at, self._calm_since = now, min(self._calm_since, now)
+        faded = exp(-passed / MEMORY_SECONDS)
         self._asked = self._asked * faded + seen / self.share
         self._let_in = self._let_in * faded + let_in
         if seen > let_in or not self._calm_since:
