@@ -289,7 +289,9 @@ class Outcomes:
     def _settled(self, now: float) -> Flags:
         """Those of which is known whether they were late, and would be either way."""
         kept = self.kept
-        over = self._since[:kept] + self._limit[:kept] + self._hearing <= now
+        limit = self._limit[:kept]
+        # Who asked for nothing was in time, and says nothing of those who ask.
+        over = np.isfinite(limit) & (limit + self._hearing <= now - self._since[:kept])
         settled: Flags = self._judged[:kept] & over
         return settled
 
