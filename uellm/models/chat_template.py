@@ -76,6 +76,8 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except TemplateError as error:
             raise _broken(error) from None
+        # Jinja chains them to the environment's; each rendering copies them, a plain dict faster.
+        self._template.globals = dict(self._template.globals)
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
