@@ -116,6 +116,48 @@ async def test_load_brings_copies_and_they_are_given_back(mesh: Loaded) -> None:
     assert len({name for worker in mesh.workers.values() for name in worker.stages}) == 1
 
 
+class TwoDevices(MeasuredWorker):
+    """Has two devices, of which one may come to be unfit for anything new."""
+
+    unfit = ""
+
+    @property
+    def devices(self) -> list[topology_pb2.Device]:
+        found = []
+        for number in range(2):
+            (device,) = super().devices
+            device.id = f"{self.name}/cpu:{number}"
+            device.healthy = device.id != self.unfit
+            found.append(device)
+        return found
+
+
+async def test_a_copy_whose_device_became_unfit_is_given_back(mesh: Loaded) -> None:
+    """What can no longer be planned with is not in the way of what can."""
+    await mesh.add_deployer(**AT_ONCE)
+    worker = TwoDevices("w0", "cpu", memory_bytes=ONE_STAGE)
+    await add(mesh, worker)
+    await mesh.want(MODEL)
+    await mesh.until(MODEL, 1)
+    await mesh.offer(MODEL, 0.001)
+    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    await mesh.offer(MODEL, 1.5 * one)
+    (added,) = (await mesh.until(MODEL, 2)).replicas[1:]
+    worker.unfit = added.planned.stages[0].device_id
+
+    async def heard() -> bool:
+        await mesh.say()
+        (known,) = (await mesh.call("Describe", deployer_pb2.DescribeRequest())).workers
+        return any(device.id == worker.unfit and not device.healthy for device in known.devices)
+
+    await eventually(heard)
+    await mesh.offer(MODEL, 0.001)
+    left = await mesh.until(MODEL, 1)
+    assert worker.unfit not in devices(left)
+    (gone,) = [change for change in left.changes if change.kind == REMOVE]
+    assert gone.state == DONE
+
+
 async def test_a_model_that_is_idle_hands_a_device_over(mesh: Loaded) -> None:
     await mesh.add_deployer(**AT_ONCE | {"keep_seconds": 3600.0})
     await workers(mesh, 3)

@@ -11,7 +11,7 @@ from uellm.core.load import OfferedLoad
 from uellm.logs import logger
 from uellm.placement.placers import GOODPUT
 from uellm.placement.sharing import Copy, Step, Tenant, capacity, share_out
-from uellm.placement.stock import EVERYWHERE, Stock, fetching
+from uellm.placement.stock import EVERYWHERE, NOTHING_LACKING, Stock, fetching
 from uellm.placement.topology import Device
 from uellm.placement.views import Plan
 from uellm.v1 import deployer_pb2, topology_pb2
@@ -264,9 +264,10 @@ class Scaler:
 
     def _change(self, step: Step, replica_id: str, shared: _Shared) -> topology_pb2.PlacementChange:
         request = shared.tenants[step.tenant].request
-        layers = request.model.layers if step.adds else ()
-        stock = shared.stocks.get(step.tenant, EVERYWHERE)
-        needed = fetching([step.copy.placed], request.topology, stock)
+        layers, needed = request.model.layers if step.adds else (), NOTHING_LACKING
+        if step.adds:
+            stock = shared.stocks.get(step.tenant, EVERYWHERE)
+            needed = fetching([step.copy.placed], request.topology, stock)
         return topology_pb2.PlacementChange(
             replica=replica_id,
             kind=_ADD if step.adds else _REMOVE,
