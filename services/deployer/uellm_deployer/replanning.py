@@ -52,9 +52,12 @@ class Replanner:
     def turn(self, now: float) -> None:
         """Look, if it is time to; ``now`` is monotonic."""
         approved = any(d.approved or d.approved_copies for d in self._deployments().values())
-        if self._looking is not None and not self._looking.done():
+        looking = self._looking
+        if looking is not None and not looking.done():
             return
-        if now >= self._next_at or approved:
+        # What is approved stays so until it is done: a fault would be met again at once.
+        failed = looking is not None and not looking.cancelled() and bool(looking.exception())
+        if now >= self._next_at or (approved and not failed):
             self._looking = self._tools.aside(self._look(), "replanning")
 
     async def _look(self) -> None:
