@@ -8,7 +8,7 @@ import re
 import socket
 
 _NAME = re.compile(r"[^\s:/@?#\[\]]+")
-_LOOPBACKS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_LOOPBACKS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def is_host(text: str) -> bool:
@@ -39,7 +39,7 @@ def host_of(address: str) -> str:
 
 def is_anywhere(host: str) -> bool:
     """Whether to bind to it is to bind to all addresses of a machine."""
-    return bare(host) in {*_LOOPBACKS, ""}
+    return bare(host) in _LOOPBACKS
 
 
 def from_here(host: str) -> str:

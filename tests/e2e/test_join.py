@@ -14,6 +14,7 @@ import pytest
 
 from tests.e2e.test_up import UELLM, Up
 from tests.support.checkpoints import write_adapter
+from tests.support.ipv6 import needs_ipv6
 from tests.support.waiting import eventually
 from uellm.addresses import host_of
 from uellm.mesh.joining import Token, new_secret
@@ -74,9 +75,9 @@ async def joined(
 @pytest.mark.parametrize(
     ("engine", "host"),
     [
-        ("instant", "::1"),
+        pytest.param("instant", "::1", marks=needs_ipv6),
         pytest.param("shard", "127.0.0.1", marks=pytest.mark.slow),
-        pytest.param("shard", "::1", marks=pytest.mark.slow),
+        pytest.param("shard", "::1", marks=[needs_ipv6, pytest.mark.slow]),
     ],
 )
 async def test_a_machine_that_joins_takes_layers_and_gives_them_back(

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.ipv6 import needs_ipv6
 from uellm.cli.tree import Progress
 from uellm.core.errors import ConfigurationError
 from uellm.mesh.joining import JoinOptions, Token, address_towards, new_secret
@@ -47,9 +48,13 @@ def test_workers_are_told_where_the_mesh_is_and_not_in_their_command(tmp_path: P
 
 def test_the_address_towards_a_host_is_one_of_this_machine() -> None:
     assert address_towards("127.0.0.1", 9) == "127.0.0.1"
-    assert address_towards("[::1]", 9) == "::1"
     with pytest.raises(ConfigurationError, match="no way leads to"):
         address_towards("no-such-host.invalid", 9)
+
+
+@needs_ipv6
+def test_the_address_towards_a_host_may_be_of_ipv6() -> None:
+    assert address_towards("[::1]", 9) == "::1"
 
 
 @pytest.mark.parametrize("host", ["", "box:6379", "[::1]:6379", "redis://box", "a b", "me@box"])
