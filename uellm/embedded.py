@@ -47,9 +47,16 @@ def redis_url(host: str, port: int, password: str = "") -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of an address of this host that was free a moment ago."""
+    """A TCP port of an address of this host that for a minute only those get who name it.
+
+    A connection to it is closed from its side, and stays in TIME_WAIT: until that is over, the
+    system gives the port to nobody who asks for any. Servers that set SO_REUSEADDR, as nearly all
+    do, can listen at it.
+    """
     with listening(host) as probe:
         port: int = probe.getsockname()[1]
+        with socket.create_connection((from_here(host), port)):
+            probe.accept()[0].close()
         return port
 
 

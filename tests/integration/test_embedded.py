@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import psutil
 import pytest
 
 from uellm import embedded
+from uellm.addresses import from_here, listening
 from uellm.core.errors import ConfigurationError
 from uellm.embedded import EmbeddedRedis, find_server, free_port
 from uellm.streams.connection import check, connect
@@ -107,3 +109,16 @@ def test_a_server_that_was_not_started_has_no_process() -> None:
     server.kill()
     server.stop()
     server.stop()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1"])
+def test_a_free_port_is_given_to_nobody_who_does_not_name_it(host: str) -> None:
+    if host == "::1" and not socket.has_ipv6:
+        pytest.skip("this host has no IPv6")
+    ports = [free_port(host) for _ in range(300)]
+    assert len(set(ports)) == len(ports)
+    family = socket.AF_INET6 if host == "::1" else socket.AF_INET
+    with socket.socket(family) as other, pytest.raises(OSError, match="in use"):
+        # As a connection that goes out has it, without SO_REUSEADDR.
+        other.bind((from_here(host), ports[0]))
+    listening(host, ports[0]).close()
