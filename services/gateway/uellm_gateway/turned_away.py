@@ -4,7 +4,7 @@ Its scheduler never sees them. It is told how many there were, every second for 
 """
 
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 
 from uellm.v1 import inference_pb2
@@ -34,7 +34,7 @@ class TurnedAway:
         self._clock = clock
         self._counts: Counter[str] = Counter()
         # By key, when it was first refused, the oldest first. Keys are hashed: they may be long.
-        self._refused: dict[int, float] = {}
+        self._refused: OrderedDict[int, float] = OrderedDict()
 
     def refused(self, request: inference_pb2.GenerateRequest, tenant: str) -> None:
         """A request was refused."""
