@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
-from uellm_deployer import scaling
+from uellm_deployer import guard, reconcile, scaling
 
 from tests.integration.test_deployer import FAILED, MODEL, READY
 from tests.integration.test_deployer_scaling import AT_ONCE, OTHER, Loaded, workers
@@ -85,6 +85,32 @@ async def test_a_fault_in_placing_one_model_is_its_own(
 
     async def gone() -> bool:
         return OTHER not in await mesh.registry.deployments()
+
+    await eventually(gone)
+
+
+async def test_a_model_that_waits_for_another_try_is_taken_out_of_service_at_once(
+    mesh: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await mesh.add_deployer()
+    await mesh.add_worker("w1")
+    await want(mesh, MODEL, "helr")
+    await mesh.ready()
+
+    def faulty(*_: object) -> list[reconcile.Action]:
+        raise ArithmeticError("of deciding")
+
+    monkeypatch.setattr(reconcile, "decide", faulty)
+    monkeypatch.setattr(guard, "pause", lambda failures: 3600.0)
+
+    async def said() -> bool:
+        return "next try in 3600 s" in (await mesh.registry.deployments())[MODEL].status
+
+    await eventually(said)
+    await mesh.call("Undeploy", deployer_pb2.UndeployRequest(name=MODEL))
+
+    async def gone() -> bool:
+        return MODEL not in await mesh.registry.deployments()
 
     await eventually(gone)
 

@@ -340,7 +340,7 @@ class Deployer:
         if deployment is None:
             raise self._not_deployed(name, "name")
         await self._store.unwant(name)
-        deployment.ending = True
+        deployment.withdraw()
         self._wake()
 
     async def approve(self, name: str) -> topology_pb2.Deployment:

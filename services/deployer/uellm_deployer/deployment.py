@@ -143,6 +143,11 @@ class Deployment:
             for replica in self.replicas:
                 await self._drop(replica, "forms again, as it is wanted otherwise now")
 
+    def withdraw(self) -> None:
+        """Have it taken out of service, at once whatever failed before."""
+        self.ending = True
+        self.guard.retry()
+
     @property
     def movable(self) -> bool:
         """What serves may be placed anew.
