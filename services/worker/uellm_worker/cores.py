@@ -88,7 +88,7 @@ def _quota(group: Path) -> Iterator[Quota]:
             limit = (group / "cpu.cfs_quota_us").read_text()
             period = (group / "cpu.cfs_period_us").read_text()
         quota = Quota(float(limit) / float(period), float(period) / 1e6)
-    except (OSError, ValueError):  # "max" is no number, and no limit.
+    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number, and no limit.
         return
     if quota.cores > 0:
         yield quota

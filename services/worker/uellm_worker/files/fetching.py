@@ -98,7 +98,8 @@ class Fetcher:
             await self._get(entry, manifest, work, wanted)
             if WHOLE not in manifest.parts:
                 return
-            if adapters.digest(entry.directory) == wanted.ref.digest:
+            found = await asyncio.to_thread(adapters.digest, entry.directory)
+            if found == wanted.ref.digest:
                 return
             # With what it was said to consist of, or that would be believed the next time.
             await asyncio.to_thread(entry.remove)
