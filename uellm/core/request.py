@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from itertools import pairwise
 from math import isfinite
+from operator import ge, gt
 
 
 class Priority(IntEnum):
@@ -53,14 +53,15 @@ class QuantileFunction:
     __slots__ = ("__dict__", "levels", "values")
 
     def __init__(self, levels: Sequence[float], values: Sequence[float]) -> None:
+        # Copied first: of a message's own sequences each look at an element costs much more.
+        self.levels = levels = tuple(levels)
+        self.values = values = tuple(values)
         if len(levels) != len(values) or not levels:
             raise ValueError(f"{len(levels)} levels and {len(values)} values: equal, not 0")
-        if not levels[0] > 0 or not levels[-1] < 1 or any(a >= b for a, b in pairwise(levels)):
+        if not levels[0] > 0 or not levels[-1] < 1 or any(map(ge, levels, levels[1:])):
             raise ValueError("levels must ascend strictly within (0, 1)")
-        if any(a > b for a, b in pairwise(values)) or not all(map(isfinite, values)):
+        if any(map(gt, values, values[1:])) or not all(map(isfinite, values)):
             raise ValueError("values must be finite and must not descend")
-        self.levels = tuple(levels)
-        self.values = tuple(values)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, QuantileFunction):
