@@ -619,6 +619,9 @@ async def test_a_burst_takes_few_connections_and_a_server_may_forget_its_scripts
     await asyncio.gather(*(gateway.stub.Cancel(CancelRequest(request_id=i)) for i in ids))
     for collected in await asyncio.gather(*reading):
         assert collected.finished.reason == common_pb2.FINISH_REASON_CANCELLED
+    await redis.script_flush()
+    (alone,) = (await gateway.stub.Submit(submit)).request_ids
+    assert (await gateway.stub.Get(GetRequest(request_id=alone))).request_id == alone
 
 
 async def test_an_answer_that_redis_lost_is_not_found(
