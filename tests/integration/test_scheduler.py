@@ -104,6 +104,35 @@ async def test_a_promise_that_did_not_reach_redis_is_given_again(
     assert failed
 
 
+async def test_an_end_is_heard_of_that_came_while_redis_was_out_of_reach(
+    mesh: Mesh, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its promise would be open for ever, and taken for broken."""
+    promise = SchedulerQueue.promise
+    answered: list[queue_pb2.BatchEntry] = []
+
+    async def away_once(self: SchedulerQueue, token: int, promises: Any) -> None:
+        await promise(self, token, promises)
+        if answered:
+            await mesh.finish("r0", answered.pop())
+            raise RedisConnectionError("away")
+
+    monkeypatch.setattr(SchedulerQueue, "promise", away_once)
+    await mesh.deploy("r0", slots=2)
+    async with scheduler(redis_url):
+        await mesh.accept()
+        answered += await mesh.received("r0", 1)
+        await mesh.accept()
+
+        async def said() -> OfferedLoad | None:
+            load = await mesh.gateway.offered()
+            return load if load is not None and load.answered_per_second else None
+
+        load = await eventually(said, timeout=10.0)
+    assert load.answered_per_second * load.window_seconds == pytest.approx(1.0)
+    assert not answered
+
+
 async def test_a_promise_that_no_longer_holds_is_revised(mesh: Mesh, redis_url: str) -> None:
     await mesh.deploy("r0", slots=1, step_seconds=0.5)
     async with scheduler(redis_url, lookahead_requests=0):
@@ -672,7 +701,8 @@ async def test_a_conversation_goes_on_where_its_beginning_is_cached(
     await mesh.deploy("r0", "r1", slots=8, step_seconds=0.01)
     conversations = [list(range(i * 1000, i * 1000 + 300)) for i in range(6)]
     homes: dict[int, str] = {}
-    async with scheduler(redis_url, policy="cslo-odbs"):
+    # Those that are left running say nothing: their leases have to outlast the test.
+    async with scheduler(redis_url, policy="cslo-odbs", lease_seconds=60.0):
 
         async def ask(number: int, prompt: list[int]) -> str:
             request_id = await mesh.accept(prompt=prompt)

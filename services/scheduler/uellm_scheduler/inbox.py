@@ -27,17 +27,30 @@ class Heard:
 class Inbox:
     """Two readers fill it; the owner's one loop empties it, so that only that changes the book.
 
+    Args:
+        queue: the model's.
+        consumer: the owner's name.
+        place: of the completions that the book is current to.
+        before: the same owner's until it lost touch with Redis. What ended since it was last
+            emptied is heard of here: promises are judged by it, though the book needs none of it.
+
     Attributes:
         routed: a replica was routed anew since the owner last looked.
     """
 
-    def __init__(self, queue: SchedulerQueue, consumer: str, place: str) -> None:
+    def __init__(
+        self, queue: SchedulerQueue, consumer: str, place: str, before: "Inbox | None" = None
+    ) -> None:
         self.routed = True
         self._queue = queue
         self._consumer = consumer
         self._place = place
         self._queued: list[QueuedEntry] = []
         self._ended: list[queue_pb2.CompletionEvent] = []
+        if before is not None:
+            self._ended = before._ended
+            # A Redis that lost its data begins anew.
+            self._place = min(before._place, place, key=_order)
         self._something = asyncio.Event()
         self._something.set()
 
@@ -88,3 +101,8 @@ class Inbox:
             ended.append(Ended(event, ticket.view.slo if ticket is not None else None))
             book.end(event.request_id)
         return Heard(views, ended)
+
+
+def _order(place: str) -> tuple[int, ...]:
+    """Of places in a stream: milliseconds, and a number among those of the same."""
+    return tuple(map(int, place.split("-")))

@@ -140,7 +140,7 @@ class ModelScheduler:
         self._decide_by(await self._queue.policy())
         await self._keeping.load()
         book = self.book
-        inbox = self._inbox = Inbox(self._queue, consumer, place)
+        inbox = self._inbox = Inbox(self._queue, consumer, place, self._inbox)
         term = await self._queue.term()
         effects = Effects(
             self._queue,
