@@ -105,6 +105,12 @@ def test_who_seems_too_slow_to_read_anything_tries_in_the_end() -> None:
     assert not next_turn([Asked(NOW + 0.03, 28.0)] * 100, Pace(), NOW).hopeless
 
 
+def test_who_comes_too_late_for_any_pace_does_not_make_it_doubted() -> None:
+    late, short = Asked(NOW + MARGIN_SECONDS, 50.0), Asked(NOW + MARGIN_SECONDS + 0.002, 50.0)
+    assert not next_turn([late], Pace(), NOW).hopeless
+    assert next_turn([late, short], Pace(), NOW).hopeless
+
+
 def test_blank_prompts_are_not_read_and_long_ones_in_part() -> None:
     assert effort_of("") == effort_of(" \n") == 0.0
     assert 0 < effort_of("a") < effort_of("a" * 400) < effort_of("a" * 200_000)

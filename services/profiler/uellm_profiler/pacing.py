@@ -92,7 +92,8 @@ class Turn:
         refused: cannot be answered in time.
         hurried: are answered from words, or from what was read of them before.
         read: are read with care, after those.
-        hopeless: none of those that were not read before could be read in time if it were alone.
+        hopeless: there is time, and yet none of those that were not read before could be read in
+            time if it were alone.
     """
 
     refused: Sequence[int]
@@ -130,7 +131,8 @@ def next_turn(asked: Sequence[Asked], pace: Pace, now: float) -> Turn:
             deferred += 1
         else:
             answered.append(i)
-    unread = [each for each in asked if each.effort]
+    # Who comes too late for any pace says nothing of it.
+    unread = [each for each in asked if each.effort and _latest(each) > now]
     hopeless = bool(unread) and all(now + pace.reading(e.effort) > _latest(e) for e in unread)
     return Turn(refused, answered, [] if deferred else read, hopeless)
 
