@@ -21,6 +21,7 @@ from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
 OTHER = "org/other"
 ADD, REMOVE = topology_pb2.CHANGE_KIND_ADD, topology_pb2.CHANGE_KIND_REMOVE
 DONE, PROPOSED = topology_pb2.CHANGE_STATE_DONE, topology_pb2.CHANGE_STATE_PROPOSED
+UNDER_WAY = topology_pb2.CHANGE_STATE_UNDER_WAY
 AT_ONCE: dict[str, Any] = {
     "probe_seconds": 0.0,
     "replan_seconds": 0.1,
@@ -58,10 +59,12 @@ class Loaded(Mesh):
         await self.call("Apply", deployer_pb2.ApplyRequest(deployment=request))
 
     async def serving(self, name: str, copies: int) -> topology_pb2.Deployment | None:
-        """A deployment once so many copies serve and nothing else is there."""
+        """A deployment once so many copies serve, nothing else is there and no change is left."""
         await self.say()
         found = (await self.registry.deployments()).get(name)
-        states = [replica.state for replica in found.replicas] if found else []
+        if found is None or UNDER_WAY in [change.state for change in found.changes]:
+            return None
+        states = [replica.state for replica in found.replicas]
         return found if states == [READY] * copies else None
 
     async def until(self, name: str, copies: int) -> topology_pb2.Deployment:
