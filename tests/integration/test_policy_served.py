@@ -7,7 +7,7 @@ import pytest
 from uellm_worker import policy as policy_watch
 
 from tests.support.scheduling import Mesh
-from tests.support.serving import MODEL, STEP_SECONDS, ask, ended, serving, started
+from tests.support.serving import MODEL, ask, ended, serving, started
 from uellm.streams.messages import Record
 from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.v1.common_pb2 import ModelPolicy
@@ -66,11 +66,11 @@ async def test_a_policy_that_is_chosen_meanwhile_reaches_who_runs_and_who_waits(
 async def test_who_wants_no_late_answer_is_told_though_it_was_sent_ahead(
     mesh: Mesh, redis_url: str, tmp_path: Path
 ) -> None:
-    async with serving(mesh, redis_url, tmp_path / "m", "cslo-odbs"):
-        # It has no time to give way.
-        running = await ask(mesh, 200, deadline=200 * STEP_SECONDS * 1.5)
+    async with serving(mesh, redis_url, tmp_path / "m", "fcfs"):
+        # It is expected to end soon, and does not.
+        running = await ask(mesh, 400, output=20)
         await started(mesh, running)
-        hopeful = await ask(mesh, 40, deadline=1.0, refusable=True)
+        hopeful = await ask(mesh, 40, deadline=1.6, refusable=True)
         late = await ended(mesh, hopeful)
         assert late.state == "EXPIRED"
         assert (late.tokens, late.attempts) == (0, 1)

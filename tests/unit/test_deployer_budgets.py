@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 from uellm_deployer.adoption import planned_of
+from uellm_deployer.assigning import assignments
 from uellm_deployer.budgets import devices_for
 from uellm_deployer.catalog import checked, parse_model, resolve
-from uellm_deployer.planning import NOTHING, assignments, better, plan
+from uellm_deployer.planning import NOTHING, better, plan
 from uellm_deployer.replica import Phase, Replica
 from uellm_deployer.settings import DeployerSettings
 from uellm_deployer.workers import Worker

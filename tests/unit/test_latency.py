@@ -160,3 +160,18 @@ def test_whatever_is_observed_costs_stay_finite_and_not_negative(
     values = (cost.overhead, cost.weights, cost.per_token, cost.per_context, cost.per_pair)
     assert all(0 <= value < float("inf") for value in values)
     assert cost.knee >= 1
+
+
+@pytest.mark.parametrize("prior", [RTX3090, StepCost(0.0, 0.010, 0.0001)])
+def test_a_short_prompt_that_was_slow_says_nothing_of_long_ones(prior: StepCost) -> None:
+    model = LatencyModel(prior)
+    usual = prior.seconds(1, 10)
+    model.observe(3, 0, chunk_pairs(0, 3), 1.5 * usual)
+    for done in range(40):
+        model.observe(1, 4 + done, 0, usual)
+    long = model.cost.seconds(400, 0, chunk_pairs(0, 400))
+    assert long == pytest.approx(prior.seconds(400, 0, chunk_pairs(0, 400)), rel=0.5)
+    # But several do.
+    for _ in range(100):
+        model.observe(400, 0, chunk_pairs(0, 400), 3 * long)
+    assert model.cost.seconds(400, 0, chunk_pairs(0, 400)) == pytest.approx(3 * long, rel=0.1)

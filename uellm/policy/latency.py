@@ -24,6 +24,11 @@ PRIOR_WEIGHT = 1.0
 """How many of all observations the prior counts as."""
 LEAST_PRIOR_SHARE = 1e-6
 """What it counts in the end: it still settles what the steps do not tell."""
+FEW_STEPS = 8
+"""So many steps, if a part of the cost is felt in no more of them, may all have been slow for
+another reason, such as that they were the first ones."""
+LITTLE = 0.05
+"""Of a step: a part of the cost that the prior expects to be less is not felt."""
 _ROUNDS = 4
 _LATER_ROUNDS = 2
 """A fit begins with the one before it."""
@@ -106,7 +111,9 @@ class LatencyModel:
             rounds = _ROUNDS if self._seen < REFIT_STEPS else _LATER_ROUNDS
             start = np.array(astuple(self._cost))
             share = max(PRIOR_WEIGHT / self._seen, LEAST_PRIOR_SHARE)
-            self._cost = StepCost(*_fit(self._facts(), start, self._prior, share, rounds))
+            self._cost = StepCost(
+                *_fit(self._facts(), start, self._prior, share, rounds, FEW_STEPS)
+            )
 
     def _facts(self) -> Floats:
         """The observations as rows of tokens, context, pairs, seconds, weight."""
@@ -132,8 +139,19 @@ def fit_cost(steps: Sequence[tuple[float, float, float, float]], start: StepCost
     return StepCost(*found.tolist())
 
 
-def _fit(facts: Floats, start: Floats, prior: Floats, share: float, rounds: int) -> list[float]:
-    """Coefficients of a ``StepCost``, in its order; the prior counts for so much of the facts."""
+def _fit(
+    facts: Floats, start: Floats, prior: Floats, share: float, rounds: int, few: int = 0
+) -> list[float]:
+    """Coefficients of a ``StepCost``, in its order.
+
+    Args:
+        facts: rows of tokens, context, pairs, seconds, weight.
+        start: where to begin.
+        prior: what counts for ``share`` of the facts.
+        share: see there.
+        rounds: of alternation.
+        few: so many steps are not believed against the prior; see ``_unfelt``.
+    """
     tokens, context, pairs, seconds, age = facts.T
     overhead, weights, per_token, per_context, per_pair = prior
     guess = overhead + np.maximum(weights, per_token * tokens)
@@ -153,7 +171,7 @@ def _fit(facts: Floats, start: Floats, prior: Floats, share: float, rounds: int)
         # The first fit knows nothing yet: outliers of a wrong model are no outliers.
         scale = _HUBER * max(1.4826 * float(np.median(error)), _LEAST_SCALE)
         weight = age * np.minimum(1.0, scale / np.maximum(error, 1e-12))
-        found = _non_negative(rows, weight, prior, share)
+        found = _non_negative(rows, weight, prior, share, _unfelt(rows, prior, few))
         # What the steps do not tell must not contradict them.
         if streaming.all():
             found[2] = min(found[2], found[1] / tokens.max())
@@ -162,11 +180,26 @@ def _fit(facts: Floats, start: Floats, prior: Floats, share: float, rounds: int)
     return [float(value) for value in found]
 
 
-def _non_negative(rows: Floats, weight: Floats, prior: Floats, share: float) -> Floats:
+def _unfelt(rows: Floats, prior: Floats, few: int) -> npt.NDArray[np.bool_]:
+    """Coefficients that too few rows tell of to be believed against the prior.
+
+    What a short prompt took beyond its share says nothing of what the square of a long one's length
+    takes: that it does would be an extrapolation by orders of magnitude.
+    """
+    told = rows**2
+    several = told.sum(axis=0) ** 2 > few * (told**2).sum(axis=0)
+    return np.asarray(~several & ((rows * prior).max(axis=0) < LITTLE))
+
+
+def _non_negative(
+    rows: Floats, weight: Floats, prior: Floats, share: float, unfelt: npt.NDArray[np.bool_]
+) -> Floats:
     """Weighted least squares of ``rows @ x = 1``, with x >= 0 and drawn a little to the prior.
 
-    What the rows say nothing of keeps its prior.
+    What the rows say nothing of, or too little, keeps its prior.
     """
+    target = 1.0 - rows[:, unfelt] @ prior[unfelt]
+    rows = np.where(unfelt, 0.0, rows)
     weighted = rows * weight[:, None]
     gram = weighted.T @ rows
     own = np.diag(gram).copy()
@@ -174,7 +207,7 @@ def _non_negative(rows: Floats, weight: Floats, prior: Floats, share: float) -> 
     # In units of what a coefficient contributes: a prior that is off by orders hardly counts.
     ridge = np.where(silent, 1.0, own * share)
     gram += np.diag(ridge)
-    right = weighted.sum(axis=0) + ridge * prior
+    right = weighted.T @ target + ridge * prior
     scale = 1.0 / np.sqrt(np.diag(gram))
     gram = gram * scale[:, None] * scale[None, :]
     right = right * scale
