@@ -46,3 +46,17 @@ def test_the_latest_step_is_shown_until_its_replica_is_gone() -> None:
     found.forget(["m-1"])
     assert found.latest("m-0") == ()
     assert found.ratio("never", 0.0) == 0.0
+
+
+def test_what_a_quota_lets_through_says_nothing_of_more_layers() -> None:
+    found = StageTimes()
+    for step in range(60):
+        steps = [
+            StageTime("a", "", 0.01, 0.004, throttled=True),
+            StageTime("b", "", 0.01, 0.02, throttled=True),
+        ]
+        found.see("r", steps, float(step))
+    assert found.slowdowns(59.0)["a"] == 1.0
+    assert found.slowdowns(59.0)["b"] == pytest.approx(2.0, rel=0.01)
+    # It is shown as it was.
+    assert found.latest("r")[0].took == 0.004

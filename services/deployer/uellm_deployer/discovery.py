@@ -361,8 +361,9 @@ class Discovery:
             key = BlockKey(device.host, device.name, assignment.model.digest, assignment.dtype)
             known = self._measurements.block(key)
             kind = "" if known is not None or device.flops_per_second else device.name or "unknown"
-            times.append(StageTime(device.id, kind, expected, took.decode_seconds))
-            await self._measurements.see(key, took.decode_seconds / expected, self._now())
+            throttled = known is not None and known.share < 1
+            times.append(StageTime(device.id, kind, expected, took.decode_seconds, throttled))
+            await self._measurements.see(key, times[-1].ratio, self._now())
         self.times.see(replica.id, times, time.monotonic())
 
     def _live(self) -> list[Worker]:

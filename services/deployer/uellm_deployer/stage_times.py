@@ -20,12 +20,21 @@ class StageTime:
         kind: devices of which what is predicted errs alike; "" where it is not to err.
         predicted: seconds, at the device's nominal speed.
         took: seconds.
+        throttled: a quota holds the device back where it always computes. Steps that it lets
+            through say nothing of more layers: those that took less than predicted count as that.
     """
 
     device_id: str
     kind: str
     predicted: float
     took: float
+    throttled: bool = False
+
+    @property
+    def ratio(self) -> float:
+        """What is learnt of it: what was taken in units of what was predicted."""
+        ratio = self.took / self.predicted
+        return max(ratio, 1.0) if self.throttled else ratio
 
 
 class StageTimes:
@@ -43,7 +52,7 @@ class StageTimes:
             if not (stage.predicted and _LEAST <= stage.took / stage.predicted <= _MOST):
                 continue
             held, _ = self._ratios.get(stage.device_id, (1.0, now))
-            ratio = held + LIVE_WEIGHT * (stage.took / stage.predicted - held)
+            ratio = held + LIVE_WEIGHT * (stage.ratio - held)
             self._ratios[stage.device_id] = (ratio, now)
             self._kinds[stage.device_id] = stage.kind
 
