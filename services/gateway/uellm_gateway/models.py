@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from uellm import convert
-from uellm.core.errors import ModelFilesError
+from uellm.core.errors import ModelFilesError, UnavailableError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger
 from uellm.models.files import TEXT, resolve_ref
@@ -19,6 +19,8 @@ from uellm.v1 import common_pb2, topology_pb2
 from uellm_gateway.validation import unknown_model
 
 POLL_SECONDS = 0.5
+UNREAD_SECONDS = 10.0
+"""A request waits so long for a model to be read that it is one of the first to ask for."""
 RETRY_LOAD_SECONDS = 2.0
 _log = logger("models")
 
@@ -153,6 +155,7 @@ class ModelView:
 
         Raises:
             NotFoundError: if it is not served, listing those that are.
+            UnavailableError: if what it takes is not known in time.
         """
         asked_at = time.monotonic()
         if name not in self._models:
@@ -162,7 +165,19 @@ class ModelView:
                     await self.refresh()
         if name not in self._models:
             raise unknown_model(name, self._models)
+        if not self._models[name].context_tokens:
+            await self._read(name, asked_at + UNREAD_SECONDS)
         return self._models[name]
+
+    async def _read(self, name: str, until: float) -> None:
+        """Wait until the deployer has read a model that is wanted since a moment ago."""
+        while name in self._models and not self._models[name].context_tokens:
+            if time.monotonic() >= until:
+                raise UnavailableError(f"model: {name} has not been read yet; try again")
+            await asyncio.sleep(POLL_SECONDS)
+            await self.refresh()
+        if name not in self._models:
+            raise unknown_model(name, self._models)
 
     async def text(self, model: ServedModel) -> ModelText:
         """A model's tokenizer, waiting for it to be loaded.
