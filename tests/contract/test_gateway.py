@@ -29,7 +29,8 @@ from uellm.rpc import error_from
 from uellm.streams.connection import UNREACHABLE, connect
 from uellm.streams.gateway_queue import GatewayQueue
 from uellm.streams.messages import Door, Limits, NewRequest
-from uellm.v1 import common_pb2, inference_pb2, queue_pb2
+from uellm.streams.registry import Registry
+from uellm.v1 import common_pb2, inference_pb2, queue_pb2, topology_pb2
 from uellm.v1.inference_pb2 import (
     CancelRequest,
     Chat,
@@ -694,3 +695,18 @@ async def test_what_redis_did_not_confirm_is_not_accepted_and_does_not_run(
             await eventually(lambda: _unfinished(driver, load, 1))
             assert await client.xlen(driver.leader.keys.requests) == 1
         await client.aclose()
+
+
+async def test_a_request_waits_for_a_model_that_is_wanted_but_not_read_yet(
+    redis: Redis, redis_url: str, tmp_path: Path
+) -> None:
+    new = MeshDriver(redis, tmp_path / "new", "new")
+    ref = common_pb2.ModelRef(name="new", source=str(new.directory))
+    await Registry(redis).publish(topology_pb2.Deployment(name="new", model=ref))
+    async with running_gateway(redis_url) as gateway:
+        asked = SubmitRequest(request=request(model="new"))
+        submitted = asyncio.ensure_future(gateway.stub.Submit(asked, timeout=30))
+        done, _ = await asyncio.wait([submitted], timeout=0.2)
+        assert not done
+        await new.deploy()
+        assert len((await submitted).request_ids) == 1
