@@ -173,9 +173,9 @@ class ModelView:
         """Wait until the deployer has read a model that is wanted since a moment ago."""
         while name in self._models and not self._models[name].context_tokens:
             if time.monotonic() >= until:
-                raise UnavailableError(f"model: {name} has not been read yet; try again")
-            await asyncio.sleep(POLL_SECONDS)
-            await self.refresh()
+                why = self._models[name].deployment.status or "try again"
+                raise UnavailableError(f"model: {name} has not been read yet: {why}")
+            await asyncio.sleep(POLL_SECONDS)  # `poll` looks as often, once for all who wait.
         if name not in self._models:
             raise unknown_model(name, self._models)
 
