@@ -26,9 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import uellm.demo
+from benchmarks.costs import cpu_seconds, medians, spent, split_costs
 from benchmarks.load import closed_loop, poisson, wait_ready
 from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import MeshOptions, ModelSource
@@ -54,26 +53,6 @@ class Settings:
     latency_seconds: float
 
 
-def cpu_seconds(mesh: Mesh) -> dict[str, float]:
-    """CPU time that each service has used so far, its child processes counted apart."""
-    used: dict[str, float] = {}
-    pids = mesh.pids()
-    if mesh.redis_pid is not None:
-        pids["redis"] = mesh.redis_pid
-    for name, pid in pids.items():
-        process = psutil.Process(pid)
-        used[name] = _time_of(process)
-        children = process.children(recursive=True)
-        if children:
-            used[f"{name} engine"] = sum(_time_of(child) for child in children)
-    return used
-
-
-def _time_of(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return times.user + times.system
-
-
 def percentile(values: list[float], share: float) -> float:
     """The value that ``share`` of ``values`` are at most."""
     ordered = sorted(values)
@@ -82,10 +61,10 @@ def percentile(values: list[float], share: float) -> float:
 
 async def measure_cost(mesh: Mesh, settings: Settings) -> dict[str, Any]:
     """CPU per request and per token of each service, and the rates reached."""
-    costs: dict[str, dict[int, list[float]]] = {}
+    costs: dict[int, list[dict[str, float]]] = {1: [], settings.tokens: []}
     rates: dict[int, list[float]] = {1: [], settings.tokens: []}
     for _ in range(settings.repeats):
-        for tokens in (1, settings.tokens):
+        for tokens, runs in costs.items():
             before = cpu_seconds(mesh)
             load = await closed_loop(
                 mesh.address,
@@ -94,22 +73,11 @@ async def measure_cost(mesh: Mesh, settings: Settings) -> dict[str, Any]:
                 concurrency=settings.concurrency,
                 tokens=tokens,
             )
-            after = cpu_seconds(mesh)
+            used = spent(before, cpu_seconds(mesh))
             rates[tokens].append(settings.requests / load.seconds)
-            for name, value in after.items():
-                spent = (value - before.get(name, 0.0)) / settings.requests
-                costs.setdefault(name, {}).setdefault(tokens, []).append(spent)
-    services = {}
-    for name, by_tokens in costs.items():
-        one = statistics.median(by_tokens[1])
-        many = statistics.median(by_tokens[settings.tokens])
-        per_token = max(many - one, 0.0) / (settings.tokens - 1)
-        services[name] = {
-            "us_per_request": round((one - per_token) * 1e6, 1),
-            "us_per_token": round(per_token * 1e6, 2),
-        }
+            runs.append({name: each / settings.requests for name, each in used.items()})
     return {
-        "services": services,
+        "services": split_costs(costs[1], costs[settings.tokens], settings.tokens),
         "requests_per_second_1_token": round(statistics.median(rates[1]), 1),
         "tokens_per_second": round(statistics.median(rates[settings.tokens]) * settings.tokens, 1),
     }
@@ -135,7 +103,7 @@ async def measure_streaming(
     mesh: Mesh, settings: Settings, per_request: dict[str, float]
 ) -> dict[str, float]:
     """CPU µs per token of each service when every step is a real engine's length."""
-    spent: dict[str, list[float]] = {}
+    runs: list[dict[str, float]] = []
     tokens = settings.concurrency * settings.tokens
     for _ in range(settings.repeats):
         before = cpu_seconds(mesh)
@@ -146,11 +114,10 @@ async def measure_streaming(
             concurrency=settings.concurrency,
             tokens=settings.tokens,
         )
-        for name, value in cpu_seconds(mesh).items():
-            used = (value - before.get(name, 0.0)) * 1e6
-            used -= settings.concurrency * per_request.get(name, 0.0)
-            spent.setdefault(name, []).append(used / tokens)
-    return {name: round(statistics.median(values), 2) for name, values in spent.items()}
+        used = spent(before, cpu_seconds(mesh))
+        requests = {name: settings.concurrency * per_request.get(name, 0.0) for name in used}
+        runs.append({name: (1e6 * used[name] - requests[name]) / tokens for name in used})
+    return {name: round(value, 2) for name, value in medians(runs).items()}
 
 
 @asynccontextmanager
@@ -179,7 +146,8 @@ async def run(settings: Settings) -> dict[str, Any]:
     async with warm_mesh(STEP_SECONDS) as mesh:
         streaming = await measure_streaming(mesh, settings, per_request)
     for name, value in streaming.items():
-        cost["services"][name]["us_per_streamed_token"] = value
+        nothing = {"us_per_request": 0.0, "us_per_token": 0.0}
+        cost["services"].setdefault(name, nothing)["us_per_streamed_token"] = value
     gateway = cost["services"]["gateway-1"]
     reached = {
         "gateway_us_per_request": gateway["us_per_request"],
@@ -205,7 +173,7 @@ def show(result: dict[str, Any]) -> None:
     for name, cost in sorted(result["services"].items()):
         print(
             f"{name:<22}{cost['us_per_request']:>12}{cost['us_per_token']:>10}"
-            f"{cost['us_per_streamed_token']:>20}"
+            f"{cost.get('us_per_streamed_token', 0.0):>20}"
         )
     print(
         f"saturated: {result['requests_per_second_1_token']} requests/s of one token, "

@@ -27,9 +27,9 @@ from typing import Any
 
 import psutil
 
+from benchmarks.costs import cpu_seconds, spent
 from benchmarks.crowd import Asking, Crowd, Told, crowd
 from benchmarks.load import wait_ready
-from benchmarks.mesh import cpu_seconds
 from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import DEMO_MODEL, MeshOptions, ModelSource
 from uellm.v1 import common_pb2
@@ -165,10 +165,7 @@ async def measure(factor: float, seconds: float, policy: str, processes: int) ->
             told, grown = await asyncio.gather(
                 clients.ask(asking(factor, seconds, seed=3)), growth(mesh, seconds)
             )
-            busy = {
-                name: (now - used.get(name, 0.0)) / seconds
-                for name, now in cpu_seconds(mesh).items()
-            }
+            busy = {name: each / seconds for name, each in spent(used, cpu_seconds(mesh)).items()}
     over = summarise(told, seconds)
     reached = {
         "goodput_of_peak": over["goodput_per_second"] / best,

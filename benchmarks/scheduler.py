@@ -22,8 +22,9 @@ from typing import Any
 
 from uellm_gateway.batching import BatchedScripts
 
+from benchmarks.costs import cpu_seconds, medians, spent
 from benchmarks.load import closed_loop
-from benchmarks.mesh import MODEL, cpu_seconds, warm_mesh
+from benchmarks.mesh import MODEL, warm_mesh
 from uellm.mesh.mesh import Mesh
 from uellm.streams.connection import RedisClient, connect
 from uellm.streams.gateway_queue import GatewayQueue
@@ -86,10 +87,10 @@ async def feed(mesh: Mesh, requests: int, waiting: int) -> dict[str, Any]:
             raise RuntimeError(f"not accepted: {next(r for r in results if r.status != 'ok')}")
     while await unfinished(queue, redis):  # noqa: ASYNC110 - Redis tells nobody
         await asyncio.sleep(POLL_SECONDS)
-    seconds, after = time.perf_counter() - began, cpu_seconds(mesh)
+    seconds, used = time.perf_counter() - began, spent(before, cpu_seconds(mesh))
     await redis.aclose()
-    spent = {name: (after[name] - before.get(name, 0.0)) / requests for name in after}
-    return {"requests_per_second": requests / seconds, "seconds": spent}
+    each = {name: value / requests for name, value in used.items()}
+    return {"requests_per_second": requests / seconds, "seconds": each}
 
 
 async def measure(requests: int, waiting: int, repeats: int) -> dict[str, Any]:
@@ -97,8 +98,8 @@ async def measure(requests: int, waiting: int, repeats: int) -> dict[str, Any]:
     async with warm_mesh(0.0) as mesh:
         runs = [await feed(mesh, requests, waiting) for _ in range(repeats)]
     services = {
-        name: round(1e6 * statistics.median(run["seconds"][name] for run in runs), 1)
-        for name in runs[0]["seconds"]
+        name: round(1e6 * seconds, 1)
+        for name, seconds in medians([run["seconds"] for run in runs]).items()
     }
     rate = statistics.median(run["requests_per_second"] for run in runs)
     return {
@@ -124,8 +125,8 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result, indent=2))
         return
-    for name, spent in sorted(result["us_per_request"].items()):
-        print(f"{name:<22}{spent:>10} µs of CPU a request")
+    for name, used in sorted(result["us_per_request"].items()):
+        print(f"{name:<22}{used:>10} µs of CPU a request")
     goal = result["goals"]["requests_per_second"]
     verdict = "met" if goal["met"] else "missed"
     print(f"{goal['reached']} requests/s (goal {goal['goal']}): {verdict}")
