@@ -40,7 +40,12 @@ def test_every_checkable_answer_is_right(demo: dict[str, Any]) -> None:
 
 
 def test_shards_are_on_both_workers(demo: dict[str, Any]) -> None:
-    assert {row["layers"] for row in demo["rows"]} == {"w1:0-3 w2:4-7"}
+    """How many each holds depends on how fast it was measured to be; together each layer once."""
+    for layers in {row["layers"] for row in demo["rows"]}:
+        stages = dict(stage.split(":") for stage in layers.split())
+        assert set(stages) == {"w1", "w2"}
+        spans = [tuple(map(int, span.split("-"))) for span in stages.values()]
+        assert [layer for first, last in spans for layer in range(first, last + 1)] == [*range(8)]
 
 
 def test_every_row_has_its_promise_and_its_end(demo: dict[str, Any]) -> None:
