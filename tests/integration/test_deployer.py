@@ -302,6 +302,17 @@ async def test_a_worker_lost_while_it_loads_is_done_without(pair: Mesh) -> None:
     assert layers(deployment) == [("w1/cpu:0", 0, 5)]
 
 
+async def test_a_place_may_be_looked_for_as_long_as_it_takes(pair: Mesh) -> None:
+    stays_there, goes = pair.workers["w1"], pair.workers["w2"]
+    stays_there.files.share = 0.5
+    await pair.apply(stages=2)
+    before = (await pair.ready()).replicas[0].epoch
+    stays_there.files.hold.clear()  # Asked before every plan; waited for longer than a round.
+    await goes.stop()
+    deployment = await pair.ready(above=before)
+    assert layers(deployment) == [("w1/cpu:0", 0, 5)]
+
+
 async def test_a_stale_generation_is_left_behind(pair: Mesh) -> None:
     pair.workers["w1"].fence(REPLICA, 7)
     await pair.apply(stages=2)

@@ -30,18 +30,22 @@ class RecordingFiles(files_pb2_grpc.FilesServiceServicer):
         share: of every model, from 0 to 1.
         parts: of every model, where it has not all.
         asked: digests and what was shown, of every call.
+        hold: FindFiles waits while this is cleared.
     """
 
     def __init__(self) -> None:
         self.share = 1.0
         self.parts: list[str] = []
         self.asked: list[tuple[str, str]] = []
+        self.hold = asyncio.Event()
+        self.hold.set()
 
     async def FindFiles(
         self, request: files_pb2.FindFilesRequest, context: Any
     ) -> files_pb2.FindFilesResponse:
         shown = dict(context.invocation_metadata()).get("authorization", "")
         self.asked.append((request.model.digest, shown))
+        await self.hold.wait()
         return files_pb2.FindFilesResponse(
             whole=self.share == 1, held_bytes=round(1000 * self.share), held_parts=self.parts
         )

@@ -58,6 +58,7 @@ def replica(phase: Phase, *workers: str, index: int = 0, epoch: int = 5, **facts
         index=index,
         phase=phase,
         epoch=epoch,
+        assigned=phase is Phase.FORMING,
         assignments=tuple(
             topology_pb2.ShardAssignment(
                 replica=f"m-{index}",
@@ -179,8 +180,13 @@ def test_a_lost_replica_waits_while_only_others_devices_are_there() -> None:
 def test_forming_is_given_up_when_a_worker_is_lost() -> None:
     forming = replica(Phase.FORMING, "a", "b")
     assert one(Wanted(1, 2), [forming], worker("a"), worker("b")) is None
-    for other in (worker("c"), worker("b", unreachable=True), worker("b", incarnation=2)):
+    others = worker("c"), worker("b", unreachable=True), worker("b", incarnation=2)
+    for other in others:
         assert isinstance(one(Wanted(1, 2), [forming], worker("a"), other), Abort)
+    # While its place is looked for, those of the place before are nothing to it.
+    forming.assigned = False
+    for other in others:
+        assert one(Wanted(1, 2), [forming], worker("a"), other) is None
 
 
 def test_a_small_replica_grows_only_when_nothing_runs_and_devices_are_there() -> None:

@@ -91,6 +91,8 @@ async def form(
     except UNREACHABLE as error:
         # Nothing is known to have changed; the workers' stages are found again by generation.
         _note_failure(deployment, replica, UellmError(f"Redis does not answer ({error})"))
+    finally:
+        replica.assigned = False
     tools.wake()
 
 
@@ -158,6 +160,7 @@ async def _bring_up(
     replica.incarnations = {
         name: workers[name].incarnation for name in (worker_of(stage) for stage in after)
     }
+    replica.assigned = True
     replica.message, replica.failed = "loading 0 %", False
     deployment.profile = planned.profile
     _log.info("forms", replica=replica.id, generation=generation, plan=planned.plan.explanation)

@@ -130,7 +130,7 @@ def decide(wanted: Wanted, replicas: Sequence[Replica], situation: Situation) ->
             lost = loss(replica, situation)
             actions += [lost] if lost is not None else []
         elif replica.phase is Phase.FORMING:
-            gone = _gone(replica, situation)
+            gone = _gone(replica, situation) if replica.assigned else ""
             actions += [Abort(replica.id, gone)] if gone else []
         else:
             actions.append(_begin(wanted, replica, replicas, situation))

@@ -38,6 +38,7 @@ class Replica:
         phase: what is being done about it.
         epoch: the generation that is routed to; 0: none yet.
         assignments: its stages in order, of the generation that serves, forms or served last.
+        assigned: FORMING, and they are of the generation that forms: its place is chosen.
         planned: the same as planned.
         fence: a generation that a worker is known to hold; a new one is above it.
         incarnations: of the workers when it became READY; empty if that was before this deployer.
@@ -58,6 +59,7 @@ class Replica:
     phase: Phase = Phase.IDLE
     epoch: int = 0
     assignments: tuple[topology_pb2.ShardAssignment, ...] = ()
+    assigned: bool = False
     planned: PlannedReplica | None = None
     fence: int = 0
     incarnations: dict[str, int] = field(default_factory=dict)
