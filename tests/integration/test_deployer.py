@@ -591,6 +591,37 @@ async def test_models_of_the_settings_are_served_from_the_start(mesh: Mesh) -> N
     assert layers(await mesh.ready()) == BOTH
 
 
+async def test_what_was_wanted_since_outlives_settings_that_say_the_same(
+    mesh: Mesh, tmp_path: Path
+) -> None:
+    told = {"models": (f"{MODEL}={mesh.source}",), "slots": 4, "max_tokens": 64}
+
+    async def restart(**changed: Any) -> None:
+        await mesh.stop_deployer(len(mesh.addresses) - 1)
+        await mesh.add_deployer(**(told | changed))
+        await mesh.workers["w1"].turn_to(mesh.addresses[-1:])
+
+    await mesh.add_deployer(**told)
+    await mesh.add_worker("w1")
+    epoch = (await mesh.ready()).replicas[0].epoch
+    await mesh.apply(slots=2)
+    epoch = (await mesh.ready(above=epoch)).replicas[0].epoch
+    await restart()
+    kept = await mesh.ready(above=epoch - 1)
+    assert (kept.slots, kept.replicas[0].epoch) == (2, epoch)
+    await mesh.call("Undeploy", deployer_pb2.UndeployRequest(name=MODEL), 1)
+    await eventually(lambda: gone(mesh))
+    await restart()
+    described = await mesh.call("Describe", deployer_pb2.DescribeRequest(), 2)
+    assert not described.deployments
+    await restart(slots=3)
+    assert (await mesh.ready()).slots == 3
+
+
+async def gone(mesh: Mesh) -> bool:
+    return await mesh.published() is None
+
+
 async def test_a_plan_changes_nothing_and_says_why_not(pair: Mesh) -> None:
     answer = await pair.call("Plan", pair.request(stages=2))
     assert [stage.device_id for stage in answer.plan.replicas[0].stages] == [

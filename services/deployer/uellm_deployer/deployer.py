@@ -137,7 +137,7 @@ class Deployer:
         adapters = adapters_by_model(self._settings.adapters, models)
         for model in models:
             name = model.name or Path(model.source).name
-            await self._want_from_settings(model, adapters[name])
+            await self._store.declare(self._as_set(model, adapters[name]))
         await self._discovery.load()
         desired = await self._store.desired()
         published = await self._store.published()
@@ -154,11 +154,12 @@ class Deployer:
         self._term, self.acting, self._acting_since = term, True, now
         _log.info("knows what is wanted", deployments=sorted(self._deployments))
 
-    async def _want_from_settings(
+    def _as_set(
         self, model: common_pb2.ModelRef, adapters: Sequence[common_pb2.ModelRef]
-    ) -> None:
+    ) -> deployer_pb2.PlanRequest:
+        """What the settings say of a model."""
         settings = self._settings
-        request = checked(
+        return checked(
             deployer_pb2.PlanRequest(
                 model=model,
                 replicas=settings.replicas,
@@ -172,7 +173,6 @@ class Deployer:
             settings.slots,
             settings.objective,
         )
-        await self._store.want(request)
 
     async def _reassert(self, now: float) -> None:
         if now < self._reassert_at:

@@ -20,7 +20,8 @@ class DeployerSettings(ServiceSettings):
     models: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Models served from the start, separated by commas: NAME=SOURCE, or a "
-        "directory or hub id whose last part is the name.",
+        "directory or hub id whose last part is the name. What was deployed or undeployed since "
+        "then counts after a restart, until these settings say something else.",
     )
     adapters: Annotated[tuple[str, ...], NoDecode] = Field(
         (),

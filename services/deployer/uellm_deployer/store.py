@@ -11,6 +11,8 @@ from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
 
 DESIRED = "uellm:desired"
 """Hash: PlanRequest by served name."""
+DECLARED = "uellm:declared"
+"""Hash: PlanRequest by served name, as a deployer's settings last said."""
 GENERATIONS = "uellm:generations"
 """Hash: the last generation given out, by replica. Never goes down."""
 
@@ -34,6 +36,15 @@ class Store:
     async def want(self, request: deployer_pb2.PlanRequest) -> None:
         """Remember what is wanted."""
         await self._redis.hset(DESIRED, request.model.name, request.SerializeToString())
+
+    async def declare(self, request: deployer_pb2.PlanRequest) -> None:
+        """Want what settings say, unless they said so before: what was wanted since then counts."""
+        name, said = request.model.name, request.SerializeToString(deterministic=True)
+        if await self._redis.hget(DECLARED, name) != said:
+            async with self._redis.pipeline(transaction=True) as both:
+                both.hset(DESIRED, name, said)
+                both.hset(DECLARED, name, said)
+                await both.execute()
 
     async def unwant(self, name: str) -> bool:
         """Forget it; False if it was not wanted."""
