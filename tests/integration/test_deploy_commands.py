@@ -14,7 +14,14 @@ from tests.integration.test_deployer_replanning import AT_ONCE, PROPOSED, change
 from tests.support.checkpoints import write_checkpoint
 from tests.support.waiting import eventually
 from uellm.cli import deployments, exits
-from uellm.core.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from uellm.core.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
+from uellm.embedded import free_port
+from uellm.streams.registry import ServiceAddress
 from uellm.v1 import deployer_pb2
 
 
@@ -73,6 +80,44 @@ async def test_a_model_is_deployed_shown_and_undeployed(
     assert await mesh.published() is None
     assert await deployments.status(redis_url, "", as_json=False) == exits.OK
     assert "no model is deployed" in capsys.readouterr().out
+
+
+async def test_who_waits_is_told_by_the_next_deployer_where_one_goes_away(
+    mesh: Mesh, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def pass_on() -> None:
+        await mesh.add_deployer()
+        await mesh.stop_deployer(len(mesh.addresses) - 2)
+        await worker.turn_to(mesh.addresses[-1:])
+
+    await mesh.add_deployer()
+    worker = await mesh.add_worker("w1")
+    worker.hold_prepare.clear()
+    deploying = asyncio.create_task(deployments.deploy(redis_url, wanted(mesh), wait=True))
+    await eventually(lambda: ("prepare", REPLICA, 1) in worker.calls)
+    await pass_on()
+    worker.hold_prepare.set()
+    assert await asyncio.wait_for(deploying, 20) == exits.OK
+    assert f"{MODEL} takes requests" in capsys.readouterr().out
+    epoch = (await mesh.ready()).replicas[0].epoch
+    worker.hold_prepare.clear()
+    request = wanted(mesh, slots=2)
+    deploying = asyncio.create_task(deployments.deploy(redis_url, request, wait=True))
+    await eventually(lambda: worker.calls[-1] == ("prepare", REPLICA, epoch + 1))
+    await deployments.undeploy(redis_url, MODEL, wait=False)
+    await pass_on()
+    with pytest.raises(NotFoundError, match="was undeployed meanwhile"):
+        await asyncio.wait_for(deploying, 20)
+
+
+async def test_a_deployer_that_was_killed_is_passed_over(mesh: Mesh, redis_url: str) -> None:
+    port = free_port()
+    killed = ServiceAddress("deployer", "a-killed-one", f"127.0.0.1:{port}", 1)
+    await mesh.registry.register(killed, 60.0)
+    with pytest.raises(UnavailableError, match=rf"a-killed-one at 127.0.0.1:{port} does not answ"):
+        await deployments.status(redis_url, "", as_json=False)
+    await mesh.add_deployer()
+    assert await deployments.status(redis_url, "", as_json=False) == exits.OK
 
 
 async def test_what_is_deployed_again_is_planned_on_the_room_that_it_has(

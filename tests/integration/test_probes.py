@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
+from redis.asyncio import Redis
 from uellm_deployer.app import start as start_deployer
 from uellm_deployer.measurements import LINKS
 from uellm_deployer.settings import DeployerSettings
@@ -24,6 +25,7 @@ from tests.support.worker import worker_at
 from uellm.convert import topology_from_proto
 from uellm.core.errors import NotFoundError, UellmError
 from uellm.rpc import channel, error_from
+from uellm.streams.registry import Registry, ServiceAddress
 from uellm.topology_file import load_topology
 from uellm.v1 import deployer_pb2, deployer_pb2_grpc, topology_pb2, worker_pb2
 
@@ -209,7 +211,9 @@ async def test_devices_say_what_they_are(redis_url: str) -> None:
         assert device.flops_per_second > 1e8
 
 
-async def test_the_command_shows_what_is_known(redis_url: str, tmp_path: Path) -> None:
+async def test_the_command_shows_what_is_known(
+    redis: Redis, redis_url: str, tmp_path: Path
+) -> None:
     environment = os.environ | {"UELLM_REDIS_URL": redis_url, "COLUMNS": "250"}
 
     async def uellm(*arguments: str) -> tuple[int, str]:
@@ -224,6 +228,12 @@ async def test_the_command_shows_what_is_known(redis_url: str, tmp_path: Path) -
         status, said = await uellm()
         assert (status, "no deployer" in said) == (3, True)
         deployer = await stack.enter_async_context(deployer_at(redis_url))
+        status, said = await uellm()
+        assert (status, "start a worker" in said) == (0, True)
+        loads = ServiceAddress("worker", "c", "127.0.0.1:1", 1)
+        await Registry(redis).register(loads, 60.0)
+        status, said = await uellm()
+        assert (status, "no device yet: c will tell" in said) == (0, True)
         for name in ("a", "b"):
             await stack.enter_async_context(worker_at(redis_url, service_id=name))
         await see(deployer, "ab")

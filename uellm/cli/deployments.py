@@ -1,7 +1,9 @@
 """`uellm deploy`, `uellm undeploy` and `uellm status`, behind their options."""
 
+import asyncio
 import json
 import sys
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,13 @@ from uellm.cli.placements import changed, deployment_table, fetched, plan_table,
 from uellm.cli.plan_files import read_plan
 from uellm.cli.service_calls import deployer
 from uellm.convert import planned_to_proto, seconds
-from uellm.core.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from uellm.core.errors import (
+    ConfigurationError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
 from uellm.mesh.options import ModelSource
 from uellm.models.adapters import check_names, parse_adapter
 from uellm.rpc import CALL_SECONDS
@@ -24,6 +32,9 @@ from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
 
 LARGEST = 2**31 - 1
 APPLY_SECONDS = 4 * CALL_SECONDS
+WATCH_AGAIN_SECONDS = 0.5
+AWAY_SECONDS = 60.0
+"""How long whoever waits for a deployment waits for a deployer that went away, or the next one."""
 READY = topology_pb2.REPLICA_STATE_READY
 _ENDS = {"first": deployer_pb2.PIN_END_FIRST, "last": deployer_pb2.PIN_END_LAST}
 
@@ -133,7 +144,7 @@ async def deploy(
                 f"{name} is wanted from now on; `uellm status {name}` shows how far it is"
             )
             return exits.OK
-        return await _follow(console, stub, name)
+    return await _follow(console, redis_url, name)
 
 
 async def approve(redis_url: str, name: str, *, wait: bool) -> int:
@@ -147,7 +158,7 @@ async def approve(redis_url: str, name: str, *, wait: bool) -> int:
         answer = await stub.Approve(deployer_pb2.ApproveRequest(name=name), timeout=CALL_SECONDS)
         for change in answer.deployment.changes:
             console.print(changed(change), soft_wrap=True, markup=False)
-        return await _follow(console, stub, name) if wait else exits.OK
+    return await _follow(console, redis_url, name) if wait else exits.OK
 
 
 async def undeploy(redis_url: str, name: str, *, wait: bool) -> int:
@@ -159,14 +170,13 @@ async def undeploy(redis_url: str, name: str, *, wait: bool) -> int:
     console = Console()
     async with deployer(redis_url) as stub:
         await stub.Undeploy(deployer_pb2.UndeployRequest(name=name), timeout=CALL_SECONDS)
-        if not wait:
-            return exits.OK
+    if wait:
         with console.status(f"{name}: finishes the answers that it is giving"):
-            async for deployment in _watch(stub, name):
+            async for deployment in _watch(redis_url, name):
                 if deployment is None:
-                    console.print(f"{name} is not served any more")
-                    return exits.OK
-    return exits.FAILED
+                    break
+        console.print(f"{name} is not served any more")
+    return exits.OK
 
 
 async def status(redis_url: str, name: str, *, as_json: bool) -> int:
@@ -238,16 +248,18 @@ def _print_plan(console: Console, plan: topology_pb2.Plan) -> None:
         console.print(fetched(plan.fetch_bytes, plan.fetch_seconds), soft_wrap=True)
 
 
-async def _follow(console: Console, stub: Any, name: str) -> int:
+async def _follow(console: Console, redis_url: str, name: str) -> int:
     """Show what a deployment waits for, until it takes requests.
 
     Raises:
         FailedPreconditionError: if it cannot be formed as things are.
+        NotFoundError: if somebody undeploys it.
+        UnavailableError: if no deployer is there for long.
     """
     with console.status(f"{name}: is placed") as line:
-        async for deployment in _watch(stub, name):
+        async for deployment in _watch(redis_url, name):
             if deployment is None:
-                raise NotFoundError(f"{name} was undeployed meanwhile")
+                break
             states = [replica.state for replica in deployment.replicas]
             under_way = any(
                 change.state == topology_pb2.CHANGE_STATE_UNDER_WAY for change in deployment.changes
@@ -267,13 +279,32 @@ async def _follow(console: Console, stub: Any, name: str) -> int:
                     f"shows it, `uellm undeploy {name}` ends it"
                 )
             line.update(f"{name}: {deployment.status or 'is placed'}")
-    return exits.FAILED
+    raise NotFoundError(f"{name} was undeployed meanwhile")
 
 
-async def _watch(stub: Any, name: str) -> AsyncIterator[topology_pb2.Deployment | None]:
-    """A deployment after every change; None while there is none."""
-    async for answer in stub.WatchDeployments(deployer_pb2.WatchDeploymentsRequest()):
-        yield next((found for found in answer.deployments if found.name == name), None)
+async def _watch(redis_url: str, name: str) -> AsyncIterator[topology_pb2.Deployment | None]:
+    """A deployment after every change, whichever deployer acts; None while there is none.
+
+    Raises:
+        UnavailableError: if no deployer is there for ``AWAY_SECONDS``.
+    """
+    watch, away_since = deployer_pb2.WatchDeploymentsRequest(), float("inf")
+    while True:
+        why = "it ended"
+        try:
+            async with deployer(redis_url) as stub:
+                async for answer in stub.WatchDeployments(watch):
+                    away_since = float("inf")
+                    yield next((found for found in answer.deployments if found.name == name), None)
+        except (UnavailableError, ConfigurationError) as error:
+            why = error.message
+        away_since = min(away_since, time.monotonic())
+        if time.monotonic() - away_since > AWAY_SECONDS:
+            raise UnavailableError(
+                f"no deployer acts any more ({why}); what was asked for {name} is kept and done "
+                f"when one does: `uellm status {name}`"
+            )
+        await asyncio.sleep(WATCH_AGAIN_SECONDS)
 
 
 def _facts(

@@ -1,6 +1,7 @@
 """The services of a mesh, as commands call them."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -9,8 +10,12 @@ import grpc
 from uellm.core.errors import UnavailableError
 from uellm.rpc import channel, error_from
 from uellm.streams.connection import check, connect
-from uellm.streams.registry import Registry
+from uellm.streams.registry import Registry, ServiceAddress
 from uellm.v1 import deployer_pb2_grpc
+
+ANSWER_SECONDS = 2.0
+"""How long a service that is registered may take to answer at all; one that was killed stays
+registered for some seconds."""
 
 
 @asynccontextmanager
@@ -29,11 +34,26 @@ async def service(redis_url: str, role: str) -> AsyncIterator[grpc.aio.Channel]:
         await redis.aclose()
     if not found:
         raise UnavailableError(f"there is no {role}; start one with `uellm serve {role}`")
-    async with channel(found[0].address) as way:
+    async with channel(await _first_that_answers(role, found)) as way:
         try:
             yield way
         except grpc.aio.AioRpcError as error:
             raise error_from(error) from None
+
+
+async def _first_that_answers(role: str, found: Sequence[ServiceAddress]) -> str:
+    for service in found:
+        async with channel(service.address) as way:
+            try:
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    await way.channel_ready()
+            except TimeoutError:
+                continue
+            return service.address
+    raise UnavailableError(
+        f"{' and '.join(f'{each.service_id} at {each.address}' for each in found)} does not "
+        f"answer: a {role} that is gone or comes back; try again, or see `uellm health`"
+    )
 
 
 @asynccontextmanager

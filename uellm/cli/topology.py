@@ -5,21 +5,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import grpc
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.table import Table
 
 from uellm.cli import exits
 from uellm.cli.durations import ago
+from uellm.cli.service_calls import deployer
 from uellm.convert import seconds
-from uellm.core.errors import UnavailableError
 from uellm.placement.explain import size
-from uellm.rpc import channel, error_from
 from uellm.streams.connection import check, connect
 from uellm.streams.registry import Registry
 from uellm.topology_file import to_yaml
-from uellm.v1 import deployer_pb2, deployer_pb2_grpc, topology_pb2
+from uellm.v1 import deployer_pb2, topology_pb2
 
 _MOST_LINKS = 64
 """Ways that the table has room for; --json and --yaml have all."""
@@ -40,34 +38,34 @@ async def show(  # noqa: D417 (as the command's options)
     redis = connect(redis_url)
     try:
         await check(redis, redis_url)
-        found = await Registry(redis).find("deployer")
+        workers = [worker.service_id for worker in await Registry(redis).find("worker")]
         now = (await redis.time())[0]
     finally:
         await redis.aclose()
-    if not found:
-        raise UnavailableError("there is no deployer; start one with `uellm serve deployer`")
     request = deployer_pb2.GetTopologyRequest(probe=probe, model=model)
-    async with channel(found[0].address) as way:
-        stub = deployer_pb2_grpc.DeployerServiceStub(way)
-        try:
-            answer = await stub.GetTopology(request, timeout=timeout)
-        except grpc.aio.AioRpcError as error:
-            raise error_from(error) from None
+    async with deployer(redis_url) as stub:
+        answer = await stub.GetTopology(request, timeout=timeout)
     if form == "yaml":
         sys.stdout.write(to_yaml(answer.topology))
     elif form == "json":
         facts = MessageToDict(answer, preserving_proto_field_name=True)
         sys.stdout.write(json.dumps(facts, indent=1) + "\n")
     else:
-        _print(answer, now)
+        _print(answer, workers, now)
     return exits.OK
 
 
-def _print(answer: deployer_pb2.GetTopologyResponse, now: float) -> None:
+def _print(answer: deployer_pb2.GetTopologyResponse, workers: Sequence[str], now: float) -> None:
     console = Console()
     topology = answer.topology
     if not topology.devices:
-        console.print("no device: start a worker with `uellm serve worker`")
+        console.print(
+            f"no device yet: {', '.join(workers)} will tell theirs when they have loaded what "
+            "computes models"
+            if workers
+            else "no device: start a worker with `uellm serve worker`",
+            soft_wrap=True,
+        )
         return
     console.print(_devices(topology.devices, now))
     if topology.links:

@@ -386,8 +386,10 @@ class Deployment:
 
     @property
     def published(self) -> topology_pb2.Deployment:
-        """As it was last published."""
-        return self._published
+        """As it was last published; until then bare."""
+        if self._published.name:
+            return self._published
+        return topology_pb2.Deployment(name=self.name, wanted_replicas=self.copies)
 
 
 def _task(key: str) -> str:
