@@ -59,7 +59,10 @@ class Scheduler(SchedulerServiceServicer):
         self, request: Any, context: Any
     ) -> scheduler_pb2.SchedulerServiceEstimateResponse:
         promise = common_pb2.Promise(policy=request.model, queue_position=7)
-        return scheduler_pb2.SchedulerServiceEstimateResponse(promise=promise)
+        response = scheduler_pb2.SchedulerServiceEstimateResponse(promise=promise)
+        if request.on_infeasible == common_pb2.ON_INFEASIBLE_REFUSE:
+            response.refusal.message = f"no, {request.tenant}; not {request.max_tokens} tokens"
+        return response
 
     def GetQueue(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
@@ -183,6 +186,14 @@ async def test_an_estimate_is_the_schedulers(
         async with serving(redis, "scheduler", add, Scheduler()):
             promise = await eventually(lambda: _estimate(gateway))
             assert (promise.policy, promise.queue_position) == (MODEL, 7)
+            refuse = GenerateRequest(
+                model=MODEL,
+                text="tell a story",
+                on_infeasible=common_pb2.ON_INFEASIBLE_REFUSE,
+                sampling=common_pb2.Sampling(max_tokens=9),
+            )
+            found = await gateway.stub.Estimate(EstimateRequest(request=refuse), timeout=5)
+            assert found.refusal.message == "no, local; not 9 tokens"
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await gateway.stub.Estimate(ask)
         assert "scheduler at 127.0.0.1" in error_from(caught.value).message

@@ -59,6 +59,11 @@ def estimate(deadline: float | None = None, tokens: float = 100) -> Any:
     )
 
 
+def or_refused(request: Any) -> Any:
+    request.on_infeasible = common_pb2.ON_INFEASIBLE_REFUSE
+    return request
+
+
 def seconds_until_finish(promise: common_pb2.Promise) -> float:
     start, finish = promise.start_p50.ToNanoseconds(), promise.finish_p50.ToNanoseconds()
     return (finish - start) / 1e9
@@ -81,6 +86,29 @@ async def test_an_estimate_is_what_would_be_promised(mesh: Mesh, redis_url: str)
         assert patient.queue_position == 1
         assert patient.start_p50.ToNanoseconds() > urgent.start_p50.ToNanoseconds()
         assert not patient.HasField("p_meet")
+
+
+async def test_an_estimate_says_who_would_be_refused(mesh: Mesh, redis_url: str) -> None:
+    await mesh.deploy("r0", slots=1, step_seconds=0.5)
+    async with scheduler(redis_url) as service, stub_of(service) as stub:
+        hopeless = await call(stub.Estimate, or_refused(estimate(deadline=1)))
+        assert hopeless.refusal.reason == "DEADLINE_INFEASIBLE"
+        assert "1 s is too short" in hopeless.refusal.message
+        assert hopeless.promise.HasField("earliest_feasible_finish")
+        assert not hopeless.promise.best_effort
+        assert not (await call(stub.Estimate, estimate(deadline=1))).HasField("refusal")
+        easy = await call(stub.Estimate, or_refused(estimate(deadline=300)))
+        assert not easy.HasField("refusal")
+        for _ in range(4):
+            await mesh.promised(await mesh.accept(output=100))
+        asked = or_refused(estimate(deadline=120))
+        asked.profile.output_tokens.values[:] = [60, 100, 140]
+        crowded = (await call(stub.Estimate, asked)).refusal
+        submitted = await mesh.accept(output=100, deadline=120, refusable=True)
+        ended = (await mesh.ended(submitted)).finished
+        assert ended is not None
+        assert crowded.reason == ended.failure.reason
+        assert crowded.retry_after.seconds == pytest.approx(ended.failure.retry_after.seconds, 0.3)
 
 
 async def test_the_queue_is_shown_in_its_order(mesh: Mesh, redis_url: str) -> None:

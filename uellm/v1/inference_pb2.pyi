@@ -1064,23 +1064,29 @@ class EstimateResponse(_message.Message):
 
     PROFILE_FIELD_NUMBER: _builtins.int
     PROMISE_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def profile(self) -> _common_pb2.ResourceProfile:
         """What it is expected to need."""
 
     @_builtins.property
     def promise(self) -> _common_pb2.Promise:
-        """What it could expect if it came now."""
+        """What it could expect if it came now; what would be named to it if it would be refused."""
+
+    @_builtins.property
+    def refusal(self) -> Global___Failure:
+        """Set if it would be refused, as it asks to be rather than late."""
 
     def __init__(
         self,
         *,
         profile: _common_pb2.ResourceProfile | None = ...,
         promise: _common_pb2.Promise | None = ...,
+        refusal: Global___Failure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "promise", b"promise"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "promise", b"promise", "refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "promise", b"promise"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "promise", b"promise", "refusal", b"refusal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

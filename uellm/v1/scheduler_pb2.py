@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from uellm.v1 import common_pb2 as uellm_dot_v1_dot_common__pb2
+from uellm.v1 import inference_pb2 as uellm_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18uellm/v1/scheduler.proto\x12\x08uellm.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15uellm/v1/common.proto\"x\n\x1fSchedulerServiceEstimateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1a\n\x03slo\x18\x02 \x01(\x0b\x32\r.uellm.v1.Slo\x12*\n\x07profile\x18\x03 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\"F\n SchedulerServiceEstimateResponse\x12\"\n\x07promise\x18\x01 \x01(\x0b\x32\x11.uellm.v1.Promise\" \n\x0fGetQueueRequest\x12\r\n\x05model\x18\x01 \x01(\t\"x\n\rQueuedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x07promise\x18\x02 \x01(\x0b\x32\x11.uellm.v1.Promise\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"X\n\x0bReplicaLoad\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x11\n\tin_flight\x18\x02 \x01(\r\x12\r\n\x05slots\x18\x03 \x01(\r\x12\x16\n\x0ekv_tokens_free\x18\x04 \x01(\x04\"s\n\x10GetQueueResponse\x12\'\n\x06queued\x18\x01 \x03(\x0b\x32\x17.uellm.v1.QueuedRequest\x12\'\n\x08replicas\x18\x02 \x03(\x0b\x32\x15.uellm.v1.ReplicaLoad\x12\r\n\x05owner\x18\x03 \x01(\t\"!\n\x10GetPolicyRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xb3\x01\n\x11GetPolicyResponse\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x11\n\tavailable\x18\x02 \x03(\t\x12%\n\x06\x63hosen\x18\x03 \x01(\x0b\x32\x15.uellm.v1.ModelPolicy\x12)\n\x08settings\x18\x04 \x03(\x0b\x32\x17.uellm.v1.PolicySetting\x12)\n\x08replicas\x18\x05 \x03(\x0b\x32\x17.uellm.v1.ReplicaPolicy\"g\n\rPolicySetting\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05level\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\t\x12\x15\n\rdefault_value\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\"C\n\rReplicaPolicy\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x11\n\texecution\x18\x03 \x01(\t\"\xbd\x02\n\x10SetPolicyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12:\n\x08settings\x18\x03 \x03(\x0b\x32(.uellm.v1.SetPolicyRequest.SettingsEntry\x12\x11\n\texecution\x18\x04 \x01(\t\x12\x45\n\x0e\x63lass_defaults\x18\x05 \x03(\x0b\x32-.uellm.v1.SetPolicyRequest.ClassDefaultsEntry\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x43\n\x12\x43lassDefaultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1c\n\x05value\x18\x02 \x01(\x0b\x32\r.uellm.v1.Slo:\x02\x38\x01\"%\n\x11SetPolicyResponse\x12\x10\n\x08previous\x18\x01 \x01(\t2\xc4\x02\n\x10SchedulerService\x12\x61\n\x08\x45stimate\x12).uellm.v1.SchedulerServiceEstimateRequest\x1a*.uellm.v1.SchedulerServiceEstimateResponse\x12\x41\n\x08GetQueue\x12\x19.uellm.v1.GetQueueRequest\x1a\x1a.uellm.v1.GetQueueResponse\x12\x44\n\tGetPolicy\x12\x1a.uellm.v1.GetPolicyRequest\x1a\x1b.uellm.v1.GetPolicyResponse\x12\x44\n\tSetPolicy\x12\x1a.uellm.v1.SetPolicyRequest\x1a\x1b.uellm.v1.SetPolicyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18uellm/v1/scheduler.proto\x12\x08uellm.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15uellm/v1/common.proto\x1a\x18uellm/v1/inference.proto\"\xcb\x01\n\x1fSchedulerServiceEstimateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1a\n\x03slo\x18\x02 \x01(\x0b\x32\r.uellm.v1.Slo\x12*\n\x07profile\x18\x03 \x01(\x0b\x32\x19.uellm.v1.ResourceProfile\x12-\n\ron_infeasible\x18\x04 \x01(\x0e\x32\x16.uellm.v1.OnInfeasible\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\"j\n SchedulerServiceEstimateResponse\x12\"\n\x07promise\x18\x01 \x01(\x0b\x32\x11.uellm.v1.Promise\x12\"\n\x07refusal\x18\x02 \x01(\x0b\x32\x11.uellm.v1.Failure\" \n\x0fGetQueueRequest\x12\r\n\x05model\x18\x01 \x01(\t\"x\n\rQueuedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x07promise\x18\x02 \x01(\x0b\x32\x11.uellm.v1.Promise\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"X\n\x0bReplicaLoad\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x11\n\tin_flight\x18\x02 \x01(\r\x12\r\n\x05slots\x18\x03 \x01(\r\x12\x16\n\x0ekv_tokens_free\x18\x04 \x01(\x04\"s\n\x10GetQueueResponse\x12\'\n\x06queued\x18\x01 \x03(\x0b\x32\x17.uellm.v1.QueuedRequest\x12\'\n\x08replicas\x18\x02 \x03(\x0b\x32\x15.uellm.v1.ReplicaLoad\x12\r\n\x05owner\x18\x03 \x01(\t\"!\n\x10GetPolicyRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xb3\x01\n\x11GetPolicyResponse\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x11\n\tavailable\x18\x02 \x03(\t\x12%\n\x06\x63hosen\x18\x03 \x01(\x0b\x32\x15.uellm.v1.ModelPolicy\x12)\n\x08settings\x18\x04 \x03(\x0b\x32\x17.uellm.v1.PolicySetting\x12)\n\x08replicas\x18\x05 \x03(\x0b\x32\x17.uellm.v1.ReplicaPolicy\"g\n\rPolicySetting\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05level\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\t\x12\x15\n\rdefault_value\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\"C\n\rReplicaPolicy\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x11\n\texecution\x18\x03 \x01(\t\"\xbd\x02\n\x10SetPolicyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12:\n\x08settings\x18\x03 \x03(\x0b\x32(.uellm.v1.SetPolicyRequest.SettingsEntry\x12\x11\n\texecution\x18\x04 \x01(\t\x12\x45\n\x0e\x63lass_defaults\x18\x05 \x03(\x0b\x32-.uellm.v1.SetPolicyRequest.ClassDefaultsEntry\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x43\n\x12\x43lassDefaultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1c\n\x05value\x18\x02 \x01(\x0b\x32\r.uellm.v1.Slo:\x02\x38\x01\"%\n\x11SetPolicyResponse\x12\x10\n\x08previous\x18\x01 \x01(\t2\xc4\x02\n\x10SchedulerService\x12\x61\n\x08\x45stimate\x12).uellm.v1.SchedulerServiceEstimateRequest\x1a*.uellm.v1.SchedulerServiceEstimateResponse\x12\x41\n\x08GetQueue\x12\x19.uellm.v1.GetQueueRequest\x1a\x1a.uellm.v1.GetQueueResponse\x12\x44\n\tGetPolicy\x12\x1a.uellm.v1.GetPolicyRequest\x1a\x1b.uellm.v1.GetPolicyResponse\x12\x44\n\tSetPolicy\x12\x1a.uellm.v1.SetPolicyRequest\x1a\x1b.uellm.v1.SetPolicyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,34 +38,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETPOLICYREQUEST_SETTINGSENTRY']._serialized_options = b'8\001'
   _globals['_SETPOLICYREQUEST_CLASSDEFAULTSENTRY']._loaded_options = None
   _globals['_SETPOLICYREQUEST_CLASSDEFAULTSENTRY']._serialized_options = b'8\001'
-  _globals['_SCHEDULERSERVICEESTIMATEREQUEST']._serialized_start=94
-  _globals['_SCHEDULERSERVICEESTIMATEREQUEST']._serialized_end=214
-  _globals['_SCHEDULERSERVICEESTIMATERESPONSE']._serialized_start=216
-  _globals['_SCHEDULERSERVICEESTIMATERESPONSE']._serialized_end=286
-  _globals['_GETQUEUEREQUEST']._serialized_start=288
-  _globals['_GETQUEUEREQUEST']._serialized_end=320
-  _globals['_QUEUEDREQUEST']._serialized_start=322
-  _globals['_QUEUEDREQUEST']._serialized_end=442
-  _globals['_REPLICALOAD']._serialized_start=444
-  _globals['_REPLICALOAD']._serialized_end=532
-  _globals['_GETQUEUERESPONSE']._serialized_start=534
-  _globals['_GETQUEUERESPONSE']._serialized_end=649
-  _globals['_GETPOLICYREQUEST']._serialized_start=651
-  _globals['_GETPOLICYREQUEST']._serialized_end=684
-  _globals['_GETPOLICYRESPONSE']._serialized_start=687
-  _globals['_GETPOLICYRESPONSE']._serialized_end=866
-  _globals['_POLICYSETTING']._serialized_start=868
-  _globals['_POLICYSETTING']._serialized_end=971
-  _globals['_REPLICAPOLICY']._serialized_start=973
-  _globals['_REPLICAPOLICY']._serialized_end=1040
-  _globals['_SETPOLICYREQUEST']._serialized_start=1043
-  _globals['_SETPOLICYREQUEST']._serialized_end=1360
-  _globals['_SETPOLICYREQUEST_SETTINGSENTRY']._serialized_start=1244
-  _globals['_SETPOLICYREQUEST_SETTINGSENTRY']._serialized_end=1291
-  _globals['_SETPOLICYREQUEST_CLASSDEFAULTSENTRY']._serialized_start=1293
-  _globals['_SETPOLICYREQUEST_CLASSDEFAULTSENTRY']._serialized_end=1360
-  _globals['_SETPOLICYRESPONSE']._serialized_start=1362
-  _globals['_SETPOLICYRESPONSE']._serialized_end=1399
-  _globals['_SCHEDULERSERVICE']._serialized_start=1402
-  _globals['_SCHEDULERSERVICE']._serialized_end=1726
+  _globals['_SCHEDULERSERVICEESTIMATEREQUEST']._serialized_start=121
+  _globals['_SCHEDULERSERVICEESTIMATEREQUEST']._serialized_end=324
+  _globals['_SCHEDULERSERVICEESTIMATERESPONSE']._serialized_start=326
+  _globals['_SCHEDULERSERVICEESTIMATERESPONSE']._serialized_end=432
+  _globals['_GETQUEUEREQUEST']._serialized_start=434
+  _globals['_GETQUEUEREQUEST']._serialized_end=466
+  _globals['_QUEUEDREQUEST']._serialized_start=468
+  _globals['_QUEUEDREQUEST']._serialized_end=588
+  _globals['_REPLICALOAD']._serialized_start=590
+  _globals['_REPLICALOAD']._serialized_end=678
+  _globals['_GETQUEUERESPONSE']._serialized_start=680
+  _globals['_GETQUEUERESPONSE']._serialized_end=795
+  _globals['_GETPOLICYREQUEST']._serialized_start=797
+  _globals['_GETPOLICYREQUEST']._serialized_end=830
+  _globals['_GETPOLICYRESPONSE']._serialized_start=833
+  _globals['_GETPOLICYRESPONSE']._serialized_end=1012
+  _globals['_POLICYSETTING']._serialized_start=1014
+  _globals['_POLICYSETTING']._serialized_end=1117
+  _globals['_REPLICAPOLICY']._serialized_start=1119
+  _globals['_REPLICAPOLICY']._serialized_end=1186
+  _globals['_SETPOLICYREQUEST']._serialized_start=1189
+  _globals['_SETPOLICYREQUEST']._serialized_end=1506
+  _globals['_SETPOLICYREQUEST_SETTINGSENTRY']._serialized_start=1390
+  _globals['_SETPOLICYREQUEST_SETTINGSENTRY']._serialized_end=1437
+  _globals['_SETPOLICYREQUEST_CLASSDEFAULTSENTRY']._serialized_start=1439
+  _globals['_SETPOLICYREQUEST_CLASSDEFAULTSENTRY']._serialized_end=1506
+  _globals['_SETPOLICYRESPONSE']._serialized_start=1508
+  _globals['_SETPOLICYRESPONSE']._serialized_end=1545
+  _globals['_SCHEDULERSERVICE']._serialized_start=1548
+  _globals['_SCHEDULERSERVICE']._serialized_end=1872
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from uellm.v1 import common_pb2 as _common_pb2
+from uellm.v1 import inference_pb2 as _inference_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -29,8 +30,17 @@ class SchedulerServiceEstimateRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     SLO_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    ON_INFEASIBLE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Served name."""
+    on_infeasible: _common_pb2.OnInfeasible.ValueType
+    """What to do if it cannot be ready by then; unset: best effort."""
+    tenant: _builtins.str
+    """Whose it would be."""
+    max_tokens: _builtins.int
+    """Most tokens of its answer."""
     @_builtins.property
     def slo(self) -> _common_pb2.Slo:
         """When the answer is needed."""
@@ -45,10 +55,13 @@ class SchedulerServiceEstimateRequest(_message.Message):
         model: _builtins.str = ...,
         slo: _common_pb2.Slo | None = ...,
         profile: _common_pb2.ResourceProfile | None = ...,
+        on_infeasible: _common_pb2.OnInfeasible.ValueType = ...,
+        tenant: _builtins.str = ...,
+        max_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "slo", b"slo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "profile", b"profile", "slo", b"slo"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_tokens", b"max_tokens", "model", b"model", "on_infeasible", b"on_infeasible", "profile", b"profile", "slo", b"slo", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -61,18 +74,24 @@ class SchedulerServiceEstimateResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMISE_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def promise(self) -> _common_pb2.Promise:
-        """The promise."""
+        """The promise; what is named to a request that would be refused."""
+
+    @_builtins.property
+    def refusal(self) -> _inference_pb2.Failure:
+        """Set if it would be refused."""
 
     def __init__(
         self,
         *,
         promise: _common_pb2.Promise | None = ...,
+        refusal: _inference_pb2.Failure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["promise", b"promise"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["promise", b"promise", "refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["promise", b"promise"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["promise", b"promise", "refusal", b"refusal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,7 +5,7 @@ import grpc
 from uellm.core.errors import UellmError, UnavailableError
 from uellm.rpc import CALL_SECONDS, error_from
 from uellm.telemetry import traceparent
-from uellm.v1 import common_pb2, scheduler_pb2
+from uellm.v1 import scheduler_pb2
 from uellm.v1.scheduler_pb2_grpc import SchedulerServiceStub
 from uellm_gateway.peers import Peers
 
@@ -18,21 +18,16 @@ class Estimates:
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
 
-    async def promise(
+    async def estimate(
         self,
-        model: str,
-        slo: common_pb2.Slo,
-        profile: common_pb2.ResourceProfile,
+        request: scheduler_pb2.SchedulerServiceEstimateRequest,
         time_remaining: float | None,
-    ) -> common_pb2.Promise:
+    ) -> scheduler_pb2.SchedulerServiceEstimateResponse:
         """What a request that came now could expect.
 
         Raises:
             UellmError: what the scheduler says, or that none answers.
         """
-        request = scheduler_pb2.SchedulerServiceEstimateRequest(
-            model=model, slo=slo, profile=profile
-        )
         parent = traceparent()
         problem: UellmError = UnavailableError(
             "no scheduler is registered; start one with uellm serve scheduler",
@@ -44,6 +39,7 @@ class Estimates:
             if peer is None:
                 break
             try:
+                response: scheduler_pb2.SchedulerServiceEstimateResponse
                 response = await SchedulerServiceStub(peer.channel).Estimate(
                     request,
                     timeout=min(time_remaining or CALL_SECONDS, CALL_SECONDS),
@@ -61,5 +57,5 @@ class Estimates:
                 )
             else:
                 peer.answered()
-                return response.promise
+                return response
         raise problem

@@ -13,7 +13,7 @@ from uellm.service import Context
 from uellm.streams.decisions import DecisionLog
 from uellm.streams.messages import AcceptResult, not_found
 from uellm.telemetry import span
-from uellm.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from uellm.v1 import common_pb2, inference_pb2, inference_pb2_grpc, scheduler_pb2
 from uellm_gateway.admission import Admission, PreparedRequest
 from uellm_gateway.answer import Answer
 from uellm_gateway.answers import Answers
@@ -261,10 +261,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.EstimateResponse:
         """Say what would be promised now."""
         prepared = await self._admission.prepare(request.request, answered=False)
-        promise = await self._estimates.promise(
-            prepared.model.name, prepared.slo, prepared.profile, context.time_remaining()
+        expected = await self._estimates.estimate(
+            scheduler_pb2.SchedulerServiceEstimateRequest(
+                model=prepared.model.name,
+                slo=prepared.slo,
+                profile=prepared.profile,
+                on_infeasible=request.request.on_infeasible,
+                tenant=current_caller().tenant,
+                max_tokens=prepared.sampling.max_tokens,
+            ),
+            context.time_remaining(),
         )
-        return inference_pb2.EstimateResponse(profile=prepared.profile, promise=promise)
+        refused = expected.HasField("refusal")
+        return inference_pb2.EstimateResponse(
+            profile=prepared.profile,
+            promise=expected.promise,
+            refusal=expected.refusal if refused else None,
+        )
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: ServicerContext

@@ -12,9 +12,9 @@ from uellm.policy.views import Dispatch, Refusal
 from uellm.streams.messages import Finish
 from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.telemetry import span
-from uellm.v1 import common_pb2, queue_pb2
+from uellm.v1 import common_pb2, inference_pb2, queue_pb2
 from uellm_scheduler.book import Book, Ticket
-from uellm_scheduler.outcome import finish_of
+from uellm_scheduler.outcome import failure_of, finish_of
 from uellm_scheduler.tracing import queue_span
 
 PROMISES_AT_ONCE = 200
@@ -143,15 +143,15 @@ class Effects:
     async def fail(self, tickets: Sequence[Ticket], failure: str, message: str, now: float) -> None:
         """End requests that nothing will answer any more."""
         reason = common_pb2.FINISH_REASON_FAILED
+        told = inference_pb2.Failure(reason=failure, message=message)
         for i in range(0, len(tickets), FINISHES_AT_ONCE):
             some = tickets[i : i + FINISHES_AT_ONCE]
-            await self._end(
-                some, [finish_of(ticket, reason, failure, message, now) for ticket in some]
-            )
+            await self._end(some, [finish_of(ticket, reason, told, now) for ticket in some])
 
     async def bury(self, ticket: Ticket, failure: str, message: str, now: float) -> None:
         """End a request that was given up, and note it in the dead-letter stream."""
-        finish = finish_of(ticket, common_pb2.FINISH_REASON_DEAD, failure, message, now)
+        told = inference_pb2.Failure(reason=failure, message=message)
+        finish = finish_of(ticket, common_pb2.FINISH_REASON_DEAD, told, now)
         if all(await self._end([ticket], [replace(finish, dead_reason=failure)])):
             _log.warning("request given up", request_id=ticket.request_id, reason=failure)
 
@@ -166,12 +166,9 @@ class Effects:
 
 
 def _refused(ticket: Ticket, refusal: Refusal, now: float) -> Finish:
-    reason, failure = (
-        (common_pb2.FINISH_REASON_EXPIRED, "DEADLINE_EXPIRED")
-        if refusal.expired
-        else (common_pb2.FINISH_REASON_REFUSED, "DEADLINE_INFEASIBLE")
-    )
-    finish = finish_of(ticket, reason, failure, refusal.message, now, refusal.retry_after_seconds)
+    expired, refused = common_pb2.FINISH_REASON_EXPIRED, common_pb2.FINISH_REASON_REFUSED
+    reason = expired if refusal.expired else refused
+    finish = finish_of(ticket, reason, failure_of(refusal), now)
     if refusal.promise is None:
         return finish
     revision = ticket.promise.revision + 1 if ticket.promise else 1

@@ -14,12 +14,12 @@ from uellm.convert import profile_from_proto, slo_from_proto
 from uellm.core.errors import AbortedError, UnavailableError
 from uellm.core.request import Promise
 from uellm.faults import pause
-from uellm.policy.views import QueuedView, QueueView
+from uellm.policy.views import QueuedView, QueueView, Refusal
 from uellm.service import RETRY_SECONDS, Context
 from uellm.streams.decisions import DecisionLog
 from uellm.streams.messages import Door, ReplicaRoute
 from uellm.streams.scheduler_queue import SchedulerQueue
-from uellm.v1 import common_pb2, queue_pb2
+from uellm.v1 import common_pb2, queue_pb2, scheduler_pb2
 from uellm_scheduler.book import REVISE_SECONDS, Book
 from uellm_scheduler.effects import Effects
 from uellm_scheduler.inbox import Inbox
@@ -41,7 +41,6 @@ FULL_ROUND_SHARE = 0.2
 """Share of its time that a scheduler spends on full rounds of promises, at most."""
 LONG_SECONDS = 0.005
 """After a decision that took longer than this, as much time is left to everything else."""
-REFUSALS_AT_ONCE = 50
 LOAD_SECONDS = 1.0
 """How often the load is said."""
 LOAD_KEPT_SECONDS = 5.0
@@ -91,6 +90,7 @@ class ModelScheduler:
         self._away = False
         # Goes on after a recovery, so that no two batches of a term have one name.
         self._numbers = count(1)
+        self._estimates = count(1)
         self._polling = Timer(POLL_SECONDS)
         self._dooring = Timer(POLL_SECONDS)
         self._following = Timer(POLL_SECONDS)
@@ -298,30 +298,43 @@ class ModelScheduler:
 
     # ---- asked by the servicer -----------------------------------------------------------------
 
-    def estimate(self, slo: common_pb2.Slo, profile: common_pb2.ResourceProfile) -> Promise:
-        """What would be promised to a request that came now.
+    def estimate(
+        self, asked: scheduler_pb2.SchedulerServiceEstimateRequest
+    ) -> tuple[Promise, Refusal | None]:
+        """What would be promised to a request that came now, and how it would be refused.
 
         Raises:
             UnavailableError: if no replica takes requests.
         """
         now = self._context.clock.now()
-        view = QueuedView("estimate", slo_from_proto(slo, now), profile_from_proto(profile))
+        view = QueuedView(
+            # As each try, it draws a lot of its own where not all are let in.
+            f"estimate:{next(self._estimates)}",
+            slo_from_proto(asked.slo, now),
+            profile_from_proto(asked.profile),
+            tenant=asked.tenant,
+            max_tokens=asked.max_tokens,
+            refusable=asked.on_infeasible == common_pb2.ON_INFEASIBLE_REFUSE,
+        )
         waiting = [ticket.view for ticket in self.book.waiting.values()]
-        queue = QueueView(
-            [*waiting, view],
-            unpromised=frozenset({view.request_id}),
-            experience=self._keeping.record,
+        queue = self._keeping.admissions.seen_by(
+            QueueView(
+                [*waiting, view],
+                unpromised=frozenset({view.request_id}),
+                experience=self._keeping.record,
+            )
         )
         replicas = self.book.replica_views(self.routes, len(self.replicas))
         decision = self.in_force.policy.dispatch(queue, replicas, now)
-        try:
-            return decision.promises[view.request_id]
-        except KeyError:
+        refusal = next((r for r in decision.refusals if r.request_id == view.request_id), None)
+        promise = refusal.promise if refusal else decision.promises.get(view.request_id)
+        if promise is None:
             raise UnavailableError(
                 f"no replica of {self.model} takes requests at present; try again",
                 reason="NO_REPLICA",
                 retry_after_seconds=1.0,
-            ) from None
+            )
+        return promise, refusal
 
     async def set_policy(self, record: common_pb2.ModelPolicy | None) -> str:
         """Change the policy from the next decision on; None: back to the services' defaults.
@@ -336,8 +349,8 @@ class ModelScheduler:
         if record is not None:
             choice_of(record).check()
             check_class_defaults(record)
-        await self._queue.set_policy(record)
         previous = self.in_force.policy.name
+        await self._queue.set_policy(record)
         self._decide_by(record)
         if self._inbox is not None:
             self._inbox.wake()

@@ -1,6 +1,7 @@
 """The end of a request that no replica will answer."""
 
 from uellm.convert import duration, timestamp
+from uellm.policy.views import Refusal
 from uellm.prediction.interface import GREEDY, SAMPLED
 from uellm.streams.keys import model_of
 from uellm.streams.messages import Finish
@@ -15,23 +16,30 @@ _STATES = {
 }
 
 
+def failure_of(refusal: Refusal) -> inference_pb2.Failure:
+    """What a refused request is told."""
+    failure = inference_pb2.Failure(
+        reason="DEADLINE_EXPIRED" if refusal.expired else "DEADLINE_INFEASIBLE",
+        message=refusal.message,
+    )
+    if refusal.retry_after_seconds is not None:
+        failure.retry_after.CopyFrom(duration(refusal.retry_after_seconds))
+    return failure
+
+
 def finish_of(
     ticket: Ticket,
     reason: common_pb2.FinishReason.ValueType,
-    failure: str,
-    message: str,
+    failure: inference_pb2.Failure,
     now: float,
-    retry_after_seconds: float | None = None,
 ) -> Finish:
     """The finish of ``ticket``.
 
     Args:
         ticket: whose.
         reason: why it ends.
-        failure: the same as a constant for machines.
-        message: the same for people: what, the limit, the remedy.
+        failure: the same for machines and for people.
         now: when.
-        retry_after_seconds: when to try again; None: that would be of no use.
     """
     view, entry = ticket.view, ticket.entry
     slo = view.slo
@@ -47,11 +55,9 @@ def finish_of(
             ttft_met=None if slo.ttft_at is None else False,
             tpot_met=None if slo.tpot_seconds is None else False,
         ),
-        failure=inference_pb2.Failure(reason=failure, message=message),
+        failure=failure,
         attempts=view.attempt + (1 if ticket.replica else 0),
     )
-    if retry_after_seconds is not None:
-        finished.failure.retry_after.CopyFrom(duration(retry_after_seconds))
     completion = queue_pb2.CompletionEvent(
         request_id=view.request_id,
         model=model_of(view.request_id),

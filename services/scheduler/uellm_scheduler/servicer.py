@@ -11,6 +11,7 @@ from uellm.service import Context
 from uellm.v1 import common_pb2, scheduler_pb2, scheduler_pb2_grpc
 from uellm_scheduler.forwarding import Forwarding
 from uellm_scheduler.model_scheduler import ModelScheduler
+from uellm_scheduler.outcome import failure_of
 from uellm_scheduler.ownership import Ownership
 
 Call = grpc.aio.ServicerContext[Any, Any]
@@ -43,12 +44,15 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
             )
             return answer
         try:
-            promise = owner.estimate(request.slo, request.profile)
+            promise, refusal = owner.estimate(request)
         except ValueError as error:
             raise InvalidArgumentError(
                 f"profile.output_tokens: {error}", field="profile.output_tokens"
             ) from None
-        return scheduler_pb2.SchedulerServiceEstimateResponse(promise=promise_to_proto(promise, 0))
+        return scheduler_pb2.SchedulerServiceEstimateResponse(
+            promise=promise_to_proto(promise, 0),
+            refusal=failure_of(refusal) if refusal is not None else None,
+        )
 
     async def GetQueue(
         self, request: scheduler_pb2.GetQueueRequest, context: Call
