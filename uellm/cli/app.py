@@ -49,7 +49,7 @@ app = typer.Typer(
 _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run": (serving.demo, serving.up, serving.join, serving.serve),
     "Deploy": (deploying.deploy, deploying.undeploy, deploying.status),
-    "Ask": (asking.generate, asking.chat, asking.cancel),
+    "Ask": (asking.generate, asking.estimate, asking.chat, asking.cancel),
     "Look": (
         looking.models,
         looking.health,

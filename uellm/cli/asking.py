@@ -1,4 +1,4 @@
-"""Commands that ask something of a mesh: generate, chat, cancel."""
+"""Commands that ask something of a mesh: generate, estimate, chat, cancel."""
 
 import sys
 from math import isfinite
@@ -47,6 +47,29 @@ Ttft = Annotated[
         parser=parse_duration, metavar="DURATION", help="When the first token is needed, from now."
     ),
 ]
+Tpot = Annotated[
+    float | None,
+    typer.Option(
+        parser=parse_duration,
+        metavar="DURATION",
+        help="What each token after the first may take, in the mean.",
+    ),
+]
+Priority = Annotated[
+    str, typer.Option(help="Its class: batch, normal or interactive; by default normal.")
+]
+Prompt = Annotated[str, typer.Argument(help="The prompt; - reads standard input.")]
+Refuse = Annotated[
+    bool,
+    typer.Option(help="Have it refused if the deadline cannot be met; else done best-effort."),
+]
+AsChat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--raw",
+        help="With the model's chat template, or as it is; by default with, if there is one.",
+    ),
+]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens to generate.")]
 Temperature = Annotated[
     float | None, typer.Option(min=0.0, callback=finite, help="0, the default, is greedy.")
@@ -58,26 +81,19 @@ Stop = Annotated[
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
+    prompt: Prompt,
     model: ModelName = "",
     adapter: AdapterName = "",
     deadline: Deadline = None,
     ttft: Ttft = None,
+    tpot: Tpot = None,
+    priority: Priority = "",
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
     stop: Stop = None,
-    refuse: Annotated[
-        bool,
-        typer.Option(help="Have it refused if the deadline cannot be met; else done best-effort."),
-    ] = False,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--raw",
-            help="With the model's chat template, or as it is; by default with, if there is one.",
-        ),
-    ] = None,
+    refuse: Refuse = False,
+    chat: AsChat = None,
     server: Server = "",
     as_json: Json = False,
 ) -> None:
@@ -86,7 +102,6 @@ def generate(
     from uellm.cli.loops import run
     from uellm.cli.mesh_address import gateways
 
-    text = sys.stdin.read() if prompt == "-" else prompt
     wishes = _wishes(
         model=model,
         adapter=adapter,
@@ -96,9 +111,46 @@ def generate(
         stop=stop or (),
         deadline_seconds=deadline,
         ttft_seconds=ttft,
+        tpot_seconds=tpot,
+        priority=priority,
         refuse=refuse,
     )
+    text = _text(prompt)
     work = generation.generate(gateways(server), text, wishes, as_chat=chat, as_json=as_json)
+    raise typer.Exit(run(work))
+
+
+def estimate(
+    prompt: Prompt,
+    model: ModelName = "",
+    adapter: AdapterName = "",
+    deadline: Deadline = None,
+    ttft: Ttft = None,
+    tpot: Tpot = None,
+    priority: Priority = "",
+    max_tokens: MaxTokens = None,
+    refuse: Refuse = False,
+    chat: AsChat = None,
+    server: Server = "",
+    as_json: Json = False,
+) -> None:
+    """Say what would be promised now, and ask for nothing; status 1 if it would be refused."""
+    from uellm.cli import generation
+    from uellm.cli.loops import run
+    from uellm.cli.mesh_address import gateways
+
+    wishes = _wishes(
+        model=model,
+        adapter=adapter,
+        max_tokens=max_tokens,
+        deadline_seconds=deadline,
+        ttft_seconds=ttft,
+        tpot_seconds=tpot,
+        priority=priority,
+        refuse=refuse,
+    )
+    text = _text(prompt)
+    work = generation.estimate(gateways(server), text, wishes, as_chat=chat, as_json=as_json)
     raise typer.Exit(run(work))
 
 
@@ -138,6 +190,10 @@ def cancel(
     from uellm.cli.mesh_address import gateways
 
     raise typer.Exit(run(generation.cancel(gateways(server), request_id, as_json=as_json)))
+
+
+def _text(prompt: str) -> str:
+    return sys.stdin.read() if prompt == "-" else prompt
 
 
 def _wishes(**fields: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`uellm generate`, `uellm chat` and `uellm cancel`, behind their options."""
+"""`uellm generate`, `estimate`, `chat` and `cancel`, behind their options."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from uellm.cli import exits
-from uellm.cli.promises import ANSWERED, describe_end, describe_promise
+from uellm.cli.promises import ANSWERED, describe_end, describe_estimate, describe_promise
 from uellm.client import Client, new_request
 from uellm.client.requests import Turn
 from uellm.core.errors import (
@@ -36,6 +36,8 @@ class Wishes:
     stop: Sequence[str] = ()
     deadline_seconds: float | None = None
     ttft_seconds: float | None = None
+    tpot_seconds: float | None = None
+    priority: str = ""
     refuse: bool = False
 
     def request(self, model: str, prompt: str | Sequence[Turn]) -> inference_pb2.GenerateRequest:
@@ -50,6 +52,8 @@ class Wishes:
             stop=self.stop,
             deadline_seconds=self.deadline_seconds,
             ttft_seconds=self.ttft_seconds,
+            tpot_seconds=self.tpot_seconds,
+            priority=self.priority,
             refuse=self.refuse,
         )
 
@@ -166,15 +170,35 @@ async def generate(
     """
     async with Client(servers) as client:
         model = await choose_model(client, wishes.model)
-        check_adapter(model, wishes.adapter)
+        request = _request(model, prompt, wishes, as_chat)
         warn_of_waiting(model, sys.stderr)
-        templated = model.has_chat_template if as_chat is None else as_chat
-        request = wishes.request(model.name, [("user", prompt)] if templated else prompt)
         out = None if as_json else sys.stdout
         outcome = await answer(client, request, out, None if as_json else sys.stderr)
         if as_json:
             sys.stdout.write(json.dumps(outcome.as_dict(), indent=1) + "\n")
         return outcome.status
+
+
+async def estimate(
+    servers: Sequence[str], prompt: str, wishes: Wishes, *, as_chat: bool | None, as_json: bool
+) -> int:
+    """What would be promised; the arguments are those of ``generate``."""
+    async with Client(servers) as client:
+        model = await choose_model(client, wishes.model)
+        found = await client.estimate(_request(model, prompt, wishes, as_chat))
+    if as_json:
+        sys.stdout.write(json.dumps(_facts(found), indent=1) + "\n")
+    else:
+        sys.stdout.write("\n".join(describe_estimate(found)) + "\n")
+    return exits.FAILED if found.HasField("refusal") else exits.OK
+
+
+def _request(
+    model: inference_pb2.Model, prompt: str, wishes: Wishes, as_chat: bool | None
+) -> inference_pb2.GenerateRequest:
+    check_adapter(model, wishes.adapter)
+    templated = model.has_chat_template if as_chat is None else as_chat
+    return wishes.request(model.name, [("user", prompt)] if templated else prompt)
 
 
 async def cancel(servers: Sequence[str], request_id: str, *, as_json: bool) -> int:

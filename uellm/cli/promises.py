@@ -1,6 +1,7 @@
 """Promises and what became of them, in words."""
 
 import time
+from collections.abc import Iterator
 
 from uellm import convert
 from uellm.cli.durations import show_duration
@@ -34,6 +35,21 @@ def describe_promise(promise: common_pb2.Promise) -> str:
     if promise.best_effort:
         words += "; the deadline will probably be missed, done as well as can be"
     return words
+
+
+def describe_estimate(found: inference_pb2.EstimateResponse) -> Iterator[str]:
+    """What a request could expect, in lines; or why it would be refused."""
+    promise = found.promise
+    if found.HasField("refusal"):
+        yield f"would be refused: {found.refusal.message}"
+        return
+    yield describe_promise(promise)
+    yield (
+        f"median: first token {clock(convert.seconds(promise.start_p50))}, "
+        f"ready {clock(convert.seconds(promise.finish_p50))}; "
+        f"{promise.output_tokens_p50} tokens (90 %: at most {promise.output_tokens_p90})"
+    )
+    yield f"{promise.policy}: {promise.reason}"
 
 
 def describe_end(finished: inference_pb2.Finished, promise: common_pb2.Promise | None) -> str:

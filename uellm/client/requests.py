@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import chain
 
+from uellm.class_defaults import CLASSES
 from uellm.convert import duration
 from uellm.core.errors import InvalidArgumentError
 from uellm.v1 import common_pb2, inference_pb2
@@ -26,6 +27,8 @@ def new_request(
     stop: Sequence[str] = (),
     deadline_seconds: float | None = None,
     ttft_seconds: float | None = None,
+    tpot_seconds: float | None = None,
+    priority: str = "",
     refuse: bool = False,
 ) -> inference_pb2.GenerateRequest:
     """A request for one answer.
@@ -41,15 +44,23 @@ def new_request(
         stop: the answer ends before the first of these.
         deadline_seconds: when the whole answer is needed, counted from acceptance.
         ttft_seconds: when the first token is needed, counted from acceptance.
+        tpot_seconds: how long each token after the first may take, in the mean.
+        priority: its class, of ``CLASSES``; "" is normal.
         refuse: have it refused if the deadline cannot be met; else it is done as well as can be.
 
     Raises:
-        InvalidArgumentError: if a number or a text does not fit the contract's field.
+        InvalidArgumentError: if a number or a text does not fit the contract's field, or there is
+            no such class.
     """
     _check_range("sampling.max_tokens", max_tokens, LARGEST_MAX_TOKENS)
     _check_range("sampling.seed", seed, LARGEST_SEED)
-    _check_seconds("slo.deadline", deadline_seconds)
-    _check_seconds("slo.ttft", ttft_seconds)
+    objectives = {"deadline": deadline_seconds, "ttft": ttft_seconds, "tpot": tpot_seconds}
+    for name, seconds in objectives.items():
+        _check_seconds(f"slo.{name}", seconds)
+    if priority and priority not in CLASSES:
+        raise InvalidArgumentError(
+            f"slo.priority: {priority!r}: one of {', '.join(CLASSES)}", field="slo.priority"
+        )
     _check_text("model", model)
     _check_text("adapter", adapter)
     _check_text("sampling.stop", *stop)
@@ -71,10 +82,11 @@ def new_request(
             inference_pb2.ChatMessage(role=role, content=[inference_pb2.ContentPart(text=text)])
             for role, text in prompt
         )
-    if deadline_seconds is not None:
-        request.slo.deadline.CopyFrom(duration(deadline_seconds))
-    if ttft_seconds is not None:
-        request.slo.ttft.CopyFrom(duration(ttft_seconds))
+    for name, seconds in objectives.items():
+        if seconds is not None:
+            getattr(request.slo, name).CopyFrom(duration(seconds))
+    if priority:
+        request.slo.priority = CLASSES[priority]
     return request
 
 
