@@ -14,7 +14,7 @@ from tests.support.waiting import eventually
 from uellm.cli import exits, explaining
 from uellm.client import Client
 from uellm.core.errors import InvalidArgumentError, NotFoundError
-from uellm.streams.keys import new_request_id
+from uellm.streams.keys import Keys, new_request_id
 from uellm.v1.inference_pb2 import ExplainResponse
 
 
@@ -104,6 +104,28 @@ async def test_refused_and_expired(
     # By the estimate the other one was to hold the slot for what is left of twenty steps.
     assert second.counterfactuals[0].seconds_earlier > 0
     assert [phase.name for phase in second.phases] == ["queue"]
+
+
+async def test_a_refused_one_whose_record_is_gone(
+    mesh: Mesh, gateway: Gateway, redis: Any, redis_url: str, tmp_path: Path
+) -> None:
+    async with serving(mesh, redis_url, tmp_path / "m", "edf"):
+        refused = await ask(mesh, 100, deadline=0.3, refusable=True)
+        theirs = await ask(mesh, 100, deadline=0.3, refusable=True, tenant="theirs")
+        await ended(mesh, refused)
+        await ended(mesh, theirs)
+        before = await explained(gateway, refused, "finished")
+        for each in (refused, theirs):
+            await redis.delete(Keys(MODEL).request(each))
+        async with Client(gateway.address) as client:
+            after = await client.explain(refused)
+            with pytest.raises(NotFoundError, match="no request"):
+                await client.explain(theirs)
+    assert after.summary.startswith("Refused after")
+    assert "slo.deadline: 0.3 s is too short" in after.summary
+    assert after.promise == before.promise
+    assert [event.kind for event in after.events] == [event.kind for event in before.events]
+    assert after.accepted_at == before.accepted_at
 
 
 async def test_preempted_for_an_urgent_one(

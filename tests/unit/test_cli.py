@@ -17,9 +17,10 @@ from tests.support.checkpoints import write_checkpoint
 from uellm import convert
 from uellm.cli import exits
 from uellm.cli.app import app
-from uellm.cli.durations import parse_duration, show_duration
+from uellm.cli.durations import parse_duration
 from uellm.cli.mesh_address import gateways
 from uellm.cli.promises import describe_end, describe_promise
+from uellm.core.durations import show_duration
 from uellm.core.errors import (
     ConfigurationError,
     NotFoundError,

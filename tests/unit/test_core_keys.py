@@ -1,11 +1,13 @@
 """Names in Redis, and request ids that carry their model."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from uellm.core.errors import InvalidArgumentError
-from uellm.streams.keys import MODEL_NAME, Keys, model_of, new_request_id
+from uellm.streams.keys import MODEL_NAME, Keys, made_at, model_of, new_request_id
 
 _models = st.from_regex(MODEL_NAME, fullmatch=True)
 
@@ -20,6 +22,11 @@ def test_an_id_names_its_model(model: str) -> None:
 def test_ids_sort_by_time() -> None:
     ids = [new_request_id("m")[:-16] for _ in range(100)]
     assert ids == sorted(ids)
+
+
+def test_an_id_says_when_it_was_made() -> None:
+    before = time.time()
+    assert before - 0.001 <= made_at(new_request_id("m")) <= time.time()
 
 
 @given(st.text(max_size=60))

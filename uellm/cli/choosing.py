@@ -12,9 +12,10 @@ from rich.table import Column, Table
 
 from uellm.class_defaults import OBJECTIVES
 from uellm.cli import exits
-from uellm.cli.durations import parse_duration, show_duration
+from uellm.cli.durations import parse_duration
 from uellm.cli.service_calls import service
 from uellm.convert import duration, duration_seconds
+from uellm.core.durations import show_duration
 from uellm.core.errors import InvalidArgumentError
 from uellm.policy.choice import LEVELS, PolicyChoice, levels_of, policies, settings_of
 from uellm.rpc import CALL_SECONDS

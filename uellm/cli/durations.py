@@ -33,15 +33,6 @@ def parse_limit(text: str) -> float:
     return 0.0 if re.fullmatch(r"0(?:\.0*)?", text.strip()) else parse_duration(text)
 
 
-def show_duration(seconds: float) -> str:
-    """Seconds in the unit that reads best."""
-    if abs(seconds) < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if abs(seconds) < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min"
-
-
 def ago(seconds: float) -> str:
     """How long ago something was."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):

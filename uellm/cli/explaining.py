@@ -7,8 +7,8 @@ from google.protobuf.json_format import MessageToJson
 
 from uellm import convert
 from uellm.cli import exits
-from uellm.cli.durations import show_duration
 from uellm.client import Client
+from uellm.core.durations import show_duration
 from uellm.v1.inference_pb2 import ExplainedCause, ExplainedPhase, ExplainResponse
 
 PHASES = {
@@ -40,7 +40,7 @@ def describe(explained: ExplainResponse) -> Iterator[str]:
     yield from _section(
         "What happened",
         [
-            f"+{convert.seconds(event.at) - accepted:.3f} s  {event.text}"
+            f"{convert.seconds(event.at) - accepted:+.3f} s  {event.text}"
             for event in explained.events
         ],
     )

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 
 from uellm import convert
-from uellm.cli.durations import show_duration
+from uellm.core.durations import show_duration
 from uellm.v1 import common_pb2, inference_pb2
 
 REASONS = {

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from uellm.core.durations import show_duration
 from uellm.decisions.ahead import HELD_UP, WHY, Ahead, held_up, let_in_first, those_ahead
 from uellm.decisions.counterfactual import admitted_without, promise_without
-from uellm.decisions.explanation import Cause, Counterfactual, Facts, Names, duration
+from uellm.decisions.explanation import Cause, Counterfactual, Facts, Names
 from uellm.decisions.records import DispatchRecord, StepRecord
 from uellm.decisions.story import Story, sequence_in
 from uellm.decisions.timeline import admitted_at, first_promise, phases
@@ -107,7 +108,8 @@ def _answer(facts: Facts, story: Story, lost_seconds: float) -> Iterator[Cause]:
         yield Cause("length", text, more * pace)
     real = max(end - first - lost_seconds, 0.0) / (facts.output_tokens - 1)
     side = "slower" if real > pace else "faster"
-    text = f"decoded {side} than estimated: {duration(real)} a token instead of {duration(pace)}"
+    paces = f"{show_duration(real)} a token instead of {show_duration(pace)}"
+    text = f"decoded {side} than estimated: {paces}"
     yield Cause("pace", text, (real - pace) * (facts.output_tokens - 1))
 
 
@@ -160,7 +162,7 @@ def _promise_earlier(
     if earlier < LEAST_SECONDS:
         return []
     who = _who(ids, names)
-    text = f"without {who} ahead of it, {duration(earlier)} earlier, by the policy's estimate"
+    text = f"without {who} ahead of it, {show_duration(earlier)} earlier, by the policy's estimate"
     if after.p_meet is not None and before.p_meet is not None and after.p_meet > before.p_meet:
         sure = f"{100 * after.p_meet:.0f} % instead of {100 * before.p_meet:.0f} %"
         text += f"; {sure} sure to meet its deadline"
@@ -189,7 +191,7 @@ def _without_in_engine(facts: Facts, story: Story, names: Names) -> list[Counter
             if again is not None and admitted_without(record, me, urgent):
                 seconds = again - record.now
                 text = f"without {_who(urgent, names)} it would not have lost its slot"
-                text += f", for {duration(seconds)}"
+                text += f", for {show_duration(seconds)}"
                 without = tuple(map(names.of, urgent[:NAMED]))
                 found.append(Counterfactual(without, seconds, text, record.now))
     return [each for each in found if each.seconds_earlier >= LEAST_SECONDS]
@@ -208,7 +210,7 @@ def _first_step(story: Story, request_id: str, ids: Sequence[str]) -> StepRecord
 
 def _slot_earlier(ids: Sequence[str], seconds: float, at: float, names: Names) -> Counterfactual:
     text = f"without {_who(ids, names)} in the engine, it would have had its slot "
-    text += f"{duration(seconds)} earlier"
+    text += f"{show_duration(seconds)} earlier"
     return Counterfactual(tuple(map(names.of, ids[:NAMED])), seconds, text, at)
 
 

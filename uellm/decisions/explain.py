@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from uellm.core.durations import show_duration
 from uellm.decisions.causes import causes, counterfactuals
 from uellm.decisions.explanation import (
     Cause,
@@ -9,7 +10,6 @@ from uellm.decisions.explanation import (
     Explanation,
     Facts,
     Names,
-    duration,
 )
 from uellm.decisions.records import DispatchRecord, Record
 from uellm.decisions.story import Story, story_of
@@ -55,7 +55,7 @@ def _summary(
     total = (facts.finished_at or now) - facts.slo.accepted_at
     main = next((c for c in why if (c.seconds or 0.0) > EXPLAINED_SHARE * total), None)
     if main is not None and main.seconds is not None:
-        sentences.append(f"Mostly ({duration(main.seconds)}): {main.text}.")
+        sentences.append(f"Mostly ({show_duration(main.seconds)}): {main.text}.")
     if what_if:
         text = what_if[0].text
         sentences.append(f"{text[0].upper()}{text[1:]}.")
@@ -63,7 +63,7 @@ def _summary(
 
 
 def _verdict(facts: Facts, story: Story, now: float) -> str:
-    took = duration((facts.finished_at or now) - facts.slo.accepted_at)
+    took = show_duration((facts.finished_at or now) - facts.slo.accepted_at)
     match facts.state:
         case "DONE":
             said = f"Answered after {took}{_against_deadline(facts)}{_promised(facts, story)}"
@@ -110,7 +110,7 @@ def _promised(facts: Facts, story: Story) -> str:
 
 
 def _side(left: float, what: str) -> str:
-    return f"{duration(abs(left))} {'before' if left >= 0 else 'after'} {what}"
+    return f"{show_duration(abs(left))} {'before' if left >= 0 else 'after'} {what}"
 
 
 def _notes(facts: Facts, story: Story, records: Sequence[Record], dropped: int) -> Iterable[str]:

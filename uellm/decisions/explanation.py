@@ -143,10 +143,3 @@ class Names:
             return request_id
         label = f"another tenant's request {len(self._others) + 1}"
         return self._others.setdefault(request_id, label)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that reads best."""
-    if abs(seconds) < 1:
-        return f"{seconds * 1000:.0f} ms"
-    return f"{seconds:.1f} s" if abs(seconds) < 120 else f"{seconds / 60:.1f} min"

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from uellm.core.request import Promise
+from uellm.decisions.explanation import Facts
 from uellm.decisions.records import DispatchRecord, Record, StepRecord
 from uellm.policy.views import InFlightView, QueuedView, SequenceView
 
@@ -94,6 +95,29 @@ def story_of(request_id: str, records: Iterable[Record]) -> Story:
     for record in sorted(records, key=lambda record: record.now):
         story.take(record)
     return story
+
+
+def facts_of_refused(request_id: str, records: Iterable[Record]) -> Facts | None:
+    """What would be stored of a request that was refused, from its refusal; None: not on record."""
+    record = story_of(request_id, records).refused
+    if record is None:
+        return None
+    view = next((v for v in record.queue.waiting if v.request_id == request_id), None)
+    refusal = next(r for r in record.decision.refusals if r.request_id == request_id)
+    if view is None:
+        return None
+    return Facts(
+        request_id=request_id,
+        tenant=view.tenant,
+        state="EXPIRED" if refusal.expired else "FAILED",
+        slo=view.slo,
+        profile=view.profile,
+        promise=refusal.promise,
+        finished_at=record.now,
+        refused=not refusal.expired,
+        message=refusal.message,
+        attempts=view.attempt,
+    )
 
 
 def promise_in(record: DispatchRecord, request_id: str) -> Promise | None:

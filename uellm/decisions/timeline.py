@@ -5,8 +5,9 @@ from itertools import pairwise
 from math import inf
 from typing import TypeVar
 
+from uellm.core.durations import show_duration
 from uellm.core.request import Promise
-from uellm.decisions.explanation import Event, Facts, Names, Phase, duration
+from uellm.decisions.explanation import Event, Facts, Names, Phase
 from uellm.decisions.story import Story, promise_in, sequence_in
 from uellm.policy.estimate import fastest_of
 
@@ -91,8 +92,8 @@ def _promises(facts: Facts, story: Story) -> Iterator[Event]:
     for i, record in enumerate(_some(seen, 1 + REVISIONS)):
         promise = record.decision.promises[facts.request_id]
         words = (
-            f"its answer by +{duration(promise.finish_p50 - accepted)} (median), "
-            f"+{duration(promise.finish_p90 - accepted)} (90 %)"
+            f"its answer by {_after(promise.finish_p50 - accepted)} (median), "
+            f"{_after(promise.finish_p90 - accepted)} (90 %)"
         )
         if promise.p_meet is not None:
             words += f", {100 * promise.p_meet:.0f} % sure to meet the deadline"
@@ -163,8 +164,12 @@ def _unrecorded_preemptions(story: Story, request_id: str) -> Iterator[Event]:
             if before.now <= record.now < after.now and record.replica == after.replica
         )
         if before.replica == after.replica and later.preemptions - earlier.preemptions > decided:
-            text = f"lost its slot since +{duration(after.now - before.now)} before"
+            text = f"lost its slot since +{show_duration(after.now - before.now)} before"
             yield Event(after.now, "preempted", f"{text}: the KV room ran out")
+
+
+def _after(seconds: float) -> str:
+    return f"{'-' if seconds < 0 else '+'}{show_duration(abs(seconds))}"
 
 
 def _some(items: Sequence[Item], most: int) -> list[Item]:

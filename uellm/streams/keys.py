@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from uellm.core.errors import InvalidArgumentError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
-_REQUEST_ID = re.compile(r"(?P<model>[A-Za-z0-9][A-Za-z0-9._/-]{0,127}):[0-9a-z]{26}")
+_REQUEST_ID = re.compile(
+    r"(?P<model>[A-Za-z0-9][A-Za-z0-9._/-]{0,127}):[0-7][0-9a-hjkmnp-tv-z]{25}"
+)
 _BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
 
 SERVICES = "uellm:services"
@@ -26,6 +28,14 @@ def new_request_id(model: str) -> str:
     return f"{model}:{''.join(_BASE32[value >> shift & 31] for shift in range(125, -1, -5))}"
 
 
+def made_at(request_id: str) -> float:
+    """When an id was made: seconds since the epoch, by the clock of its gateway's host."""
+    value = 0
+    for character in request_id.rpartition(":")[2]:
+        value = value << 5 | _BASE32.index(character)
+    return (value >> 80) / 1000
+
+
 def model_of(request_id: str) -> str:
     """The model that a request id names.
 
@@ -35,7 +45,8 @@ def model_of(request_id: str) -> str:
     match = _REQUEST_ID.fullmatch(request_id)
     if match is None:
         raise InvalidArgumentError(
-            "request_id is not one that this mesh gave out (<model>:<26 characters>)",
+            f"request_id: {request_id[:80]!r} is none that a mesh gives out "
+            "(<model>:<26 characters>)",
             field="request_id",
         )
     return match["model"]

@@ -272,8 +272,8 @@ def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
 def not_found(request_id: str) -> NotFoundError:
     """The error for an id that names nothing this tenant may see."""
     return NotFoundError(
-        f"no request {request_id}: it never was, its result was kept for its time, or it is "
-        "another tenant's",
+        f"no request {request_id}: it never was, it ended so long ago that nothing is kept of it "
+        "(UELLM_RETENTION_SECONDS), or it is another tenant's",
         field="request_id",
         reason="REQUEST_NOT_FOUND",
     )

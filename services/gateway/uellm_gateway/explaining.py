@@ -4,6 +4,7 @@ import asyncio
 
 from uellm.convert import (
     profile_from_proto,
+    profile_to_proto,
     promise_from_proto,
     promise_to_proto,
     seconds,
@@ -12,8 +13,11 @@ from uellm.convert import (
 )
 from uellm.decisions.explain import explain
 from uellm.decisions.explanation import Explanation, Facts
+from uellm.decisions.records import Record as Decision
 from uellm.decisions.segments import read_segment
+from uellm.decisions.story import facts_of_refused
 from uellm.streams.decisions import DecisionLog
+from uellm.streams.keys import made_at
 from uellm.streams.messages import Record
 from uellm.v1 import common_pb2, inference_pb2
 from uellm.v1.decisions_pb2 import DecisionSegment
@@ -21,6 +25,8 @@ from uellm_gateway.cancelling import state_to_proto
 
 WRITTEN_SECONDS = 2.0
 """A decision is in Redis so long after it was made, at the latest, or was dropped."""
+REFUSED_SECONDS = 60.0
+"""A refusal at first sight is looked for so long before and after its id was made."""
 
 
 async def explain_request(
@@ -39,24 +45,47 @@ async def explain_request(
     segments, whole = await log.between(int(record.accepted_at * 1000), int(until * 1000))
     # Of a busy model this is some thousand records to read: not while streams wait.
     explanation = await asyncio.to_thread(_explained, facts, segments, now)
-    notes = list(explanation.notes)
-    if not whole:
-        notes.append("it took so long that only some of the decisions of that time were read")
-    response = _response(explanation)
-    response.request_id, response.model = record.request_id, model
-    response.state = state_to_proto(record.state)
-    response.accepted_at.CopyFrom(timestamp(record.accepted_at))
+    response = _response(model, facts, explanation)
     response.profile.CopyFrom(record.entry.profile)
-    response.output_tokens = facts.output_tokens
-    response.notes[:] = notes
+    if not whole:
+        response.notes.append(
+            "it took so long that only some of the decisions of that time were read"
+        )
     return response
 
 
+async def explain_refused(
+    model: str, request_id: str, tenant: str, log: DecisionLog, now: float
+) -> inference_pb2.ExplainResponse | None:
+    """Explain a refused request whose record is gone, as far as its refusal is on record.
+
+    None if it is not, or was another tenant's.
+    """
+    made = made_at(request_id)
+    span = (made - REFUSED_SECONDS, made + REFUSED_SECONDS)
+    segments, _ = await log.between(*(max(int(at * 1000), 0) for at in span))
+    found = await asyncio.to_thread(_refused, request_id, tenant, segments, now)
+    return _response(model, *found) if found is not None else None
+
+
+def _refused(
+    request_id: str, tenant: str, segments: list[DecisionSegment], now: float
+) -> tuple[Facts, Explanation] | None:
+    facts = facts_of_refused(request_id, _concerning(request_id, segments))
+    if facts is None or facts.tenant != tenant:
+        return None
+    return facts, _explained(facts, segments, now)
+
+
 def _explained(facts: Facts, segments: list[DecisionSegment], now: float) -> Explanation:
-    # The request is named in the texts of whatever saw it.
-    read = [read_segment(s) for s in segments if facts.request_id in s.texts]
     dropped = sum(segment.dropped for segment in segments)
-    return explain(facts, [r for segment in read for r in segment.records], now, dropped)
+    return explain(facts, _concerning(facts.request_id, segments), now, dropped)
+
+
+def _concerning(request_id: str, segments: list[DecisionSegment]) -> list[Decision]:
+    """The records of segments that name a request: it is in the texts of whatever saw it."""
+    read = [read_segment(s) for s in segments if request_id in s.texts]
+    return [record for segment in read for record in segment.records]
 
 
 def facts_of(record: Record) -> Facts:
@@ -80,9 +109,16 @@ def facts_of(record: Record) -> Facts:
     )
 
 
-def _response(explanation: Explanation) -> inference_pb2.ExplainResponse:
+def _response(model: str, facts: Facts, explanation: Explanation) -> inference_pb2.ExplainResponse:
     promise = explanation.promise
     return inference_pb2.ExplainResponse(
+        request_id=facts.request_id,
+        model=model,
+        state=state_to_proto(facts.state),
+        accepted_at=timestamp(facts.slo.accepted_at),
+        profile=profile_to_proto(facts.profile),
+        output_tokens=facts.output_tokens,
+        notes=explanation.notes,
         summary=explanation.summary,
         promise=promise_to_proto(promise, 1) if promise is not None else None,
         phases=[

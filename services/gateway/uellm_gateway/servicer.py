@@ -8,7 +8,7 @@ import grpc
 from opentelemetry import trace
 
 from uellm import convert
-from uellm.core.errors import InvalidArgumentError, ResourceExhaustedError
+from uellm.core.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from uellm.service import Context
 from uellm.streams.decisions import DecisionLog
 from uellm.streams.messages import AcceptResult, not_found
@@ -21,7 +21,7 @@ from uellm_gateway.auth import Caller, current_caller
 from uellm_gateway.calls import Call, Calls
 from uellm_gateway.cancelling import cancel_request, state_to_proto
 from uellm_gateway.estimates import Estimates
-from uellm_gateway.explaining import explain_request
+from uellm_gateway.explaining import explain_refused, explain_request
 from uellm_gateway.frames import ModelFrames
 from uellm_gateway.listing import list_models
 from uellm_gateway.models import ModelView
@@ -248,13 +248,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.ExplainResponse:
         """Say why a request was answered when it was, or was not."""
         del context
-        queue = self._answers.queue_of(request.request_id)
-        record = await queue.record(request.request_id)
-        if record.tenant != current_caller().tenant:
-            raise not_found(request.request_id)
+        request_id, tenant = request.request_id, current_caller().tenant
+        queue = self._answers.queue_of(request_id)
         log = DecisionLog(self._context.redis, queue.model)
+        now = self._context.clock.now()
         async with self._explaining:
-            return await explain_request(queue.model, record, log, self._context.clock.now())
+            try:
+                record = await queue.record(request_id)
+            except NotFoundError:
+                # Of a refusal there is soon nothing else.
+                found = await explain_refused(queue.model, request_id, tenant, log, now)
+                if found is None:
+                    raise
+                return found
+            if record.tenant != tenant:
+                raise not_found(request_id)
+            return await explain_request(queue.model, record, log, now)
 
     async def Estimate(
         self, request: inference_pb2.EstimateRequest, context: ServicerContext
