@@ -22,6 +22,7 @@ from uellm.policy.edf import EdfDispatch
 from uellm.policy.estimate import peak_tokens
 from uellm.policy.fcfs import FcfsDispatch, FcfsStep
 from uellm.policy.views import (
+    Answered,
     DispatchDecision,
     DispatchPolicy,
     DispatchSettings,
@@ -288,6 +289,53 @@ def test_a_first_token_that_comes_too_late_is_refused_or_expires_too() -> None:
     (refusal,) = EdfDispatch().dispatch(waits, [busy], NOW + 5).refusals
     assert refusal.expired
     assert "slo.ttft" in refusal.message
+
+
+def test_who_had_no_chance_when_accepted_is_refused_and_has_not_expired() -> None:
+    for late in (
+        queued("q", -0.05, accepted=NOW - 0.051, refusable=True),
+        queued("q", None, accepted=NOW - 0.051, ttft_at=NOW - 0.05, refusable=True),
+    ):
+        queue = QueueView([late], unpromised=frozenset({"q"}))
+        (refusal,) = EdfDispatch().dispatch(queue, [replica()], NOW).refusals
+        assert not refusal.expired
+        assert "0.001 s is too short" in refusal.message
+        assert refusal.promise is not None
+        assert refusal.promise.earliest_feasible_finish is not None
+    # This one had one, until it waited.
+    could = queued("q", -0.05, accepted=NOW - 5, refusable=True)
+    queue = QueueView([could], unpromised=frozenset({"q"}))
+    (refusal,) = EdfDispatch().dispatch(queue, [replica()], NOW).refusals
+    assert refusal.expired
+
+
+@pytest.mark.parametrize(
+    ("objectives", "odds", "infeasible"),
+    [
+        ({"deadline_at": NOW - 1}, 0.0, True),
+        ({"ttft_at": NOW - 1}, 0.0, False),
+        ({"ttft_at": NOW - 1, "deadline_at": NOW + 600}, 0.0, False),
+        ({"ttft_at": NOW}, 1.0, False),
+        ({}, None, False),
+    ],
+)
+def test_a_promise_says_what_is_certain_of_an_answer_that_has_begun(
+    objectives: dict[str, float], odds: float | None, infeasible: bool
+) -> None:
+    asked = queued("q", None)
+    asked = replace(asked, slo=replace(asked.slo, **objectives))
+    running = InFlightView("q", NOW - 0.9, 10, 20.0, 40.0, request=asked)
+    view = replace(
+        replica(),
+        in_flight=(running,),
+        answered={"q": Answered(5, NOW - 0.5)},
+        answered_at=NOW,
+    )
+    queue = QueueView([], promised={"q": NOW + 900})
+    promise = EdfDispatch().dispatch(queue, [view], NOW).promises["q"]
+    assert promise.p_meet == odds
+    assert promise.best_effort == (odds == 0.0)
+    assert (promise.earliest_feasible_finish is not None) == infeasible
 
 
 def test_a_request_is_not_refused_later_than_at_first_sight_until_it_expires() -> None:

@@ -13,7 +13,7 @@ from uellm.policy.forecast import Backlog, forecasts
 from uellm.policy.prospects import Forecasts, Prospects
 from uellm.policy.refusing import lost
 from uellm.policy.remaining import left_of
-from uellm.policy.views import Experience, InFlightView, QueuedView, ReplicaView
+from uellm.policy.views import Answered, Experience, InFlightView, QueuedView, ReplicaView
 
 MATERIAL_SHARE = 0.2
 MATERIAL_SECONDS = 1.0
@@ -172,7 +172,6 @@ class Promiser:
         position: int,
     ) -> Promise:
         times = prospects.times[row]
-        p_meet = float(prospects.p_meet[row])
         answered = self._answered.get(request.request_id)
         lengths = request.profile.output_tokens
         _, median, high = lengths.low_median_high
@@ -180,13 +179,16 @@ class Promiser:
             _, *left = left_of(lengths, answered.tokens, inf)
             median, high = (answered.tokens + tokens for tokens in left)
             times = np.array([[answered.first_token_at] * 2, times[1]])
-        hopeless = lost(request, self._fastest, self._now)
+            hopeless = request.slo.deadline_at is not None and self._now > request.slo.deadline_at
+        else:
+            hopeless = lost(request, self._fastest, self._now)
+        p_meet = _odds(float(prospects.p_meet[row]), request.slo, answered, self._now)
         return Promise(
             start_p50=float(times[0, 0]),
             start_p90=float(times[0, 1]),
             finish_p50=float(times[1, 0]),
             finish_p90=float(times[1, 1]),
-            p_meet=None if isnan(p_meet) else round(p_meet, 4),
+            p_meet=p_meet,
             queue_position=position,
             policy=self._policy,
             reason=(
@@ -198,7 +200,7 @@ class Promiser:
             output_tokens_p90=round(high),
             plan_epoch=max(self._epochs.values()),
             earliest_feasible_finish=float(times[1, 1]) if hopeless else None,
-            best_effort=p_meet < 0.5 and not request.refusable,
+            best_effort=p_meet is not None and p_meet < 0.5 and not request.refusable,
         )
 
     def _reason(self, request: QueuedView, position: int, hopeless: bool, *, waits: bool) -> str:
@@ -209,6 +211,25 @@ class Promiser:
         if not waits:
             return "a slot is free"
         return f"waits for a slot, {position} ahead"
+
+
+def _odds(p_meet: float, slo: Slo, answered: Answered | None, now: float) -> float | None:
+    """The probability of being in time; where that is known already, so it is said.
+
+    Args:
+        p_meet: of what is still to come; nan if nothing is asked of that.
+        slo: what was asked for.
+        answered: how far the answer has come, or None.
+        now: in seconds.
+    """
+    if slo.deadline_at is not None and now > slo.deadline_at:
+        return 0.0
+    if slo.ttft_at is not None and answered is not None:
+        if answered.first_token_at > slo.ttft_at:
+            return 0.0
+        if slo.deadline_at is None:
+            return 1.0
+    return None if isnan(p_meet) else round(p_meet, 4)
 
 
 def _material(before: float, after: float, now: float) -> bool:

@@ -8,11 +8,10 @@ from dataclasses import replace
 from math import inf
 
 import numpy as np
-import numpy.typing as npt
 
 from uellm.core.request import Promise
 from uellm.policy.admitting import Crowded
-from uellm.policy.columns import Columns
+from uellm.policy.columns import Columns, Flags, Floats
 from uellm.policy.estimate import Speed, first_token_seconds, shortest_seconds
 from uellm.policy.views import QueuedView, Refusal
 
@@ -35,7 +34,7 @@ def lost(request: QueuedView, fastest: Speed | None, now: float) -> bool:
     )
 
 
-def lost_ones(columns: Columns, fastest: Speed | None, now: float) -> npt.NDArray[np.bool_]:
+def lost_ones(columns: Columns, fastest: Speed | None, now: float | Floats) -> Flags:
     """Whose deadline is lost in this sense; first tokens aside, for they do not order for ever."""
     if fastest is None:
         return columns.deadline <= now
@@ -43,7 +42,7 @@ def lost_ones(columns: Columns, fastest: Speed | None, now: float) -> npt.NDArra
     return now + shortest > columns.deadline
 
 
-def _late_starters(columns: Columns, fastest: Speed, now: float) -> npt.NDArray[np.bool_]:
+def _late_starters(columns: Columns, fastest: Speed, now: float | Floats) -> Flags:
     """Whose first token will be too late even if they start now."""
     soonest = columns.prefill * fastest.prefill_per_token + fastest.step
     return now + soonest > columns.first_token
@@ -52,18 +51,22 @@ def _late_starters(columns: Columns, fastest: Speed, now: float) -> npt.NDArray[
 def to_refuse(
     columns: Columns, unpromised: frozenset[str], fastest: Speed | None, now: float
 ) -> tuple[list[int], list[int]]:
-    """Places of the expired, and of those that have no chance at first sight."""
+    """Places of the expired, and of those that have no chance at first sight.
+
+    Who had none when it was accepted did not expire by waiting, however soon its time is over.
+    """
     refusable = columns.refusable
     over = refusable & (np.minimum(columns.deadline, columns.first_token) <= now)
-    expired: list[int] = np.flatnonzero(over).tolist()
     if fastest is None or not unpromised:
-        return expired, []
+        return np.flatnonzero(over).tolist(), []
     new = columns.among(unpromised)
-    new = new[(refusable & ~over)[new]]
+    new = new[refusable[new]]
     some = columns.some(new)
-    without = lost_ones(some, fastest, now) | _late_starters(some, fastest, now)
-    hopeless: list[int] = new[without].tolist()
-    return expired, hopeless
+    since = np.where(over[new], some.accepted, now)
+    without = lost_ones(some, fastest, since) | _late_starters(some, fastest, since)
+    hopeless = new[without]
+    over[hopeless] = False
+    return np.flatnonzero(over).tolist(), hopeless.tolist()
 
 
 def expired_refusal(request: QueuedView, now: float) -> Refusal:
