@@ -1,6 +1,7 @@
 """What serves is placed anew when that is better; real deployer and Redis, workers as told."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from tests.integration.test_deployer import MODEL, READY, REPLICA, Mesh, layers
 from tests.integration.test_deployer_discovery import COST, MeasuredWorker, add
 from tests.support.checkpoints import write_checkpoint
 from tests.support.waiting import eventually, stays
-from uellm.core.errors import FailedPreconditionError, NotFoundError
+from uellm.core.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from uellm.streams.keys import Keys
 from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
 
@@ -240,6 +241,24 @@ async def test_what_cannot_take_over_is_given_up_and_the_old_one_serves_on(mesh:
         await asyncio.wait_for(fast.stop(), 5)
     found = await eventually(lambda: back_to_one(mesh))
     assert found.replicas[0].epoch == before.epoch
+
+
+async def test_what_is_placed_anew_again_and_again_stays_longer_each_time(mesh: Mesh) -> None:
+    await mesh.add_deployer(**AT_ONCE | {"replan_cooldown_seconds": 0.2})
+    await add(mesh, MeasuredWorker("w1", "slow"), MeasuredWorker("w0", "slower", speed=0.5))
+    await mesh.apply()
+    await mesh.ready()
+    fast = MeasuredWorker("w2", "fast", speed=4.0)
+    fast.fail_prepare = [UnavailableError("it is busy")] * 1000
+    await add(mesh, fast)
+
+    def tries() -> int:
+        return sum(name == "prepare" for name, _, _ in fast.calls)
+
+    await eventually(tries)
+    began = time.monotonic()
+    await eventually(lambda: tries() >= 5, timeout=20.0)
+    assert time.monotonic() - began > 0.2 + 0.4 + 0.8 + 1.6 - 0.2
 
 
 async def back_to_one(mesh: Mesh) -> topology_pb2.Deployment | None:

@@ -4,7 +4,12 @@ from dataclasses import replace
 
 from tests.support.clusters import MIB, random_request, small_model
 from uellm.placement.costs import costs_of
-from uellm.placement.replan import COOL_DOWN_SECONDS, LEAST_GAIN, worth_it
+from uellm.placement.replan import (
+    COOL_DOWN_SECONDS,
+    LEAST_GAIN,
+    cool_down_after,
+    worth_it,
+)
 from uellm.placement.solver import solve, solve_shared
 from uellm.placement.topology import Device, LinkSpeed, Topology
 from uellm.placement.views import Plan, PlanRequest, Workload
@@ -81,6 +86,14 @@ def test_a_change_has_to_gain_enough_and_the_last_to_have_lasted() -> None:
     assert not worth_it(LEAST_GAIN * 0.99, COOL_DOWN_SECONDS)
     assert not worth_it(1.0, COOL_DOWN_SECONDS * 0.99)
     assert worth_it(0.02, 5.0, least_gain=0.01, cool_down_seconds=5.0)
+
+
+def test_what_was_moved_again_and_again_stays_longer_each_time() -> None:
+    assert cool_down_after([]) == cool_down_after([10.0]) == COOL_DOWN_SECONDS
+    assert cool_down_after([10.0, 100.0], 20.0) == 40.0
+    assert cool_down_after([10.0, 100.0, 1300.0], 20.0) == 40.0, "what is long ago is forgotten"
+    assert cool_down_after([1.0] * 50, 20.0) == 640.0
+    assert cool_down_after([1.0] * 50, 0.0) == 0.0
 
 
 def test_models_that_share_a_cluster_do_not_share_bytes() -> None:

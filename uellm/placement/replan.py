@@ -1,6 +1,6 @@
 """Placing anew: what would move, whether it pays, and plans that move little."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from uellm.placement.views import Move, Plan, PlannedReplica
 
 LEAST_GAIN = 0.05
 COOL_DOWN_SECONDS = 60.0
+_LATELY = 60
+"""Changes are remembered for so many times the least cool-down."""
+_MOST_DOUBLINGS = 5
 ALIKE = 0.01
 """Share of time by which plans may differ and still be alike: less than predictions err."""
 # Devices that an old order is offered, the fastest of those that it does not have.
@@ -51,6 +54,19 @@ def worth_it(
         cool_down_seconds: how long a change must last.
     """
     return gain >= least_gain and since_last_seconds >= cool_down_seconds
+
+
+def cool_down_after(ages: Iterable[float], cool_down_seconds: float = COOL_DOWN_SECONDS) -> float:
+    """How long a replica stays where it is: twice as long after each further change of late.
+
+    Where what devices take goes up and down, another place looks better time and again.
+
+    Args:
+        ages: seconds since each of its changes.
+        cool_down_seconds: how long it stays after one.
+    """
+    lately = sum(age <= _LATELY * cool_down_seconds for age in ages)
+    return float(cool_down_seconds * 2 ** min(max(lately - 1, 0), _MOST_DOUBLINGS))
 
 
 def nearby(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from uellm.convert import planned_to_proto, timestamp
 from uellm.core.errors import UellmError
 from uellm.logs import logger
-from uellm.placement.replan import worth_it
+from uellm.placement.replan import cool_down_after, worth_it
 from uellm.placement.topology import Device
 from uellm.streams.connection import UNREACHABLE
 from uellm.v1 import topology_pb2
@@ -99,9 +99,11 @@ class Replanner:
         """Propose or begin a change of a replica if it is worth it; whether one was begun."""
         settings = self._tools.settings
         found = await self._best(deployment, model, replica)
-        last = max(replica.trusted_at, deployment.changed_at)
-        since = float("inf") if approved else time.monotonic() - last
-        wait = 0.0 if settings.approve else settings.replan_cooldown_seconds
+        now = time.monotonic()
+        since = float("inf") if approved else now - max(replica.trusted_at, deployment.changed_at)
+        ages = [now - at for at in replica.moved_at]
+        rests = cool_down_after(ages, settings.replan_cooldown_seconds)
+        wait = 0.0 if settings.approve else rests
         if replica.phase is not Phase.READY or deployment.ending:
             return False
         held = deployment.changes.get(replica.id)
@@ -126,6 +128,8 @@ class Replanner:
             return False
         change.state = topology_pb2.CHANGE_STATE_UNDER_WAY
         deployment.changes[replica.id] = change
+        if not approved:
+            replica.moved_at += (now,)
         self._begin(deployment, replica, planned, change)
         return True
 
@@ -149,6 +153,7 @@ class Replanner:
         if change.make_before_break:
             new = deployment.add_replica(time.monotonic(), replaces=replica.id)
             new.phase, new.planned = Phase.FORMING, planned.plan.replicas[0]
+            new.moved_at = replica.moved_at
             deployment.start(new.id, lambda: take_over(deployment, replica, new, planned, now))
         else:
             replica.phase = Phase.MOVING

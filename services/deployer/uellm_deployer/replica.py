@@ -51,6 +51,7 @@ class Replica:
         message: what it waits for, or why it failed.
         failed: it cannot be formed as things are.
         replaces: the replica that it takes over from once it serves; "": none.
+        moved_at: when it began to be placed anew without being asked to.
         dismissed: it is to end: another one has taken over, or it is not needed any more.
     """
 
@@ -72,6 +73,7 @@ class Replica:
     message: str = ""
     failed: bool = False
     replaces: str = ""
+    moved_at: tuple[float, ...] = ()
     dismissed: bool = False
 
     @property
