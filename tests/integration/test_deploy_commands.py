@@ -147,7 +147,7 @@ async def test_a_proposal_is_shown_and_approved(
     capsys.readouterr()
     assert await deployments.status(redis_url, MODEL, as_json=False) == exits.OK
     shown = capsys.readouterr().out
-    assert "proposed: 0-5 on w2/cpu:0" in shown
+    assert "proposed just now: 0-5 on w2/cpu:0" in shown
     assert "better as w2/cpu:0 can be used; moves 6 layers" in shown
     assert f"`uellm deploy --approve {MODEL}`" in shown
     assert await deployments.approve(redis_url, MODEL, wait=True) == exits.OK

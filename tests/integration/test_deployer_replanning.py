@@ -93,6 +93,10 @@ async def test_a_faster_worker_takes_over_while_the_old_one_serves(mesh: Mesh) -
     assert done.moved_layers == 6
     assert "w2/cpu:0 can be used" in done.reason
     assert ("release", REPLICA, before.epoch) in slow.calls
+    # What is formed again is not where a change brought it.
+    fast.fail_stage(TAKES_OVER, "CHILD_LOST")
+    again = await mesh.ready(above=after.replicas[0].epoch)
+    assert not again.changes
 
 
 async def test_a_slowed_device_gives_layers_away(mesh: Mesh) -> None:

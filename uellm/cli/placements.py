@@ -47,9 +47,11 @@ def predicted(found: topology_pb2.PlacementPrediction) -> str:
     )
 
 
-def changed(change: topology_pb2.PlacementChange) -> str:
-    """A change of a placement in a line."""
+def changed(change: topology_pb2.PlacementChange, now: float | None = None) -> str:
+    """A change of a placement in a line; with ``now``, since when it is as it is."""
     state = _CHANGES.get(change.state, "not known")
+    if now is not None and change.HasField("changed_at"):
+        state += f" {ago(now - seconds(change.changed_at))}"
     where = ", ".join(
         f"{stage.first_layer}-{stage.last_layer} on {stage.device_id}"
         for stage in change.planned.stages
@@ -138,7 +140,7 @@ def deployment_table(
     if deployment.status:
         console.print(f"{deployment.status}", soft_wrap=True, markup=False)
     for change in deployment.changes:
-        console.print(changed(change), soft_wrap=True, markup=False)
+        console.print(changed(change, now), soft_wrap=True, markup=False)
         if change.state == topology_pb2.CHANGE_STATE_PROPOSED:
             console.print(f"`uellm deploy --approve {deployment.name}` carries it out")
 
@@ -166,7 +168,7 @@ def _replica_table(
             size(stage.memory_bytes),
             short(found.measured_seconds) if found is not None and timed else "-",
             short(found.predicted_seconds) if found is not None and timed else "-",
-            f"{found.ratio:.2f}x" if found is not None and timed else "-",
+            f"{found.ratio:.2f}x" if found is not None and timed and found.ratio else "-",
             ago(now - seconds(found.seen_at)) if found is not None and timed else "-",
         )
     return table

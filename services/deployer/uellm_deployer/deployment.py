@@ -357,6 +357,9 @@ class Deployment:
         replica.phase, replica.since = Phase.IDLE, time.monotonic()
         replica.patience_seconds, replica.retry_at = 0.0, 0.0
         replica.message, replica.failed = reason, False
+        change = self.changes.get(replica.id)
+        if change is not None and change.state != topology_pb2.CHANGE_STATE_UNDER_WAY:
+            del self.changes[replica.id]  # What it came to is over.
 
     async def _drop(self, replica: Replica, reason: str) -> None:
         """Stop what is under way for a replica, and have it formed again."""
