@@ -16,7 +16,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from uellm import logs
+from uellm import __version__, logs
 from uellm.addresses import joined
 from uellm.config import ServiceSettings
 from uellm.core.errors import ConfigurationError, UellmError
@@ -171,7 +171,12 @@ async def _bind(server: grpc.aio.Server, settings: ServiceSettings) -> int:
 async def _keep_registered(context: Context, role: str) -> None:
     async def renew() -> None:
         service = ServiceAddress(
-            role, context.identity, context.address, os.getpid(), tuple(context.faults.lasting)
+            role,
+            context.identity,
+            context.address,
+            os.getpid(),
+            tuple(context.faults.lasting),
+            __version__,
         )
         await context.registry.register(service)
         await context.clock.sync()

@@ -53,8 +53,8 @@ class Loaded(Mesh):
             await queue.offer(await queue.own("scheduler", 60_000), load, 60_000)
 
     async def want(self, name: str, **wanted: Any) -> None:
-        """Have a model served by the objective goodput."""
-        request = self.request(objective="goodput", **wanted)
+        """Have a model served by the objective goodput, unless another one is named."""
+        request = self.request(**{"objective": "goodput"} | wanted)
         request.model.CopyFrom(common_pb2.ModelRef(name=name, source=str(self.source)))
         await self.call("Apply", deployer_pb2.ApplyRequest(deployment=request))
 
@@ -291,6 +291,10 @@ async def test_bounds_of_the_number_of_copies_are_checked(mesh: Loaded) -> None:
         await mesh.want(MODEL, replicas=2, most_replicas=1)
     with pytest.raises(InvalidArgumentError, match="requests_per_second"):
         await mesh.want(MODEL, requests_per_second=-1.0)
+    with pytest.raises(InvalidArgumentError, match=r"most_replicas: 3, and with helr .*goodput"):
+        await mesh.want(MODEL, objective="helr", most_replicas=3)
+    with pytest.raises(InvalidArgumentError, match=r"requests_per_second: 2.5, and with even"):
+        await mesh.want(MODEL, objective="even", requests_per_second=2.5)
 
 
 async def test_a_model_that_comes_while_another_is_scaled(

@@ -9,11 +9,13 @@ import psutil
 import pytest
 
 from tests.support.waiting import eventually
-from uellm.core.errors import UnavailableError
+from uellm import __version__
+from uellm.core.errors import ConfigurationError, UnavailableError
 from uellm.embedded import EmbeddedRedis
-from uellm.mesh.joining import Token, new_secret, until_lost
+from uellm.mesh.joining import Guests, JoinOptions, Token, new_secret, until_lost
 from uellm.mesh.tether import tethered
 from uellm.streams.connection import connect
+from uellm.streams.registry import Registry, ServiceAddress
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -46,6 +48,20 @@ async def test_a_mesh_that_goes_away_while_it_is_joined_is_said_in_a_line(tmp_pa
 
 def _has_a_worker(pid: int) -> bool:
     return bool(psutil.Process(pid).children())
+
+
+async def test_a_mesh_of_another_version_is_not_joined() -> None:
+    secret = new_secret()
+    with EmbeddedRedis(password=secret, wrap=tethered) as server:
+        redis = connect(server.url)
+        there = ServiceAddress("deployer", "d", "127.0.0.1:1", 1, version="77.1")
+        await Registry(redis).register(there, 60.0)
+        await redis.aclose()
+        guests = Guests(JoinOptions("127.0.0.1", Token(server.port, secret)))
+        says = f"is of uellm 77.1, and this machine has {__version__}; install the same one"
+        with pytest.raises(ConfigurationError, match=says):
+            async with guests.running():
+                pass
 
 
 async def test_a_mesh_is_lost_only_once_it_has_not_answered_for_long() -> None:

@@ -22,7 +22,7 @@ from typing import Any, Self
 import grpc
 from redis.exceptions import AuthenticationError, RedisError
 
-from uellm import logs
+from uellm import __version__, logs
 from uellm.addresses import bare, is_host
 from uellm.core.errors import ConfigurationError, UnavailableError
 from uellm.embedded import redis_url
@@ -212,6 +212,7 @@ class Guests:
         host, port = self._options.host, self._options.token.port
         try:
             await self._redis.ping()
+            deployers = await Registry(self._redis).find("deployer")
         except AuthenticationError:
             raise ConfigurationError(
                 f"--token is not of the mesh at {host}; each start of `uellm up --listen` prints "
@@ -224,6 +225,13 @@ class Guests:
                 "there, and does its firewall let this machine in?",
                 field="host",
             ) from None
+        for deployer in deployers:
+            if deployer.version not in ("", __version__):
+                raise ConfigurationError(
+                    f"the mesh at {host} is of uellm {deployer.version}, and this machine has "
+                    f"{__version__}; install the same one here",
+                    field="version",
+                )
 
     async def _joined(self) -> list[topology_pb2.Device]:
         """The devices of these workers, once the deployer knows them all."""

@@ -29,6 +29,7 @@ class ServiceAddress:
         address: host:port of its gRPC server.
         pid: its process on its host.
         faults: what fails there as nobody foresaw, for people.
+        version: of uellm there; "": it does not say.
     """
 
     role: str
@@ -36,6 +37,7 @@ class ServiceAddress:
     address: str
     pid: int
     faults: tuple[str, ...] = ()
+    version: str = ""
 
 
 class Registry:
@@ -48,7 +50,12 @@ class Registry:
     async def register(self, service: ServiceAddress, lease_seconds: float = LEASE_SECONDS) -> None:
         """Register a service, or renew its registration."""
         facts = json.dumps(
-            {"address": service.address, "pid": service.pid, "faults": service.faults}
+            {
+                "address": service.address,
+                "pid": service.pid,
+                "faults": service.faults,
+                "version": service.version,
+            }
         )
         await self._scripts(
             "register", _key(service.role), service.service_id, facts, lease_seconds
@@ -120,4 +127,5 @@ def _parse(role: str, service_id: bytes, facts: bytes) -> ServiceAddress:
         parsed["address"],
         parsed["pid"],
         tuple(parsed.get("faults", ())),
+        parsed.get("version", ""),
     )

@@ -214,6 +214,14 @@ def _check_copies(wanted: deployer_pb2.PlanRequest) -> None:
             f"requests_per_second: {wanted.requests_per_second} is not a number from 0 on",
             field="requests_per_second",
         )
+    for name in ("most_replicas", "requests_per_second"):
+        if getattr(wanted, name) and wanted.objective != GOODPUT:
+            raise InvalidArgumentError(
+                f"{name}: {getattr(wanted, name):g}, and with {wanted.objective} the load does "
+                "not decide on the number of copies; ask for the objective goodput, or leave it "
+                "out",
+                field=name,
+            )
 
 
 def _check_place(wanted: deployer_pb2.PlanRequest) -> None:
