@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from uellm.core.cost import StepCost
 from uellm.core.request import LEVELS, Priority, QuantileFunction, ResourceProfile, Slo
+from uellm.heap import keep_freed_memory
 from uellm.policy.registry import dispatch_policies, dispatch_policy, step_policies, step_policy
 from uellm.policy.views import (
     EngineView,
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--tenants", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
+    keep_freed_memory()  # As a scheduler does.
     found: dict[str, dict[str, dict[str, float]]] = {"level two": {}, "level one": {}}
     for name in options.policy or step_policies():
         found["level two"][name] = _summary(_steps(name, options.decisions, options.tenants))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.unit.test_dispatch_policies import NOW, QUEUES, queued, replica
 from uellm.core.cost import StepCost
 from uellm.policy.columns import ColumnsCache
+from uellm.policy.everybody import SentCache, everybody
 from uellm.policy.forecast import backlog_of, forecasts
-from uellm.policy.promising import everybody
 from uellm.policy.prospects import Forecasts
 from uellm.policy.views import Answered, InFlightView, QueuedView, ReplicaView
 
@@ -21,7 +21,7 @@ COST = StepCost(overhead=0.0, weights=0.01, per_token=0.001)
 
 def forecast(order: list[QueuedView], *views: ReplicaView) -> Forecasts:
     """What each of ``order`` can expect, behind all that was sent."""
-    people = everybody(ColumnsCache().of(order), views, ColumnsCache())
+    people = everybody(ColumnsCache().of(order), views, SentCache())
     line = np.concatenate(
         [np.arange(people.waiting, len(people.sent_at)), np.arange(people.waiting)]
     )
@@ -77,7 +77,7 @@ def answering(tokens: int, at: float = NOW) -> ReplicaView:
 
 def own_finish(view: ReplicaView) -> float:
     """When the answer that comes is forecast to end, in seconds from now."""
-    people = everybody(ColumnsCache().of([]), [view], ColumnsCache())
+    people = everybody(ColumnsCache().of([]), [view], SentCache())
     line = np.array([0])
     work = backlog_of(people.columns, line, people.sent_at, [view], NOW, begun=people.begun)
     found = forecasts(people.columns, work, line, NOW)

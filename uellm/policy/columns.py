@@ -182,7 +182,8 @@ def _row(view: QueuedView) -> tuple[float, ...]:
     )
 
 
-def _arrays(views: Sequence[QueuedView]) -> tuple[Array, ...]:
+def rows_of(views: Sequence[QueuedView]) -> tuple[Array, Array]:
+    """Numbers and tags of some requests, as ``Columns`` has them."""
     rows = np.array([_row(view) for view in views], dtype=np.float64)
     tags = np.array([_tag(view.request_id) for view in views], dtype=np.intp)
     return np.ascontiguousarray(rows.reshape(len(views), _COLUMNS).T), tags
@@ -256,7 +257,7 @@ class ColumnsCache:
     """Columns of a queue, and of the same queue a moment later."""
 
     def __init__(self) -> None:
-        self._rows = RowCache(_arrays)
+        self._rows = RowCache(rows_of)
 
     def of(self, waiting: Sequence[QueuedView]) -> Columns:
         """The columns of these requests."""

@@ -17,9 +17,10 @@ from uellm.core.settings import Settings, setting
 from uellm.policy.admitting import Admission, admit
 from uellm.policy.columns import Columns, ColumnsCache, Floats, Ids, Places
 from uellm.policy.estimate import Speed, fastest_of
+from uellm.policy.everybody import Everybody, SentCache, everybody
 from uellm.policy.forecast import Backlog, backlog_of
 from uellm.policy.placing import Room, place, plain_room
-from uellm.policy.promising import Everybody, Promiser, everybody
+from uellm.policy.promising import Promiser
 from uellm.policy.refusing import (
     crowded_refusal,
     expired_refusal,
@@ -70,7 +71,7 @@ class Dispatcher(ABC):
         self._settings = settings or DispatchSettings()
         self._options: Any = options or self.settings_type()
         self._columns = ColumnsCache()
-        self._sent = ColumnsCache()
+        self._sent = SentCache()
 
     @abstractmethod
     def keys(self, columns: Columns, fastest: Speed | None, now: float) -> tuple[Floats, ...]:

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
+import numpy as np
+
 from uellm.policy.remaining import left_of
-from uellm.policy.views import InFlightView, QueuedView, ReplicaView
+from uellm.policy.rows import Floats
+from uellm.policy.views import QueuedView, ReplicaView
 
 DEFAULT_PREFILL_SECONDS_PER_TOKEN = 0.001
 """Assumed until a replica or its deployer says otherwise."""
@@ -71,29 +74,29 @@ def _prefill_tokens(request: QueuedView) -> int:
     return request.profile.prompt_tokens + request.resume_tokens
 
 
-def progress(
-    request: InFlightView, view: ReplicaView, speed: Speed, now: float
-) -> tuple[float, float, float]:
-    """How far a request is that was sent: since then, and what is left of it.
+def progress(view: ReplicaView, now: float) -> Floats:
+    """How far those are that a replica was sent: since then, and what is left of each.
 
     From how far it was when that was last looked at, or else from its time.
 
     Returns:
-        Tokens that came; tokens that are to come, median and 90 % quantile.
+        Tokens that came; tokens that are to come, median and 90 % quantile; shape (3, in flight).
     """
-    answered = view.answered.get(request.request_id)
-    if answered is not None and request.request is not None:
+    speed, sent = speed_of(view), view.in_flight
+    facts = [(r.dispatched_at, r.prompt_tokens, r.output_p50, r.output_p90) for r in sent]
+    at, prompt, median, most = np.array(facts, dtype=np.float64).reshape(-1, 4).T
+    came = np.maximum(now - at - prompt * speed.prefill_per_token, 0.0) / speed.step
+    left = np.where(came < most, (most - came) / 2, most / 8)
+    left = np.maximum(np.where(came < median, median - came, left), 1.0)
+    found = np.stack([np.minimum(came, most), left, np.maximum(most - came, left)])
+    if view.answered:
         since = max(now - view.answered_at, 0.0) / speed.step
-        _, left, high = left_of(request.request.profile.output_tokens, answered.tokens, inf)
-        came = answered.tokens - request.request.resume_tokens + since
-        left = max(left - since, 1.0)
-        return came, left, max(high - since, left)
-    prefill = request.prompt_tokens * speed.prefill_per_token
-    came = max(now - request.dispatched_at - prefill, 0.0) / speed.step
-    if came < request.output_p50:
-        left = max(request.output_p50 - came, 1.0)
-    elif came < request.output_p90:
-        left = max((request.output_p90 - came) / 2, 1.0)
-    else:
-        left = max(request.output_p90 / 8, 1.0)
-    return min(came, request.output_p90), left, max(request.output_p90 - came, left)
+        for place, request in enumerate(sent):
+            answered = view.answered.get(request.request_id)
+            if answered is not None and request.request is not None:
+                lengths, before = request.request.profile.output_tokens, request.request
+                _, soon, late = left_of(lengths, answered.tokens, inf)
+                soon = max(soon - since, 1.0)
+                came_since = answered.tokens - before.resume_tokens + since
+                found[:, place] = came_since, soon, max(late - since, soon)
+    return found

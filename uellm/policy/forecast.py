@@ -217,8 +217,10 @@ def _left(everybody: Columns, line: Places, sent_at: Floats, crew: _Crew, now: f
 def _crew(everybody: Columns, line: Places, replicas: Sequence[ReplicaView]) -> _Crew:
     """What the replicas can do together for requests such as those in line."""
     # Means and sums: in whatever order, and memory is faster in its own.
-    chosen = np.zeros(everybody.numbers.shape[1], dtype=np.bool_)
-    chosen[line] = True
+    chosen: Flags | slice = slice(None)
+    if len(line) < everybody.numbers.shape[1]:
+        chosen = np.zeros(everybody.numbers.shape[1], dtype=np.bool_)
+        chosen[line] = True
     lengths, prompts_of = everybody.mean[chosen], everybody.prefill[chosen]
     # A long answer is met more often in a running batch than at the door.
     spread = (everybody.high[chosen] - everybody.low[chosen]) / (2 * Z90)

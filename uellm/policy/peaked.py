@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from uellm.policy.estimate import progress, speed_of
 from uellm.policy.peak import PeakRoom, peak_room
 from uellm.policy.placing import Room, free_places, has_suspect
@@ -85,12 +87,10 @@ def peaked_room(
     """
     peak = None
     if view.kv_tokens_total:
-        held, left, speed = [], [], speed_of(view)
-        for request in view.in_flight:
-            came, median, high = progress(request, view, speed, now)
-            held.append(request.prompt_tokens + came + 1.0)
-            left.append(median + caution * (high - median))
-        peak = peak_room(kv_share * view.kv_tokens_total, held, left)
+        prompts = np.array([request.prompt_tokens for request in view.in_flight], dtype=np.float64)
+        came, median, high = progress(view, now)
+        left = median + caution * (high - median)
+        peak = peak_room(kv_share * view.kv_tokens_total, prompts + came + 1.0, left)
     return PeakedRoom(
         view=view,
         free=free_places(view, settings),

@@ -1,19 +1,19 @@
 """Which requests to promise what: forecasts, corrected by how those before were kept."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import inf, isnan
 
 import numpy as np
 
-from uellm.core.request import Promise, QuantileFunction, ResourceProfile, Slo
-from uellm.policy.columns import Columns, ColumnsCache, Flags, Floats, Places
+from uellm.core.request import Promise, Slo
+from uellm.policy.columns import Places
 from uellm.policy.estimate import Speed
+from uellm.policy.everybody import Everybody
 from uellm.policy.forecast import Backlog, forecasts
 from uellm.policy.prospects import Forecasts, Prospects
 from uellm.policy.refusing import lost
 from uellm.policy.remaining import left_of
-from uellm.policy.views import Answered, Experience, InFlightView, QueuedView, ReplicaView
+from uellm.policy.views import Answered, Experience, QueuedView, ReplicaView
 
 MATERIAL_SHARE = 0.2
 MATERIAL_SECONDS = 1.0
@@ -21,86 +21,6 @@ MATERIAL_SECONDS = 1.0
 that was left."""
 AT_ONCE = 256
 """So many promises are computed together; more would only take memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Everybody:
-    """Who waits and, behind them, who was sent.
-
-    Attributes:
-        columns: their numbers.
-        sent_at: when each was sent, or, if it has begun, was last looked at; infinite: it waits.
-        waiting: how many wait.
-        strangers: who was sent, and how it waited is not known.
-        begun: who is being answered.
-    """
-
-    columns: Columns
-    sent_at: Floats
-    waiting: int
-    strangers: Flags
-    begun: Flags
-
-    def lined_up(self, line: Places) -> Places:
-        """An order, in which strangers come first."""
-        first = self.strangers[line]
-        return np.concatenate([line[first], line[~first]]) if first.any() else line
-
-
-def everybody(waiting: Columns, replicas: Sequence[ReplicaView], cache: ColumnsCache) -> Everybody:
-    """All requests of a model that have not ended.
-
-    Args:
-        waiting: who waits.
-        replicas: where the others were sent.
-        cache: of the columns of those that were sent.
-    """
-    sent = [request for view in replicas for request in view.in_flight]
-    answered_at, left = _progress(replicas)
-    behind = cache.of([request.request or _stand_in(request) for request in sent])
-    columns = waiting.joined(behind.begun(np.flatnonzero(np.isfinite(answered_at)), left))
-    sent_at = np.full(len(columns.views), inf)
-    # Who had not begun by then has come no further since it was sent than from then on.
-    sent_at[len(waiting.views) :] = [
-        max(request.dispatched_at, view.answered_at)
-        for view in replicas
-        for request in view.in_flight
-    ]
-    strangers = np.zeros(len(columns.views), dtype=np.bool_)
-    strangers[len(waiting.views) :] = [request.request is None for request in sent]
-    begun = np.zeros(len(columns.views), dtype=np.bool_)
-    begun[len(waiting.views) :] = np.isfinite(answered_at)
-    sent_at[begun] = answered_at[np.isfinite(answered_at)]
-    return Everybody(columns, sent_at, len(waiting.views), strangers, begun)
-
-
-def _progress(replicas: Sequence[ReplicaView]) -> tuple[Floats, Floats]:
-    """Of all that were sent, when they were looked at; of those that have begun, what is left.
-
-    Returns:
-        Times, infinite for who has not begun; tokens, shape (3, begun).
-    """
-    times, left = [], []
-    for view in replicas:
-        for request in view.in_flight:
-            answered = view.answered.get(request.request_id)
-            if answered is None or request.request is None:
-                times.append(inf)
-                continue
-            times.append(view.answered_at)
-            left.append(left_of(request.request.profile.output_tokens, answered.tokens, inf))
-    return np.array(times), np.array(left).reshape(-1, 3).T
-
-
-def _stand_in(request: InFlightView) -> QueuedView:
-    """A request that was sent, from what is known of it."""
-    lengths = QuantileFunction((0.5, 0.9), (request.output_p50, request.output_p90))
-    return QueuedView(
-        request_id=request.request_id,
-        slo=Slo(min(request.accepted_at, request.dispatched_at)),
-        profile=ResourceProfile(request.prompt_tokens, lengths),
-        tenant=request.tenant,
-    )
 
 
 class Promiser:

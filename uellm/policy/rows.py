@@ -5,8 +5,7 @@ from one decision to the next few change.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import compress, count
-from operator import is_not
+from operator import is_, length_hint
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -52,38 +51,26 @@ class RowCache(Generic[View]):
 def _kept(before: tuple[View, ...], after: tuple[View, ...]) -> list[tuple[int, int]]:
     """Ranges of ``before`` that, one behind the other, ``after`` begins with.
 
-    What is missing from ``before`` is passed over; tuples of the same objects are compared at the
-    speed of memory.
+    What is missing from ``before`` is passed over. Views are compared by identity: comparing what
+    they say takes a thousand times as long.
     """
     kept: list[tuple[int, int]] = []
-    old = new = 0
-    while old < len(before) and new < len(after):
-        run = _run(before, after, old, new)
-        if run:
-            kept.append((old, old + run))
-            old, new = old + run, new + run
+    ours, theirs = iter(before), iter(after)
+    start, found = 0, 0
+    while not all(map(is_, ours, theirs)):
+        # Both stand behind the first two that differ.
+        end = len(before) - length_hint(ours) - 1
+        kept.append((start, end))
+        found += end - start
+        wanted, start = after[found], end + 1
+        for view in ours:
+            if view is wanted:
+                break
+            start += 1
         else:
-            old += 1
+            return kept
+    kept.append((start, start + min(len(before) - start, len(after) - found)))
     return kept
-
-
-def _run(before: tuple[View, ...], after: tuple[View, ...], old: int, new: int) -> int:
-    """For how long both lists are the same from there on."""
-    if before[old] is not after[new]:
-        return 0
-    most = min(len(before) - old, len(after) - new)
-    same, size = 1, 64
-    while same < most:
-        size = min(size, most - same)
-        ours = before[old + same : old + same + size]
-        theirs = after[new + same : new + same + size]
-        if ours == theirs:
-            same += size
-            size *= 2
-        else:
-            # By identity: comparing what they say takes a thousand times as long.
-            return same + next(compress(count(), map(is_not, ours, theirs)))
-    return same
 
 
 def sorted_by(keys: tuple[Floats, ...]) -> Places:

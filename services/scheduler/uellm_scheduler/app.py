@@ -6,6 +6,7 @@ from collections.abc import Callable
 import grpc
 
 from uellm.core.errors import ConfigurationError, InvalidArgumentError
+from uellm.heap import keep_freed_memory
 from uellm.policy.registry import dispatch_policy
 from uellm.service import Context, serve
 from uellm.v1 import scheduler_pb2_grpc
@@ -60,6 +61,7 @@ async def start(
         raise ConfigurationError(
             f"UELLM_SCHEDULER_POLICY: {error.message}", field="policy"
         ) from None
+    keep_freed_memory()
     await serve(
         settings, lambda context: SchedulerApplication(settings, context), stop=stop, ready=ready
     )
