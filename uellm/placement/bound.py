@@ -18,7 +18,7 @@ from uellm.placement.tree import TreeResult, solve_tree
 
 @dataclass(frozen=True, slots=True)
 class Bounded:
-    """A lower bound, and the routes that were met on the way to it."""
+    """A lower bound, inf where there is no chain, and the routes that were met on the way to it."""
 
     bound: float
     routes: tuple[Route, ...]
@@ -43,7 +43,7 @@ def ascend(chain: Chain, target: float, rounds: int) -> Bounded:
         priced = _with_potential(chain, potential)
         found = solve_tree(priced, tree)
         if found is None:
-            break
+            return Bounded(np.inf, ())
         if found.route is not None:
             order = found.route.order
             layers = found.route.layers

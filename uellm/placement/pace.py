@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from uellm.placement import held_karp
+from uellm.placement.bound import ascend
 from uellm.placement.chain import Chain, Route
 from uellm.placement.costs import Array, Integers
 from uellm.placement.objectives import Choice, Problem
-from uellm.placement.search import Found, search, with_count
+from uellm.placement.search import TREES_PER_SECOND, Found, search, with_count
 from uellm.placement.views import Certificate
 
 _PROBES = 40
@@ -82,6 +83,8 @@ class _Bisection:
         self._paths: dict[bytes, Array] = {}
         self._best: tuple[float, float, Found] | None = None
         self._others: list[Route] = []
+        # By pace: what the latency of no chain within it, shared by the batches, is below.
+        self._bounds: dict[float, float] = {}
 
     def solve(self) -> Choice | None:
         paces = self._paces()
@@ -90,16 +93,54 @@ class _Bisection:
             return None
         # Below paces[low] the layers do not fit. Whether latency allows a pace is monotone.
         floor = float(paces[low])
-        bound = floor
-        if not self._keeps(floor):
-            high = len(paces) - 1
-            if not self._keeps(float(paces[high])):
-                return self._choice(self._latency_bound(float(paces[high])))
-            while high - low > 1 and paces[high] > paces[low] * (1 + _CLOSE):
-                middle = (low + high) // 2
-                low, high = (low, middle) if self._keeps(float(paces[middle])) else (middle, high)
-            bound = max(floor, min(float(paces[high]), self._latency_bound(float(paces[low]))))
-        return self._choice(bound)
+        if self._keeps(floor):
+            return self._choice(floor)
+        high, failed = len(paces) - 1, low
+        if not self._keeps(float(paces[high])):
+            return self._choice(self._bounds[float(paces[high])])
+        while high - failed > 1 and paces[high] > paces[failed] * (1 + _CLOSE):
+            middle = (failed + high) // 2
+            kept = self._keeps(float(paces[middle]))
+            failed, high = (failed, middle) if kept else (middle, high)
+        return self._choice(max(floor, self._bound(paces[low : high + 1], failed - low)))
+
+    def _bound(self, paces: Array, failed: int) -> float:
+        """What no pace is below, where the one after ``paces[failed]`` is kept, which is not.
+
+        A chain's stages and links keep a pace or take the next one; if they keep it, its latency
+        has a bound, which falls as the pace rises. The best is where they meet.
+        """
+        searched = not self._exact and not self._problem.stages
+        # What a part of the budget did not find, all of it may.
+        while searched and failed and self._keeps(float(paces[failed]), whole=True):
+            failed -= 1
+
+        def at(index: int) -> float:
+            return min(float(paces[index + 1]), self._bounds[float(paces[index])])
+
+        bound = max(at(i) for i in range(len(paces) - 1) if float(paces[i]) in self._bounds)
+        low, high = max(int(np.searchsorted(paces, bound, side="right")) - 2, -1), failed
+        while searched and high - low > 1:
+            middle = (low + high) // 2
+            self._lift(float(paces[middle]), float(paces[middle + 1]))
+            bound = max(bound, at(middle))
+            low, high = (middle, high) if bound >= paces[middle + 1] else (low, middle)
+        return bound
+
+    @property
+    def _exact(self) -> bool:
+        return self._problem.chain.size <= held_karp.MOST_DEVICES
+
+    def _lift(self, pace: float, enough: float) -> None:
+        """Bound what chains within a pace take, where none was found or looked for."""
+        rounds = max(1, int(TREES_PER_SECOND * self._problem.budget))
+        target = enough * self._pipeline.in_flight
+        self._note(pace, ascend(self._pipeline.at(pace), target, rounds).bound)
+
+    def _note(self, pace: float, seconds: float) -> None:
+        """No chain within a pace takes less than so many seconds."""
+        shared = seconds / self._pipeline.in_flight if seconds <= self._pipeline.limit else np.inf
+        self._bounds[pace] = max(self._bounds.get(pace, 0.0), shared)
 
     def _paces(self) -> Array:
         """All times that a stage or a link can take."""
@@ -131,11 +172,17 @@ class _Bisection:
     def _limit(self, pace: float) -> float:
         return min(self._pipeline.limit, pace * self._pipeline.in_flight)
 
-    def _keeps(self, pace: float) -> bool:
-        """Whether a chain keeps a pace; what is found is noted."""
-        found = self._search(pace)
+    def _keeps(self, pace: float, *, whole: bool = False) -> bool:
+        """Whether a chain keeps a pace; what is found is noted. ``whole``: with all the budget."""
+        found = self._search(pace, self._problem.budget if whole else self._problem.budget / 4)
+        if found is None and self._exact:
+            self._note(pace, np.inf)
+        elif found is None:
+            # That none was found is no proof that there is none.
+            self._lift(pace, pace)
         if found is None:
             return False
+        self._note(pace, found.bound)
         if found.route.seconds <= self._pipeline.limit:
             key = (self._pipeline.pace(found.route), found.route.seconds)
             if self._best is None or key < self._best[:2]:
@@ -143,20 +190,13 @@ class _Bisection:
             self._others.append(found.route)
         return found.route.seconds <= self._limit(pace) * (1 + _CLOSE)
 
-    def _latency_bound(self, pace: float) -> float:
-        """What no chain within a pace can beat, because of its latency."""
-        found = self._search(pace)
-        if found is None or found.bound > self._pipeline.limit:
-            return np.inf
-        return found.bound / self._pipeline.in_flight
-
-    def _search(self, pace: float) -> Found | None:
+    def _search(self, pace: float, budget: float) -> Found | None:
         chain, problem = self._pipeline.at(pace), self._problem
-        if chain.size <= held_karp.MOST_DEVICES:
+        if self._exact:
             return self._by_sets(chain)
         if problem.stages:
             return with_count(chain, problem.stages, problem.budget, problem.seeds)
-        return search(chain, problem.budget / 4, problem.seeds, self._limit(pace))
+        return search(chain, budget, problem.seeds, self._limit(pace))
 
     def _by_sets(self, chain: Chain) -> Found | None:
         key = np.isinf(chain.link).tobytes()

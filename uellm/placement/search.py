@@ -17,7 +17,7 @@ EXACT = 1e-9
 """Within this of its bound a route is taken to be the best."""
 
 _ORDERS_PER_SECOND = 30_000
-_TREES_PER_SECOND = 12
+TREES_PER_SECOND = 12
 _STARTS = 6
 
 
@@ -101,7 +101,7 @@ def _by_search(
     if routes and routes[0].seconds <= enough:
         return Found(routes[0], bound, "polish", proof)
     target = routes[0].seconds if routes else 2 * abs(bound) + 1e-9
-    lifted = ascend(chain, target, max(1, int(_TREES_PER_SECOND * budget)))
+    lifted = ascend(chain, target, max(1, int(TREES_PER_SECOND * budget)))
     bound, proof = max(bound, lifted.bound), "tree of the links with potentials"
     near = sorted(lifted.routes, key=lambda each: each.seconds)[:_STARTS]
     routes = sorted(
