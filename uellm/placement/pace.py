@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from uellm.placement import held_karp
-from uellm.placement.bound import ascend
 from uellm.placement.chain import Chain, Route
 from uellm.placement.costs import Array, Integers
 from uellm.placement.objectives import Choice, Problem
-from uellm.placement.search import TREES_PER_SECOND, Found, search, with_count
+from uellm.placement.search import LIFTED, Found, deepen, search, with_count
 from uellm.placement.views import Certificate
 
 _PROBES = 40
@@ -112,7 +111,7 @@ class _Bisection:
         """
         searched = not self._exact and not self._problem.stages
         # What a part of the budget did not find, all of it may.
-        while searched and failed and self._keeps(float(paces[failed]), whole=True):
+        while searched and failed and self._deepen(float(paces[failed]), float(paces[failed + 1])):
             failed -= 1
 
         def at(index: int) -> float:
@@ -122,7 +121,7 @@ class _Bisection:
         low, high = max(int(np.searchsorted(paces, bound, side="right")) - 2, -1), failed
         while searched and high - low > 1:
             middle = (low + high) // 2
-            self._lift(float(paces[middle]), float(paces[middle + 1]))
+            self._deepen(float(paces[middle]), float(paces[middle + 1]))
             bound = max(bound, at(middle))
             low, high = (middle, high) if bound >= paces[middle + 1] else (low, middle)
         return bound
@@ -131,11 +130,14 @@ class _Bisection:
     def _exact(self) -> bool:
         return self._problem.chain.size <= held_karp.MOST_DEVICES
 
-    def _lift(self, pace: float, enough: float) -> None:
-        """Bound what chains within a pace take, where none was found or looked for."""
-        rounds = max(1, int(TREES_PER_SECOND * self._problem.budget))
-        target = enough * self._pipeline.in_flight
-        self._note(pace, ascend(self._pipeline.at(pace), target, rounds).bound)
+    def _deepen(self, pace: float, enough: float) -> bool:
+        """Bound what chains within a pace take; whether one keeps it that was met on the way."""
+        chain, batches = self._pipeline.at(pace), self._pipeline.in_flight
+        found = deepen(chain, self._problem.budget, enough * batches)
+        self._note(pace, found.bound)
+        if not found.routes:
+            return False
+        return self._fine(pace, Found(found.routes[0], found.bound, "polish", LIFTED))
 
     def _note(self, pace: float, seconds: float) -> None:
         """No chain within a pace takes less than so many seconds."""
@@ -172,17 +174,20 @@ class _Bisection:
     def _limit(self, pace: float) -> float:
         return min(self._pipeline.limit, pace * self._pipeline.in_flight)
 
-    def _keeps(self, pace: float, *, whole: bool = False) -> bool:
-        """Whether a chain keeps a pace; what is found is noted. ``whole``: with all the budget."""
-        found = self._search(pace, self._problem.budget if whole else self._problem.budget / 4)
-        if found is None and self._exact:
+    def _keeps(self, pace: float) -> bool:
+        """Whether a chain keeps a pace; what is found is noted."""
+        found = self._search(pace)
+        if found is not None:
+            self._note(pace, found.bound)
+            return self._fine(pace, found)
+        if self._exact:
             self._note(pace, np.inf)
-        elif found is None:
-            # That none was found is no proof that there is none.
-            self._lift(pace, pace)
-        if found is None:
             return False
-        self._note(pace, found.bound)
+        # That none was found is no proof that there is none.
+        return self._deepen(pace, pace)
+
+    def _fine(self, pace: float, found: Found) -> bool:
+        """Whether what was found keeps a pace; the best that keeps the SLO is remembered."""
         if found.route.seconds <= self._pipeline.limit:
             key = (self._pipeline.pace(found.route), found.route.seconds)
             if self._best is None or key < self._best[:2]:
@@ -190,13 +195,13 @@ class _Bisection:
             self._others.append(found.route)
         return found.route.seconds <= self._limit(pace) * (1 + _CLOSE)
 
-    def _search(self, pace: float, budget: float) -> Found | None:
+    def _search(self, pace: float) -> Found | None:
         chain, problem = self._pipeline.at(pace), self._problem
         if self._exact:
             return self._by_sets(chain)
         if problem.stages:
             return with_count(chain, problem.stages, problem.budget, problem.seeds)
-        return search(chain, budget, problem.seeds, self._limit(pace))
+        return search(chain, problem.budget / 4, problem.seeds, self._limit(pace))
 
     def _by_sets(self, chain: Chain) -> Found | None:
         key = np.isinf(chain.link).tobytes()

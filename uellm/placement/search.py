@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from uellm.placement import cpsat, held_karp
-from uellm.placement.bound import ascend
+from uellm.placement.bound import Bounded, ascend
 from uellm.placement.chain import Chain, Route, route
 from uellm.placement.costs import Array
 from uellm.placement.hierarchy import hierarchy
@@ -17,8 +17,11 @@ EXACT = 1e-9
 """Within this of its bound a route is taken to be the best."""
 
 _ORDERS_PER_SECOND = 30_000
-TREES_PER_SECOND = 12
+_TREES_PER_SECOND = 12
+_TREE_DEVICES = 64
+"""Trees of more devices than this take longer, in proportion."""
 _STARTS = 6
+LIFTED = "tree of the links with potentials"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +104,27 @@ def _by_search(
     if routes and routes[0].seconds <= enough:
         return Found(routes[0], bound, "polish", proof)
     target = routes[0].seconds if routes else 2 * abs(bound) + 1e-9
-    lifted = ascend(chain, target, max(1, int(TREES_PER_SECOND * budget)))
-    bound, proof = max(bound, lifted.bound), "tree of the links with potentials"
-    near = sorted(lifted.routes, key=lambda each: each.seconds)[:_STARTS]
-    routes = sorted(
-        [*routes, *_improved(polisher, [each.order for each in near])],
-        key=lambda each: each.seconds,
-    )
-    if not routes:
+    lifted = deepen(chain, budget, target, polisher)
+    best = min([*routes[:1], *lifted.routes[:1]], key=lambda each: each.seconds, default=None)
+    if best is None:
         return None
-    return Found(routes[0], bound, "polish", proof)
+    return Found(best, max(bound, lifted.bound), "polish", LIFTED)
+
+
+def deepen(chain: Chain, budget: float, target: float, polisher: Polisher | None = None) -> Bounded:
+    """A bound by potentials, and the routes that are near to those met on the way, best first.
+
+    Args:
+        chain: the problem.
+        budget: nominal seconds.
+        target: seconds that the bound need not exceed.
+        polisher: of the chain; None: a new one, with a quarter of the budget.
+    """
+    trees = _TREES_PER_SECOND * budget * min(1.0, _TREE_DEVICES / chain.size)
+    lifted = ascend(chain, target, max(1, int(trees)))
+    near = sorted(lifted.routes, key=lambda each: each.seconds)[:_STARTS]
+    polisher = polisher or Polisher(chain, int(_ORDERS_PER_SECOND * budget / 4))
+    return Bounded(lifted.bound, tuple(_improved(polisher, [each.order for each in near])))
 
 
 def _improved(polisher: Polisher, starts: Iterable[Sequence[int]]) -> list[Route]:

@@ -34,15 +34,37 @@ _JOINS: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...] = (
 )
 _LEFT = [left for left, _, _ in _JOINS]
 _RIGHT = [right for _, right, _ in _JOINS]
-_ALONE_LEFT, _ALONE_RIGHT = len(_JOINS), len(_JOINS) + 1
+# What a group may offer as a piece, in rows: the joins, the left group's pieces alone, those of the
+# right one alone, and nothing.
+_ALONE_LEFT, _ALONE_RIGHT, _NOTHING = len(_JOINS), len(_JOINS) + 5, len(_JOINS) + 10
+
+
+def _goes_back(left: int, right: int) -> bool:
+    return {left, right} == {_FIRST, _LAST}
+
+
+def _offers() -> tuple[Integers, Array, Array]:
+    """[5, 6] by piece: rows that it may be of; how often each crosses there, and back."""
+    found: list[list[tuple[int, int, int]]] = [
+        [(_ALONE_LEFT + piece, 0, 0), (_ALONE_RIGHT + piece, 0, 0)] for piece in range(5)
+    ]
+    for row, (left, right, results) in enumerate(_JOINS):
+        for piece, crossings in results:
+            found[piece].append((row, crossings, int(_goes_back(left, right))))
+    most = max(map(len, found))
+    table = np.array([[*row, *[(_NOTHING, 0, 0)] * (most - len(row))] for row in found])
+    return table[:, :, 0], table[:, :, 1].astype(float), table[:, :, 2].astype(float)
+
+
+_ROWS, _CROSSINGS, _BACKS = _offers()
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Attributes are [5, layers + 1]: seconds, which join they come from, layers on its left."""
+    """Attributes are [5, layers + 1]: seconds, which row they come from, layers on its left."""
 
     seconds: Array
-    join: Integers
+    row: Integers
     left: Integers
     required: bool
 
@@ -99,42 +121,28 @@ def _leaf(chain: Chain, device: int) -> _Group:
 
 
 def _merge(one: _Group, other: _Group, merge: Merge, num_layers: int) -> _Group:
-    worker = merge.worker
     a, b = one.seconds, other.seconds
     width = min(a.shape[1] + b.shape[1] - 1, num_layers + 1)
-    joined, split = _convolve(a[_LEFT], b[_RIGHT], width)
-    seconds = np.full((5, width), np.inf)
-    join = np.full((5, width), -1)
-    left = np.zeros((5, width), dtype=np.int64)
-
-    def offer(piece: int, value: Array, index: int, on_left: Integers) -> None:
-        better = value < seconds[piece, : len(value)]
-        seconds[piece, : len(value)][better] = value[better]
-        join[piece, : len(value)][better] = index
-        left[piece, : len(value)][better] = on_left[better]
-
-    for piece in range(5):
+    rows = np.full((_NOTHING + 1, width), np.inf)
+    left = np.zeros(rows.shape, dtype=np.int64)
+    rows[:_ALONE_LEFT], left[:_ALONE_LEFT] = _convolve(a[_LEFT], b[_RIGHT], width)
+    if not other.required:
+        rows[_ALONE_LEFT:_ALONE_RIGHT, : a.shape[1]] = a[:, :width]
+        left[_ALONE_LEFT:_ALONE_RIGHT] = np.arange(width)
+    if not one.required:
+        rows[_ALONE_RIGHT:_NOTHING, : b.shape[1]] = b[:, :width]
+    # Nothing that is not crossed takes time, whatever crossing would.
+    ways = np.multiply(_CROSSINGS, merge.seconds, out=np.zeros(_ROWS.shape), where=_CROSSINGS > 0)
+    ways += np.multiply(_BACKS, merge.back, out=np.zeros(_ROWS.shape), where=_BACKS > 0)
+    offers = rows[_ROWS] + ways[:, :, None]
+    if merge.worker:
         # A whole worker's devices stand side by side: its part of the chain is of one piece.
-        if piece == _PAIR and worker:
-            continue
-        if not other.required:
-            alone = a[piece, :width]
-            offer(piece, alone, _ALONE_LEFT, np.arange(len(alone)))
-        if not one.required:
-            alone = b[piece, :width]
-            offer(piece, alone, _ALONE_RIGHT, np.zeros(len(alone), dtype=np.int64))
-    for index, (left_piece, right_piece, results) in enumerate(_JOINS):
-        back = merge.back if _goes_back(left_piece, right_piece) else 0.0
-        for piece, crossings in results:
-            if piece == _PAIR and worker:
-                continue
-            seconds_here = joined[index] + crossings * merge.seconds + back
-            offer(piece, seconds_here, index, split[index])
-    return _Group(seconds, join, left, one.required or other.required)
-
-
-def _goes_back(left: int, right: int) -> bool:
-    return {left, right} == {_FIRST, _LAST}
+        offers[_PAIR] = np.inf
+    best = offers.argmin(axis=1)
+    seconds = np.take_along_axis(offers, best[:, None, :], axis=1)[:, 0]
+    row = np.take_along_axis(_ROWS, best, axis=1)
+    on_left = left[row, np.arange(width)]
+    return _Group(seconds, row, on_left, one.required or other.required)
 
 
 def _convolve(a: Array, b: Array, width: int) -> tuple[Array, Integers]:
@@ -164,12 +172,11 @@ def _pieces(
     if index < n:
         return [[index]]
     group, merge = groups[index], tree.merges[index - n]
-    join, on_left = int(group.join[piece, layers]), int(group.left[piece, layers])
-    if join == _ALONE_LEFT:
-        return _pieces(groups, tree, merge.left, piece, layers, ways)
-    if join == _ALONE_RIGHT:
-        return _pieces(groups, tree, merge.right, piece, layers, ways)
-    left_piece, right_piece, results = _JOINS[join]
+    row, on_left = int(group.row[piece, layers]), int(group.left[piece, layers])
+    if row >= _ALONE_LEFT:
+        only = merge.left if row < _ALONE_RIGHT else merge.right
+        return _pieces(groups, tree, only, piece, layers, ways)
+    left_piece, right_piece, results = _JOINS[row]
     ways[0, index - n] += dict(results)[piece]
     ways[1, index - n] += _goes_back(left_piece, right_piece)
     one = _pieces(groups, tree, merge.left, left_piece, on_left, ways)
