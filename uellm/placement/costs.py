@@ -205,7 +205,7 @@ def costs_of(request: PlanRequest, slots: int | None = None) -> Costs:
         back=_back(devices, latency + hop + batch * TOKEN_BYTES * per_byte),
         busy=busy,
         room=np.array([int(d.memory_bytes * USABLE) for d in devices], dtype=np.int64),
-        price=np.array([request.costs.get(d.id, d.cost) for d in devices]),
+        price=np.array([request.costs.get(d.id, d.cost) for d in devices], dtype=np.float64),
     )
 
 

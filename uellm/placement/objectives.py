@@ -8,7 +8,7 @@ import numpy as np
 from uellm.placement import held_karp
 from uellm.placement.chain import Bools, Chain, Route
 from uellm.placement.costs import Array
-from uellm.placement.search import EXACT, Found, least_cost, search, with_count
+from uellm.placement.search import EXACT, Found, least_cost, longest, search, with_count
 from uellm.placement.views import Certificate
 
 SLACK = 0.1
@@ -160,8 +160,8 @@ class _Prices:
 
     def search(self) -> None:
         """Raise the price on the cheapest device's cost until latency is just within the limit."""
-        high = _DEAR * max(self._fast.route.seconds, EXACT)
-        low = high / _DEAR**2 / 10
+        seconds = max(self._fast.route.seconds, EXACT)
+        low, high = seconds / _DEAR / 10, max(_DEAR * seconds, longest(self._problem.chain))
         if self._keeps(high):
             return
         for _ in range(_PRICES):

@@ -54,7 +54,7 @@ class Pipeline:
 
         def most(cap: Integers, besides: Array) -> Integers:
             time = pace * (1 + 1e-12) - besides
-            with np.errstate(divide="ignore"):
+            with np.errstate(divide="ignore", invalid="ignore"):
                 layers = np.where(chain.layer > 0, time / chain.layer, chain.num_layers)
             bounded = np.clip(np.floor(layers), 0, chain.num_layers)
             return np.minimum(cap, np.where(time >= 0, bounded, 0)).astype(np.int64)

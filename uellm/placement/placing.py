@@ -1,6 +1,6 @@
 """One replica on some devices, as an objective wants it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,11 +14,15 @@ from uellm.placement.objectives import SLACK, Choice, Problem, cheapest, fastest
 from uellm.placement.pace import Pipeline, quickest
 from uellm.placement.prediction import Layout, predict
 from uellm.placement.search import holds
+from uellm.placement.uneven import holding_order, improved
 from uellm.placement.views import Candidate, Certificate, Objective, Pin, PlanRequest
 
 # Where layers differ, sizes to take them for, from the mean to the largest.
 _SIZES = 4
 _NEXT_BEST = 12
+
+Rules = Mapping[str, Layout | None]
+"""Baselines' layouts, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,33 +84,104 @@ def place(costs: Costs, wish: Wish) -> Placed | None:
     if not costs.devices:
         return None
     rules = {name: rule(costs) for name, rule in BASELINES.items()}
-    seeds = tuple(layout.order for layout in rules.values() if layout) if wish.seeded else ()
-    sizes: Sequence[float] = [float(costs.layer_bytes.max())]
     if not costs.uniform:
-        sizes = np.linspace(costs.layer_bytes.mean(), costs.layer_bytes.max(), _SIZES).tolist()
-    for layer_bytes in sizes:
-        chain = chain_of(costs, wish.pins, layer_bytes)
+        return _place_uneven(costs, wish, rules)
+    chain = chain_of(costs, wish.pins)
+    if not holds(chain, wish.stages):
+        return None
+    problem = Problem(chain, costs.price, wish.stages, wish.budget, _seeds(wish, rules))
+    limit = _limit(problem, wish)
+    choice = None if limit is None else _choose(problem, costs, wish, limit)
+    if limit is None or choice is None:
+        return None
+    judge = Judge(costs, chain, wish.objective, limit, wish.stages)
+    layout = Layout(choice.route.order, choice.route.layers)
+    if wish.seeded:
+        layout = judge.best([layout, *_recut(costs, chain, rules)]) or layout
+    elif judge.violation(layout):
+        return None
+    return _placed(judge, wish, layout, rules, choice, choice.certificate)
+
+
+def _place_uneven(costs: Costs, wish: Wish, rules: Rules) -> Placed | None:
+    """Place layers of different sizes: as equal ones first, then cut by their own, and improved."""
+    chain = _lenient(costs, wish)
+    limit, fast = np.inf, None
+    if wish.objective not in ("lr", "he"):
+        fast = _place_uneven(costs, replace(wish, objective="lr", slo_seconds=0.0), rules)
+        if fast is None:
+            return None
+        limit = wish.slo_seconds or limit
+        if wish.objective == "helr" and not wish.slo_seconds:
+            limit = (1 + SLACK) * predict(costs, fast.layout).total_seconds
+    judge = Judge(costs, chain, wish.objective, limit, wish.stages)
+    choice, found = _as_equal(costs, wish, rules, limit)
+    starts = [found] if found is not None else []
+    if wish.seeded:
+        starts += _recut(costs, chain, rules)
+    layout = judge.best(starts)
+    if layout is None:
+        layout = fast.layout if fast is not None else _held(costs, chain, wish)
+    if layout is None or judge.violation(layout):
+        return None
+    layout = improved(judge, layout, wish.budget / 4)
+    return _placed(judge, wish, layout, rules, choice, _loose(costs, wish, limit))
+
+
+def _as_equal(
+    costs: Costs, wish: Wish, rules: Rules, limit: float
+) -> tuple[Choice | None, Layout | None]:
+    """What is chosen if all layers are of a size, from the mean to the largest, that holds them."""
+    for size in np.linspace(costs.layer_bytes.mean(), costs.layer_bytes.max(), _SIZES).tolist():
+        chain = chain_of(costs, wish.pins, size)
         if not holds(chain, wish.stages):
             continue
-        problem = Problem(chain, costs.price, wish.stages, wish.budget, seeds)
-        limit = _limit(problem, wish)
-        choice = None if limit is None else _choose(problem, costs, wish, limit)
-        layout = None if choice is None else _layout(costs, choice.route)
-        if limit is None or choice is None or layout is None:
-            continue
-        judge = Judge(costs, chain, wish.objective, limit, wish.stages)
-        known = {name: found for name, found in rules.items() if found is not None}
-        if wish.seeded:
-            layout = judge.best([layout, *known.values(), *_recut(costs, chain, known)]) or layout
-        elif judge.violation(layout):
-            continue
-        certificate: Certificate | None = choice.certificate
-        if not costs.uniform:
-            certificate = _loose(costs, wish, limit)
-        candidates = _candidates(judge, layout, rules, choice.others)
-        valued = _valued(costs, wish, layout, certificate)
-        return Placed(layout, valued, choice.solver, candidates, limit)
-    return None
+        problem = Problem(chain, costs.price, wish.stages, wish.budget, _seeds(wish, rules))
+        choice = _choose(problem, costs, wish, limit)
+        layers = None if choice is None else best_cut(costs, choice.route.order)
+        if choice is not None and layers is not None:
+            return choice, Layout(choice.route.order, layers)
+    return None, None
+
+
+def _lenient(costs: Costs, wish: Wish) -> Chain:
+    """Workers and pins, and room for as many layers as if all were the smallest."""
+    return chain_of(costs, wish.pins, max(float(costs.layer_bytes.min()), 1.0))
+
+
+def _held(costs: Costs, chain: Chain, wish: Wish) -> Layout | None:
+    """The layers wherever they fit."""
+    order = holding_order(costs, chain, wish.stages)
+    layers = None if order is None else best_cut(costs, order)
+    return None if order is None or layers is None else Layout(order, layers)
+
+
+def _seeds(wish: Wish, rules: Rules) -> tuple[tuple[int, ...], ...]:
+    return tuple(layout.order for layout in rules.values() if layout) if wish.seeded else ()
+
+
+def _placed(
+    judge: Judge,
+    wish: Wish,
+    layout: Layout,
+    rules: Rules,
+    choice: Choice | None,
+    certificate: Certificate | None,
+) -> Placed:
+    return Placed(
+        layout,
+        _valued(judge.costs, wish, layout, certificate),
+        choice.solver if choice is not None else "packing",
+        _candidates(judge, layout, rules, choice.others if choice is not None else ()),
+        judge.limit,
+    )
+
+
+def fits(costs: Costs, wish: Wish) -> bool:
+    """Whether one replica fits, whatever it takes; where layers differ, as far as was found."""
+    if holds(chain_of(costs, wish.pins), wish.stages):
+        return True
+    return not costs.uniform and _held(costs, _lenient(costs, wish), wish) is not None
 
 
 def fastest_seconds(costs: Costs, wish: Wish) -> float | None:
@@ -140,10 +215,10 @@ def _layout(costs: Costs, route: Route) -> Layout | None:
     return None if layers is None else Layout(route.order, layers)
 
 
-def _recut(costs: Costs, chain: Chain, known: dict[str, Layout]) -> list[Layout]:
-    """Baselines' orders with the best layers."""
-    found = []
-    for layout in known.values():
+def _recut(costs: Costs, chain: Chain, rules: Rules) -> list[Layout]:
+    """What others' rules come to, and their orders with the best layers."""
+    found = [layout for layout in rules.values() if layout is not None]
+    for layout in tuple(found):
         layers = chain.layers(layout.order) if costs.uniform else best_cut(costs, layout.order)
         if layers is not None:
             found.append(Layout(layout.order, tuple(layers)))
@@ -215,7 +290,7 @@ def _valued(
 
 
 def _candidates(
-    judge: Judge, chosen: Layout, rules: dict[str, Layout | None], others: Sequence[Route]
+    judge: Judge, chosen: Layout, rules: Rules, others: Sequence[Route]
 ) -> tuple[Candidate, ...]:
     found = [
         judge.candidate(name, layout, chosen) for name, layout in rules.items() if layout != chosen

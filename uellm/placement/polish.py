@@ -39,7 +39,7 @@ class Polisher:
         improved = True
         while improved and self._left > 0:
             improved = False
-            for candidate in self._steps(order):
+            for candidate in steps(order, self._spare(order), self._count):
                 seconds = self._seconds(candidate)
                 if seconds is not None and seconds < best - 1e-12 * abs(best):
                     order, best, improved = candidate, seconds, True
@@ -47,6 +47,11 @@ class Polisher:
                 if self._left <= 0:
                     break
         return route(self._chain, order)
+
+    def _spare(self, order: Sequence[int]) -> list[int]:
+        used = set(order)
+        spare = [device for device in range(self._chain.size) if device not in used]
+        return sorted(spare, key=self._rank.__getitem__)
 
     def _seconds(self, order: Sequence[int]) -> float | None:
         """What an order takes; None if it may not be."""
@@ -88,19 +93,24 @@ class Polisher:
             before = group
         return True
 
-    def _steps(self, order: list[int]) -> Iterator[list[int]]:
-        """Orders that differ in one step."""
-        spare = [device for device in range(self._chain.size) if device not in set(order)]
-        spare.sort(key=self._rank.__getitem__)
-        if len(order) > 1 and self._count is None:
-            yield from (order[:i] + order[i + 1 :] for i in range(len(order)))
-        for i in range(len(order)):
-            yield from ([*order[:i], device, *order[i + 1 :]] for device in spare)
-        if self._count is None:
-            for device in spare:
-                yield from ([*order[:i], device, *order[i:]] for i in range(len(order) + 1))
-        yield from _reversals(order)
-        yield from _moves(order)
+
+def steps(order: list[int], spare: Sequence[int], count: int | None = None) -> Iterator[list[int]]:
+    """Orders that differ in one step.
+
+    Args:
+        order: devices.
+        spare: those that may come in, the best first.
+        count: devices that it must have; None: any number.
+    """
+    if len(order) > 1 and count is None:
+        yield from (order[:i] + order[i + 1 :] for i in range(len(order)))
+    for i in range(len(order)):
+        yield from ([*order[:i], device, *order[i + 1 :]] for device in spare)
+    if count is None:
+        for device in spare:
+            yield from ([*order[:i], device, *order[i:]] for i in range(len(order) + 1))
+    yield from _reversals(order)
+    yield from _moves(order)
 
 
 def _reversals(order: list[int]) -> Iterator[list[int]]:

@@ -146,7 +146,7 @@ def with_count(
     A price on the use of a device, which may be negative, is moved until the number is right.
     """
     ones = np.ones(chain.size)
-    low, high = -_scale(chain), _scale(chain)
+    low, high = -longest(chain), longest(chain)
     bound = -np.inf
     starts = [list(order) for order in seeds]
     exact: Route | None = None
@@ -186,7 +186,7 @@ def _resized(chain: Chain, order: Sequence[int], count: int) -> list[int]:
     return side_by_side(chain, [*(d for d in order if d in kept), *rest])
 
 
-def _scale(chain: Chain) -> float:
+def longest(chain: Chain) -> float:
     """Seconds that no chain comes to."""
     ways: Array = np.where(np.isfinite(chain.link), chain.link, 0.0)
     return float(

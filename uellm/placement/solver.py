@@ -11,10 +11,9 @@ from uellm.placement.explain import explain_plan, last_that
 from uellm.placement.goodput import spread
 from uellm.placement.judge import Judge
 from uellm.placement.memory import USABLE
-from uellm.placement.placing import Placed, fastest_seconds, place, wish_of
+from uellm.placement.placing import Placed, fastest_seconds, fits, place, wish_of
 from uellm.placement.prediction import planned
 from uellm.placement.replan import moves, settle
-from uellm.placement.search import holds
 from uellm.placement.segments import solve_pinned
 from uellm.placement.views import OBJECTIVES, Certificate, Plan, PlanRequest
 
@@ -187,4 +186,4 @@ def _fits(request: PlanRequest, costs: Costs) -> bool:
     if not costs.devices:
         return False
     wish = wish_of(request, costs)
-    return holds(chain_of(costs, wish.pins), wish.stages)
+    return fits(costs, wish)
