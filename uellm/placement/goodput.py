@@ -57,8 +57,11 @@ def spread(costs: Costs, wish: Wish, rate: float = 0.0) -> Spread | None:
     search.improve()
     replicas = tuple(sorted(search.best, key=lambda each: each.layout.order))
     total = search.total(replicas)
-    bound = max(fluid_bound(costs), total)
-    proof = "every device always busy, links and ends free"
+    bound, proof = fluid_bound(costs), "every device always busy, links and ends free"
+    if 0 < rate < bound:
+        # More than comes is not sought.
+        bound, proof = rate, "all that is offered is served"
+    bound = max(bound, total)
     return Spread(replicas, total, Certificate("tokens per second", total, bound, proof))
 
 
