@@ -53,7 +53,7 @@ async def test_a_model_is_deployed_shown_and_undeployed(
     deployment = await mesh.ready()
     speeds = {"w1/cpu:0": 1.0, "w2/cpu:0": 4.0}
     ratios = [1 / speeds[stage.device_ids[0]] for stage in deployment.replicas[0].stages]
-    report = steps(mesh, deployment.replicas[0], ratios)
+    report = steps(mesh, deployment.replicas[0], ratios, running=3, waiting=1)
 
     async def timed() -> bool:
         await report()
@@ -73,7 +73,7 @@ async def test_a_model_is_deployed_shown_and_undeployed(
     assert await deployments.status(redis_url, "", as_json=False) == exits.OK
     shown = capsys.readouterr().out
     assert f"{MODEL}: 1/1 replicas ready, lr" in shown
-    assert f"{REPLICA}: READY, generation 1, 0 running and 0 waiting" in shown
+    assert f"{REPLICA}: READY, generation 1, 2 running and 1 waiting" in shown
     assert "predicted" in shown
     assert await deployments.undeploy(redis_url, MODEL, wait=True) == exits.OK
     assert f"{MODEL} is not served any more" in capsys.readouterr().out

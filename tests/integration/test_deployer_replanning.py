@@ -47,7 +47,9 @@ async def alone(mesh: Mesh, replica: str) -> topology_pb2.Deployment | None:
     return found if [c.state for c in found.changes] == [DONE] else None
 
 
-def steps(mesh: Mesh, replica: topology_pb2.Replica, ratios: list[float]) -> Callable[[], Any]:
+def steps(
+    mesh: Mesh, replica: topology_pb2.Replica, ratios: list[float], **sequences: int
+) -> Callable[[], Any]:
     """Reports of a replica whose stages take so many times what their layers should."""
     step = 0
 
@@ -65,6 +67,7 @@ def steps(mesh: Mesh, replica: topology_pb2.Replica, ratios: list[float]) -> Cal
             decode_step_sequences=2,
             decode_step_context_tokens=100,
             stages=seconds,
+            **sequences,
         )
         await mesh.queue.route(replica.id, replica.epoch, "READY", message)
 

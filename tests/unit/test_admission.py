@@ -68,7 +68,7 @@ def test_a_newcomer_that_would_make_another_late_is_refused_with_a_time_to_try_a
     (refusal,) = decision.refusals
     assert (refusal.request_id, refusal.expired) == ("new", False)
     assert refusal.retry_after_seconds is not None and refusal.retry_after_seconds > 0
-    assert "requests that were let in before would be late" in refusal.message
+    assert ": it would make requests late that were let in before;" in refusal.message
     assert "try again in" in refusal.message
     assert decision.crowded.keys() == {"new"}
     # Those before are untouched, and without them it is let in.
@@ -99,7 +99,7 @@ def test_a_place_that_is_free_is_taken_whatever_the_price() -> None:
     (refusal,) = decision.refusals
     assert refusal.retry_after_seconds is not None and refusal.retry_after_seconds > 0
     assert not decision.crowded, "it was too dear, not crowded out"
-    assert "more time than there is for one of so many" in refusal.message
+    assert "take more time than each is given under this load" in refusal.message
 
 
 def test_newcomers_are_let_in_one_after_the_other_as_far_as_time_goes() -> None:

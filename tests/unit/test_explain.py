@@ -1,5 +1,6 @@
 """Why a request was answered when it was: reasons, times and what would have helped."""
 
+import re
 from dataclasses import replace
 from math import isclose
 
@@ -262,6 +263,36 @@ def test_without_the_one_in_the_slot_it_would_have_been_let_in() -> None:
     assert [phase.name for phase in told.phases] == ["queue", "engine", "prefill", "decode"]
     assert told.counterfactuals[0].seconds_earlier == pytest.approx(4.0)
     assert {cause.kind for cause in told.causes} >= {"waited_in_engine", "ahead_engine"}
+
+
+def test_one_that_expired_in_the_engine_did_not_compute_there() -> None:
+    running = decoding("first", deadline_at=NOW + 50)
+    record = step([running], [sequence("me", deadline_at=NOW + 100)])
+    facts = Facts(
+        request_id="me",
+        tenant="local",
+        state="EXPIRED",
+        slo=ME.slo,
+        profile=ME.profile,
+        dispatched_at=NOW - 1,
+        finished_at=NOW + 9,
+        message="late",
+    )
+    told = explain(facts, [record], NOW + 10)
+    assert told.summary.startswith("Expired after 14.0 s: late. Mostly (10.0 s): waited in the eng")
+    assert [(phase.name, phase.seconds) for phase in told.phases] == [("queue", 4), ("engine", 10)]
+
+
+@pytest.mark.parametrize("deadline", [3.1, 3.3, 3.5, 4.4])
+def test_odds_that_read_the_same_are_no_gain(deadline: float) -> None:
+    """Behind two, one of them short: without that one hardly anything changes."""
+    me = queued("me", deadline, accepted=NOW - 5)
+    ahead = (InFlightView("a", NOW, 10, 1.0, 1.2), InFlightView("b", NOW, 10, 100.0, 120.0))
+    record = decided("fcfs", [me], [replace(replica(slots=1), in_flight=ahead)])
+    told = explain(Facts("me", "local", "QUEUED", me.slo, me.profile), [record], NOW + 1)
+    (help_,) = [each for each in told.counterfactuals if each.without == ("a",)]
+    odds = re.search(r"(\d+) % instead of (\d+) %", help_.text)
+    assert odds is None or int(odds[1]) > int(odds[2])
 
 
 def test_a_slot_that_the_engine_did_not_give_is_not_told_again_and_again() -> None:

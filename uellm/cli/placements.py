@@ -149,7 +149,10 @@ def _replica_table(
     replica: topology_pb2.Replica, live: deployer_pb2.ReplicaLive | None, now: float
 ) -> Table:
     state = topology_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_")
-    load = f", {live.running} running and {live.waiting} waiting" if live is not None else ""
+    load = ""
+    if live is not None:
+        # Who waits for a slot is counted with those in the engine.
+        load = f", {live.running - live.waiting} running and {live.waiting} waiting"
     table = Table(
         box=None,
         title=f"{replica.id}: {state}, generation {replica.epoch}{load}",

@@ -163,9 +163,9 @@ def _promise_earlier(
         return []
     who = _who(ids, names)
     text = f"without {who} ahead of it, {show_duration(earlier)} earlier, by the policy's estimate"
-    if after.p_meet is not None and before.p_meet is not None and after.p_meet > before.p_meet:
-        sure = f"{100 * after.p_meet:.0f} % instead of {100 * before.p_meet:.0f} %"
-        text += f"; {sure} sure to meet its deadline"
+    odds = [round(100 * (promise.p_meet or 0.0)) for promise in (after, before)]
+    if odds[0] > odds[1]:
+        text += f"; {odds[0]} % instead of {odds[1]} % sure to meet its deadline"
     return [Counterfactual(tuple(map(names.of, ids[:NAMED])), earlier, text, record.now)]
 
 

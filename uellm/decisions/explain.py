@@ -74,7 +74,8 @@ def _verdict(facts: Facts, story: Story, now: float) -> str:
         case "CANCELLED":
             said = f"Cancelled after {took}"
         case "EXPIRED":
-            said = f"Expired after {took} in the queue: {facts.message}"
+            where = " in the queue" if facts.dispatched_at is None else ""
+            said = f"Expired after {took}{where}: {facts.message}"
         case "FAILED" if facts.refused:
             said = f"Refused after {took}: {facts.message}"
         case state:

@@ -30,6 +30,12 @@ def admitted_at(facts: Facts, story: Story) -> float | None:
     return max(times[-1], since) if times else None
 
 
+def waited_in_engine(facts: Facts, story: Story) -> bool:
+    """Whether an engine was seen to have it wait for a slot."""
+    waiting = (sequence_in(step.engine.waiting, facts.request_id) for step in story.steps)
+    return any(sequence is not None for sequence in waiting)
+
+
 def phases(facts: Facts, story: Story, now: float) -> list[Phase]:
     """Where the time went, until the request ended, or until now."""
     accepted, end = facts.slo.accepted_at, facts.finished_at or now
@@ -44,6 +50,8 @@ def phases(facts: Facts, story: Story, now: float) -> list[Phase]:
     if sent is None:
         return found
     admitted = admitted_at(facts, story)
+    if admitted is None and first is None and waited_in_engine(facts, story):
+        return [*found, Phase("engine", sent, end - sent)]
     if admitted is not None:
         found.append(Phase("engine", sent, admitted - sent))
     began = sent if admitted is None else admitted

@@ -130,11 +130,12 @@ def crowded_refusal(request: QueuedView, why: Crowded, policy: str, now: float) 
     dear = why.excess <= 0
     late = why.finish if dear else why.excess
     if dear:
-        whom = "it takes more time than there is for one of so many requests"
+        what = "take more time than each is given under this load"
     else:
-        whom = "requests that were let in before would be late" if why.others else "will not do"
+        what = "make requests late that were let in before" if why.others else "be late"
+    behind = f"with {why.ahead} ahead it" if why.ahead else "it"
     message = (
-        f"{field}: {limit - accepted:.3g} s: with {why.ahead} ahead {whom}; try again in "
+        f"{field}: {limit - accepted:.3g} s: {behind} would {what}; try again in "
         f"{late:.3g} s, allow {limit - accepted + late:.3g} s, or {BEST_EFFORT}"
     )
     finish = now + why.finish + (late if why.others else 0.0)
