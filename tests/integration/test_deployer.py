@@ -17,6 +17,7 @@ from tests.support.checkpoints import write_adapter, write_checkpoint
 from tests.support.waiting import eventually, stays
 from tests.support.workers import RecordingWorker
 from uellm.core.errors import (
+    ConfigurationError,
     FailedPreconditionError,
     InvalidArgumentError,
     ModelFilesError,
@@ -65,6 +66,8 @@ class Mesh:
         task = asyncio.create_task(start(told, stop=stop, ready=ready.set_result))
         self._running.append((stop, task))
         await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
         self.addresses.append(ready.result())
         return ready.result()
 
@@ -589,6 +592,21 @@ async def test_models_of_the_settings_are_served_from_the_start(mesh: Mesh) -> N
     await eventually(waits)
     await mesh.add_worker("w2")
     assert layers(await mesh.ready()) == BOTH
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"models": ("my model=org/tiny",)}, "'my model' is no name"),
+        ({"models": ("a=org/tiny",), "adapters": ("b:c=org/c",)}, "served: a"),
+        ({"models": ("a=org/tiny",), "slots": 5000}, "slots: 5000; the limit is 4096"),
+    ],
+)
+async def test_settings_that_cannot_be_end_it_at_once(
+    told: dict[str, Any], says: str, mesh: Mesh
+) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        await asyncio.wait_for(mesh.add_deployer(**told), 10)
 
 
 async def test_what_was_wanted_since_outlives_settings_that_say_the_same(

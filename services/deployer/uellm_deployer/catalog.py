@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from uellm.core.errors import InvalidArgumentError, ModelFilesError
+from uellm.core.errors import ConfigurationError, InvalidArgumentError, ModelFilesError
 from uellm.core.model import ModelProfile
 from uellm.models import files
 from uellm.models.adapters import check_names, parse_adapter, resolve_adapter, with_adapters
@@ -17,6 +17,7 @@ from uellm.placement.placers import GOODPUT, placer_of
 from uellm.placement.views import PlannedStage
 from uellm.streams.keys import MODEL_NAME
 from uellm.v1 import common_pb2, deployer_pb2
+from uellm_deployer.settings import DeployerSettings
 
 MOST_REPLICAS = 64
 MOST_SLOTS = 4096
@@ -149,6 +150,38 @@ def adapters_by_model(
             )
         found[name].append(ref)
     return found
+
+
+def declared(settings: DeployerSettings) -> list[deployer_pb2.PlanRequest]:
+    """The models that settings name, as they are wanted.
+
+    Raises:
+        ConfigurationError: if one cannot be.
+    """
+    models = [parse_model(text) for text in settings.models]
+    try:
+        adapters = adapters_by_model(settings.adapters, models)
+        return [
+            checked(
+                deployer_pb2.PlanRequest(
+                    model=model,
+                    replicas=settings.replicas,
+                    stages=settings.stages,
+                    dtype=settings.dtype,
+                    slots=settings.slots,
+                    max_tokens=settings.max_tokens,
+                    kv_tokens=settings.kv_tokens,
+                    adapters=adapters[model.name or Path(model.source).name],
+                ),
+                settings.slots,
+                settings.objective,
+            )
+            for model in models
+        ]
+    except InvalidArgumentError as error:
+        raise ConfigurationError(
+            f"settings of deployer: {error.message} (docs/configuration.md)", field=error.field
+        ) from None
 
 
 def checked(

@@ -3,8 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 from uellm.core.errors import AbortedError, ModelFilesError, NotFoundError
 from uellm.leadership import Leadership
@@ -12,10 +11,10 @@ from uellm.logs import logger
 from uellm.models import files
 from uellm.models.adapters import ADAPTER
 from uellm.service import Context
-from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
+from uellm.v1 import deployer_pb2, topology_pb2
 from uellm_deployer import planning, reconcile
 from uellm_deployer.budgets import devices_for
-from uellm_deployer.catalog import adapters_by_model, checked, parse_model, resolve
+from uellm_deployer.catalog import checked, declared, resolve
 from uellm_deployer.deployment import Deployment
 from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former
@@ -47,6 +46,9 @@ class Deployer:
     Attributes:
         workers: who is there.
         acting: this deployer acts, and knows what is wanted.
+
+    Raises:
+        ConfigurationError: if its settings name what cannot be served.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Deployer:
         self.acting = False
         self.workers = Workers()
         self._settings = settings
+        self._declared = declared(settings)
         self._context = context
         self._leadership = leadership
         self._store = Store(context)
@@ -133,11 +136,8 @@ class Deployer:
 
     async def _take_over(self, term: int) -> None:
         """Read what is wanted and what there is."""
-        models = [parse_model(text) for text in self._settings.models]
-        adapters = adapters_by_model(self._settings.adapters, models)
-        for model in models:
-            name = model.name or Path(model.source).name
-            await self._store.declare(self._as_set(model, adapters[name]))
+        for request in self._declared:
+            await self._store.declare(request)
         await self._discovery.load()
         desired = await self._store.desired()
         published = await self._store.published()
@@ -153,26 +153,6 @@ class Deployer:
             self._deployments[name] = deployment
         self._term, self.acting, self._acting_since = term, True, now
         _log.info("knows what is wanted", deployments=sorted(self._deployments))
-
-    def _as_set(
-        self, model: common_pb2.ModelRef, adapters: Sequence[common_pb2.ModelRef]
-    ) -> deployer_pb2.PlanRequest:
-        """What the settings say of a model."""
-        settings = self._settings
-        return checked(
-            deployer_pb2.PlanRequest(
-                model=model,
-                replicas=settings.replicas,
-                stages=settings.stages,
-                dtype=settings.dtype,
-                slots=settings.slots,
-                max_tokens=settings.max_tokens,
-                kv_tokens=settings.kv_tokens,
-                adapters=adapters,
-            ),
-            settings.slots,
-            settings.objective,
-        )
 
     async def _reassert(self, now: float) -> None:
         if now < self._reassert_at:
