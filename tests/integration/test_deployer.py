@@ -424,6 +424,20 @@ async def test_replicas_go_to_different_workers_and_more_or_fewer_may_be_wanted(
     assert ("release", "org/tiny-1", epochs["org/tiny-1"]) in released
 
 
+async def test_a_copy_that_is_not_wanted_any_more_is_not_loaded_to_its_end(pair: Mesh) -> None:
+    await pair.apply()
+    first = (await pair.ready()).replicas[0]
+    (other,) = (w for w in pair.workers.values() if w.name not in first.stages[0].device_ids[0])
+    other.hold_prepare.clear()
+    await pair.apply(replicas=2)
+    await eventually(lambda: ("prepare", "org/tiny-1", 1) in other.calls)
+    await pair.apply(replicas=1)
+    left = await pair.ready(replicas=1)
+    assert left.replicas[0].id == REPLICA
+    assert left.replicas[0].epoch == first.epoch
+    await eventually(lambda: ("release", "org/tiny-1", 1) in other.calls)
+
+
 async def test_what_is_wanted_otherwise_is_formed_again(pair: Mesh) -> None:
     await pair.apply(stages=2)
     before = (await pair.ready()).replicas[0].epoch

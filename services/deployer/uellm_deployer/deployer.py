@@ -12,7 +12,7 @@ from uellm.models import files
 from uellm.models.adapters import ADAPTER
 from uellm.service import Context
 from uellm.v1 import deployer_pb2, topology_pb2
-from uellm_deployer import planning, reconcile
+from uellm_deployer import moving, planning, reconcile
 from uellm_deployer.budgets import devices_for
 from uellm_deployer.catalog import checked, declared, resolve
 from uellm_deployer.deployment import Deployment
@@ -333,7 +333,7 @@ class Deployer:
         deployment = self._deployments.get(name)
         if deployment is None:
             raise self._not_deployed(name, "name")
-        await deployment.approve()
+        await moving.approve(deployment)
         self._wake()
         return deployment.published
 

@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 from uellm.convert import model_from_proto
-from uellm.core.errors import AbortedError, FailedPreconditionError, UellmError
+from uellm.core.errors import AbortedError, UellmError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger
 from uellm.placement.demand import Demand
@@ -235,28 +235,6 @@ class Deployment:
         self.replicas.sort(key=lambda each: each.index)
         return replica
 
-    async def approve(self) -> None:
-        """Have what is proposed carried out.
-
-        Raises:
-            FailedPreconditionError: if nothing is.
-        """
-        proposed = [
-            change
-            for change in self.changes.values()
-            if change.state == topology_pb2.CHANGE_STATE_PROPOSED
-        ]
-        if not proposed:
-            raise FailedPreconditionError(
-                f"no change of {self.name} is proposed; `uellm status` shows changes"
-            )
-        for change in proposed:
-            change.state = topology_pb2.CHANGE_STATE_UNDER_WAY
-        kinds = {change.kind for change in proposed}
-        self.approved = topology_pb2.CHANGE_KIND_UNSPECIFIED in kinds
-        self.approved_copies = bool(kinds - {topology_pb2.CHANGE_KIND_UNSPECIFIED})
-        await self.publish()
-
     async def _carry_out(self, action: reconcile.Action, now: float) -> None:
         replica = next(replica for replica in self.replicas if replica.id == action.replica)
         match action:
@@ -281,6 +259,8 @@ class Deployment:
             case reconcile.Grow() if self.model is not None:
                 self._begin(replica.id, lambda: form(self, replica, grow=True))
             case reconcile.End():
+                if replica.phase is Phase.FORMING:
+                    await self.cancel(replica.id)  # Loading may take long, and for nothing.
                 if self._begin(replica.id, lambda: retire(self, replica)):
                     replica.phase = Phase.ENDING
             case reconcile.Wait(message=message) if message and not replica.failed:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
 from uellm.convert import timestamp
-from uellm.core.errors import UellmError
+from uellm.core.errors import FailedPreconditionError, UellmError
 from uellm.logs import logger
 from uellm.streams.connection import UNREACHABLE
 from uellm.v1 import topology_pb2
@@ -22,6 +22,8 @@ class Changing(Formed, Protocol):
     """What changing a replica needs of its deployment besides; see ``Deployment``."""
 
     changes: dict[str, topology_pb2.PlacementChange]
+    approved: bool
+    approved_copies: bool
     changed_at: float
     copies: int
 
@@ -45,6 +47,29 @@ def announced(replicas: Iterable[Replica]) -> dict[str, topology_pb2.PlacementCh
         for replica in replicas
         if replica.phase is Phase.READY
     }
+
+
+async def approve(deployment: Changing) -> None:
+    """Have what is proposed carried out.
+
+    Raises:
+        FailedPreconditionError: if nothing is.
+    """
+    proposed = [
+        change
+        for change in deployment.changes.values()
+        if change.state == topology_pb2.CHANGE_STATE_PROPOSED
+    ]
+    if not proposed:
+        raise FailedPreconditionError(
+            f"no change of {deployment.name} is proposed; `uellm status` shows changes"
+        )
+    for change in proposed:
+        change.state = topology_pb2.CHANGE_STATE_UNDER_WAY
+    kinds = {change.kind for change in proposed}
+    deployment.approved = topology_pb2.CHANGE_KIND_UNSPECIFIED in kinds
+    deployment.approved_copies = bool(kinds - {topology_pb2.CHANGE_KIND_UNSPECIFIED})
+    await deployment.publish()
 
 
 async def take_over(
