@@ -2,12 +2,14 @@
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from uellm_profiler.pacing import (
     CHUNK_SECONDS,
     MARGIN_SECONDS,
     MOST_AT_ONCE,
+    PATIENCE_SECONDS,
     Asked,
     Pace,
     effort_of,
@@ -18,7 +20,10 @@ NOW = 100.0
 
 efforts = st.one_of(st.just(0.0), st.floats(8.0, 300.0))
 limits = st.one_of(st.just(math.inf), st.floats(0.0, 0.5))
-crowds = st.lists(st.builds(Asked, limits.map(lambda limit: NOW + limit), efforts), max_size=80)
+crowds = st.lists(
+    st.builds(Asked, limits.map(lambda limit: NOW + limit), efforts, st.floats(NOW - 5, NOW)),
+    max_size=80,
+)
 paces = st.builds(Pace, st.floats(1e-6, 1e-3), st.floats(1e-6, 1e-2))
 
 
@@ -83,6 +88,25 @@ def test_the_earliest_deadline_is_read_first() -> None:
     pace = Pace(care=1e-4, words=2e-4)
     crowd = [Asked(NOW + 0.2 - 0.001 * i, 28.0) for i in range(40)]
     assert next_turn(crowd, pace, NOW).read[0] == 39
+
+
+@pytest.mark.parametrize("effort", [0.0, 28.0])
+@pytest.mark.parametrize("crowding", [0.0, 28.0])
+def test_who_has_no_deadline_is_answered_however_many_come_that_have_one(
+    effort: float, crowding: float
+) -> None:
+    pace, now = Pace(), NOW
+    patient = [Asked(math.inf, effort, NOW), Asked(math.inf, effort, NOW)]
+    answered = 0
+    while answered < len(patient):
+        assert now < NOW + 2 * PATIENCE_SECONDS
+        # More come with each turn than one can deal with.
+        crowd = [Asked(now + 0.1, crowding, now)] * 400
+        turn = next_turn([*patient[answered:], *crowd], pace, now)
+        gone = {*turn.hurried, *turn.read}
+        assert now > NOW + PATIENCE_SECONDS or 0 not in gone
+        answered += 0 in gone
+        now += pace.answering(len(turn.hurried)) + 0.02
 
 
 def test_the_pace_follows_what_is_seen_and_rises_faster_than_it_falls() -> None:

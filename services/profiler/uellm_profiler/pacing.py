@@ -3,9 +3,11 @@
 Whoever reads with care takes milliseconds for each prompt: more come than can be read before they
 have to be answered. Those with the earliest deadline are read, as many as there is time for; all
 others are answered from their words at once, and those for whom that comes too late are told so at
-once. Pure decisions; ``uellm_profiler.serving`` carries them out.
+once. Whoever has no deadline comes after those that have one, but for a second only: then one in
+each turn comes first. Pure decisions; ``uellm_profiler.serving`` carries them out.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +17,8 @@ CHUNK_SECONDS = 0.04
 """How long those that are read together should take: newcomers wait so long."""
 MARGIN_SECONDS = 0.01
 """What an answer is ready before its deadline: it has to get there."""
+PATIENCE_SECONDS = 1.0
+"""Who has no deadline lets all go first that have one, for so long."""
 _PROMPT_EFFORT = 8.0
 _BYTES_PER_EFFORT = 4.0
 _MOST_EFFORT = 256.0
@@ -39,10 +43,12 @@ class Asked:
     Attributes:
         deadline: when it has to be answered; infinite: whenever.
         effort: of reading it with care; 0: it was read before.
+        came: when it was asked; only of those without a deadline does it matter.
     """
 
     deadline: float
     effort: float
+    came: float = math.inf
 
 
 @dataclass(slots=True)
@@ -105,6 +111,11 @@ class Turn:
 def next_turn(asked: Sequence[Asked], pace: Pace, now: float) -> Turn:
     """What to do for those that wait, given in the order in which they came."""
     order = sorted(range(len(asked)), key=lambda i: asked[i].deadline)
+    elder = next((i for i, each in enumerate(asked) if _overdue(each, now)), None)
+    if elder is not None:
+        # One in a turn, so that a great many of them make nobody late who has a deadline.
+        order.remove(elder)
+        order.insert(0, elder)
     hurried = [i for i in order if not asked[i].effort]
     readable = [i for i in order if asked[i].effort]
     left_out: set[int] = {*hurried}
@@ -126,7 +137,7 @@ def next_turn(asked: Sequence[Asked], pace: Pace, now: float) -> Turn:
             refused.append(i)
         elif deferred or len(answered) == MOST_AT_ONCE:
             deferred += 1
-        elif answered and ready > _latest(asked[answered[0]]):
+        elif ready > min((_latest(asked[j]) for j in answered[:2]), default=math.inf):
             # All that are answered together are ready when the last is.
             deferred += 1
         else:
@@ -134,7 +145,13 @@ def next_turn(asked: Sequence[Asked], pace: Pace, now: float) -> Turn:
     # Who comes too late for any pace says nothing of it.
     unread = [each for each in asked if each.effort and _latest(each) > now]
     hopeless = bool(unread) and all(now + pace.reading(e.effort) > _latest(e) for e in unread)
-    return Turn(refused, answered, [] if deferred else read, hopeless)
+    if deferred:
+        read = [i for i in read if i == elder]
+    return Turn(refused, answered, read, hopeless)
+
+
+def _overdue(asked: Asked, now: float) -> bool:
+    return asked.deadline == math.inf and now - asked.came > PATIENCE_SECONDS
 
 
 def _read(
@@ -144,7 +161,8 @@ def _read(
 
     Args:
         asked: all that wait.
-        readable: places of those that are to be read, the earliest deadline first.
+        readable: places of those that are to be read, the earliest deadline first; before them may
+            be one without.
         pace: how long that takes.
         begin: when it can begin.
     """
@@ -158,7 +176,7 @@ def _read(
         if chunk and (
             seconds > CHUNK_SECONDS
             or len(chunk) == MOST_AT_ONCE
-            or begin + seconds > _latest(asked[chunk[0]])
+            or begin + seconds > min(_latest(asked[j]) for j in chunk[:2])
         ):
             begin += pace.reading(effort)
             chunk, effort, more = [], 0.0, asked[i].effort

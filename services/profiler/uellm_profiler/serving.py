@@ -95,14 +95,15 @@ class Serving:
         if not requests:
             return []
         call = _Call(len(requests))
-        deadline = math.inf if seconds is None else time.perf_counter() + seconds
+        now = time.perf_counter()
+        deadline = math.inf if seconds is None else now + seconds
         reads = self.predictor.needs_text
         self._waiting += [
             _Waiting(
                 call,
                 place,
                 request,
-                Asked(deadline, effort_of(request.text) if reads else 0.0),
+                Asked(deadline, effort_of(request.text) if reads else 0.0, now),
                 _digest(request.text) if reads else b"",
             )
             for place, request in enumerate(requests)
