@@ -26,7 +26,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def fail(held: Guard, error: Exception) -> None:
-    with held.keeping("placing"):
+    with held.keeping("placing", paced=True):
         raise error
 
 
@@ -63,6 +63,13 @@ def test_what_is_known_to_fail_is_said_in_its_own_words_and_is_no_fault(clock: C
     assert not faults.lasting
     clock.seconds = EXPECTED_SECONDS
     assert not held.waits("placing")
+
+
+def test_no_time_is_said_for_what_nobody_waits_with(clock: Clock) -> None:
+    held = Guard("m", Faults(clock.monotonic))
+    with held.keeping("publishing"):
+        raise ModelFilesError("it cannot be read")
+    assert held.messages == ["publishing it failed: it cannot be read; tried again when it is due"]
 
 
 @pytest.mark.parametrize("error", [ConnectionError("Redis is away"), AbortedError("another acts")])

@@ -187,7 +187,7 @@ class Deployment:
         """Look at what there is, and start what has to be done about it."""
         if self.guard.waits(_DECIDING):
             return
-        with self.guard.keeping(_DECIDING):
+        with self.guard.keeping(_DECIDING, paced=True):
             async with self._stepping:
                 await self._step(now)
             return

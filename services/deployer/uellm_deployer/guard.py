@@ -37,8 +37,14 @@ class Guard:
         """Whether something failed, and it is too early to try it again."""
         return time.monotonic() < self._retry_at.get(what, 0.0)
 
-    def failed(self, what: str, error: Exception) -> float:
-        """Something failed; seconds until it is to be tried again."""
+    def failed(self, what: str, error: Exception, *, paced: bool = True) -> float:
+        """Something failed; seconds until it is to be tried again.
+
+        Args:
+            what: which.
+            error: how.
+            paced: who tries it asks ``waits`` first; else the next occasion is when it comes.
+        """
         if isinstance(error, UellmError):
             _log.warning("failed", what=what, model=self._name, error=error.message)
             seconds, why = EXPECTED_SECONDS, error.message
@@ -46,7 +52,8 @@ class Guard:
             seconds = pause(self._faults.note(f"{what} {self._name}", error))
             why = f"a fault of uellm, {described(error)}; the deployer's log has more"
         self._retry_at[what] = time.monotonic() + seconds
-        self._messages[what] = f"{what} it failed: {why}; next try in {seconds:g} s"
+        again = f"next try in {seconds:g} s" if paced else "tried again when it is due"
+        self._messages[what] = f"{what} it failed: {why}; {again}"
         return seconds
 
     def retry(self) -> None:
@@ -60,13 +67,18 @@ class Guard:
             self._faults.clear(f"{what} {self._name}")
 
     @contextmanager
-    def keeping(self, what: str) -> Iterator[None]:
-        """Keep a fault here; that Redis is away, or another deployer acts, concerns all."""
+    def keeping(self, what: str, *, paced: bool = False) -> Iterator[None]:
+        """Keep a fault here; that Redis is away, or another deployer acts, concerns all.
+
+        Args:
+            what: is tried.
+            paced: as for ``failed``.
+        """
         try:
             yield
         except (*UNREACHABLE, AbortedError):
             raise
         except Exception as error:
-            self.failed(what, error)
+            self.failed(what, error, paced=paced)
         else:
             self.done(what)
