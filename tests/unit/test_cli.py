@@ -111,7 +111,12 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         (["health", "--redis", "nonsense"], exits.USAGE, "redis://"),
         (["policy", "list", "magic"], exits.USAGE, "available: cslo-odbs, edf"),
         (["policy", "show", "demo"], exits.UNREACHABLE, "UELLM_REDIS_URL"),
-        (["policy", "set", "demo", "edf", "speed"], exits.USAGE, "'speed': KEY=VALUE"),
+        (["policy", "set", "demo", "edf", "speed"], exits.USAGE, "`uellm policy list edf` shows"),
+        (
+            ["policy", "set", "demo", "edf", "watermark=0", "watermark=0.1"],
+            exits.USAGE,
+            "watermark: given twice",
+        ),
         (["policy", "set", "demo", "edf", "class.x.y=1s"], exits.USAGE, "deadline, ttft, tpot"),
         (["policy", "set", "demo", "edf", "class.batch.ttft=x"], exits.USAGE, "no duration"),
         (["policy", "reset", "demo"], exits.UNREACHABLE, "uellm up"),

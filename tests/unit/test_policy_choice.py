@@ -55,6 +55,11 @@ def test_settings_are_in_force() -> None:
     [
         (PolicyChoice("magic"), "policy", "no 'magic'; available: cslo-odbs, edf"),
         (PolicyChoice("fcfs", {"speed": "9"}), "speed", "no such setting of fcfs; available: knee"),
+        (
+            PolicyChoice("cslo-odbs", {"dispatch.keep_up": "0"}),
+            "dispatch.keep_up",
+            "available: ahead_alone, .*, urgent_beyond, urgent_steps; at level dispatch$",
+        ),
         (PolicyChoice("fcfs", {"dispatch.watermark": "0"}), "dispatch.watermark", "no such"),
         (PolicyChoice("fcfs", {"watermark": "2"}), "watermark", "2 must be at most 0.9"),
         (PolicyChoice("fcfs", {"step.watermark": "x"}), "watermark", "'x' is not a number"),

@@ -191,6 +191,17 @@ def test_the_command_finds_goodput_of_a_trace(tmp_path: Path) -> None:
     assert found["load"] > 1
 
 
+def test_the_command_says_when_nothing_can_be_late(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,20,30\n")
+    arguments = ["simulate", "--load", "1", "--workload", str(trace), "--json"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "no request has a deadline_s" in done.stderr
+    policies = {result["cell"]["policy"] for result in json.loads(done.stdout)["results"]}
+    assert "cslo-odbs" in policies, "what a mesh decides by is among those compared"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -106,6 +106,12 @@ def test_a_trace_is_read_in_order_of_arrival(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("arrival_s,prompt_tokens\n1,2\n", "column output_tokens is missing"),
+        ("arrival_s,prompt_tokens,output_tokens,deadline\n1,2,3,4\n", "is deadline_s meant?"),
+        ("arrival_s,prompt_tokens,output_tokens,Class\n1,2,3,a\n", "is class meant?"),
+        (
+            "arrival_s,prompt_tokens,output_tokens,arrival_s\n1,2,3,4\n",
+            "arrival_s is there 2 times",
+        ),
         (HEAD, "has no requests"),
         (HEAD + "x,1,1,,,,,\n", "trace.csv:2: arrival_s: 'x' is not a number"),
         (HEAD + "0,1,1,,,,,\n0,1.5,1,,,,,\n", "trace.csv:3: prompt_tokens: '1.5' is not a whole"),
@@ -122,9 +128,18 @@ def test_a_bad_trace_is_refused_by_line_and_column(tmp_path: Path, text: str, me
     assert message in caught.value.message
 
 
+def test_columns_of_other_things_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens,blocks_512,total_tokens\n1,2,3,4,5\n")
+    assert read_trace(path)[0].output_tokens == 3
+
+
 def test_a_missing_trace_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="No such file"):
+    with pytest.raises(InvalidArgumentError, match=r"none.csv: No such file or directory$"):
         read_trace(tmp_path / "none.csv")
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidArgumentError, match="no CSV file"):
+        read_trace(tmp_path / "bytes.csv")
 
 
 GOOD = "overhead=0.001\nweights=0.01\nper_token=0.0001\nkv_tokens=1000\nslots=8\nchunk_tokens=64\n"

@@ -64,13 +64,21 @@ def request(
     """What is asked of the scheduler; ``name`` "": to go back to the defaults.
 
     Raises:
-        InvalidArgumentError: if a setting is not ``KEY=VALUE``, or a class's not a duration.
+        InvalidArgumentError: if a setting is not ``KEY=VALUE``, stands twice, or a class's is not a
+            duration.
     """
     wanted = scheduler_pb2.SetPolicyRequest(model=model, policy=name, execution=execution)
+    given: set[str] = set()
     for text in settings:
         key, equals, value = text.partition("=")
         if not (key and equals and value):
-            raise InvalidArgumentError(f"{text!r}: KEY=VALUE", field="settings")
+            raise InvalidArgumentError(
+                f"{text!r}: a setting is KEY=VALUE; `uellm policy list {name}` shows them",
+                field="settings",
+            )
+        if key in given:
+            raise InvalidArgumentError(f"{key}: given twice; which of both?", field=key)
+        given.add(key)
         if key.startswith(_CLASS):
             _add_default(wanted, key, value)
         else:

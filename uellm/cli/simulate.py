@@ -33,7 +33,7 @@ Policies = Annotated[
     str, typer.Option(metavar="A,B", help="Policies: NAME, NAME:SETTING=VALUE or DISPATCH+STEP.")
 ]
 Predictor = Annotated[
-    str, typer.Option(help="Of lengths: oracle, b80, noise, noise:SPREAD or class-mean.")
+    str, typer.Option(help="Of lengths: oracle, b80, noise, noise:SPREAD, class-mean or prior.")
 ]
 Replicas = Annotated[int, typer.Option(min=1, max=256, help="Replicas of the model.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each case, with other requests.")]
@@ -67,10 +67,13 @@ def simulate(
     context: typer.Context,
     platform: PlatformName = "a100",
     workload: Workload = "tier",
-    policies: Policies = "fcfs,edf",
+    policies: Policies = "fcfs,cslo-odbs",
     load: Annotated[
         str,
-        typer.Option(metavar="X,Y", help="Loads: 1 is what first come, first served saturates at."),
+        typer.Option(
+            metavar="X,Y",
+            help="Loads: 1 is what first come, first served saturates at, or a trace's own pace.",
+        ),
     ] = "0.8,1,1.2",
     predictor: Predictor = "b80",
     replicas: Replicas = 1,
@@ -116,7 +119,7 @@ def simulate(
 def find_goodput(
     platform: PlatformName = "a100",
     workload: Workload = "tier",
-    policies: Policies = "fcfs,edf",
+    policies: Policies = "fcfs,cslo-odbs",
     attainment: Annotated[
         str, typer.Option(metavar="X,Y", help="Shares that have to be in time.")
     ] = "0.9,0.95,0.99",
@@ -187,7 +190,11 @@ def _setup(setup: "Setup") -> "Setup":
     from uellm.simulator.predictors import check_predictor
 
     check_predictor(setup.predictor)
-    setup.draw(1.0, 0)
+    requests = setup.draw(1.0, 0)
+    if not any(each.deadline or each.ttft or each.tpot for each in requests):
+        sys.stderr.write(
+            f"{setup.workload}: no request has a deadline_s, ttft_s or tpot_s: all are in time\n"
+        )
     return setup
 
 

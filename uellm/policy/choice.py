@@ -68,11 +68,15 @@ class PolicyChoice:
         names |= {f"{level}.{name}" for level, described in known.items() for name in described}
         for name in self.settings:
             if name not in names:
-                plain = sorted({name for described in known.values() for name in described})
+                level = name.partition(".")[0]
+                if level in known:
+                    there, more = {*known[level]}, f"at level {level}"
+                else:
+                    there = {name for described in known.values() for name in described}
+                    more = "with dispatch. or step. before it for one level alone"
                 raise InvalidArgumentError(
                     f"{name}: no such setting of {self.name}; available: "
-                    f"{', '.join(plain) or 'none'}; with dispatch. or step. before it for one "
-                    "level alone",
+                    f"{', '.join(sorted(there)) or 'none'}; {more}",
                     field=name,
                 )
 

@@ -1,12 +1,14 @@
 """Requests from a CSV file of what arrived somewhere.
 
 Columns ``arrival_s,prompt_tokens,output_tokens`` and, where they are known,
-``deadline_s,ttft_s,tpot_s,class,tenant``; times in seconds, empty for none, arrivals from any zero.
+``deadline_s,ttft_s,tpot_s,class,tenant``; times in seconds, empty for none, arrivals from any zero,
+in any order. Other columns are passed over, unless they look like a misspelt one of these.
 """
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
 
@@ -33,8 +35,10 @@ def read_trace(path: Path, *, load: float = 1.0, most: int | None = None) -> lis
     try:
         with path.open(newline="", encoding="utf-8") as file:
             found = sorted(_requests(path, file), key=lambda request: request.arrival)[:most]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InvalidArgumentError(f"workload: {path}: {error}", field="workload") from error
+    except OSError as error:
+        raise _unread(path, str(error.strerror)) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise _unread(path, f"no CSV file ({error})") from error
     if not found:
         raise InvalidArgumentError(f"workload: {path} has no requests", field="workload")
     longest = max(request.output_tokens for request in found)
@@ -49,16 +53,13 @@ def read_trace(path: Path, *, load: float = 1.0, most: int | None = None) -> lis
     ]
 
 
+def _unread(path: Path, why: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"workload: {path}: {why}", field="workload")
+
+
 def _requests(path: Path, file: Iterable[str]) -> Iterator[Request]:
     reader = csv.DictReader(file)
-    columns = reader.fieldnames or ()
-    for name in _REQUIRED:
-        if name not in columns:
-            raise InvalidArgumentError(
-                f"workload: {path}: column {name} is missing; needed: {', '.join(_REQUIRED)}; "
-                f"further: {', '.join((*_SECONDS, *_NAMES))}",
-                field="workload",
-            )
+    _check_columns(path, reader.fieldnames or ())
     for row in reader:
         where = f"{path}:{reader.line_num}"
         deadline, ttft, tpot = (_seconds(row, name, where) for name in _SECONDS)
@@ -74,6 +75,24 @@ def _requests(path: Path, file: Iterable[str]) -> Iterator[Request]:
             tpot=tpot,
             tenant=(row.get("tenant") or "").strip() or "local",
         )
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    """Check that all are there, and none that looks like one which is read is passed over."""
+    known = (*_REQUIRED, *_SECONDS, *_NAMES)
+    needed = f"needed: {', '.join(_REQUIRED)}; further: {', '.join((*_SECONDS, *_NAMES))}"
+    for name in _REQUIRED:
+        if name not in columns:
+            raise _unread(path, f"column {name} is missing; {needed}")
+    absent = [name for name in known if name not in columns]
+    for name in columns:
+        if columns.count(name) > 1:
+            raise _unread(path, f"column {name} is there {columns.count(name)} times")
+        meant = get_close_matches(name.strip().lower(), absent, n=1, cutoff=0.7)
+        if name not in known and meant:
+            raise _unread(
+                path, f"column {name!r}: is {meant[0]} meant? rename or drop it; {needed}"
+            )
 
 
 def _seconds(row: Mapping[str, str | None], name: str, where: str) -> float | None:
