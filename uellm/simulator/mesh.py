@@ -46,6 +46,7 @@ class MeshSettings:
         refusable: requests ask to be refused when they cannot be in time.
         promises: requests are promised when they will be answered. Where none may be refused,
             policies decide the same without, in a fraction of the time.
+        believed_pace: seconds of a step as the scheduler's model of it says, over what they are.
     """
 
     replicas: int = 1
@@ -55,6 +56,7 @@ class MeshSettings:
     report_seconds: float = 0.25
     refusable: bool = False
     promises: bool = True
+    believed_pace: float = 1.0
 
 
 @dataclass(slots=True)
@@ -157,6 +159,7 @@ class Mesh:
             report_seconds=settings.report_seconds,
             refusable=settings.refusable,
             promises=settings.promises or settings.refusable,
+            believed_pace=settings.believed_pace,
         )
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._numbers = count()

@@ -5,8 +5,9 @@ been heard of, and a replica is as its latest report says.
 """
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
+from uellm.core.cost import StepCost
 from uellm.core.request import Promise, ResourceProfile
 from uellm.policy.admissions import Admissions
 from uellm.policy.shedding import Hearsay, shed
@@ -40,6 +41,7 @@ class Scheduler:
         report_seconds: how often replicas are looked at while there is work.
         refusable: requests ask to be refused when they cannot be in time.
         promises: requests are promised when they will be answered.
+        believed_pace: see ``MeshSettings``.
 
     Attributes:
         waiting: by id, in order of arrival.
@@ -56,6 +58,7 @@ class Scheduler:
         report_seconds: float,
         refusable: bool,
         promises: bool,
+        believed_pace: float = 1.0,
     ) -> None:
         self.waiting: dict[str, QueuedView] = {}
         self.asked = 0
@@ -78,7 +81,9 @@ class Scheduler:
                     # Until it has measured itself: what its deployer expects of it.
                     prefill_seconds_per_token=engine.platform.seconds_per_prompt_token,
                     decode_step_seconds=engine.platform.cost.unloaded,
-                    cost=engine.platform.cost,
+                    cost=StepCost(
+                        *(seconds * believed_pace for seconds in astuple(engine.platform.cost))
+                    ),
                 ),
                 {},
             )
