@@ -66,12 +66,10 @@ async def test_every_request_is_promised(mesh: Mesh, redis_url: str) -> None:
         promises = [await mesh.promised(request_id) for request_id in ids]
     finishes = sorted(p.finish_p50.ToNanoseconds() / 1e9 for p in promises)
     # One slot: they run one after the other, 100 tokens of half a second each. A new mesh has not
-    # shown yet that it is that fast, least of all with who waits.
+    # shown yet that it is that fast; there is time for four times as long.
     for earlier, later in pairwise(finishes):
         assert 45 < later - earlier < 90
-    first, *behind = (promise.p_meet for promise in promises)
-    assert 0.9 < first < 1
-    assert all(0.8 < odds < 0.9 for odds in behind)
+    assert all(0.8 < promise.p_meet < 1 for promise in promises)
     for promise in promises:
         assert promise.revision == 1
         assert promise.policy == "edf"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_dispatch_policies import NOW, QUEUES, queued, replica
 from uellm.core.cost import StepCost
+from uellm.core.request import QuantileFunction, ResourceProfile
 from uellm.policy.columns import ColumnsCache
 from uellm.policy.everybody import SentCache, everybody
 from uellm.policy.forecast import backlog_of, forecasts
@@ -42,9 +43,25 @@ def test_whoever_finds_no_slot_waits_for_those_ahead() -> None:
     order = [queued(f"q{i}", tokens=50.0) for i in range(8)]
     found = forecast(order, replica(slots=2, cost=COST))
     assert (np.diff(found.start) >= 0).all()
-    assert found.start[1] == pytest.approx(found.start[0])
+    # Two have slots; the second's prompt of 10 tokens is computed after the first's.
+    assert found.start[1] == pytest.approx(found.start[0] + 0.01)
     # Two run at a time, each for about half a second: the eighth starts after three more pairs.
     assert found.start[7] - found.start[0] == pytest.approx(7 / 2 * 0.5, rel=0.15)
+
+
+def test_of_many_that_come_at_once_each_waits_for_the_prompts_before_its_own() -> None:
+    order = [replace(queued(f"q{i}"), profile=_long_prompt()) for i in range(30)]
+    roomy = replica(slots=64, cost=COST)
+    found = forecast(order, roomy)
+    assert not found.waits.any()
+    assert np.diff(found.start) == pytest.approx(np.full(29, 0.5))
+    assert np.diff(found.finish) == pytest.approx(np.full(29, 0.5))
+    two = forecast(order, roomy, replace(roomy, replica="other"))
+    assert two.start[29] == pytest.approx(found.start[29] / 2, rel=0.1)
+
+
+def _long_prompt() -> ResourceProfile:
+    return ResourceProfile(500, QuantileFunction((0.5, 0.9), (20.0, 40.0)))
 
 
 def test_kv_room_limits_what_runs_at_once() -> None:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from uellm.policy.columns import BEGUN, Floats
 from uellm.policy.forecast import FEATURES
-from uellm.policy.odds import Odds
 from uellm.policy.prospects import Forecasts
 from uellm.policy.track_record import TrackRecord
 from uellm.policy.track_records import TrackRecords
@@ -81,17 +80,31 @@ def test_what_resembles_nothing_known_is_promised_widely() -> None:
     assert strange[1] / strange[0] > 3
 
 
-def test_a_new_mesh_promises_what_a_forecast_is_worth() -> None:
-    """With a slot free and time in plenty, sharply; behind others, no sooner than is asked."""
-    near = TrackRecord().prospects(forecast(deadline=15.0), 0.0)
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_new_mesh_promises_what_a_forecast_is_worth(waits: bool) -> None:
+    """With time in plenty, sharply and all but surely; with little, no sooner than is asked."""
+    features = (1.0,) if waits else ()
+    near = TrackRecord().prospects(forecast(deadline=15.0, features=features), 0.0)
     assert near.p_meet[0] < 0.9
     assert near.times[0, FINISH, 1] >= 15.0
-    plenty = TrackRecord().prospects(forecast(deadline=1e4), 0.0)
+    plenty = TrackRecord().prospects(forecast(deadline=1e4, features=features), 0.0)
     assert 0.9 < plenty.p_meet[0] < 0.99
     assert plenty.times[0, FINISH, 1] < 100.0
-    waits = TrackRecord().prospects(forecast(deadline=1e4, features=(1.0,)), 0.0)
-    assert waits.p_meet[0] < 0.9
-    assert waits.times[0, FINISH, 1] >= 1e4
+
+
+def test_short_answers_with_slots_free_do_not_shorten_the_first_queue() -> None:
+    """Deadlines told how long answers are, while nobody waited; the wait is none of that."""
+    rng, record = np.random.default_rng(14), TrackRecord()
+    for i in range(60):
+        now, slack = 100.0 * i, float(rng.uniform(-2, 2))
+        asked = forecast(deadline=10 * np.exp(slack), features=(0.0, slack))
+        promise(record, f"r{i}", asked, now)
+        record.advance(now + 4 * np.exp(slack))
+        record.finished(f"r{i}", now + 4 * np.exp(slack))
+    queued = forecast(300.0, deadline=60.0, features=(3.0, -2.0))
+    found = record.prospects(queued, 1e5)
+    assert found.p_meet[0] < 0.3
+    assert found.times[0, FINISH, 0] - 1e5 > 60.0
 
 
 def test_who_waits_does_not_spoil_the_promises_of_who_does_not() -> None:
@@ -255,17 +268,31 @@ def test_odds_come_true() -> None:
         assert said == pytest.approx(np.mean(np.array(took) <= deadline), abs=0.05)
 
 
-def test_odds_that_err_in_the_middle_alone_are_put_right() -> None:
-    """Two in three are told as much, and nine in ten of these come true; the others are right."""
-    rng, odds = np.random.default_rng(12), Odds()
-    for _ in range(1500):
-        middle = rng.random() < 0.1
-        odds.learn(0.67 if middle else 0.98, bool(rng.random() < (0.9 if middle else 0.98)))
-    heir = Odds()
-    heir.load(*odds.state())
-    for each in (odds, heir):
-        found = each.corrected(np.array([0.67, 0.98, 0.2]))
-        assert found == pytest.approx([0.88, 0.98, 0.2], abs=0.04)
+def test_those_in_time_are_known_first_and_do_not_speak_for_those_that_go_on() -> None:
+    """Of each crowd one in two is late, which is known when its time has passed and not before."""
+    rng, record = np.random.default_rng(13), TrackRecord()
+    asked, said = forecast(deadline=100.0, features=(1.0,)), []
+    for number in range(12):
+        since = 1e4 * number
+        late = rng.random(40) < 0.5
+        for i in range(40):
+            promise(record, f"{number}.{i}", asked, since + 0.01 * i)
+        for i in np.flatnonzero(~late):
+            record.finished(f"{number}.{i}", since + 5.0)
+        record.advance(since + 50.0)
+        said.append(float(record.prospects(asked, since + 50.0).p_meet[0]))
+        record.advance(since + 200.0)
+        for i in np.flatnonzero(late):
+            record.finished(f"{number}.{i}", since + 300.0)
+    assert np.mean(said[4:]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_long_deadline_need_not_pass_before_it_is_known_that_all_are_in_time() -> None:
+    record = TrackRecord()
+    asked = forecast(deadline=1e5, features=(1.0, 3.0))
+    before, *_, after = (odds for _, odds in serve(record, asked, [10.0] * 40, every=20.0))
+    assert before < after
+    assert after > 0.98
 
 
 def test_a_first_token_that_is_asked_for_has_odds_too() -> None:
@@ -374,6 +401,9 @@ def test_whatever_was_learnt_promises_are_coherent(
     assert (np.diff(found.times, axis=2) >= 0).all()
     assert (found.times[:, START] <= found.times[:, FINISH]).all()
     assert 0 <= found.p_meet[0] <= 1
+    # Whoever is told a time before the deadline with 90 % is told the odds of that.
+    high = found.times[0, FINISH, 1] - now
+    assert (high <= deadline + 1e-6) if found.p_meet[0] >= 0.9 else (high >= deadline - 1e-6)
     # With more time, everything else alike, the turn comes no less likely in time.
     later = record.prospects(replace(asked, deadline=asked.deadline * 2), now)
     assert later.in_turn[0] >= found.in_turn[0] - 1e-9

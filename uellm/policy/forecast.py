@@ -52,6 +52,8 @@ class Backlog:
         variance: of that.
         begun: who is being answered.
         since: seconds since it was last looked at how far those are; 0 of all others.
+        prompts: seconds that the prompts take, of those that have not begun; replicas compute
+            them one after the other.
     """
 
     crew: _Crew
@@ -60,6 +62,7 @@ class Backlog:
     variance: Floats
     begun: Flags
     since: Floats
+    prompts: Floats
 
     @cached_property
     def rank(self) -> Places:
@@ -79,6 +82,12 @@ class Backlog:
         """The variance of that."""
         doubt: Floats = np.cumsum(self.variance[self.line])
         return doubt
+
+    @cached_property
+    def prefilled(self) -> Floats:
+        """Seconds until the prompts of the first so many in line are computed, from one on."""
+        seconds: Floats = np.cumsum(self.prompts[self.line])
+        return seconds
 
     def decoding(self, tokens: Floats) -> Floats:
         """Seconds of so many tokens, from which those are taken that came since."""
@@ -120,7 +129,8 @@ def backlog_of(
     busy = left * crew.step + everybody.prefill * crew.per_prompt_token
     variance = ((everybody.high - everybody.median) * (crew.step / Z90)) ** 2
     since = np.where(begun, np.maximum(now - sent_at, 0.0), 0.0)
-    return Backlog(crew, line, busy, variance, begun, since)
+    prompts = np.where(begun, 0.0, everybody.prefill * (crew.per_prompt_token / len(replicas)))
+    return Backlog(crew, line, busy, variance, begun, since, prompts)
 
 
 def forecasts(everybody: Columns, backlog: Backlog, wanted: Places, now: float) -> Forecasts:
@@ -141,9 +151,12 @@ def forecasts(everybody: Columns, backlog: Backlog, wanted: Places, now: float) 
     vague = Z90 * np.sqrt(doubt[ahead] - variance[wanted]) / crew.places * (wait > 0)
     drain = backlog.wait(np.full(len(wanted), len(line)), np.full(len(wanted), work[-1]))
     prefill = everybody.prefill[wanted] * crew.per_prompt_token
-    own = prefill + backlog.decoding(everybody.median)[wanted]
-    start = wait + prefill + crew.step
-    finish = wait + own
+    decoding = backlog.decoding(everybody.median)[wanted]
+    own = prefill + decoding
+    # Of many that come at once, each has a slot long before its prompt has its turn.
+    prefilled = np.maximum(wait + prefill, backlog.prefilled[ahead])
+    start = prefilled + crew.step
+    finish = prefilled + decoding
     longer = (everybody.high[wanted] - everybody.median[wanted]) * crew.step
     ttft = everybody.first_token[wanted] - now
     deadline = everybody.deadline[wanted] - now

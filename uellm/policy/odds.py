@@ -1,66 +1,120 @@
-"""Probabilities, corrected by what came true of those before."""
+"""Probabilities, corrected by what came true of those before.
+
+Isotonic calibration (Zadrozny and Elkan, 2002): the share that came true, as a function of what
+was said that never falls. Where it would, neighbours are pooled, so that a few outcomes of many
+odds say what is wrong with all of these. It is kept at some points of the logit, and each of them
+remembers its own latest outcomes: those of the doubtful, which are few, outlast those of the sure.
+"""
+
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from uellm.policy.columns import Floats
-from uellm.policy.rows import Flags
 
-SIZE = 1024
-"""Latest outcomes that are kept."""
-NEAR = 0.4
-"""How far apart in logits probabilities may be to count as about the same."""
-GUESSED = 16.0
-"""How many outcomes what is said counts as."""
+POINTS = 25
+"""Where the correction is kept: half a logit apart."""
+MEMORY = 256.0
+"""Latest outcomes that a point remembers; older ones fade."""
+GUESSED, BORROWED = 1.0, 16.0
+"""How many outcomes count, at each point, for odds that are right as they were said; and, of one
+kind of request, for what came true of all kinds."""
 LEAST_SHARE = 0.002
+
+_MOST = float(np.log(1.0 / LEAST_SHARE - 1.0))
+_LOGITS = np.linspace(-_MOST, _MOST, POINTS)
+_SAID = 1.0 / (1.0 + np.exp(-_LOGITS))
 
 
 class Odds:
-    """A correction of probabilities: the share that came true where about the same was said.
+    """A correction of probabilities, for each group of requests (see ``Forecasts.group``).
 
-    It is the kernel estimate of a reliability diagram. A logistic regression cannot bend as that
-    does: odds may be right where nearly all are in time, and too low where two in three are.
+    What is known of few of a group leans on what is known of all kinds: of those that wait, or of
+    those that find a slot free.
     """
 
     def __init__(self) -> None:
-        self._said = np.zeros(SIZE)
-        self._true = np.zeros(SIZE, dtype=np.bool_)
-        self._seen = 0
+        # By group, and by pool of groups: outcomes at each point, and how many of them came true.
+        self._counts: dict[int, Floats] = {}
+        self._curves: dict[int, Floats] = {}
 
-    def corrected(self, share: Floats) -> Floats:
-        """What comes true of what is said."""
-        said, true = self._kept()
-        apart = (logit(share)[:, None] - said) / NEAR
-        near = np.exp(-0.5 * apart * apart)
-        found: Floats = (near @ true + GUESSED * share) / (near.sum(axis=1) + GUESSED)
-        return found
+    def corrected(self, group: int, said: Floats) -> Floats:
+        """What comes true of what is said of requests of a group: the more, the more was said."""
+        found: Floats = np.interp(logit(said), _LOGITS, self._curve(group))
+        return 1.0 / (1.0 + np.exp(-found))
 
-    def learn(self, said: float, came_true: bool) -> None:
-        """Take in one outcome."""
-        place = self._seen % SIZE
-        self._said[place] = logit(np.array([said]))[0]
-        self._true[place] = came_true
-        self._seen += 1
+    def learn(self, group: int, said: float, came_true: bool) -> None:
+        """Take in one outcome.
 
-    def state(self) -> tuple[Floats, Flags]:
-        """What was learnt: logits that were said, and whether they came true; the oldest first."""
-        age = self._seen % SIZE if self._seen > SIZE else 0
-        said, true = self._kept()
-        return np.roll(said, -age), np.roll(true, -age)
+        That something comes true is known when it happens, and that it does not only when its time
+        has passed: whoever tells both as they are known tells more of what comes true.
+        """
+        place = (float(logit(np.array(said))) + _MOST) / (2 * _MOST) * (POINTS - 1)
+        point = min(int(place), POINTS - 2)
+        upper = place - point
+        for name in (_pool(group), group):
+            counts = self._counts.setdefault(name, np.zeros((2, POINTS)))
+            for at, share in ((point, 1.0 - upper), (point + 1, upper)):
+                counts[:, at] *= 1.0 - share / MEMORY
+                counts[:, at] += share, share * came_true
+        self._curves.clear()
 
-    def load(self, said: Floats, true: Flags) -> None:
-        """Go on from that; the first thing that is done.
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """What was learnt, as arrays."""
+        groups = sorted(self._counts)
+        counts = np.array([self._counts[group] for group in groups]).reshape(-1, 2, POINTS)
+        return {"groups": np.array(groups, dtype=np.int64), "counts": counts}
+
+    def load(self, state: dict[str, npt.NDArray[Any]]) -> None:
+        """Go on from that.
 
         Raises:
-            ValueError: if the two do not fit.
+            KeyError: if something is missing.
+            ValueError: if it is of another shape, or more came true than was said.
         """
-        if len(said) != len(true) or len(said) > SIZE:
-            raise ValueError(f"{len(said)} odds and {len(true)} outcomes; {SIZE} are kept")
-        self._said[: len(said)], self._true[: len(said)] = said, true
-        self._seen = len(said)
+        counts = np.array(state["counts"], dtype=np.float64)
+        if counts.shape != (len(state["groups"]), 2, POINTS):
+            raise ValueError(f"odds of shape {counts.shape}; {POINTS} points are kept")
+        if not ((counts[:, 1] >= 0) & (counts[:, 1] <= counts[:, 0])).all():
+            raise ValueError("odds of which more came true than there are")
+        self._counts = {int(group): counts[row] for row, group in enumerate(state["groups"])}
+        self._curves = {}
 
-    def _kept(self) -> tuple[Floats, Flags]:
-        kept = min(self._seen, SIZE)
-        return self._said[:kept], self._true[:kept]
+    def _curve(self, group: int) -> Floats:
+        """Logits of what comes true, at the points."""
+        found = self._curves.get(group)
+        if found is None:
+            borrowed = self._isotonic(_pool(group), _SAID, GUESSED)
+            found = self._curves[group] = logit(self._isotonic(group, borrowed, BORROWED))
+        return found
+
+    def _isotonic(self, name: int, guess: Floats, weight: float) -> Floats:
+        if name not in self._counts:
+            return guess
+        outcomes, true = self._counts[name]
+        return isotonic((true + weight * guess) / (outcomes + weight), outcomes + weight)
+
+
+def _pool(group: int) -> int:
+    """All groups that wait, or all that do not."""
+    return -1 - group % 2
+
+
+def isotonic(values: Floats, weights: Floats) -> Floats:
+    """The values that never fall and are nearest to some, by weighted least squares.
+
+    Pool adjacent violators (Ayer and others, 1955).
+    """
+    levels: list[tuple[float, float, int]] = []
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        level, mass, length = value, weight, 1
+        while levels and levels[-1][0] >= level:
+            before, more, longer = levels.pop()
+            level = (level * mass + before * more) / (mass + more)
+            mass, length = mass + more, length + longer
+        levels.append((level, mass, length))
+    return np.repeat([level for level, _, _ in levels], [length for _, _, length in levels])
 
 
 def logit(share: Floats) -> Floats:

@@ -38,12 +38,12 @@ VAGUE = 8.0
 """How many requests count for ignorance at first, and ever less."""
 UNTAUGHT_SPREAD = 0.8
 """Spread of the logarithm of a forecast's unknown bias, while nothing alike has an outcome."""
-LEAST_SURE, SUREST, SUREST_WAITING = 0.05, 0.98, 0.85
-"""Between these are odds before anything alike has an outcome: nobody is refused on a guess, nor
-told to be safe behind others of whom nothing is known. With a slot free there is but the own length
-to guess, and the time that a step takes."""
+LEAST_SURE, SUREST = 0.05, 0.98
+"""Between these are odds before anything alike has an outcome: nothing is sure on a guess."""
 THOUGHT = 0.5
 """How far apart in logits odds may be to count as about the same."""
+STRANGE = 2.0
+"""How many requests alike the assumption counts as that a forecast is unbiased."""
 GUESSED = 8.0
 """How many requests the odds by the time until the turn count as."""
 _LEAST_SECONDS = 1e-6
@@ -246,8 +246,7 @@ class Outcomes:
         settled = np.flatnonzero(self._settled(now))
         apart = (logit(in_turn)[:, None] - self._in_turn[settled]) / THOUGHT
         among = weights[:, settled] * np.exp(-0.5 * apart * apart)
-        surest = np.where(forecasts.waits, SUREST_WAITING, SUREST)
-        guess = GUESSED * np.clip(in_turn, LEAST_SURE, surest)
+        guess = GUESSED * np.clip(in_turn, LEAST_SURE, SUREST)
         share: Floats = (among @ ~self._late[settled] + guess) / (among.sum(axis=1) + GUESSED)
         return share
 
@@ -265,20 +264,17 @@ class Outcomes:
             now: in seconds.
         """
         fit = self._fitted(now)[target][which]
-        expected, spread = self._expected_of(forecasts, weights, which, target)
-        centre = np.log(expected) + fit.shift(features_of(forecasts))
-        return Times(centre, spread, fit.among(weights))
-
-    def _expected_of(
-        self, forecasts: Forecasts, weights: Floats, which: int, target: int
-    ) -> tuple[Floats, Floats]:
-        """What seconds are compared with, and the unit of what is left."""
+        shift = fit.shift(features_of(forecasts))
         if which == LATE:
-            return late_reference(forecasts), np.ones(len(forecasts))
-        expected = forecasts.start if target == START else forecasts.finish
-        spread = np.ones(len(forecasts)) if target == START else forecasts.spread
-        alike = weights[:, :-1] @ self._filed[: self.kept]
-        return expected, np.hypot(spread, UNTAUGHT_SPREAD / np.sqrt(1.0 + alike**2 / 8))
+            centre, spread = np.log(late_reference(forecasts)) + shift, np.ones(len(forecasts))
+        else:
+            expected = forecasts.start if target == START else forecasts.finish
+            spread = np.ones(len(forecasts)) if target == START else forecasts.spread
+            alike = weights[:, :-1] @ self._filed[: self.kept]
+            # What was learnt of those that found a slot says little of a queue that is new.
+            centre = np.log(expected) + shift * (alike / (alike + STRANGE))
+            spread = np.hypot(spread, UNTAUGHT_SPREAD / np.sqrt(1.0 + alike**2 / 8))
+        return Times(centre, spread, fit.among(weights))
 
     # ---- fitting -------------------------------------------------------------------------------
 
@@ -287,12 +283,16 @@ class Outcomes:
         return np.arange(self.seen - self.kept, self.seen) % SIZE
 
     def _settled(self, now: float) -> Flags:
-        """Those of which is known whether they were late, and would be either way."""
-        kept = self.kept
+        """Those of which is known whether they were late, and would be either way.
+
+        So it would be where time has passed, and where all is known of whoever came before.
+        """
+        kept, rows = self.kept, self._by_age()
         limit = self._limit[:kept]
+        over = limit + self._hearing <= now - self._since[:kept]
+        over[rows] |= np.logical_and.accumulate(self._filed[rows])
         # Who asked for nothing was in time, and says nothing of those who ask.
-        over = np.isfinite(limit) & (limit + self._hearing <= now - self._since[:kept])
-        settled: Flags = self._judged[:kept] & over
+        settled: Flags = self._judged[:kept] & over & np.isfinite(limit)
         return settled
 
     def _fitted(self, now: float) -> list[list[Residuals]]:

@@ -122,13 +122,14 @@ class TrackRecord:
         self._kinds: dict[int, Outcomes] = {}
         self._all = Outcomes(hearing_seconds)
         self._shifts: dict[int, Floats] = {}
-        self._odds: dict[int, Odds] = {}
+        self._odds = Odds()
         self._open: dict[str, _Open] = {}
         self._asked: dict[str, tuple[_Asked, int]] = {}
         self._unjudged: dict[int, int] = {}
         self._under_way: dict[int, int] = {}
         self._turn: dict[int, float] = {}
         self._due: list[tuple[float, int, str, int, int]] = []
+        self._settling: list[tuple[float, int, int, float, bool]] = []
         self._numbers = count()
 
     # ---- asking --------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ class TrackRecord:
         if asked.any():
             in_turn = outcomes.in_turn(forecasts, weights, now)
             said = outcomes.punctual_share(forecasts, weights, in_turn, now)
-            punctual = np.where(asked, self._odds.get(kind, Odds()).corrected(said), 1.0)
+            punctual = np.where(asked, self._odds.corrected(group, said), 1.0)
         parts = [
             _quantiles(outcomes, forecasts, weights, target, punctual, now)
             for target in (START, FINISH)
@@ -190,7 +191,6 @@ class TrackRecord:
         )
         kind, group = found.group // 2, found.group
         self._kinds.setdefault(kind, Outcomes(self._hearing))
-        self._odds.setdefault(kind, Odds())
         self._unjudged[group] = self._unjudged.get(group, 0) + 1
         self._under_way[kind] = self._under_way.get(kind, 0) + 1
         # Were it set when the promise is judged, what is heard of while many are open, and that
@@ -228,6 +228,9 @@ class TrackRecord:
     def advance(self, now: float) -> None:
         """Take note of what has not happened in time; forget what was only asked."""
         self._asked.clear()
+        while self._settling and self._settling[0][0] <= now:
+            _, _, group, said, came_true = heapq.heappop(self._settling)
+            self._odds.learn(group, said, came_true)
         while self._due and self._due[0][0] <= now:
             _, _, request_id, target, place = heapq.heappop(self._due)
             entry = self._open.get(request_id)
@@ -281,14 +284,21 @@ class TrackRecord:
 
     def _file(self, entry: _Open, *, late: bool, judged: bool = True) -> None:
         """Whether a request is in time is known."""
-        basis, forecast = entry.basis, entry.forecast
-        if judged and min(forecast.ttft[0], forecast.deadline[0]) < inf:
-            self._odds[entry.kind].learn(basis.said, not late)
+        if judged:
+            self._settle(entry, came_true=not late)
         entry.filed = True
         for outcomes, number in entry.places:
             outcomes.file(number, late=late, judged=judged)
         if entry.first == entry.first:
             self._learn(entry, START, entry.first)
+
+    def _settle(self, entry: _Open, *, came_true: bool) -> None:
+        """Have the odds learn it when it would be known either way: who is in time is so sooner."""
+        limits = limits_of(entry.forecast)[0]
+        over = entry.since + limits.max(initial=-inf, where=np.isfinite(limits)) + self._hearing
+        if over > -inf and len(self._settling) < MOST_OPEN:
+            outcome = (over, next(self._numbers), entry.basis.group, entry.basis.said, came_true)
+            heapq.heappush(self._settling, outcome)
 
     def _learn(self, entry: _Open, target: int, seconds: float) -> None:
         for outcomes, number in entry.places:
@@ -318,9 +328,7 @@ class TrackRecord:
         groups = np.array(sorted(self._shifts), dtype=np.int64)
         shifts = np.array([self._shifts[group] for group in groups]).reshape(-1, 2, len(LEVELS))
         state: State = {"kinds": kinds, "groups": groups, "shifts": shifts}
-        for kind in kinds:
-            said, true = self._odds[int(kind)].state()
-            state |= {f"{kind}.said": said.astype(np.float32), f"{kind}.came_true": true}
+        state |= {f"odds.{key}": array for key, array in self._odds.state().items()}
         for name, outcomes in (
             ("all", self._all),
             *((str(kind), self._kinds[int(kind)]) for kind in kinds),
@@ -345,11 +353,10 @@ class TrackRecord:
                 int(group): np.array(state["shifts"][i], dtype=np.float64).reshape(2, len(LEVELS))
                 for i, group in enumerate(state.get("groups", ()))
             }
-            odds = {kind: Odds() for kind in kinds}
-            for kind, each in odds.items():
-                # Who kept none of these learns odds anew.
-                if f"{kind}.said" in state:
-                    each.load(state[f"{kind}.said"], state[f"{kind}.came_true"])
+            odds = Odds()
+            # Who kept none of these learns odds anew.
+            if kept := _part(state, "odds"):
+                odds.load(kept)
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"not a track record: {error!r}") from error
         self._kinds, self._all, self._shifts, self._odds = known, everything, shifts, odds

@@ -1,0 +1,152 @@
+"""Odds are corrected by what came true: never falling, bounded, remembered, handed on."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uellm.policy.columns import Floats
+from uellm.policy.odds import Odds, isotonic
+
+FREE, WAITS = 20, 21
+"""Groups of one kind."""
+OTHER_KIND_WAITS = 13
+
+SHARES = st.floats(0.0, 1.0)
+OUTCOMES = st.lists(
+    st.tuples(st.sampled_from([FREE, WAITS, OTHER_KIND_WAITS]), SHARES, st.booleans()), max_size=80
+)
+WEIGHTED = st.lists(st.tuples(SHARES, st.floats(0.1, 100.0)), min_size=1, max_size=12)
+
+
+def taught(outcomes: list[tuple[int, float, bool]]) -> Odds:
+    odds = Odds()
+    for group, said, came_true in outcomes:
+        odds.learn(group, said, came_true)
+    return odds
+
+
+def corrected(odds: Odds, group: int, *said: float) -> Floats:
+    return odds.corrected(group, np.array(said))
+
+
+@given(WEIGHTED)
+def test_pooled_values_are_the_nearest_that_never_fall(pairs: list[tuple[float, float]]) -> None:
+    values, weights = np.array(pairs).T
+    found = isotonic(values, weights)
+    # Isotonic regression has a closed form: the largest over beginnings of the least over ends.
+    means = np.array(
+        [
+            max(
+                min(
+                    np.average(values[i : k + 1], weights=weights[i : k + 1])
+                    for k in range(j, len(values))
+                )
+                for i in range(j + 1)
+            )
+            for j in range(len(values))
+        ]
+    )
+    assert found == pytest.approx(means, abs=1e-9)
+
+
+@given(OUTCOMES, st.lists(SHARES, min_size=2, max_size=20))
+def test_whatever_came_true_who_is_told_more_is_not_corrected_to_less(
+    outcomes: list[tuple[int, float, bool]], said: list[float]
+) -> None:
+    odds = taught(outcomes)
+    for group in (FREE, WAITS, OTHER_KIND_WAITS):
+        found = corrected(odds, group, *sorted(said))
+        assert (np.diff(found) >= -1e-12).all()
+        assert ((found > 0) & (found < 1)).all()
+
+
+@given(OUTCOMES)
+def test_a_successor_corrects_alike(outcomes: list[tuple[int, float, bool]]) -> None:
+    odds, heir = taught(outcomes), Odds()
+    heir.load(odds.state())
+    said = np.linspace(0, 1, 41)
+    for group in (FREE, WAITS, OTHER_KIND_WAITS, 99):
+        assert (heir.corrected(group, said) == odds.corrected(group, said)).all()
+
+
+def test_nothing_is_corrected_before_anything_is_known() -> None:
+    said = np.linspace(0.002, 0.998, 50)
+    assert Odds().corrected(FREE, said) == pytest.approx(said)
+
+
+@pytest.mark.parametrize("truth", [0.1, 0.5, 0.9])
+def test_odds_come_true_whatever_was_said(truth: float) -> None:
+    rng, odds = np.random.default_rng(1), Odds()
+    for said in rng.uniform(0.3, 0.7, 600):
+        odds.learn(WAITS, said, bool(rng.random() < truth))
+    assert corrected(odds, WAITS, 0.35, 0.5, 0.65) == pytest.approx(truth, abs=0.1)
+
+
+def test_odds_that_err_in_the_middle_alone_are_put_right() -> None:
+    """Two in three are told as much, and nine in ten of these come true; the others are right."""
+    rng, odds = np.random.default_rng(12), Odds()
+    for _ in range(1500):
+        said, truth = rng.choice([(0.67, 0.9), (0.98, 0.98), (0.2, 0.2)], p=[0.1, 0.8, 0.1])
+        odds.learn(FREE, said, bool(rng.random() < truth))
+    assert corrected(odds, FREE, 0.67, 0.98, 0.2) == pytest.approx([0.88, 0.98, 0.2], abs=0.06)
+
+
+def test_few_that_were_told_little_speak_for_all_that_are() -> None:
+    """Whatever is said below a half, two in three come true: sixty outcomes show it."""
+    rng, odds = np.random.default_rng(2), Odds()
+    for i, said in enumerate(rng.uniform(0.02, 0.5, 60)):
+        odds.learn(WAITS, said, i % 3 > 0)
+    assert corrected(odds, WAITS, 0.1, 0.2, 0.3, 0.4) == pytest.approx(2 / 3, abs=0.2)
+
+
+def test_the_doubtful_are_remembered_however_many_sure_ones_come() -> None:
+    rng, odds = np.random.default_rng(3), Odds()
+    for said in rng.uniform(0.2, 0.5, 100):
+        odds.learn(WAITS, said, bool(rng.random() < 0.8))
+    before = corrected(odds, WAITS, 0.3)
+    for _ in range(10_000):
+        odds.learn(WAITS, 0.99, True)
+    assert corrected(odds, WAITS, 0.3) == pytest.approx(before)
+
+
+def test_what_is_learnt_fades_when_the_traffic_changes() -> None:
+    odds = Odds()
+    for _ in range(3000):
+        odds.learn(WAITS, 0.5, True)
+    for _ in range(1000):
+        odds.learn(WAITS, 0.5, False)
+    assert corrected(odds, WAITS, 0.5) < 0.1
+
+
+def test_one_kind_leans_on_the_others_until_it_is_known() -> None:
+    rng, odds = np.random.default_rng(4), Odds()
+    for said in rng.uniform(0.2, 0.5, 200):
+        odds.learn(OTHER_KIND_WAITS, said, True)
+    assert corrected(odds, WAITS, 0.3) > 0.8
+    for said in rng.uniform(0.2, 0.5, 200):
+        odds.learn(WAITS, said, False)
+    assert corrected(odds, WAITS, 0.3) < 0.2
+    assert corrected(odds, OTHER_KIND_WAITS, 0.3) > 0.8
+
+
+def test_who_finds_a_slot_free_says_nothing_of_those_that_wait() -> None:
+    odds = Odds()
+    for _ in range(300):
+        odds.learn(FREE, 0.7, True)
+    assert corrected(odds, FREE, 0.7) > 0.95
+    assert corrected(odds, WAITS, 0.7) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("wrong", ["counts", "groups", "shape", "true"])
+def test_a_state_that_is_none_is_refused(wrong: str) -> None:
+    odds = taught([(FREE, 0.5, True)])
+    state = odds.state()
+    if wrong == "shape":
+        state["counts"] = state["counts"][:, :, 1:]
+    elif wrong == "true":
+        state["counts"][:, 1] += 1
+    else:
+        del state[wrong]
+    with pytest.raises((KeyError, ValueError)):
+        Odds().load(state)
