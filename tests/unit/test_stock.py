@@ -11,13 +11,12 @@ from tests.support.clusters import MIB, small_model
 from uellm.placement.placers import placer_of
 from uellm.placement.stock import (
     TAKEN_BYTES_PER_SECOND,
-    Stock,
     fetching,
     in_words,
     least_fetched,
 )
 from uellm.placement.topology import Device, Link, Topology
-from uellm.placement.views import Pin, Plan, PlannedStage, PlanRequest, Workload
+from uellm.placement.views import Pin, Plan, PlannedStage, PlanRequest, Stock, Workload
 
 MODEL = small_model()
 LAYERS = len(MODEL.layers)
@@ -91,7 +90,7 @@ def test_no_more_comes_than_a_worker_takes_in() -> None:
 def test_of_equal_devices_the_one_with_the_files_is_taken(have: int) -> None:
     wanted = request(topology(1, 1, 1, 1), 1)
     held = {f"w{n}": frozenset[str]() for n in range(4) if n != have}
-    plan = least_fetched(placer_of("lr").place(wanted), wanted, Stock(needs, held))
+    plan = placer_of("lr").place(replace(wanted, stock=Stock(needs, held)))
     assert used(plan) == [f"w{have}"]
 
 
@@ -103,7 +102,7 @@ def test_layers_change_places_to_where_they_are() -> None:
     ahead = frozenset(map(str, range(one.first_layer, one.last_layer + 1)))
     spare = ({"w0", "w1", "w2"} - {first, second}).pop()
     held = {first: ALL - ahead, second: ahead, spare: frozenset[str]()}
-    found = least_fetched(plan, wanted, Stock(needs, held))
+    found = least_fetched(plan, replace(wanted, stock=Stock(needs, held)))
     assert used(found) == [second, first]
     assert lacks(found, Stock(needs, held)) == 0
     assert [s.first_layer for s in found.replicas[0].stages] == [
@@ -130,4 +129,4 @@ def test_what_is_worse_is_not_taken_for_its_files(
         plan = placer_of("lr").place(replace(wanted, excluded=frozenset({"w0"})))
     stock = Stock(needs, {"w1": frozenset()})
     assert used(plan) == ["w1"]
-    assert used(least_fetched(plan, wanted, stock)) == ["w1"]
+    assert used(least_fetched(plan, replace(wanted, stock=stock))) == ["w1"]

@@ -129,12 +129,12 @@ def plan(
     from uellm.cli.drawing import check_plot
     from uellm.cli.mesh_address import redis_url
     from uellm.cli.plan_files import read_plan
-    from uellm.placement.views import Objective, PlanRequest, Workload
+    from uellm.placement.views import EVERYWHERE, Objective, PlanRequest, Workload
 
     if plot is not None:
         check_plot(plot)
     if topology == planning.DISCOVERED:
-        discovered = asyncio.run(discover(redis_url(redis)))
+        discovered = asyncio.run(discover(redis_url(redis), model))
         found, dtype = discovered.topology, dtype or discovered.dtype
     else:
         discovered = None
@@ -170,6 +170,10 @@ def plan(
         excluded=frozenset(exclude or ()),
         costs=dict(read_cost(text) for text in cost or ()),
         layer_times=discovered.layer_times(model, dtype, workload) if discovered else {},
+        stock=discovered.stock if discovered else EVERYWHERE,
     )
-    asked = planning.Asked(request, explain, as_json, plot, what_if or (), mean_output_tokens)
+    asked = planning.Asked(
+        *(request, explain, as_json, plot, what_if or (), mean_output_tokens),
+        as_deployed=discovered is not None,
+    )
     raise typer.Exit(planning.run(asked))

@@ -5,29 +5,34 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from uellm import clusters
 from uellm.cli import exits
-from uellm.cli.placements import short
+from uellm.cli.plan_shown import show, show_candidates, show_others
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.model import ModelProfile
 from uellm.models import files
 from uellm.models.profile import read_profile
 from uellm.models.shapes import SHAPES, profile_of_shape, read_shape
-from uellm.placement.explain import size
-from uellm.placement.placers import placer_of
+from uellm.placement.placers import GOODPUT, placer_of
 from uellm.placement.solver import solve
-from uellm.placement.stock import Fetching, Stock, fetching
+from uellm.placement.stock import Fetching, fetching
 from uellm.placement.topology import Topology
-from uellm.placement.views import OBJECTIVES, Plan, PlannedStage, PlanRequest, Workload
+from uellm.placement.views import (
+    EVERYWHERE,
+    OBJECTIVES,
+    Plan,
+    PlannedStage,
+    PlanRequest,
+    Stock,
+    Workload,
+)
 from uellm.placement.what_if import (
     Figures,
     changed,
@@ -44,7 +49,6 @@ SERVED_SHARE = 0.99
 WINDOW_SECONDS = 60.0
 """The load of a trace is that of its busiest windows of this length."""
 _LONGEST_TRACE_SECONDS = 366 * 86400.0
-_MOST_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ class Asked:
     what_if: Sequence[str]
     mean_output_tokens: float = 0.0
     """Of a trace that is to be planned for; 0: there is none."""
+    as_deployed: bool = False
+    """Place as a mesh's deployer would: evenly where that is as good, and where the files are."""
 
 
 def find_topology(name: str) -> Topology:
@@ -172,7 +178,7 @@ def of_trace(path: Path, workload: Workload) -> tuple[Workload, float]:
 def run(asked: Asked) -> int:
     """Plan, and say what came of it."""
     check(asked.request)
-    plan, seconds = _solved(asked.request)
+    plan, seconds = _solved(asked, asked.request)
     plan = replace(plan, solve_seconds=seconds)
     tokens = asked.request.workload.output_tokens
     before = figures(plan, tokens)
@@ -182,7 +188,7 @@ def run(asked: Asked) -> int:
         topology = changed(asked.request.topology, change, clusters.kinds())
         times = times_of_added(asked.request.layer_times, topology, change)
         request = replace(asked.request, topology=topology, layer_times=times, previous=plan)
-        other, _ = _solved(request)
+        other, _ = _solved(asked, request)
         others.append((str(change), other, figures(other, tokens)))
     advice = _advice(asked) if asked.mean_output_tokens else []
     if asked.plot is not None:
@@ -193,6 +199,7 @@ def run(asked: Asked) -> int:
         facts = {
             "plan": _finite(asdict(plan)),
             "figures": _finite(asdict(before)),
+            "fetching": _finite(asdict(_fetched(asked.request, plan))),
             "what_if": [
                 {"change": name, "figures": _finite(asdict(found)), "plan": _finite(asdict(other))}
                 for name, other, found in others
@@ -201,16 +208,21 @@ def run(asked: Asked) -> int:
         }
         sys.stdout.write(json.dumps(facts, indent=1) + "\n")
     else:
-        _print(asked, plan, before)
-        _print_others(before, [(name, found) for name, _, found in others])
+        show(asked.request, plan, before, _fetched(asked.request, plan))
+        if asked.explain:
+            show_candidates(plan)
+        show_others(before, [(name, found) for name, _, found in others])
         for line in advice:
             Console().print(line, soft_wrap=True)
     return exits.OK if plan.replicas and not plan.infeasible_reason else exits.FAILED
 
 
-def _solved(request: PlanRequest) -> tuple[Plan, float]:
+def _solved(asked: Asked, request: PlanRequest) -> tuple[Plan, float]:
     began = time.perf_counter()
-    own = request.objective in OBJECTIVES
+    own = request.objective in OBJECTIVES and (
+        # The number of a deployment's copies follows its load; here it is sought.
+        not asked.as_deployed or request.objective == GOODPUT
+    )
     plan = solve(request) if own else placer_of(request.objective).place(request)
     return plan, time.perf_counter() - began
 
@@ -255,136 +267,27 @@ def _advice(asked: Asked) -> list[str]:
     return lines
 
 
-def _print(asked: Asked, plan: Plan, found: Figures) -> None:
-    console = Console()
-    names = {device.id: device.name for device in asked.request.topology.devices}
-    if plan.infeasible_reason:
-        console.print(f"cannot be placed: {plan.infeasible_reason}", soft_wrap=True)
-    for index, replica in enumerate(plan.replicas):
-        table = Table(box=None, title=f"replica {index}", title_justify="left")
-        for column in ("layers", "device", "", "memory", "prefill", "step", "send"):
-            # What a device is called gives way where a terminal is narrow.
-            table.add_column(column, no_wrap=column != "", overflow="fold")
-        for stage in replica.stages:
-            ends = f"{' +embed' if stage.has_embed else ''}{' +head' if stage.has_head else ''}"
-            table.add_row(
-                f"{stage.first_layer}-{stage.last_layer}{ends}",
-                stage.device_id,
-                names.get(stage.device_id, ""),
-                size(stage.memory_bytes),
-                short(stage.prefill_seconds),
-                short(stage.decode_seconds),
-                short(stage.send_seconds) if not stage.has_head else "",
-            )
-        console.print(table)
-        if (predicted := replica.prediction) is not None:
-            console.print(
-                f"first token after {short(predicted.prefill_seconds)}, then "
-                f"{short(predicted.decode_seconds)} a token, "
-                f"{predicted.total_seconds:.3g} s in all; "
-                f"{predicted.tokens_per_second:.4g} tokens/s, bound by "
-                f"{predicted.bottleneck}",
-                soft_wrap=True,
-            )
-    if plan.replicas:
-        console.print(
-            f"{found.devices} of {len(names)} devices, {plan.slots} sequences of up to "
-            f"{plan.max_tokens} tokens; links take {found.link_share:.0%} of a batch's time"
-            f"{_dearest_link(plan, asked.request.workload.output_tokens)}",
-            soft_wrap=True,
-        )
-    if plan.certificate is not None:
-        proof = plan.certificate
-        exact = proof.ratio <= 1 + 1e-9
-        how = "the best there is" if exact else f"at most {proof.ratio:.4g}x from the best"
-        console.print(
-            f"{plan.objective}: {how}, by {plan.solver} in {plan.solve_seconds:.2f} s "
-            f"({proof.proof})",
-            soft_wrap=True,
-        )
-    if plan.moves:
-        moved = sum(move.weight_bytes for move in plan.moves)
-        layers = sum(move.last_layer - move.first_layer + 1 for move in plan.moves)
-        took = _fetched(asked.request, plan).seconds
-        fetch = f"; {took:.2g} s where files come from those that held them" if took else ""
-        console.print(f"moves {layers} layers, {size(moved)}{fetch}")
-    if asked.explain:
-        _print_candidates(console, plan)
-
-
 def _fetched(request: PlanRequest, plan: Plan) -> Fetching:
-    """What moves, if nobody has files of layers but those that held them."""
+    """What has to be fetched; where nobody was asked, hosts have files of what they held."""
+    stock = request.stock
+    if stock is EVERYWHERE and request.previous is not None:
+        stock = _held_before(request, request.previous)
+    return fetching(plan.replicas, request.topology, stock)
+
+
+def _held_before(request: PlanRequest, previous: Plan) -> Stock:
+    """The files of the layers that devices held, on their hosts, and no others."""
     workers = {device.id: device.worker for device in request.topology.devices}
     held: dict[str, set[str]] = {worker: set() for worker in workers.values()}
-    for replica in request.previous.replicas if request.previous else ():
-        for stage in replica.stages:
-            layers = map(str, range(stage.first_layer, stage.last_layer + 1))
-            held.setdefault(workers.get(stage.device_id, ""), set()).update(layers)
+    for stage in (stage for replica in previous.replicas for stage in replica.stages):
+        layers = map(str, range(stage.first_layer, stage.last_layer + 1))
+        held.setdefault(workers.get(stage.device_id, ""), set()).update(layers)
 
     def needs(stage: PlannedStage) -> dict[str, int]:
         numbers = range(stage.first_layer, stage.last_layer + 1)
         return {str(n): request.model.layers[n].weight_bytes for n in numbers}
 
-    stock = Stock(needs, {worker: frozenset(layers) for worker, layers in held.items()})
-    found = fetching(plan.replicas, request.topology, stock)
-    return found if isfinite(found.seconds) else Fetching()
-
-
-def _dearest_link(plan: Plan, output_tokens: int) -> str:
-    """Which way takes the largest share of its replica's time, where there are several."""
-    ways = [
-        (after_share, f"{stage.device_id} -> {after.device_id}")
-        for replica in plan.replicas
-        if replica.prediction is not None and len(replica.stages) > 2
-        for stage, after in pairwise(replica.stages)
-        for after_share in [
-            stage.send_seconds * max(output_tokens - 1, 1) / replica.prediction.total_seconds
-        ]
-    ]
-    if not ways:
-        return ""
-    share, name = max(ways)
-    return f", {name} alone {share:.0%}"
-
-
-def _print_candidates(console: Console, plan: Plan) -> None:
-    table = Table("instead", "devices", "a batch", "tokens/s", "why not", box=None)
-    for each in plan.candidates[:_MOST_SHOWN]:
-        split = " ".join(
-            f"{device}:{count}"
-            for device, count in zip(each.device_ids, each.num_layers, strict=False)
-        )
-        table.add_row(
-            each.name,
-            split if len(split) <= 60 else f"{len(each.device_ids)} devices",
-            f"{each.total_seconds:.3g} s" if isfinite(each.total_seconds) else "-",
-            f"{each.tokens_per_second:.4g}" if each.tokens_per_second else "-",
-            each.ruled_out,
-        )
-    console.print(table if plan.candidates else "no other plan was looked at")
-
-
-def _print_others(before: Figures, others: Sequence[tuple[str, Figures]]) -> None:
-    if not others:
-        return
-    table = Table("what if", "replicas", "a batch", "tokens/s", "against now", box=None)
-    for name, found in others:
-        ratio = (
-            f"{found.tokens_per_second / before.tokens_per_second - 1:+.0%} tokens/s, "
-            f"{found.total_seconds / before.total_seconds - 1:+.0%} time"
-            if before.tokens_per_second and found.tokens_per_second
-            else "it cannot be placed then"
-            if not found.replicas
-            else "it can be placed then"
-        )
-        table.add_row(
-            name,
-            str(found.replicas),
-            f"{found.total_seconds:.3g} s" if isfinite(found.total_seconds) else "-",
-            f"{found.tokens_per_second:.4g}",
-            ratio,
-        )
-    Console().print(table)
+    return Stock(needs, {worker: frozenset(layers) for worker, layers in held.items()})
 
 
 def _finite(value: Any) -> Any:

@@ -173,6 +173,10 @@ class Manifest:
             members.setdefault(part_of(tensor.name), []).append(tensor)
         return {name: _part(name, members[name]) for name in sorted(members)}
 
+    def sizes(self, span: Span) -> dict[str, int]:
+        """Bytes of the tensors of each part that a stage needs, by name."""
+        return {name: self.parts[name].tensor_bytes for name in self.needed(span)}
+
     def needed(self, span: Span | None) -> list[str]:
         """The parts that a stage needs, by name; of an adapter all.
 

@@ -13,8 +13,9 @@ from uellm.placement.even import EvenPlacer
 from uellm.placement.explain import explain_plan
 from uellm.placement.prediction import layout_of, planned
 from uellm.placement.replan import LEAST_GAIN, moves
-from uellm.placement.segments import on
+from uellm.placement.segments import keeps
 from uellm.placement.solver import solve
+from uellm.placement.stock import least_fetched
 from uellm.placement.topology import Topology
 from uellm.placement.views import OBJECTIVES, Placer, Plan, PlannedReplica, PlanRequest
 
@@ -76,7 +77,7 @@ class ObjectivePlacer:
         plan, even = solve(request), _even(request)
         if even is not None and not self._better(plan, even, request):
             plan = _proven(even, plan)
-        return replace(plan, objective=sought_for)
+        return replace(least_fetched(plan, request), objective=sought_for)
 
     def _better(self, sought: Plan, even: Plan, request: PlanRequest) -> bool:
         copies = (len(sought.replicas), len(even.replicas))
@@ -172,23 +173,6 @@ def _proven(plan: Plan, sought: Plan) -> Plan:
     # Plans of other costs are not taken for equal.
     proof = replace(proof, value=values.get(proof.quantity, proof.value))
     return replace(plan, certificate=proof, candidates=sought.candidates)
-
-
-def keeps(replica: PlannedReplica, request: PlanRequest) -> bool:
-    """Whether a replica keeps pins and SLO."""
-    devices = {device.id: device for device in request.topology.devices}
-    for pin in request.layer_pins:
-        for stage in replica.stages:
-            outside = stage.last_layer < pin.first_layer or pin.last_layer < stage.first_layer
-            if not outside and not on(devices[stage.device_id], pin.name):
-                return False
-    ids = [stage.device_id for stage in replica.stages]
-    places = {"any": ids, "first": ids[:1], "last": ids[-1:]}
-    slo = request.workload.slo_seconds
-    total = replica.prediction.total_seconds if replica.prediction else 0.0
-    return (not slo or total <= slo) and all(
-        pin.device_id in places[pin.end] for pin in request.pins
-    )
 
 
 def _value(plan: Plan, request: PlanRequest) -> tuple[float, float]:

@@ -239,3 +239,20 @@ def _part(
         costs={name: cost for name, cost in request.costs.items() if name in ids},
         previous=None,
     )
+
+
+def keeps(replica: PlannedReplica, request: PlanRequest) -> bool:
+    """Whether a replica keeps pins and SLO."""
+    devices = {device.id: device for device in request.topology.devices}
+    for pin in request.layer_pins:
+        for stage in replica.stages:
+            outside = stage.last_layer < pin.first_layer or pin.last_layer < stage.first_layer
+            if not outside and not on(devices[stage.device_id], pin.name):
+                return False
+    ids = [stage.device_id for stage in replica.stages]
+    places = {"any": ids, "first": ids[:1], "last": ids[-1:]}
+    slo = request.workload.slo_seconds
+    total = replica.prediction.total_seconds if replica.prediction else 0.0
+    return (not slo or total <= slo) and all(
+        pin.device_id in places[pin.end] for pin in request.pins
+    )

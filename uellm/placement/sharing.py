@@ -17,6 +17,7 @@ from uellm.placement.memory import Need
 from uellm.placement.placers import rated
 from uellm.placement.replan import LEAST_GAIN
 from uellm.placement.solver import solve
+from uellm.placement.stock import least_fetched
 from uellm.placement.topology import Device
 from uellm.placement.views import Plan, PlannedReplica, PlannedStage, PlanRequest
 
@@ -307,7 +308,7 @@ def _with_one_more(
         previous=None,
         budget_seconds=_BUDGET_SECONDS,
     )
-    plan = solve(_on_the_fastest(one))
+    plan = least_fetched(solve(_on_the_fastest(one)), one)
     if not plan.replicas:
         return None
     (placed,) = plan.replicas

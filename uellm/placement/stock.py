@@ -1,17 +1,18 @@
 """What hosts' disks have of a model: what a plan has to fetch, and who of equals fetches least."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from math import inf
 
 from uellm.core.errors import InvalidArgumentError
+from uellm.placement.costs import usable_devices
 from uellm.placement.explain import size
-from uellm.placement.placers import keeps, shared
 from uellm.placement.replan import ALIKE
+from uellm.placement.segments import keeps
 from uellm.placement.told import ToldPlacer
 from uellm.placement.topology import Topology
-from uellm.placement.views import Plan, PlannedReplica, PlannedStage, PlanRequest
+from uellm.placement.views import Plan, PlannedReplica, PlannedStage, PlanRequest, Stock
 
 TAKEN_BYTES_PER_SECOND = 5e8
 """What a worker takes in, of files from others; ADR 35."""
@@ -19,30 +20,6 @@ _MOST_SOURCES = 2
 """Workers that a worker fetches from at once."""
 _MOST_TRIED = 200
 """Exchanges of devices that are looked at."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stock:
-    """What there is of a model's files.
-
-    Attributes:
-        needs: the parts of the model that a stage needs, and their bytes, by name.
-        held: by worker, the parts that its host has; workers that are not named have all.
-    """
-
-    needs: Callable[[PlannedStage], Mapping[str, int]]
-    held: Mapping[str, frozenset[str]]
-
-    def lacking(self, stage: PlannedStage, worker: str) -> int:
-        """Bytes that a worker would have to fetch for a stage."""
-        if worker not in self.held:
-            return 0
-        held = self.held[worker]
-        return sum(amount for name, amount in self.needs(stage).items() if name not in held)
-
-
-EVERYWHERE = Stock(lambda stage: {}, {})
-"""All hosts have all files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +73,16 @@ def in_words(needed: Fetching) -> str:
     return f"{what}, in about {needed.seconds:.2g} s"
 
 
-def least_fetched(plan: Plan, request: PlanRequest, stock: Stock) -> Plan:
+def least_fetched(plan: Plan, request: PlanRequest) -> Plan:
     """A plan, or one that is alike and has less to fetch: devices exchanged for others like them.
 
     Alike is what has the same stages, costs no more, grants no less, moves no more layers and takes
     no longer than predictions err. Of several copies none is exchanged.
     """
-    if len(plan.replicas) != 1 or not fetching(plan.replicas, request.topology, stock).total_bytes:
+    stock, devices = request.stock, usable_devices(request)
+    if len(plan.replicas) != 1 or not stock.held:
         return plan
-    request = replace(request, topology=shared(request.topology))
-    workers = {device.id: device.worker for device in request.topology.devices}
+    workers = {device.id: device.worker for device in devices}
 
     def lacks(stages: Sequence[PlannedStage]) -> int:
         return sum(stock.lacking(stage, workers[stage.device_id]) for stage in stages)
@@ -142,8 +119,9 @@ def _exchanged(
 
 def _alike(stages: Sequence[PlannedStage], plan: Plan, request: PlanRequest) -> Plan | None:
     """The plan of these stages, if it is no worse than another one."""
+    used = {stage.device_id for stage in stages}
     try:
-        found = ToldPlacer(tuple(stages)).place(request)
+        found = ToldPlacer(tuple(stages)).place(_on(request, used))
     except InvalidArgumentError:
         return None
     if not found.replicas or (found.slots, found.max_tokens) < (plan.slots, plan.max_tokens):
@@ -161,3 +139,15 @@ def _alike(stages: Sequence[PlannedStage], plan: Plan, request: PlanRequest) -> 
     if dearer or slower or moved[0] > moved[1]:
         return None
     return replace(plan, replicas=found.replicas, explanation=found.explanation, moves=found.moves)
+
+
+def _on(request: PlanRequest, used: set[str]) -> PlanRequest:
+    """A request on some devices, as nothing else is to be looked at."""
+    there = request.topology
+    topology = replace(
+        there,
+        devices=tuple(device for device in there.devices if device.id in used),
+        links=tuple(link for link in there.links if {link.src, link.dst} <= used),
+    )
+    costs = {name: cost for name, cost in request.costs.items() if name in used}
+    return replace(request, topology=topology, costs=costs, excluded=frozenset(), pins=())

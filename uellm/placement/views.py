@@ -1,6 +1,6 @@
 """What a placer is asked, and what it decides."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal, Protocol
@@ -281,6 +281,30 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Stock:
+    """What there is of a model's files.
+
+    Attributes:
+        needs: the parts of the model that a stage needs, and their bytes, by name.
+        held: by worker, the parts that its host has; workers that are not named have all.
+    """
+
+    needs: Callable[[PlannedStage], Mapping[str, int]]
+    held: Mapping[str, frozenset[str]]
+
+    def lacking(self, stage: PlannedStage, worker: str) -> int:
+        """Bytes that a worker would have to fetch for a stage."""
+        if worker not in self.held:
+            return 0
+        held = self.held[worker]
+        return sum(amount for name, amount in self.needs(stage).items() if name not in held)
+
+
+EVERYWHERE = Stock(lambda stage: {}, {})
+"""All hosts have all files."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlanRequest:
     """What to place, where, and what to look for.
 
@@ -301,6 +325,7 @@ class PlanRequest:
         budget_seconds: nominal time to search where no exact method is fast enough. It is counted
             in work, not by a clock: equal requests have equal plans.
         seeded: whether baselines are where the search starts; off to compare with them.
+        stock: which hosts have the model's files; placers take those of devices that are alike.
     """
 
     topology: Topology
@@ -316,6 +341,7 @@ class PlanRequest:
     layer_times: Mapping[str, LayerTimes] = field(default_factory=dict)
     budget_seconds: float = 5.0
     seeded: bool = True
+    stock: Stock = EVERYWHERE
 
 
 class Placer(Protocol):

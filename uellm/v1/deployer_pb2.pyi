@@ -814,25 +814,59 @@ class GetTopologyRequest(_message.Message):
 
     PROBE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    FILES_OF_FIELD_NUMBER: _builtins.int
     probe: _builtins.bool
     """Measure what is idle anew, and answer when that is done."""
     model: _builtins.str
     """The served model that layers are measured of; empty: the one that is deployed, or a shape that
     stands for any.
     """
+    @_builtins.property
+    def files_of(self) -> _common_pb2.ModelRef:
+        """With digest: say which hosts have its files. Empty: of no model."""
+
     def __init__(
         self,
         *,
         probe: _builtins.bool = ...,
         model: _builtins.str = ...,
+        files_of: _common_pb2.ModelRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["files_of", b"files_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "probe", b"probe"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files_of", b"files_of", "model", b"model", "probe", b"probe"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTopologyRequest: _TypeAlias = GetTopologyRequest  # noqa: Y015
+
+@_typing.final
+class HeldFiles(_message.Message):
+    """What a worker's host has of a model's files, if not all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """The worker."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The parts of which all tensors are there; see FindFilesResponse."""
+
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        parts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldFiles: _TypeAlias = HeldFiles  # noqa: Y015
 
 @_typing.final
 class MeasuredBlock(_message.Message):
@@ -887,6 +921,7 @@ class GetTopologyResponse(_message.Message):
     TOPOLOGY_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    HELD_FILES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def topology(self) -> _topology_pb2.Topology:
         """Devices and links, measured, declared or from a file."""
@@ -899,16 +934,21 @@ class GetTopologyResponse(_message.Message):
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What could not be measured, and why."""
 
+    @_builtins.property
+    def held_files(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldFiles]:
+        """Of each worker whose host lacks files of the model that was asked about, what it has."""
+
     def __init__(
         self,
         *,
         topology: _topology_pb2.Topology | None = ...,
         blocks: _abc.Iterable[Global___MeasuredBlock] | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        held_files: _abc.Iterable[Global___HeldFiles] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["topology", b"topology"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "notes", b"notes", "topology", b"topology"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "held_files", b"held_files", "notes", b"notes", "topology", b"topology"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

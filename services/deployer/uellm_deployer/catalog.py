@@ -64,9 +64,9 @@ class ResolvedModel:
         """
         if self._manifest is None:
             self._manifest = read_manifest(self.directory)
-        span = Span(stage.first_layer, stage.last_layer, stage.has_embed, stage.has_head)
-        parts = self._manifest.parts
-        return {name: parts[name].tensor_bytes for name in self._manifest.needed(span)}
+        return self._manifest.sizes(
+            Span(stage.first_layer, stage.last_layer, stage.has_embed, stage.has_head)
+        )
 
     @property
     def adapter_refs(self) -> list[common_pb2.ModelRef]:

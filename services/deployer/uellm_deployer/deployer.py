@@ -266,7 +266,8 @@ class Deployer:
         """What there is to place on.
 
         Args:
-            request: which model layers are measured of, and whether anything is to be.
+            request: which model layers are measured of, whether anything is to be, and which
+                model's files are asked about.
             seconds: how long measuring may take.
 
         Raises:
@@ -278,7 +279,11 @@ class Deployer:
         subject = self._upkeep.subject(request.model)
         if request.probe:
             await self._discovery.on_demand(subject, seconds * MEASURE_SHARE)
-        return self._discovery.topology(subject)
+        answer = self._discovery.topology(subject)
+        if request.files_of.digest:
+            for worker, parts in sorted((await self._holders.held(request.files_of)).items()):
+                answer.held_files.add(worker=worker, parts=sorted(parts))
+        return answer
 
     async def apply(self, request: deployer_pb2.PlanRequest) -> topology_pb2.Deployment:
         """Have a model served from now on.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import grpc
 
-from uellm.placement.stock import Stock
+from uellm.placement.views import Stock
 from uellm.streams.connection import RedisClient
 from uellm.streams.secret import mesh_secret
 from uellm.v1 import common_pb2, files_pb2, topology_pb2, worker_pb2
@@ -79,19 +79,25 @@ class Holders:
         ]
 
     async def stock(self, model: ResolvedModel) -> Stock:
-        """What the hosts of all workers have of a model; one that does not say has nothing."""
+        """What the hosts of all workers have of a model."""
+        return Stock(model.needs, await self.held(model.ref))
+
+    async def held(self, model: common_pb2.ModelRef) -> dict[str, frozenset[str]]:
+        """The parts that workers' hosts have of a model, of those that do not have all.
+
+        One that does not say has nothing.
+        """
         live = self._workers.live(time.monotonic(), self._silence_seconds)
-        whole = self._whole.setdefault(model.ref.digest, set())
+        whole = self._whole.setdefault(model.digest, set())
         asked = [worker for worker in live if _start(worker) not in whole]
         answers = await asyncio.gather(
-            *(self._find_files(worker, model.ref, STOCK_SECONDS) for worker in asked)
+            *(self._find_files(worker, model, STOCK_SECONDS) for worker in asked)
         )
-        held = {
+        return {
             worker.worker: frozenset(answer.held_parts if answer is not None else ())
             for worker, answer in zip(asked, answers, strict=True)
             if answer is None or not answer.whole
         }
-        return Stock(model.needs, held)
 
     def forget(self) -> None:
         """Ask everybody again: something did not go as was said."""

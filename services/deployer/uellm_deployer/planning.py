@@ -6,21 +6,21 @@ from typing import Literal
 
 from uellm.convert import planned_from_proto, planned_to_proto
 from uellm.core.model import ModelProfile
-from uellm.placement import stock as stocks
 from uellm.placement.discovery import Knowledge
 from uellm.placement.placers import EVEN, improvement, placer_of, rated
 from uellm.placement.segments import on
-from uellm.placement.stock import EVERYWHERE, NOTHING_LACKING, Fetching, Stock
+from uellm.placement.stock import NOTHING_LACKING, Fetching, fetching, in_words
 from uellm.placement.told import ToldPlacer
 from uellm.placement.topology import Device, Topology
 from uellm.placement.views import (
-    OBJECTIVES,
+    EVERYWHERE,
     LayerPin,
     Pin,
     Placer,
     Plan,
     PlannedReplica,
     PlanRequest,
+    Stock,
     Workload,
 )
 from uellm.v1 import deployer_pb2, topology_pb2
@@ -81,13 +81,11 @@ def plan(
     made = []
     for group in groups:
         dtype = request.dtype or dtype_for(group)
-        wanted = request_for(model, request, group, dtype, replicas, previous, knowledge)
+        wanted = request_for(model, request, group, dtype, replicas, previous, knowledge, stock)
         found = placer.place(wanted)
-        if request.objective in OBJECTIVES and not request.layout:
-            found = stocks.least_fetched(found, wanted, stock)
         # Files come from whoever has them, be it to be placed on or not.
         there = knowledge.topology(devices, model.ref.digest, dtype)
-        made.append(_with_fetching(found, dtype, wanted, stock, there))
+        made.append(_with_fetching(found, dtype, wanted, there))
     whole = [
         one
         for one in made
@@ -132,6 +130,7 @@ def request_for(
     replicas: int,
     previous: Plan | None,
     knowledge: Knowledge,
+    stock: Stock = EVERYWHERE,
 ) -> PlanRequest:
     """What a placer is asked.
 
@@ -154,6 +153,7 @@ def request_for(
         excluded=frozenset(request.excluded)
         & {name for d in devices for name in (d.id, d.worker, d.host)},
         layer_times=knowledge.layer_times(devices, model.ref.digest, dtype, workload),
+        stock=stock,
     )
 
 
@@ -187,17 +187,15 @@ def better(
         as_told = _alike(_told(request), replica)
         if as_told or told.plan.replicas or request.objective == EVEN:
             return told, float(bool(told.plan.replicas) and not as_told)
-    wanted = request_for(model, request, devices, present.dtype, 1, before, knowledge)
+    wanted = request_for(model, request, devices, present.dtype, 1, before, knowledge, stock)
     found, gained = improvement(wanted, before)
-    return _with_fetching(found, present.dtype, wanted, stock, wanted.topology), gained
+    return _with_fetching(found, present.dtype, wanted, wanted.topology), gained
 
 
-def _with_fetching(
-    found: Plan, dtype: str, wanted: PlanRequest, stock: Stock, there: Topology
-) -> Planned:
-    needed = stocks.fetching(found.replicas, there, stock)
+def _with_fetching(found: Plan, dtype: str, wanted: PlanRequest, there: Topology) -> Planned:
+    needed = fetching(found.replicas, there, wanted.stock)
     if needed.total_bytes:
-        found = replace(found, explanation=f"{found.explanation}; {stocks.in_words(needed)}")
+        found = replace(found, explanation=f"{found.explanation}; {in_words(needed)}")
     return Planned(found, dtype, wanted.model, _by_id(wanted), needed)
 
 

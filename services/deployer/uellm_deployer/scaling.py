@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from uellm.convert import planned_to_proto, timestamp
@@ -11,7 +11,7 @@ from uellm.core.load import OfferedLoad
 from uellm.logs import logger
 from uellm.placement.placers import GOODPUT
 from uellm.placement.sharing import Copy, Step, Tenant, capacity, share_out
-from uellm.placement.stock import EVERYWHERE, NOTHING_LACKING, Stock, fetching
+from uellm.placement.stock import NOTHING_LACKING, fetching
 from uellm.placement.topology import Device
 from uellm.placement.views import Plan
 from uellm.v1 import deployer_pb2, topology_pb2
@@ -35,12 +35,11 @@ _WORSE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """Who shares the cluster, by name: dtypes, files that hosts have; and replicas, by id."""
+    """Who shares the cluster, by name, and dtypes; and replicas, by id."""
 
     tenants: Mapping[str, Tenant]
     dtypes: Mapping[str, str]
     replicas: Mapping[str, Replica]
-    stocks: Mapping[str, Stock] = field(default_factory=dict)
 
 
 class Scaler:
@@ -72,16 +71,26 @@ class Scaler:
             return
         gain = self._tools.settings.replan_gain
         steps = await asyncio.to_thread(share_out, list(tenants.values()), gain)
-        stocks = await self._stocks({step.tenant for step in steps if step.adds})
+        if growing := {step.tenant for step in steps if step.adds}:
+            tenants = await self._with_stocks(tenants, growing)
+            steps = await asyncio.to_thread(share_out, list(tenants.values()), gain)
         async with self._tools.planning:
             # What was placed meanwhile may stand where a copy was to go: it is thought out again.
             if not self._unsettled() and self._places() == before:
-                await self._carry_out(steps, replace(shared, tenants=tenants, stocks=stocks))
+                await self._carry_out(steps, replace(shared, tenants=tenants))
 
-    async def _stocks(self, names: Collection[str]) -> Mapping[str, Stock]:
-        """What hosts have of the files of models that are to have one more copy."""
+    async def _with_stocks(
+        self, tenants: Mapping[str, Tenant], names: Collection[str]
+    ) -> Mapping[str, Tenant]:
+        """Tenants with what hosts have of the files of models that are to have one more copy."""
         models = {name: d.model for name, d in self._deployments().items() if name in names}
-        return {name: await self._tools.stock(m) for name, m in models.items() if m is not None}
+        found = dict(tenants)
+        for name, model in models.items():
+            if model is not None and name in tenants:
+                stock = await self._tools.stock(model)
+                request = replace(tenants[name].request, stock=stock)
+                found[name] = replace(tenants[name], request=request)
+        return found
 
     def _let_go_of_lost(self) -> None:
         """What the load had brought and no device can hold any more is not tried for ever."""
@@ -266,8 +275,7 @@ class Scaler:
         request = shared.tenants[step.tenant].request
         layers, needed = request.model.layers if step.adds else (), NOTHING_LACKING
         if step.adds:
-            stock = shared.stocks.get(step.tenant, EVERYWHERE)
-            needed = fetching([step.copy.placed], request.topology, stock)
+            needed = fetching([step.copy.placed], request.topology, request.stock)
         return topology_pb2.PlacementChange(
             replica=replica_id,
             kind=_ADD if step.adds else _REMOVE,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from uellm.faults import Faults
-from uellm.placement.stock import Stock
+from uellm.placement.views import Stock
 from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former

@@ -1,0 +1,139 @@
+"""A plan in a terminal: where layers go, how fast, how good at least, and what if."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import inf, isfinite
+
+from rich.console import Console
+from rich.table import Table
+
+from uellm.cli.placements import short
+from uellm.placement.explain import size
+from uellm.placement.stock import Fetching, in_words
+from uellm.placement.views import EVERYWHERE, Plan, PlannedReplica, PlanRequest
+from uellm.placement.what_if import Figures
+
+_MOST_SHOWN = 8
+
+
+def show(request: PlanRequest, plan: Plan, found: Figures, needed: Fetching) -> None:
+    """A plan's stages, what is predicted of it, how good it is, and what has to be fetched."""
+    console = Console()
+    names = {device.id: device.name for device in request.topology.devices}
+    if plan.infeasible_reason:
+        console.print(f"cannot be placed: {plan.infeasible_reason}", soft_wrap=True)
+    for index, replica in enumerate(plan.replicas):
+        _show_replica(console, index, replica, names)
+    if plan.replicas:
+        console.print(
+            f"{found.devices} of {len(names)} devices, {plan.slots} sequences of up to "
+            f"{plan.max_tokens} tokens; links take {found.link_share:.0%} of a batch's time"
+            f"{_dearest_link(plan, request.workload.output_tokens)}",
+            soft_wrap=True,
+        )
+    if plan.certificate is not None:
+        proof = plan.certificate
+        exact = proof.ratio <= 1 + 1e-9
+        how = "the best there is" if exact else f"at most {proof.ratio:.4g}x from the best"
+        console.print(
+            f"{plan.objective}: {how}, by {plan.solver} in {plan.solve_seconds:.2f} s "
+            f"({proof.proof})",
+            soft_wrap=True,
+        )
+    if plan.moves:
+        moved = sum(move.weight_bytes for move in plan.moves)
+        layers = sum(move.last_layer - move.first_layer + 1 for move in plan.moves)
+        took = f"; {needed.seconds:.2g} s where files come from those that held them"
+        ours = request.stock is EVERYWHERE and 0 < needed.seconds < inf
+        console.print(f"moves {layers} layers, {size(moved)}{took if ours else ''}")
+    if request.stock is not EVERYWHERE and needed.total_bytes:
+        console.print(in_words(needed), soft_wrap=True)
+
+
+def _show_replica(
+    console: Console, index: int, replica: PlannedReplica, names: Mapping[str, str]
+) -> None:
+    table = Table(box=None, title=f"replica {index}", title_justify="left")
+    for column in ("layers", "device", "", "memory", "prefill", "step", "send"):
+        # What a device is called gives way where a terminal is narrow.
+        table.add_column(column, no_wrap=column != "", overflow="fold")
+    for stage in replica.stages:
+        ends = f"{' +embed' if stage.has_embed else ''}{' +head' if stage.has_head else ''}"
+        table.add_row(
+            f"{stage.first_layer}-{stage.last_layer}{ends}",
+            stage.device_id,
+            names.get(stage.device_id, ""),
+            size(stage.memory_bytes),
+            short(stage.prefill_seconds),
+            short(stage.decode_seconds),
+            short(stage.send_seconds) if not stage.has_head else "",
+        )
+    console.print(table)
+    if (predicted := replica.prediction) is not None:
+        console.print(
+            f"first token after {short(predicted.prefill_seconds)}, then "
+            f"{short(predicted.decode_seconds)} a token, "
+            f"{predicted.total_seconds:.3g} s in all; "
+            f"{predicted.tokens_per_second:.4g} tokens/s, bound by "
+            f"{predicted.bottleneck}",
+            soft_wrap=True,
+        )
+
+
+def _dearest_link(plan: Plan, output_tokens: int) -> str:
+    """Which way takes the largest share of its replica's time, where there are several."""
+    ways = [
+        (after_share, f"{stage.device_id} -> {after.device_id}")
+        for replica in plan.replicas
+        if replica.prediction is not None and len(replica.stages) > 2
+        for stage, after in pairwise(replica.stages)
+        for after_share in [
+            stage.send_seconds * max(output_tokens - 1, 1) / replica.prediction.total_seconds
+        ]
+    ]
+    if not ways:
+        return ""
+    share, name = max(ways)
+    return f", {name} alone {share:.0%}"
+
+
+def show_candidates(plan: Plan) -> None:
+    """What else was looked at, and what speaks against it."""
+    table = Table("instead", "devices", "a batch", "tokens/s", "why not", box=None)
+    for each in plan.candidates[:_MOST_SHOWN]:
+        split = " ".join(
+            f"{device}:{count}"
+            for device, count in zip(each.device_ids, each.num_layers, strict=False)
+        )
+        table.add_row(
+            each.name,
+            split if len(split) <= 60 else f"{len(each.device_ids)} devices",
+            f"{each.total_seconds:.3g} s" if isfinite(each.total_seconds) else "-",
+            f"{each.tokens_per_second:.4g}" if each.tokens_per_second else "-",
+            each.ruled_out,
+        )
+    Console().print(table if plan.candidates else "no other plan was looked at")
+
+
+def show_others(before: Figures, others: Sequence[tuple[str, Figures]]) -> None:
+    """Other clusters, against the one there is."""
+    if not others:
+        return
+    table = Table("what if", "replicas", "a batch", "tokens/s", "against now", box=None)
+    for name, found in others:
+        ratio = (
+            f"{found.tokens_per_second / before.tokens_per_second - 1:+.0%} tokens/s, "
+            f"{found.total_seconds / before.total_seconds - 1:+.0%} time"
+            if before.tokens_per_second and found.tokens_per_second
+            else "it cannot be placed then"
+            if not found.replicas
+            else "it can be placed then"
+        )
+        table.add_row(
+            name,
+            str(found.replicas),
+            f"{found.total_seconds:.3g} s" if isfinite(found.total_seconds) else "-",
+            f"{found.tokens_per_second:.4g}",
+            ratio,
+        )
+    Console().print(table)
