@@ -1,6 +1,7 @@
 """The deployer tells workers without a model's files who has them, and shows how far they are."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,14 @@ from tests.integration.test_deployer import REPLICA, Mesh
 from tests.support.checkpoints import write_adapter, write_checkpoint
 from tests.support.waiting import eventually
 from tests.support.workers import RecordingWorker
+from uellm.cli.discovered import discover
 from uellm.core.errors import ModelFilesError, UnavailableError
 from uellm.models import adapters, files
 from uellm.models.manifest import read_manifest
+from uellm.models.profile import read_profile
+from uellm.placement.placers import placer_of
+from uellm.placement.stock import fetching
+from uellm.placement.views import EVERYWHERE, Pin, PlanRequest, Workload
 from uellm.streams.secret import mesh_secret
 from uellm.v1 import common_pb2, deployer_pb2, worker_pb2
 
@@ -114,3 +120,36 @@ async def test_what_has_to_be_fetched_is_said_of_a_plan(mesh: Mesh) -> None:
     assert plan.fetch_bytes == lacking > 0
     assert 0 < plan.fetch_seconds < 1
     assert "to be fetched by w2, in about" in plan.explanation
+
+
+async def test_who_lacks_files_is_said_to_those_who_plan_elsewhere(mesh: Mesh) -> None:
+    mesh.workers["w1"].files.share = 0.0
+    mesh.workers["w2"].files.share = 0.5
+    mesh.workers["w2"].files.parts = ["3", "rest"]
+    asked = common_pb2.ModelRef(source=str(mesh.source), digest=files.digest(mesh.source))
+    wanted = deployer_pb2.GetTopologyRequest(files_of=asked)
+    found = (await mesh.call("GetTopology", wanted)).held_files
+    assert {each.worker: list(each.parts) for each in found} == {"w1": [], "w2": ["3", "rest"]}
+    assert not (await mesh.call("GetTopology", deployer_pb2.GetTopologyRequest())).held_files
+
+
+async def test_uellm_plan_knows_what_the_deployer_does(mesh: Mesh, redis_url: str) -> None:
+    for name in ("w1", "w2"):
+        mesh.workers[name].files.share = 0.0
+    model = str(mesh.source)
+    found = await discover(redis_url, model)
+    request = PlanRequest(
+        found.topology,
+        read_profile(mesh.source, "float32"),
+        Workload(slots=2, max_tokens=64, prompt_tokens=16, output_tokens=16),
+        "lr",
+        stock=found.stock,
+    )
+    (stage,) = placer_of("lr").place(request).replicas[0].stages
+    assert stage.device_id == "w3/cpu:0"
+    pinned = placer_of("lr").place(replace(request, pins=(Pin("w1/cpu:0"),)))
+    needed = fetching(pinned.replicas, found.topology, found.stock)
+    parts = read_manifest(mesh.source).parts.values()
+    assert needed.total_bytes == sum(part.tensor_bytes for part in parts)
+    assert needed.workers == ("w1",)
+    assert (await discover(redis_url, "llama-3-8b")).stock is EVERYWHERE

@@ -14,7 +14,7 @@ from uellm.placement.demand import Demand, Targets
 from uellm.placement.sharing import Copy, Step, Tenant, capacity, share_out
 from uellm.placement.solver import solve
 from uellm.placement.topology import Device, Topology
-from uellm.placement.views import Pin, PlanRequest, Workload
+from uellm.placement.views import Pin, PlannedStage, PlanRequest, Stock, Workload
 
 GPUS = tuple(
     Device(
@@ -67,6 +67,16 @@ def test_a_model_under_load_gets_unused_devices_as_many_as_it_needs() -> None:
     assert told(steps) == [("a", True, ["w2/cuda:0"]), ("a", True, ["w3/cuda:0"])]
     assert steps[0].gain == pytest.approx(1.0)
     assert steps[1].gain == pytest.approx(0.25)
+
+
+def test_of_unused_devices_that_are_alike_those_with_the_files_are_taken() -> None:
+    def needs(stage: PlannedStage) -> dict[str, int]:
+        return {str(n): 1 for n in range(stage.first_layer, stage.last_layer + 1)}
+
+    one = tenant("a", 1.5, 0)
+    stock = Stock(needs, {"w1": frozenset(), "w2": frozenset({"0"})})
+    known = replace(one, request=replace(one.request, stock=stock))
+    assert told(share_out([known])) == [("a", True, ["w3/cuda:0"])]
 
 
 def test_what_another_model_does_not_need_is_handed_over() -> None:

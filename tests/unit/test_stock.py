@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.clusters import MIB, small_model
-from uellm.placement.placers import placer_of
+from uellm.placement.placers import improvement, placer_of
 from uellm.placement.stock import (
     TAKEN_BYTES_PER_SECOND,
     fetching,
@@ -92,6 +92,17 @@ def test_of_equal_devices_the_one_with_the_files_is_taken(have: int) -> None:
     held = {f"w{n}": frozenset[str]() for n in range(4) if n != have}
     plan = placer_of("lr").place(replace(wanted, stock=Stock(needs, held)))
     assert used(plan) == [f"w{have}"]
+
+
+def test_a_better_place_is_one_with_the_files() -> None:
+    there = topology(1, 3, 3, 3)
+    held = {name: frozenset[str]() for name in ("w1", "w3")}
+    wanted = replace(request(there, 1), stock=Stock(needs, held))
+    (slow,) = placer_of("lr").place(request(topology(1), 1)).replicas
+    before = Plan((slow,), 2, 64, "lr", "")
+    plan, gained = improvement(wanted, before)
+    assert gained > 0.5
+    assert used(plan) == ["w2"]
 
 
 def test_layers_change_places_to_where_they_are() -> None:
