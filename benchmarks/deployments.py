@@ -31,13 +31,14 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from types import FrameType
 from typing import Any, TypeVar
 
 from benchmarks.deployments_shown import say, show_found, show_plan
 from benchmarks.hosts import NoHostsError
 from benchmarks.layouts import Layout, Planner
+from benchmarks.machine import per_token, reference_seconds, spread
 from benchmarks.scores import scores
 from benchmarks.shaped_client import LOAD, MODEL, Client, write_model
 from benchmarks.shaped_mesh import HostSpec, ShapedMesh, shaped_mesh
@@ -81,6 +82,7 @@ class Experiment:
     def __init__(self, mesh: ShapedMesh, model: Path, repeats: int) -> None:
         self._mesh, self._model, self._repeats = mesh, model, repeats
         self._client = Client(mesh)
+        self._as_probed = 1.0
 
     async def run(self, plans: int, *, changes: bool) -> dict[str, Any]:
         """What came of it."""
@@ -89,6 +91,7 @@ class Experiment:
         await self._deploy("--objective", "lr")
         await self._mesh.run("undeploy", MODEL)
         planner = await self._planner()
+        self._as_probed = await asyncio.to_thread(reference_seconds)
         found: dict[str, Any] = {"found": self._discovered(planner), "plans": []}
         show_found(found["found"])
         for layout in planner.layouts(plans):
@@ -157,8 +160,17 @@ class Experiment:
             "cold": planner.predict(layout, deployment["slots"]),
             "learnt": learnt.predict(layout, deployment["slots"]),
         }
+        paces = [await asyncio.to_thread(reference_seconds)]
+        begun = self._used()
         alone, lone_steps = await self._repeated(self._client.alone)
+        between = self._used()
+        paces.append(await asyncio.to_thread(reference_seconds))
         rates, full_steps = await self._repeated(self._client.full)
+        tokens = (self._repeats + 1) * LOAD.tokens
+        used = {
+            "alone": per_token(begun, between, tokens),
+            "full": per_token(between, self._used(), 2 * LOAD.slots * tokens),
+        }
         stages = {
             "alone": _stages({how: lone for how, (lone, _) in told.items()}, lone_steps),
             "full": _stages({how: full for how, (_, full) in told.items()}, full_steps),
@@ -182,7 +194,13 @@ class Experiment:
             "measured_tokens_per_second": median(rates),
             "runs": {"seconds": [took for _, took in alone], "tokens_per_second": rates},
             "stages": stages,
+            "used_ms_per_token": used,
+            "machine": mean(paces) / self._as_probed,
         }
+
+    def _used(self) -> dict[str, dict[str, float]]:
+        """Processor time of hosts so far, by what took it."""
+        return {n: m.used_seconds() for n, m in self._mesh.members.items() if m.running}
 
     async def _repeated(
         self, measure: Callable[[], Awaitable[T]]
@@ -320,6 +338,7 @@ def _stages(told: dict[str, PlannedReplica], seen: list[list[float]]) -> list[di
             "device": stage.device_id,
             "planned_ms": {how: 1e3 * each.stages[i].decode_seconds for how, each in told.items()},
             "measured_ms": 1e3 * median(seconds[i] for seconds in seen),
+            "spread": spread([seconds[i] for seconds in seen]),
         }
         for i, stage in enumerate(first.stages)
         if seen

@@ -30,6 +30,7 @@ def show_plan(plan: dict[str, Any]) -> None:
         f"{plan['name']:20} {where:32} latency {latency['cold']:.3f} predicted, "
         f"{latency['learnt']:.3f} learnt, {plan['measured_seconds']:.3f} measured; tokens/s "
         f"{rate['cold']:.0f}, {rate['learnt']:.0f}, {plan['measured_tokens_per_second']:.0f}"
+        + f"; the machine took {plan['machine']:.2f} times as long as when it was probed"
         + ("" if plan["kept"] else "; lost a host meanwhile, does not count")
     )
     for kind, stages in plan["stages"].items():
@@ -37,5 +38,11 @@ def show_plan(plan: dict[str, Any]) -> None:
             planned = stage["planned_ms"]
             say(
                 f"    {kind:6} {stage['device'].split('-')[1]:6} {planned['cold']:6.2f} ms "
-                f"planned, {planned['learnt']:6.2f} learnt, {stage['measured_ms']:6.2f} measured"
+                f"planned, {planned['learnt']:6.2f} learnt, {stage['measured_ms']:6.2f} measured "
+                f"±{stage['spread']:.0%}"
             )
+        used = "; ".join(
+            f"{host} {took['engine']:.2f} + {took['agent']:.2f}"
+            for host, took in plan["used_ms_per_token"][kind].items()
+        )
+        say(f"    {kind:6} ms of processors for a token, engine + agent: {used}")

@@ -51,7 +51,7 @@ def scores(plans: list[dict[str, Any]]) -> dict[str, Any]:
     """How well predictions order plans, and how far off they are: cold ones, and learnt ones."""
     seconds = [plan["measured_seconds"] for plan in plans]
     slowness = [1 / plan["measured_tokens_per_second"] for plan in plans]
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"machine": _drift(plans)}
     for how in ("cold", "learnt"):
         told = [plan["predicted_seconds"][how] for plan in plans]
         rates = [plan["predicted_tokens_per_second"][how] for plan in plans]
@@ -69,6 +69,18 @@ def scores(plans: list[dict[str, Any]]) -> dict[str, Any]:
                     "stages": len(errors),
                 }
     return found
+
+
+def _drift(plans: list[dict[str, Any]]) -> dict[str, float]:
+    """What is not the prediction's: errors by how the machine was, and repeats that differ."""
+    stages = [(plan["machine"], stage) for plan in plans for stage in plan["stages"]["alone"]]
+    errors = [abs(pace * s["planned_ms"]["cold"] / s["measured_ms"] - 1) for pace, s in stages]
+    return {
+        "median_drift": round(median(abs(plan["machine"] - 1) for plan in plans), 3),
+        "median_spread_of_repeats": round(median(s["spread"] for _, s in stages), 3),
+        "median_error_stages_alone_without_drift": round(median(errors), 3),
+        "within_15_percent": round(sum(e <= 0.15 for e in errors) / len(errors), 2),
+    }
 
 
 def _score(predicted: list[float], measured: list[float]) -> dict[str, float]:

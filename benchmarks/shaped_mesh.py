@@ -27,6 +27,7 @@ GATEWAY_PORT = 50051
 START_SECONDS, STOP_SECONDS = 240.0, 20.0
 _INVITATION = re.compile(r"uellm join \S+ --token (\S+)")
 _WORKER = "uellm_worker"
+_ENGINE = "uellm_worker.engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +106,16 @@ class Member:
                     found += [process.pid, *(each.pid for each in below)]
         return found
 
-    def stage_pids(self) -> list[int]:
-        """Of everything in its quota."""
-        return [int(pid) for pid in (self.quota.group / "cgroup.procs").read_text().split()]
+    def used_seconds(self) -> dict[str, float]:
+        """Processor time of its workers so far: of agents, and of the engines that compute."""
+        found = {"agent": 0.0, "engine": 0.0}
+        for pid in (self.quota.group / "cgroup.procs").read_text().split():
+            with suppress(psutil.Error):
+                process = psutil.Process(int(pid))
+                kind = "engine" if _ENGINE in " ".join(process.cmdline()) else "agent"
+                used = process.cpu_times()
+                found[kind] += used.user + used.system
+        return found
 
     async def stop(self) -> None:
         """Have its part leave in order; what does not in time is killed."""
