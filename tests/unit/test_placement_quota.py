@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.support.clusters import small_model
 from uellm.placement.costs import costs_of
 from uellm.placement.prediction import Layout, planned
-from uellm.placement.quota import step_seconds
+from uellm.placement.quota import step_seconds, sustained_seconds
 from uellm.placement.topology import Device, Topology
 from uellm.placement.views import LayerTimes, PlanRequest, Workload
 
@@ -40,21 +40,61 @@ def test_a_step_now_and_then_takes_what_a_played_processor_says(free: float, sha
     assert found == pytest.approx(played(free, share), rel=0.02)
 
 
+def ticked(free: float, share: float, every: float, steps: int = 400) -> float:
+    """Mean seconds of steps that begin every so often, on a processor that is played in ticks."""
+    tick = PERIOD / 500
+    rng = random.Random(0)  # noqa: S311 - repeatable
+    now, granted, period, total = 0.0, share * PERIOD, 0, 0.0
+    due = rng.random() * PERIOD
+    for _ in range(steps):
+        begun = max(now, due)
+        now, left = begun, free
+        while left > tick / 2:
+            if now // PERIOD > period:
+                granted, period = share * PERIOD, now // PERIOD
+            if granted >= tick:
+                granted, left = granted - tick, left - tick
+            now += tick
+        total += now - begun
+        # Others take now a little more, now a little less.
+        due += every * rng.uniform(0.8, 1.2)
+    return total / steps
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+@pytest.mark.parametrize("free", [0.0009, 0.002, 0.004, 0.015])
+@pytest.mark.parametrize("busy", [0.3, 0.6, 0.85])
+def test_steps_that_follow_each_other_take_what_a_played_processor_says(
+    share: float, free: float, busy: float
+) -> None:
+    sustained = free / share
+    found = step_seconds(sustained, share, PERIOD, busy)
+    assert found == pytest.approx(ticked(free, share, sustained / busy), rel=0.25)
+
+
 @settings(max_examples=200, deadline=None)
-@given(
-    sustained=st.floats(1e-5, 10.0),
-    share=st.floats(0.01, 1.0),
-    busy=st.floats(0.0, 1.0),
-    more=st.floats(0.0, 1.0),
-)
+@given(sustained=st.floats(1e-5, 10.0), share=st.floats(0.01, 1.0), busy=st.floats(0.0, 1.0))
 def test_it_is_between_free_and_always_held_back(
-    sustained: float, share: float, busy: float, more: float
+    sustained: float, share: float, busy: float
 ) -> None:
     found = step_seconds(sustained, share, PERIOD, busy)
     assert sustained * share * (1 - 1e-9) <= found <= sustained * (1 + 1e-9)
-    assert step_seconds(sustained, share, PERIOD, min(busy + more, 1.0)) >= found * (1 - 1e-9)
     assert step_seconds(sustained, share, PERIOD, 1.0) == pytest.approx(sustained)
     assert step_seconds(sustained, 1.0, PERIOD, busy) == sustained
+
+
+@settings(max_examples=100, deadline=None)
+@given(sustained=st.floats(1e-4, 1.0), share=st.floats(0.05, 1.0), busy=st.floats(0.0, 1.0))
+def test_what_took_so_long_would_take_so_long_again(
+    sustained: float, share: float, busy: float
+) -> None:
+    took = step_seconds(sustained, share, PERIOD, busy)
+    found = sustained_seconds(took, share, PERIOD, busy)
+    assert took * (1 - 1e-9) <= found <= took / share * (1 + 1e-9)
+    again = step_seconds(found, share, PERIOD, busy)
+    # Where a step just lasts its quota, a little more takes much longer.
+    assert again <= took * (1 + 1e-6)
+    assert step_seconds(found * 1.02 + 1e-5, share, PERIOD, busy) >= took * 0.97
 
 
 def test_a_stage_that_waits_for_others_is_not_held_back_and_a_busy_one_is() -> None:

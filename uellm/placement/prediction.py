@@ -7,7 +7,8 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from uellm.placement.costs import Costs
-from uellm.placement.quota import step_seconds
+from uellm.placement.quota import step_seconds, sustained_seconds
+from uellm.placement.rounds import Stations, steady_seconds
 from uellm.placement.views import PlannedReplica, PlannedStage, Prediction
 
 _ROUNDS = 3
@@ -57,6 +58,36 @@ class _Seconds:
     led: float
 
 
+@dataclass(frozen=True, slots=True)
+class StageParts:
+    """What a stage takes of a step that decodes, or of prompts, by what takes it.
+
+    Attributes:
+        layers: seconds of its layers if the device always computes.
+        besides: seconds of the rest, likewise.
+        took: seconds as its quota lets it.
+        led: seconds of what a leader does besides, if the device always computes.
+        share: of the time, that a quota lets it compute.
+        period: of the quota, in seconds.
+        busy: share of what the quota grants that is used.
+    """
+
+    layers: float
+    besides: float
+    took: float
+    led: float
+    share: float
+    period: float
+    busy: float
+
+    def sustained(self, took: float) -> float:
+        """What it would take if the device always computed, where it took so long."""
+        alone = self.layers + self.besides
+        with_led = (alone + self.led) / alone if alone > 0 else 1.0
+        quota = self.share, self.period, self.busy
+        return sustained_seconds(took * with_led, *quota) / with_led
+
+
 class _Replica:
     """A layout's stages, as they are if they always compute, and as their quotas have them.
 
@@ -83,6 +114,27 @@ class _Replica:
                 ]
                 self.prediction = self._predicted()
 
+    def parts(self, *, prompts: bool) -> list[StageParts]:
+        """See ``parts``."""
+        costs, pace, found = self._costs, self.prediction.bottleneck_seconds, []
+        of_layers = costs.prefill if prompts else costs.decode
+        for index, device in enumerate(self._layout.order):
+            first, last = self._layout.ranges[index]
+            always, held = self._always[index], self.stages[index]
+            layers = float(of_layers[device, first : last + 1].sum())
+            found.append(
+                StageParts(
+                    layers=layers,
+                    besides=(always.prefill if prompts else always.decode) - layers,
+                    took=held.prefill if prompts else held.decode,
+                    led=always.led,
+                    share=float(costs.share[device]),
+                    period=float(costs.period[device]),
+                    busy=self._work[index] / pace if pace > 0 else 0.0,
+                )
+            )
+        return found
+
     def _seconds(self, index: int) -> _Seconds:
         costs, device = self._costs, self._layout.order[index]
         first, last = self._layout.ranges[index]
@@ -99,12 +151,11 @@ class _Replica:
         """A stage that needs so much of its quota, which a leader's other work takes as well."""
         device, stage = self._layout.order[index], self._always[index]
         share, period = float(self._costs.share[device]), float(self._costs.period[device])
-        led = step_seconds(stage.led, share, period, busy)
-        return _Seconds(
-            step_seconds(stage.prefill + stage.led, share, period, busy) - led,
-            step_seconds(stage.decode + stage.led, share, period, busy) - led,
-            led,
-        )
+        prefill = step_seconds(stage.prefill + stage.led, share, period, busy)
+        decode = step_seconds(stage.decode + stage.led, share, period, busy)
+        both = stage.decode + stage.led
+        led = decode * stage.led / both if both > 0 else 0.0
+        return _Seconds(max(prefill - led, 0.0), decode - led, led)
 
     def _predicted(self) -> Prediction:
         costs, order = self._costs, self._layout.order
@@ -124,14 +175,28 @@ class _Replica:
         ]
         limits.append((total / costs.in_flight, "in_flight"))
         pace, bottleneck = max(limits, key=lambda limit: limit[0])
+        stations = Stations(
+            prefill=[each.prefill + each.led for each in self._always],
+            decode=[each.decode + each.led for each in self._always],
+            first=prefill,
+            next=decode,
+        )
+        steady = max(
+            pace, steady_seconds(stations, costs.batch, costs.in_flight, costs.output_tokens)
+        )
         return Prediction(
             prefill_seconds=prefill,
             decode_seconds=decode,
             total_seconds=total,
             bottleneck_seconds=pace,
             bottleneck=bottleneck,
-            tokens_per_second=costs.batch * costs.output_tokens / pace if pace > 0 else np.inf,
+            tokens_per_second=costs.batch * costs.output_tokens / steady if pace > 0 else np.inf,
         )
+
+
+def parts(costs: Costs, layout: Layout, *, prompts: bool = False) -> list[StageParts]:
+    """What each stage takes of a step that decodes, or of a batch's prompts."""
+    return _Replica(costs, layout).parts(prompts=prompts)
 
 
 def planned(costs: Costs, layout: Layout) -> PlannedReplica:

@@ -159,7 +159,7 @@ class Prediction:
         total_seconds: from prompt to last token.
         bottleneck_seconds: the least time between the ends of two batches.
         bottleneck: what sets it: a device, a link as "a -> b", or "in_flight".
-        tokens_per_second: output tokens, all batches in flight.
+        tokens_per_second: output tokens, all batches in flight, prompts in between.
     """
 
     prefill_seconds: float
