@@ -10,6 +10,7 @@ from uellm.core.cost import StepCost
 from uellm.core.load import OfferedLoad
 from uellm.core.model import LayerProfile, ModelProfile
 from uellm.core.request import Priority, Promise, QuantileFunction, ResourceProfile, Slo
+from uellm.placement.learning import Correction
 from uellm.placement.measuring import BlockCost, BlockSample, left_over
 from uellm.placement.topology import Device, Link, LinkSpeed, Topology
 from uellm.placement.views import PlannedReplica, PlannedStage, Prediction
@@ -290,6 +291,8 @@ def device_from_proto(
         path=tuple(message.path),
         launch_seconds=message.launch_seconds,
         slowdown=message.slowdown or 1.0,
+        step_seconds=message.step_seconds,
+        prefill_ratio=message.prefill_ratio or 1.0,
         healthy=message.healthy,
         cost=message.cost if message.HasField("cost") else 1.0,
     )
@@ -353,7 +356,11 @@ def block_from_proto(message: topology_pb2.BlockCost) -> BlockCost:
         weight_bytes=message.weight_bytes,
         flops_per_token=message.flops_per_token,
         measured_at=seconds(message.measured_at),
-        live_ratio=message.live_ratio or 1.0,
+        live=Correction(
+            message.live_ratio or 1.0,
+            message.live_step_seconds,
+            message.live_prefill_ratio or 1.0,
+        ),
         ends=cost_from_proto(message.ends) if message.HasField("ends") else None,
         leader_seconds=message.leader_seconds,
         share=message.share or 1.0,

@@ -18,6 +18,7 @@ from uellm.placement.discovery import (
     pairs_to_measure,
     rounds,
 )
+from uellm.placement.learning import Correction
 from uellm.placement.measuring import BlockCost
 from uellm.placement.topology import Device, Link
 from uellm.placement.views import Workload
@@ -82,6 +83,13 @@ def test_rounds_measure_every_pair_once_and_no_host_twice_at_a_time(
         assert len(used) == len(set(used))
 
 
+def test_hosts_that_share_a_machine_are_not_measured_at_the_same_time() -> None:
+    alone = [Site(f"w{n}", f"h{n}", f"w{n}/cpu:0", f"machine-{n}") for n in range(4)]
+    shared = [replace(site, machine="one") for site in alone]
+    assert [len(part) for part in rounds(pairs_to_measure(alone, {}, 0.0, 60.0))] == [2, 2, 2]
+    assert [len(part) for part in rounds(pairs_to_measure(shared, {}, 0.0, 60.0))] == [1] * 6
+
+
 def test_ways_between_workers_are_those_of_all_their_devices() -> None:
     devices = [device(A), device(A, 1), device(B), device(C)]
     knowledge = Knowledge(
@@ -118,7 +126,7 @@ def test_what_was_measured_wins_over_what_drivers_declare_and_a_file_over_both()
 
 def test_layers_of_the_model_count_before_those_of_any() -> None:
     machine = device(A)
-    slow = replace(COST, layer=StepCost(1e-4, 2e-3, 2e-4), live_ratio=1.5)
+    slow = replace(COST, layer=StepCost(1e-4, 2e-3, 2e-4), live=Correction(1.5))
     key = BlockKey(A.host, "cpu", ANY_MODEL, "float32")
     knowledge = Knowledge(blocks={key: COST, replace(key, model="digest"): slow})
     plain = knowledge.topology([machine], ANY_MODEL, "float32").devices[0]

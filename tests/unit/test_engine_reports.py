@@ -64,6 +64,18 @@ def test_it_is_known_how_many_steps_were_under_way(depth: int, sequences: int, s
     assert found == pytest.approx(steps, rel=0.15)
 
 
+def test_prompts_alone_are_told_apart_with_what_they_were() -> None:
+    report = reported(depth=3, sequences=3)
+    tokens, pairs = report.prefill_step_tokens, report.prefill_step_pairs
+    # Three prompts, one after the other, in parts of an equal size.
+    assert 0 < tokens <= 400
+    assert pairs >= tokens * (tokens + 1) / 2 * 0.99
+    expected = STAGE.seconds(tokens)
+    assert [stage.prefill_seconds for stage in report.stages] == [
+        pytest.approx(expected, rel=0.05)
+    ] * 3
+
+
 def test_before_the_first_step_that_decodes_nothing_is_said() -> None:
     runner = Staged(1)
     loop = timed_loop(runner)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uellm.core.cost import StepCost, chunk_pairs
+from uellm.placement.learning import Correction
 from uellm.placement.measuring import BlockSample, fit_block, fit_link
 from uellm.placement.topology import Device
 from uellm.placement.views import Workload
@@ -88,17 +89,13 @@ def test_the_ends_of_a_replica_are_found_by_its_sequences() -> None:
     assert (times.leader, times.share, times.period) == (3e-4, 0.5, 0.1)
 
 
-def test_live_steps_move_the_ratio_and_outliers_do_not() -> None:
-    cost = fit_block(samples(CPU, 0.0, 0), 45e6, 22e6, 0.0)
-    for _ in range(40):
-        cost = cost.seen(2.0)
-    assert cost.live_ratio == pytest.approx(2.0, rel=0.01)
-    assert cost.describe(Device("d", "w", "h", "cpu", 1)).slowdown == cost.live_ratio
-    assert cost.seen(1000.0) == cost
-    assert cost.seen(0.0) == cost
+def test_what_was_learnt_of_live_steps_is_said_of_the_device() -> None:
+    found = Correction(2.0, 3e-4, 1.5)
+    cost = replace(fit_block(samples(CPU, 0.0, 0), 45e6, 22e6, 0.0), live=found)
+    described = cost.describe(Device("d", "w", "h", "cpu", 1))
+    assert (described.slowdown, described.step_seconds, described.prefill_ratio) == (2.0, 3e-4, 1.5)
     throttled = Device("d", "w", "h", "cpu", 1, slowdown=3.0)
     assert cost.describe(throttled).slowdown == 3.0
-    assert cost.describe(replace(throttled, slowdown=1.0)).slowdown == cost.live_ratio
 
 
 @settings(max_examples=50, deadline=None)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from uellm_worker.accelerators import Accelerator
-from uellm_worker.devices import Devices
+from uellm_worker.devices import Devices, machine
 
 from tests.support.nvml import GPU_IS_LOST, FakeGpu, FakeLibrary, install
 from uellm.core.errors import ConfigurationError
@@ -27,6 +27,14 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_gpu")
+def test_all_containers_of_a_machine_name_it_alike(tmp_path: Path) -> None:
+    assert machine(tmp_path) == ""
+    kept = tmp_path / "proc/sys/kernel/random"
+    kept.mkdir(parents=True)
+    (kept / "boot_id").write_text("3b1f\n")
+    assert machine(tmp_path) == "3b1f"
+
+
 def test_a_cpu_offers_a_share_of_what_is_available() -> None:
     (device,) = Devices("w", "auto", 0).describe()
     assert device.id == "w/cpu:0"

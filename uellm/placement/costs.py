@@ -196,7 +196,7 @@ def costs_of(request: PlanRequest, slots: int | None = None) -> Costs:
         prefill=prefill,
         decode=decode,
         head=_head_times(devices, model, batch, times),
-        stage=_measured(devices, times, lambda t: t.stage),
+        stage=_stages(devices, times),
         leader=_measured(devices, times, lambda t: t.leader),
         share=np.array([t.share if t else 1.0 for t in times]),
         period=np.array([t.period if t else 0.0 for t in times]),
@@ -312,6 +312,7 @@ def _layer_times(
             slow = devices[index].slowdown * share
             found[0][index] = slow * _interpolate(measured.prefill, batch * prompt)
             found[1][index] = slow * _interpolate(measured.decode, batch)
+        found[0][index] *= devices[index].prefill_ratio
     return found[0], found[1]
 
 
@@ -367,6 +368,14 @@ def _measured(
     return np.array(
         [d.slowdown * seconds(t) if t else 0.0 for d, t in zip(devices, times, strict=True)]
     )
+
+
+def _stages(devices: Sequence[Device], times: Sequence[LayerTimes | None]) -> Array:
+    """[n] seconds of any step beside layers and ends, as measured and as learnt since."""
+    measured = _measured(devices, times, lambda t: t.stage)
+    learnt = np.array([d.slowdown * d.step_seconds for d in devices])
+    found: Array = np.maximum(measured + learnt, 0.0)
+    return found
 
 
 def _links(topology: Topology, devices: Sequence[Device]) -> tuple[Array, Array, Array]:

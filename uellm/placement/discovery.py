@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations, product
 
-from uellm.placement.measuring import BlockCost, slowed
+from uellm.placement.learning import Correction
+from uellm.placement.measuring import BlockCost, learnt
 from uellm.placement.topology import Device, Link, LinkSpeed, Topology
 from uellm.placement.views import LayerTimes, Workload
 
@@ -27,11 +28,18 @@ class Site:
         worker: its id.
         host: where it runs.
         device_id: of its devices the one that stands for all.
+        machine: that the host shares with others, as containers do; "": not known.
     """
 
     worker: str
     host: str
     device_id: str
+    machine: str = ""
+
+    @property
+    def apart(self) -> str:
+        """What is measured where this is the same would measure each other."""
+        return self.machine or self.host
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,7 @@ class Knowledge:
         links: between devices: measured within a worker, declared by drivers, or from a file.
         overrides: from a file; of the same ends nothing else counts.
         default_link_by_level: see ``Topology``.
-        slowdowns: what devices that run take, in units of what was predicted of them, by id.
+        learnt: what steps of devices that run take, beside what was predicted of them, by id.
     """
 
     blocks: Mapping[BlockKey, BlockCost] = field(default_factory=dict)
@@ -82,7 +90,7 @@ class Knowledge:
     links: Sequence[Link] = ()
     overrides: Sequence[Link] = ()
     default_link_by_level: Mapping[str, LinkSpeed] = field(default_factory=dict)
-    slowdowns: Mapping[str, float] = field(default_factory=dict)
+    learnt: Mapping[str, Correction] = field(default_factory=dict)
 
     def block(self, device: Device, model: str, dtype: str) -> BlockCost | None:
         """What a layer of a model takes on a device; without it, of the shape for any model."""
@@ -115,10 +123,10 @@ class Knowledge:
         for device in devices:
             known = self.block(device, model, dtype)
             spoken = known.describe(device) if known else device
-            slow = self.slowdowns.get(device.id)
-            if slow is not None:
+            found = self.learnt.get(device.id)
+            if found is not None:
                 # Of its kind others may be as fast as ever.
-                spoken = replace(spoken, slowdown=slowed(device, slow))
+                spoken = learnt(replace(spoken, slowdown=device.slowdown), found)
             described.append(spoken)
         ids = {device.id for device in devices}
         settled = {(link.src, link.dst) for link in self.overrides}
@@ -198,9 +206,9 @@ def pairs_to_measure(
 
 
 def rounds(pairs: Sequence[tuple[Site, Site]]) -> list[list[tuple[Site, Site]]]:
-    """Pairs that can be measured at once, one round after another: no host is in two of them.
+    """Pairs that can be measured at once, one round after another: no machine is in two of them.
 
-    Greedy edge colouring: at most one round more than twice the pairs of the busiest host.
+    Greedy edge colouring: at most one round more than twice the pairs of the busiest.
     """
     left = list(pairs)
     found = []
@@ -208,10 +216,11 @@ def rounds(pairs: Sequence[tuple[Site, Site]]) -> list[list[tuple[Site, Site]]]:
         busy: set[str] = set()
         chosen, rest = [], []
         for one, other in left:
-            if busy & {one.host, other.host}:
+            ends = {one.apart, other.apart}
+            if busy & ends:
                 rest.append((one, other))
             else:
-                busy |= {one.host, other.host}
+                busy |= ends
                 chosen.append((one, other))
         found.append(chosen)
         left = rest

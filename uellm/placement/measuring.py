@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from uellm.core.cost import StepCost, chunk_pairs
+from uellm.placement.learning import AS_PREDICTED, Correction
 from uellm.placement.topology import Device, LinkSpeed
 from uellm.placement.views import LayerTimes, Workload
 from uellm.policy.latency import fit_cost
@@ -14,10 +15,6 @@ from uellm.policy.latency import fit_cost
 _SCATTER = 0.05
 _LEAST_LEFT, _MOST_LEFT = 0.7, 1.4
 """What is beyond was disturbed."""
-LIVE_WEIGHT = 0.2
-"""Share of the newest comparison in a smoothed ratio."""
-_LEAST_RATIO, _MOST_RATIO = 0.2, 20.0
-"""What is beyond was not a step like those that were measured."""
 _BATCHES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _PREFILLS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 65536)
 
@@ -47,7 +44,7 @@ class BlockCost:
         weight_bytes: the layer's weights.
         flops_per_token: its work for one token, attention aside.
         measured_at: seconds since the epoch.
-        live_ratio: what steps take since then in units of this, smoothed; 1: as measured.
+        live: what was learnt since then of steps that ran.
         ends: of embedding, head and choosing tokens, by sequences; None: not measured.
         leader_seconds: what a leader does between two steps.
         share: of the time that a quota lets the device compute; all seconds count the rest.
@@ -60,18 +57,12 @@ class BlockCost:
     weight_bytes: float
     flops_per_token: float
     measured_at: float
-    live_ratio: float = 1.0
+    live: Correction = AS_PREDICTED
     ends: StepCost | None = None
     leader_seconds: float = 0.0
     share: float = 1.0
     period_seconds: float = 0.0
     left_over: tuple[tuple[float, float], ...] = ()
-
-    def seen(self, ratio: float) -> "BlockCost":
-        """The same, having seen a step take so much of what it was predicted to."""
-        if not _LEAST_RATIO <= ratio <= _MOST_RATIO:
-            return self
-        return replace(self, live_ratio=self.live_ratio + LIVE_WEIGHT * (ratio - self.live_ratio))
 
     def times(self, workload: Workload) -> LayerTimes:
         """What planners take instead of a roofline, for a workload."""
@@ -105,21 +96,24 @@ class BlockCost:
     def describe(self, device: Device) -> Device:
         """A device with the speeds that this shows, in the terms of a roofline."""
         layer = self.layer
-        return replace(
+        described = replace(
             device,
             flops_per_second=_rate(self.flops_per_token, layer.per_token),
             memory_bytes_per_second=_rate(self.weight_bytes, layer.weights),
             launch_seconds=layer.overhead,
-            slowdown=slowed(device, self.live_ratio),
         )
+        return learnt(described, self.live)
 
 
-def slowed(device: Device, ratio: float) -> float:
-    """A device's slowdown, whose steps take so much of what they were predicted to.
-
-    What throttles it at present counts where that is more.
-    """
-    return max(ratio, device.slowdown) if device.slowdown > 1 else ratio
+def learnt(device: Device, found: Correction) -> Device:
+    """A device as its steps were found to be; what throttles it counts where that is more."""
+    slow = found.slowdown
+    return replace(
+        device,
+        slowdown=max(slow, device.slowdown) if device.slowdown > 1 else slow,
+        step_seconds=found.step_seconds,
+        prefill_ratio=found.prefill_ratio,
+    )
 
 
 def fit_block(

@@ -29,6 +29,8 @@ class Device:
             at the end is left out. Empty: its host is all that is known.
         launch_seconds: overhead of one layer's kernels or operators; 0: not measured.
         slowdown: 1 at nominal speed, larger when throttled.
+        step_seconds: of every step beside what was measured, at no slowdown; below 0 if less is.
+        prefill_ratio: what layers take for prompts, in units of the slowdown.
         healthy: whether it may be used.
         cost: of using it, in any unit; with 1 for each, plans count devices.
     """
@@ -45,6 +47,8 @@ class Device:
     path: tuple[str, ...] = ()
     launch_seconds: float = 0.0
     slowdown: float = 1.0
+    step_seconds: float = 0.0
+    prefill_ratio: float = 1.0
     healthy: bool = True
     cost: float = 1.0
 
@@ -185,6 +189,10 @@ def _check_device(device: Device) -> None:
             _refuse(f"devices.{what}", f"{name}: {what} = {value} is not a number from 0 on")
     if not (math.isfinite(device.slowdown) and device.slowdown > 0):
         _refuse("devices.slowdown", f"{name}: slowdown = {device.slowdown} is not above 0")
+    if not math.isfinite(seconds := device.step_seconds):
+        _refuse("devices.step_seconds", f"{name}: step_seconds = {seconds} is no number")
+    if not (math.isfinite(ratio := device.prefill_ratio) and ratio > 0):
+        _refuse("devices.prefill_ratio", f"{name}: prefill_ratio = {ratio} is not above 0")
     if not (math.isfinite(device.cost) and device.cost >= 0):
         _refuse("devices.cost", f"{name}: cost = {device.cost} is not a number from 0 on")
     if len(device.path) > len(LEVELS) - 1:

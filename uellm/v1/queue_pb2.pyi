@@ -324,22 +324,26 @@ class StageSeconds(_message.Message):
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     HOP_SECONDS_FIELD_NUMBER: _builtins.int
     DECODE_SECONDS_FIELD_NUMBER: _builtins.int
+    PREFILL_SECONDS_FIELD_NUMBER: _builtins.int
     compute_seconds: _builtins.float
     """The stage's own work per step."""
     hop_seconds: _builtins.float
     """Its activation's way to the next stage."""
     decode_seconds: _builtins.float
     """The stage's own work per step that only decodes; 0: there was none."""
+    prefill_seconds: _builtins.float
+    """The stage's own work per step that only computes prompts; 0: there was none."""
     def __init__(
         self,
         *,
         compute_seconds: _builtins.float = ...,
         hop_seconds: _builtins.float = ...,
         decode_seconds: _builtins.float = ...,
+        prefill_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "decode_seconds", b"decode_seconds", "hop_seconds", b"hop_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "decode_seconds", b"decode_seconds", "hop_seconds", b"hop_seconds", "prefill_seconds", b"prefill_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -378,6 +382,8 @@ class ReplicaReport(_message.Message):
     DECODE_STEP_SEQUENCES_FIELD_NUMBER: _builtins.int
     DECODE_STEP_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     DECODE_STEPS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    PREFILL_STEP_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_STEP_PAIRS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The placement it runs under."""
     step: _builtins.int
@@ -426,6 +432,10 @@ class ReplicaReport(_message.Message):
     """Tokens of context that they attend to, likewise."""
     decode_steps_in_flight: _builtins.float
     """Steps under way at once while they are, likewise."""
+    prefill_step_tokens: _builtins.float
+    """Tokens of the steps that only compute prompts, likewise."""
+    prefill_step_pairs: _builtins.float
+    """Pairs of tokens that attention forms in these, likewise."""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageSeconds]:
         """One per stage."""
@@ -468,10 +478,12 @@ class ReplicaReport(_message.Message):
         decode_step_sequences: _builtins.float = ...,
         decode_step_context_tokens: _builtins.float = ...,
         decode_steps_in_flight: _builtins.float = ...,
+        prefill_step_tokens: _builtins.float = ...,
+        prefill_step_pairs: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "reported_at", b"reported_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "cost", b"cost", "decode_sequences", b"decode_sequences", "decode_step_context_tokens", b"decode_step_context_tokens", "decode_step_seconds", b"decode_step_seconds", "decode_step_sequences", b"decode_step_sequences", "decode_steps_in_flight", b"decode_steps_in_flight", "epoch", b"epoch", "execution", b"execution", "kv_tokens_cached", b"kv_tokens_cached", "kv_tokens_committed", b"kv_tokens_committed", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_reserved", b"kv_tokens_reserved", "kv_tokens_total", b"kv_tokens_total", "kv_tokens_used", b"kv_tokens_used", "padding_tokens", b"padding_tokens", "policy", b"policy", "prefill_seconds_per_token", b"prefill_seconds_per_token", "prefill_tokens", b"prefill_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "reported_at", b"reported_at", "running", b"running", "slots", b"slots", "stages", b"stages", "step", b"step", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "cost", b"cost", "decode_sequences", b"decode_sequences", "decode_step_context_tokens", b"decode_step_context_tokens", "decode_step_seconds", b"decode_step_seconds", "decode_step_sequences", b"decode_step_sequences", "decode_steps_in_flight", b"decode_steps_in_flight", "epoch", b"epoch", "execution", b"execution", "kv_tokens_cached", b"kv_tokens_cached", "kv_tokens_committed", b"kv_tokens_committed", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_reserved", b"kv_tokens_reserved", "kv_tokens_total", b"kv_tokens_total", "kv_tokens_used", b"kv_tokens_used", "padding_tokens", b"padding_tokens", "policy", b"policy", "prefill_seconds_per_token", b"prefill_seconds_per_token", "prefill_step_pairs", b"prefill_step_pairs", "prefill_step_tokens", b"prefill_step_tokens", "prefill_tokens", b"prefill_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "reported_at", b"reported_at", "running", b"running", "slots", b"slots", "stages", b"stages", "step", b"step", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

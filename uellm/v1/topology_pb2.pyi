@@ -219,6 +219,9 @@ class Device(_message.Message):
     THROTTLED_BY_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
     UUID_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    PREFILL_RATIO_FIELD_NUMBER: _builtins.int
+    MACHINE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique in the mesh: `<worker>/<kind>:<index>`."""
     worker: _builtins.str
@@ -251,6 +254,12 @@ class Device(_message.Message):
     """Share of the last moments in which it computed, 0 to 1; unset: not known."""
     uuid: _builtins.str
     """As the driver tells it from all others; empty: not known."""
+    step_seconds: _builtins.float
+    """Of every step beside what was measured, as was learnt of steps that ran; below 0 if less is taken."""
+    prefill_ratio: _builtins.float
+    """What layers take for prompts, in units of `slowdown`, as was learnt; 0: 1."""
+    machine: _builtins.str
+    """The machine that its host runs on, which several may share as containers do; empty: not known."""
     @_builtins.property
     def path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Where it hangs, from the widest down: rack, host, NUMA node, switch."""
@@ -300,10 +309,13 @@ class Device(_message.Message):
         throttled_by: _abc.Iterable[_builtins.str] | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
         uuid: _builtins.str = ...,
+        step_seconds: _builtins.float = ...,
+        prefill_ratio: _builtins.float = ...,
+        machine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_utilisation", b"_utilisation", "cost", b"cost", "measured_at", b"measured_at", "pcie", b"pcie", "utilisation", b"utilisation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_utilisation", b"_utilisation", "cores", b"cores", "cost", b"cost", "flops_per_second", b"flops_per_second", "healthy", b"healthy", "host", b"host", "id", b"id", "kind", b"kind", "launch_seconds", b"launch_seconds", "measured_at", b"measured_at", "memory_bytes_per_second", b"memory_bytes_per_second", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "name", b"name", "notes", b"notes", "path", b"path", "pcie", b"pcie", "processes", b"processes", "slowdown", b"slowdown", "throttled_by", b"throttled_by", "utilisation", b"utilisation", "uuid", b"uuid", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_utilisation", b"_utilisation", "cores", b"cores", "cost", b"cost", "flops_per_second", b"flops_per_second", "healthy", b"healthy", "host", b"host", "id", b"id", "kind", b"kind", "launch_seconds", b"launch_seconds", "machine", b"machine", "measured_at", b"measured_at", "memory_bytes_per_second", b"memory_bytes_per_second", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "name", b"name", "notes", b"notes", "path", b"path", "pcie", b"pcie", "prefill_ratio", b"prefill_ratio", "processes", b"processes", "slowdown", b"slowdown", "step_seconds", b"step_seconds", "throttled_by", b"throttled_by", "utilisation", b"utilisation", "uuid", b"uuid", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cost: _TypeAlias = _typing.Literal["cost"]  # noqa: Y015
     _WhichOneofArgType__cost: _TypeAlias = _typing.Literal["_cost", b"_cost"]  # noqa: Y015
@@ -499,12 +511,14 @@ class BlockCost(_message.Message):
     LEADER_SECONDS_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     PERIOD_SECONDS_FIELD_NUMBER: _builtins.int
+    LIVE_STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    LIVE_PREFILL_RATIO_FIELD_NUMBER: _builtins.int
     step_seconds: _builtins.float
     """Seconds of a step beside its layers."""
     error: _builtins.float
     """Median of the fit's relative errors at the points."""
     live_ratio: _builtins.float
-    """What steps take since then, in units of what this says; smoothed. 0: none were seen."""
+    """What steps take since then, in units of what this says, as was learnt. 0: none were seen."""
     weight_bytes: _builtins.int
     """The layer's weights."""
     flops_per_token: _builtins.float
@@ -515,6 +529,10 @@ class BlockCost(_message.Message):
     """Of the time that a quota lets the device compute; 0: all of it."""
     period_seconds: _builtins.float
     """Of the quota."""
+    live_step_seconds: _builtins.float
+    """Of every step beside what this says, as was learnt."""
+    live_prefill_ratio: _builtins.float
+    """What layers take for prompts, in units of `live_ratio`, as was learnt; 0: 1."""
     @_builtins.property
     def layer(self) -> _common_pb2.StepCost:
         """Of a step, by what it computes."""
@@ -551,10 +569,12 @@ class BlockCost(_message.Message):
         leader_seconds: _builtins.float = ...,
         share: _builtins.float = ...,
         period_seconds: _builtins.float = ...,
+        live_step_seconds: _builtins.float = ...,
+        live_prefill_ratio: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "layer", b"layer", "live_at", b"live_at", "measured_at", b"measured_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "error", b"error", "flops_per_token", b"flops_per_token", "layer", b"layer", "leader_seconds", b"leader_seconds", "live_at", b"live_at", "live_ratio", b"live_ratio", "measured_at", b"measured_at", "period_seconds", b"period_seconds", "points", b"points", "share", b"share", "step_seconds", b"step_seconds", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "error", b"error", "flops_per_token", b"flops_per_token", "layer", b"layer", "leader_seconds", b"leader_seconds", "live_at", b"live_at", "live_prefill_ratio", b"live_prefill_ratio", "live_ratio", b"live_ratio", "live_step_seconds", b"live_step_seconds", "measured_at", b"measured_at", "period_seconds", b"period_seconds", "points", b"points", "share", b"share", "step_seconds", b"step_seconds", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

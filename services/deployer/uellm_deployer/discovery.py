@@ -30,13 +30,14 @@ from uellm.streams.connection import UNREACHABLE
 from uellm.topology_file import complete, read_topology
 from uellm.v1 import common_pb2, deployer_pb2, queue_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
+from uellm_deployer.live_steps import reported, stage_times
 from uellm_deployer.measurements import Measurements
 from uellm_deployer.notes import Notes, name_of, workers_of
-from uellm_deployer.planning import StepsSeen, dtype_for, nominal_seconds
+from uellm_deployer.planning import dtype_for
 from uellm_deployer.probing import HIDDEN_SIZE, Activation, Prober
 from uellm_deployer.replica import Replica
 from uellm_deployer.settings import DeployerSettings
-from uellm_deployer.stage_times import StageTime, StageTimes
+from uellm_deployer.stage_times import StageTimes
 from uellm_deployer.workers import Worker, Workers
 
 _log = logger("discovery")
@@ -99,6 +100,7 @@ class Discovery:
         self._retry_at: dict[Hashable, float] = {}
         self._notes = Notes(time.monotonic)
         self._steps: dict[str, tuple[int, int]] = {}
+        self._prompts: dict[str, tuple[float, ...]] = {}
         self.times = StageTimes()
         self._version = 0
         self._last = b""
@@ -139,7 +141,7 @@ class Discovery:
             for link in self._file.default_links
         }
         known = self._measurements.knowledge(declared, overrides, defaults)
-        return replace(known, slowdowns=self.times.slowdowns(time.monotonic()))
+        return replace(known, learnt=self.times.learnt(time.monotonic()))
 
     def topology(self, subject: Subject) -> deployer_pb2.GetTopologyResponse:
         """All that there is to place on, unhealthy devices included.
@@ -158,6 +160,8 @@ class Discovery:
             message.memory_bytes_per_second = device.memory_bytes_per_second
             message.launch_seconds = device.launch_seconds
             message.slowdown = device.slowdown
+            message.step_seconds = device.step_seconds
+            message.prefill_ratio = device.prefill_ratio
             block = knowledge.block(device, subject.digest, subject.dtype)
             if block is not None:
                 message.measured_at.CopyFrom(timestamp(block.measured_at))
@@ -224,17 +228,19 @@ class Discovery:
             _log.info(text)
 
     async def _measure_all(self, workers: Sequence[Worker], subject: Subject, age: float) -> None:
-        by_host: dict[str, list[Worker]] = {}
+        by_machine: dict[str, list[Worker]] = {}
         for worker in workers:
             for device in worker.usable[:1]:
-                by_host.setdefault(device.host, []).append(worker)
-        # What runs on one host at the same time would measure itself.
+                by_machine.setdefault(device.machine or device.host, []).append(worker)
+        # What runs on one machine at the same time would measure itself.
         await asyncio.gather(
-            *(self._measure_host(found, subject, age) for found in by_host.values())
+            *(self._measure_machine(found, subject, age) for found in by_machine.values())
         )
         await self._measure_ways(workers, subject, age)
 
-    async def _measure_host(self, workers: Sequence[Worker], subject: Subject, age: float) -> None:
+    async def _measure_machine(
+        self, workers: Sequence[Worker], subject: Subject, age: float
+    ) -> None:
         done: set[BlockKey] = set()
         for worker in workers:
             for device in worker.usable:
@@ -256,7 +262,7 @@ class Discovery:
     async def _measure_ways(self, workers: Sequence[Worker], subject: Subject, age: float) -> None:
         by_name = {worker.worker: worker for worker in workers}
         sites = [
-            Site(worker.worker, device.host, device.id)
+            Site(worker.worker, device.host, device.id, device.machine)
             for worker in workers
             for device in worker.usable[:1]
         ]
@@ -331,7 +337,8 @@ class Discovery:
     ) -> None:
         """Compare a replica's latest steps with what its layers were measured to take.
 
-        Steps that only decode count: of others the report does not say what was computed when.
+        Steps that only decode count, and those that only compute prompts: of others the report does
+        not say what was computed when.
         """
         planned, seen = replica.planned, (report.epoch, report.step)
         if planned is None or report.epoch != replica.epoch or not replica.assignments:
@@ -339,32 +346,27 @@ class Discovery:
         if self._steps.get(replica.id) == seen or len(report.stages) != len(planned.stages):
             return
         self._steps[replica.id] = seen
-        sequences, context = report.decode_step_sequences, report.decode_step_context_tokens
-        if report.prefill_tokens or not sequences:
+        there = {device.id: device for w in self._workers.all for device in self.said(w)}
+        if any(stage.device_id not in there for stage in planned.stages):
             return
+        devices = [there[stage.device_id] for stage in planned.stages]
+        for found in reported(report):
+            if found.steps.prompts:
+                # Whoever decodes has computed no further prompts: what was told is told again.
+                if self._prompts.get(replica.id) == found.took:
+                    continue
+                self._prompts[replica.id] = found.took
+            times = stage_times(replica, model, devices, found, self.knowledge)
+            self.times.see(replica.id, times, time.monotonic())
+        await self._keep_learnt(replica, devices)
+
+    async def _keep_learnt(self, replica: Replica, devices: Sequence[topology_pb2.Device]) -> None:
+        """Have it outlive this process, where what it corrects does."""
         assignment = replica.assignments[0]
-        devices = {device.id: device for w in self._workers.all for device in self.said(w)}
-        if any(stage.device_id not in devices for stage in planned.stages):
-            return
-        nominal = nominal_seconds(
-            replica,
-            model,
-            [device_from_proto(devices[stage.device_id]) for stage in planned.stages],
-            StepsSeen(sequences, context, report.decode_steps_in_flight),
-            self.knowledge,
-        )
-        times = []
-        for stage, took, expected in zip(planned.stages, report.stages, nominal, strict=True):
-            device = devices[stage.device_id]
-            if not took.decode_seconds:
-                continue
+        for device in devices:
             key = BlockKey(device.host, device.name, assignment.model.digest, assignment.dtype)
-            known = self._measurements.block(key)
-            kind = "" if known is not None or device.flops_per_second else device.name or "unknown"
-            throttled = known is not None and known.share < 1
-            times.append(StageTime(device.id, kind, expected, took.decode_seconds, throttled))
-            await self._measurements.see(key, times[-1].ratio, self._now())
-        self.times.see(replica.id, times, time.monotonic())
+            found = self.times.of(device.id, time.monotonic())
+            await self._measurements.learn(key, found, self._now())
 
     def _live(self) -> list[Worker]:
         return self._workers.live(time.monotonic(), self._settings.worker_silence_seconds)

@@ -54,7 +54,7 @@ async def live(
                     device_id=stage.device_id,
                     predicted_seconds=stage.predicted,
                     measured_seconds=stage.took,
-                    ratio=times.ratio(stage.device_id, monotonic),
+                    ratio=times.ratio(stage, monotonic),
                     seen_at=timestamp(now - (monotonic - times.seen_at(replica.id))),
                 )
                 for stage in times.latest(replica.id)

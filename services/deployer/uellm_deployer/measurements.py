@@ -1,9 +1,11 @@
 """What was measured, kept in Redis: a restart, or the deployer that acts next, knows it too."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from uellm.convert import block_from_proto, seconds
 from uellm.placement.discovery import ANY_MODEL, BlockKey, Knowledge, LinkKey
+from uellm.placement.learning import Correction
 from uellm.placement.measuring import BlockCost
 from uellm.placement.topology import Link, LinkSpeed
 from uellm.streams.connection import RedisClient
@@ -16,7 +18,7 @@ LINKS = "uellm:measured:links"
 """Hash: Link by its ends: ``host/worker`` of both, or two device ids."""
 _SEPARATOR = "\t"
 _WORTH_KEEPING = 0.05
-"""A smoothed ratio is written again when it has moved so much."""
+"""What was learnt is written again when a step of one layer has moved so much by it."""
 
 
 class Measurements:
@@ -134,16 +136,19 @@ class Measurements:
             value = measured_to_proto(each).SerializeToString()
             await self._redis.hset(LINKS, _field(*ends), value)
 
-    async def see(self, key: BlockKey, ratio: float, now: float) -> None:
-        """Learn from steps that ran, if their layers were measured; see ``BlockCost.seen``."""
+    async def learn(self, key: BlockKey, found: Correction, now: float) -> None:
+        """Keep what was learnt of steps that ran, if their layers were measured."""
         known = self._costs.get(key)
         if known is None:
             return
-        seen = known.seen(ratio)
-        self._costs[key] = seen
+        self._costs[key] = replace(known, live=found)
         message = self._blocks[key]
-        if abs(seen.live_ratio / (message.cost.live_ratio or 1.0) - 1) > _WORTH_KEEPING:
-            message.cost.live_ratio = seen.live_ratio
+        layer, kept = known.layer.unloaded, message.cost
+        before = (kept.live_ratio or 1.0) * (layer + kept.live_step_seconds)
+        if abs(found.slowdown * (layer + found.step_seconds) - before) > _WORTH_KEEPING * layer:
+            message.cost.live_ratio = found.slowdown
+            message.cost.live_step_seconds = found.step_seconds
+            message.cost.live_prefill_ratio = found.prefill_ratio
             message.cost.live_at.FromNanoseconds(round(now * 1e9))
             await self._redis.hset(BLOCKS, _field(*_parts(key)), message.SerializeToString())
 

@@ -6,8 +6,10 @@ from typing import Literal
 
 from uellm.convert import planned_from_proto, planned_to_proto
 from uellm.core.model import ModelProfile
+from uellm.placement.costs import costs_of
 from uellm.placement.discovery import Knowledge
-from uellm.placement.placers import EVEN, improvement, placer_of, rated
+from uellm.placement.placers import EVEN, improvement, placer_of
+from uellm.placement.prediction import StageParts, layout_of, parts
 from uellm.placement.segments import on
 from uellm.placement.stock import NOTHING_LACKING, Fetching, fetching, in_words
 from uellm.placement.told import ToldPlacer
@@ -208,27 +210,38 @@ def _alike(one: PlannedReplica, other: PlannedReplica) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class StepsSeen:
-    """Steps that only decoded.
+    """Steps that only decoded, or only computed prompts.
 
     Attributes:
         sequences: in each, on the average.
-        context_tokens: that they attend to together.
+        tokens: of context of a sequence that decodes; of a prompt.
         in_flight: of them at once.
+        prompts: they computed prompts.
     """
 
     sequences: float
-    context_tokens: float
-    in_flight: float
+    tokens: float
+    in_flight: float = 1.0
+    prompts: bool = False
+
+    def workload(self, model: ModelProfile, stages: int) -> Workload:
+        """Batches whose steps are like these."""
+        return Workload(
+            batch=max(round(self.sequences), 1),
+            prompt_tokens=max(min(round(self.tokens), model.max_tokens - 2), 1),
+            output_tokens=1 if self.prompts else 2,
+            in_flight=max(min(round(self.in_flight), stages), 1),
+        )
 
 
-def nominal_seconds(
+def expected(
     replica: Replica,
     model: ModelProfile,
     devices: Sequence[Device],
     steps: StepsSeen,
     knowledge: Knowledge,
-) -> list[float]:
-    """What a step that only decodes should take on each part of a replica, if none is slowed.
+) -> list[StageParts]:
+    """What a step should take on each part of a replica, by what was measured before it ran.
 
     Args:
         replica: with its plan.
@@ -239,29 +252,26 @@ def nominal_seconds(
     """
     assignment = replica.assignments[0]
     described = knowledge.topology(devices, assignment.model.digest, assignment.dtype)
-    nominal = tuple(replace(device, slowdown=1.0) for device in described.devices)
-    batch = max(round(steps.sequences), 1)
-    context = min(round(steps.context_tokens / steps.sequences), model.max_tokens - 2)
-    workload = Workload(
-        batch=batch,
-        prompt_tokens=max(context, 1),
-        output_tokens=2,
-        in_flight=max(min(round(steps.in_flight), assignment.stage_count), 1),
+    nominal = tuple(
+        replace(device, slowdown=1.0, step_seconds=0.0, prefill_ratio=1.0)
+        for device in described.devices
     )
-    wanted = PlanRequest(
-        replace(described, devices=nominal),
-        model,
-        workload,
-        layer_times=knowledge.layer_times(
-            devices, assignment.model.digest, assignment.dtype, workload
+    workload = steps.workload(model, assignment.stage_count)
+    costs = costs_of(
+        PlanRequest(
+            replace(described, devices=nominal),
+            model,
+            workload,
+            layer_times=knowledge.layer_times(
+                devices, assignment.model.digest, assignment.dtype, workload
+            ),
         ),
+        workload.batch,
     )
-    if replica.planned is None:
-        raise AssertionError("unreachable: a replica that serves was planned")
-    found = rated(Plan((replica.planned,), batch, 0, "", ""), wanted)
-    if found is None:
-        raise AssertionError("unreachable: the devices are those of its parts")
-    return [stage.decode_seconds for stage in found.replicas[0].stages]
+    layout = layout_of(costs, replica.planned) if replica.planned is not None else None
+    if layout is None:
+        raise AssertionError("unreachable: a replica that serves was planned, on these devices")
+    return parts(costs, layout, prompts=steps.prompts)
 
 
 def _by_id(request: PlanRequest) -> dict[str, Device]:

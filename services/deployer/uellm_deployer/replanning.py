@@ -243,11 +243,11 @@ class Replanner:
         present = (
             {stage.device_id for stage in replica.planned.stages} if replica.planned else set()
         )
-        slowdowns = self._tools.discovery.knowledge.slowdowns
+        learnt = self._tools.discovery.knowledge.learnt
         slowed = [
-            f"{device} takes {slowdowns[device]:.2g} times what was predicted"
-            for device in sorted(present)
-            if slowdowns.get(device, 1.0) > SLOWED
+            f"{device} takes {learnt[device].slowdown:.2g} times what was predicted"
+            for device in sorted(present & learnt.keys())
+            if learnt[device].slowdown > SLOWED
         ]
         if slowed:
             return " and ".join(slowed)

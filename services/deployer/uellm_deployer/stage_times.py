@@ -3,57 +3,46 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from uellm.placement.measuring import LIVE_WEIGHT
+from uellm.placement.learning import AS_PREDICTED, Comparison, Correction, Evidence
 
 HALF_LIFE_SECONDS = 600.0
 """A device that nothing runs on any more is trusted again, by and by: after this half as little."""
-_LEAST, _MOST = 0.2, 20.0
-"""What is beyond was no step like those that are predicted."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """The latest step of a part of a replica that only decoded.
+    """The latest steps of a kind of a part of a replica.
 
     Attributes:
         device_id: where.
         kind: devices of which what is predicted errs alike; "" where it is not to err.
         predicted: seconds, at the device's nominal speed.
         took: seconds.
-        throttled: a quota holds the device back where it always computes. Steps that it lets
-            through say nothing of more layers: those that took less than predicted count as that.
+        compared: the same as it teaches: without what a quota adds.
     """
 
     device_id: str
     kind: str
     predicted: float
     took: float
-    throttled: bool = False
-
-    @property
-    def ratio(self) -> float:
-        """What is learnt of it: what was taken in units of what was predicted."""
-        ratio = self.took / self.predicted
-        return max(ratio, 1.0) if self.throttled else ratio
+    compared: Comparison
 
 
 class StageTimes:
-    """Smoothed ratios by device, and the latest steps by replica."""
+    """What was learnt by device, and the latest steps that only decoded by replica."""
 
     def __init__(self) -> None:
         self._latest: dict[str, tuple[float, tuple[StageTime, ...]]] = {}
-        self._ratios: dict[str, tuple[float, float]] = {}
+        self._evidence: dict[str, Evidence] = {}
         self._kinds: dict[str, str] = {}
 
     def see(self, replica: str, stages: Sequence[StageTime], now: float) -> None:
         """Take note of a step; ``now`` in seconds."""
-        self._latest[replica] = now, tuple(stages)
+        if not any(stage.compared.prompts for stage in stages):
+            self._latest[replica] = now, tuple(stages)
         for stage in stages:
-            if not (stage.predicted and _LEAST <= stage.took / stage.predicted <= _MOST):
-                continue
-            held, _ = self._ratios.get(stage.device_id, (1.0, now))
-            ratio = held + LIVE_WEIGHT * (stage.ratio - held)
-            self._ratios[stage.device_id] = (ratio, now)
+            found = self._evidence.setdefault(stage.device_id, Evidence(HALF_LIFE_SECONDS))
+            found.see(stage.compared, now)
             self._kinds[stage.device_id] = stage.kind
 
     def forget(self, replicas: Sequence[str]) -> None:
@@ -68,34 +57,33 @@ class StageTimes:
         """When that was, by the clock of ``see``; 0: never."""
         return self._latest.get(replica, (0.0, ()))[0]
 
-    def ratio(self, device_id: str, now: float) -> float:
-        """What steps on a device take, in units of what was predicted; 0: none was seen.
+    def ratio(self, stage: StageTime, now: float) -> float:
+        """What such a step is taken to take by now, in units of what was predicted; 0: not known.
 
-        As far as that is believed still: what was seen long ago says nothing.
+        As far as what was seen is believed still: what was seen long ago says nothing.
         """
-        if device_id not in self._ratios:
-            return 0.0
-        ratio, at = self._ratios[device_id]
-        return 1 + (ratio - 1) * _trust(now - at)
+        found = self._evidence.get(stage.device_id)
+        return found.ratio(stage.compared, now) if found is not None else 0.0
 
-    def slowdowns(self, now: float) -> Mapping[str, float]:
-        """How much slower devices are than was predicted, or below 1 faster, by id.
+    def learnt(self, now: float) -> Mapping[str, Correction]:
+        """What devices take beside what was predicted, by id.
 
         Where nothing was measured or declared, what devices of a kind have in common is an error of
         the prediction: there a device is as slow as it is against the best one of its kind.
         """
+        found = {device: seen.correction(now) for device, seen in self._evidence.items()}
         best: dict[str, float] = {}
-        for device, (ratio, _) in self._ratios.items():
+        for device, each in found.items():
             kind = self._kinds[device]
-            best[kind] = min(best.get(kind, ratio), ratio)
-        found = {}
-        for device, (ratio, at) in self._ratios.items():
-            kind = self._kinds[device]
-            slow = ratio / best[kind] if kind else ratio
-            found[device] = 1 + (slow - 1) * _trust(now - at)
-        return found
+            best[kind] = min(best.get(kind, each.slowdown), each.slowdown)
+        return {
+            device: Correction(each.slowdown / best[kind])
+            if (kind := self._kinds[device])
+            else each
+            for device, each in found.items()
+        }
 
-
-def _trust(seconds: float) -> float:
-    """Share of what was seen so long ago that is believed still."""
-    return float(0.5 ** (seconds / HALF_LIFE_SECONDS))
+    def of(self, device_id: str, now: float) -> Correction:
+        """What one device takes, against what was predicted of itself alone."""
+        found = self._evidence.get(device_id)
+        return found.correction(now) if found is not None else AS_PREDICTED

@@ -59,7 +59,7 @@ class Devices:
     ) -> None:
         self._worker = worker
         self._rack = rack
-        self._host = socket.gethostname()
+        self._host, self._machine = socket.gethostname(), machine()
         self.sharers = 1
         names = [name.strip() for name in selection.split(",") if name.strip()]
         automatic = names == ["auto"]
@@ -235,11 +235,24 @@ class Devices:
             kind=kind,
             name=name,
             path=[self._rack, self._host],
+            machine=self._machine,
             memory_total_bytes=total_bytes,
             memory_free_bytes=free_bytes,
             slowdown=1.0,
             healthy=healthy,
         )
+
+
+def machine(system: Path = Path("/")) -> str:
+    """What tells this machine from others, the same in all its containers; "" if nothing does.
+
+    Args:
+        system: where ``proc`` is.
+    """
+    try:
+        return (system / "proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def resident_bytes(pid: int) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from uellm.core.cost import chunk_pairs
 from uellm_worker.engine.plan import Admission, Chunk, Move, StepPlan
 from uellm_worker.engine.sequences import Sequence
 
@@ -87,6 +88,12 @@ class Flight:
     def decodes(self) -> list[Share]:
         """The shares that decode."""
         return [share for share in self.shares if share.decode]
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of tokens that attention forms in the shares of prompts."""
+        chunks = [share.chunk for share in self.shares if not share.decode]
+        return sum(chunk_pairs(chunk.start, chunk.count) for chunk in chunks)
 
 
 def make_plan(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from uellm.convert import cost_to_proto
-from uellm.core.cost import DEFAULT_COST, StepCost, chunk_pairs
+from uellm.core.cost import DEFAULT_COST, StepCost
 from uellm.policy.latency import LatencyModel
 from uellm.v1 import common_pb2
 from uellm.v1.queue_pb2 import ReplicaReport, StageSeconds
@@ -60,9 +60,7 @@ class CostMeter:
         """Learn from a step that ended; its decodes attended to so many tokens."""
         self._tokens += flight.plan.rows
         self._context += context
-        for share in flight.shares:
-            if not share.decode:
-                self._pairs += chunk_pairs(share.chunk.start, share.chunk.count)
+        self._pairs += flight.pairs
         before = flight.ended_before
         self._model.observe(
             self._tokens - before[0],
@@ -101,6 +99,8 @@ class StepMeter:
         decode_seconds: per stage, of steps that only decode, smoothed.
         decode_mean: sequences of these steps, the tokens that they attend to, and steps under way
             while they are, smoothed likewise.
+        prefill_seconds: per stage, of steps that only compute prompts, smoothed.
+        prefill_mean: tokens of these steps and pairs of tokens in them, smoothed likewise.
         cost: what steps take by what they compute.
         hop_seconds: smoothed time of one hop; all hops of a step are taken as equal, because
             clocks of different hosts cannot tell them apart. Known of steps that were alone under
@@ -121,6 +121,8 @@ class StepMeter:
     compute_seconds: list[float] = field(default_factory=list)
     decode_seconds: list[float] = field(default_factory=list)
     decode_mean: list[float] = field(default_factory=list)
+    prefill_seconds: list[float] = field(default_factory=list)
+    prefill_mean: list[float] = field(default_factory=list)
     hop_seconds: float = 0.0
     cost: CostMeter = field(default_factory=CostMeter)
     _last_result_at: float = 0.0
@@ -159,6 +161,10 @@ class StepMeter:
             theirs = self.decode_interval_seconds if decodes else 0.0
             per_token = max(self.interval_seconds - theirs, 0.0) / self.prefill_tokens
             self.prefill_seconds_per_token = _smoothed(self.prefill_seconds_per_token, per_token)
+            if not decodes:
+                self.prefill_seconds = _all_smoothed(self.prefill_seconds, result.seconds)
+                prompts = (self.prefill_tokens, flight.pairs)
+                self.prefill_mean = _all_smoothed(self.prefill_mean, prompts)
         self._add_stages(result.seconds, alone=alone)
 
     def _add_stages(self, stage_seconds: Sequence[float], *, alone: bool) -> None:
@@ -196,15 +202,20 @@ class StepMeter:
             padding_tokens=self.padding_tokens,
             stages=[
                 StageSeconds(
-                    compute_seconds=seconds, hop_seconds=self.hop_seconds, decode_seconds=decode
+                    compute_seconds=seconds,
+                    hop_seconds=self.hop_seconds,
+                    decode_seconds=decode,
+                    prefill_seconds=prefill,
                 )
-                for seconds, decode in zip_longest(
-                    self.compute_seconds, self.decode_seconds, fillvalue=0.0
+                for seconds, decode, prefill in zip_longest(
+                    self.compute_seconds, self.decode_seconds, self.prefill_seconds, fillvalue=0.0
                 )
             ],
             decode_step_sequences=self.decode_mean[0] if self.decode_mean else 0.0,
             decode_step_context_tokens=self.decode_mean[1] if self.decode_mean else 0.0,
             decode_steps_in_flight=self.decode_mean[2] if self.decode_mean else 0.0,
+            prefill_step_tokens=self.prefill_mean[0] if self.prefill_mean else 0.0,
+            prefill_step_pairs=self.prefill_mean[1] if self.prefill_mean else 0.0,
             running=running,
             waiting=waiting,
             slots=slots,
