@@ -1,11 +1,14 @@
 """Who is there, and what they serve."""
 
+import pytest
 from redis.asyncio import Redis
 
+from tests.support.scheduling import Mesh
 from tests.support.waiting import eventually
+from uellm.cli import exits, overview
 from uellm.streams.clock import RedisClock
 from uellm.streams.registry import Registry, ServiceAddress
-from uellm.v1 import topology_pb2
+from uellm.v1 import queue_pb2, topology_pb2
 
 
 def _service(number: int, role: str = "worker") -> ServiceAddress:
@@ -78,3 +81,14 @@ async def test_the_clock_is_redis_time(redis: Redis) -> None:
     await clock.sync()
     await clock.sync(force=True)
     assert clock.now() >= before - 0.5
+
+
+async def test_health_tells_who_computes_from_who_waits_for_a_slot(
+    redis: Redis, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mesh = Mesh(redis)
+    await mesh.deploy("r0", slots=2)
+    report = queue_pb2.ReplicaReport(epoch=1, slots=2, kv_tokens_total=9, running=5, waiting=3)
+    assert await mesh.leader.route("r0", 1, "READY", report)
+    assert await overview.health(redis_url, as_json=False) == exits.FAILED
+    assert "2 running on 2 slots, 3 waiting" in capsys.readouterr().out

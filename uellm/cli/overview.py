@@ -210,11 +210,14 @@ def _print_health(
 
 
 def _holds(engine: dict[str, int]) -> str:
+    # Who waits for a slot is counted with those in the engine.
+    running = engine["running"] - engine["waiting"]
     return (
-        "{running} running on {slots} slots; KV cache of {kv_tokens_total} tokens: "
-        "{kv_tokens_used} used, {kv_tokens_cached} kept as prefixes, "
-        "which saved {prefix_hit_tokens} prompt tokens"
-    ).format_map(engine)
+        f"{running} running on {engine['slots']} slots, {engine['waiting']} waiting; "
+        f"KV cache of {engine['kv_tokens_total']} tokens: {engine['kv_tokens_used']} used, "
+        f"{engine['kv_tokens_cached']} kept as prefixes, "
+        f"which saved {engine['prefix_hit_tokens']} prompt tokens"
+    )
 
 
 def _print_json(value: Any) -> None:
