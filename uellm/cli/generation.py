@@ -12,12 +12,19 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from uellm.cli import exits
-from uellm.cli.promises import ANSWERED, describe_end, describe_estimate, describe_promise
+from uellm.cli.promises import (
+    ANSWERED,
+    describe_end,
+    describe_estimate,
+    describe_promise,
+    leaves_a_question,
+)
 from uellm.client import Client, new_request
 from uellm.client.requests import Turn
 from uellm.core.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
+    ResourceExhaustedError,
     UellmError,
     UnavailableError,
 )
@@ -133,27 +140,48 @@ async def answer(
 ) -> Outcome:
     """Stream an answer to ``out``, and the promise and what became of it to ``notes``."""
     outcome = Outcome()
+    refuse = request.on_infeasible == common_pb2.ON_INFEASIBLE_REFUSE
     async with contextlib.aclosing(client.generate(request)) as events:
-        async for event in events:
-            outcome.request_id = event.request_id
-            match event.WhichOneof("event"):
-                case "promise":
-                    if notes is not None and not outcome.promises:
-                        notes.write(f"{describe_promise(event.promise)}\n")
-                    outcome.promises.append(event.promise)
-                case "tokens":
-                    outcome.text += event.tokens.text
-                    if out is not None:
-                        out.write(event.tokens.text)
-                        out.flush()
-                case "finished":
-                    outcome.finished = event.finished
+        try:
+            async for event in events:
+                _take(outcome, event, out, notes, refuse=refuse)
+        except ResourceExhaustedError:
+            # A refused call ends with a status too, which says what its end has said.
+            if outcome.finished is None:
+                raise
     if out is not None and outcome.text and not outcome.text.endswith("\n"):
         out.write("\n")
     if notes is not None and outcome.finished is not None:
         first = outcome.promises[0] if outcome.promises else None
         notes.write(f"{describe_end(outcome.finished, first)}\n")
+        if leaves_a_question(outcome.finished, first):
+            notes.write(f"`uellm why {outcome.request_id}` says why\n")
     return outcome
+
+
+def _take(
+    outcome: Outcome,
+    event: inference_pb2.GenerationEvent,
+    out: TextIO | None,
+    notes: TextIO | None,
+    *,
+    refuse: bool,
+) -> None:
+    outcome.request_id = event.request_id
+    match event.WhichOneof("event"):
+        case "promise":
+            # What is feasible is named to one that is refused; it is no promise.
+            refused = refuse and event.promise.HasField("earliest_feasible_finish")
+            if notes is not None and not outcome.promises and not refused:
+                notes.write(f"{describe_promise(event.promise)}\n")
+            outcome.promises.append(event.promise)
+        case "tokens":
+            outcome.text += event.tokens.text
+            if out is not None:
+                out.write(event.tokens.text)
+                out.flush()
+        case "finished":
+            outcome.finished = event.finished
 
 
 async def generate(

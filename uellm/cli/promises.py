@@ -75,3 +75,14 @@ def describe_end(finished: inference_pb2.Finished, promise: common_pb2.Promise |
     if finished.attempts > 1:
         words.append(f"resumed {finished.attempts - 1}×")  # noqa: RUF001 - the sign is meant
     return "; ".join(words)
+
+
+def leaves_a_question(finished: inference_pb2.Finished, promise: common_pb2.Promise | None) -> bool:
+    """Whether a user may ask why: it was not answered, or later than asked for or promised."""
+    if finished.reason == common_pb2.FINISH_REASON_CANCELLED:
+        return False
+    if finished.reason not in ANSWERED or not finished.slo.met:
+        return True
+    return promise is not None and (
+        promise.finish_p90.ToNanoseconds() < finished.timings.finished_at.ToNanoseconds()
+    )
