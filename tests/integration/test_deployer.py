@@ -246,10 +246,41 @@ async def test_a_worker_that_is_going_is_left_and_released(pair: Mesh) -> None:
     epoch = deployment.replicas[0].epoch
     (first,) = layers(deployment)
     going = pair.workers[first[0].partition("/")[0]]
-    going.healthy = False
+    going.going = True
     after = await pair.ready(above=epoch)
     assert layers(after)[0][0] != first[0]
     assert ("release", REPLICA, epoch) in going.calls
+
+
+async def test_a_device_that_its_driver_lost_is_done_without(mesh: Mesh) -> None:
+    await mesh.add_deployer()
+    worker = await mesh.add_worker("w1", devices=2)
+    await mesh.apply(stages=2)
+    before = (await mesh.ready()).replicas[0]
+    worker.lost = {"w1/sim:1"}
+    after = (await mesh.ready(above=before.epoch)).replicas[0]
+    assert [stage.device_id for stage in after.planned.stages] == ["w1/sim:0"]
+
+
+async def test_what_serves_stays_where_a_driver_does_not_answer(pair: Mesh) -> None:
+    """NVML fails in containers after a reload of the host's units; CUDA goes on."""
+    await pair.apply(stages=2)
+    before = await pair.ready()
+    for worker in pair.workers.values():
+        worker.healthy = False
+
+    async def told() -> bool:
+        there = (await pair.call("Describe", deployer_pb2.DescribeRequest())).workers
+        return not any(device.healthy for worker in there for device in worker.devices)
+
+    await eventually(told)
+
+    async def untouched() -> bool:
+        after = await pair.published()
+        return after is not None and after.replicas == before.replicas
+
+    await stays(untouched, 1.0)
+    assert await pair.route() == (before.replicas[0].epoch, "READY")
 
 
 async def test_a_replica_with_too_few_stages_grows_when_nothing_runs(pair: Mesh) -> None:

@@ -495,6 +495,7 @@ async def test_drain_finishes_what_it_can_and_hands_back_the_rest(
         assert await mesh.state(long) == "QUEUED"
         assert await mesh.state(waiting) == "QUEUED"
         assert await mesh.route_state() == "DRAINING"
+        assert deployer.heartbeats[-1].going
         assert not any(device.healthy for device in deployer.heartbeats[-1].devices)
         ids, text = await mesh.logged(long)
         assert len(ids) == (await mesh.record(long)).tokens > 5

@@ -55,6 +55,7 @@ class RecordingWorker(worker_pb2_grpc.WorkerServiceServicer):
     """Prepares and commits in memory, fenced by generation, and remembers what it was asked.
 
     Attributes:
+        lost: ids of devices that their driver has lost.
         calls: name, replica and generation of every call.
         fail_prepare: the next calls of Prepare fail with these.
         hold_prepare: Prepare waits while this is cleared.
@@ -67,7 +68,8 @@ class RecordingWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.name = name
         self.address = ""
         self.incarnation = time.time_ns()
-        self.healthy = True
+        self.healthy, self.going = True, False
+        self.lost: set[str] = set()
         self.calls: list[tuple[str, str, int]] = []
         self.fail_prepare: list[UellmError] = []
         self.hold_prepare = asyncio.Event()
@@ -226,6 +228,7 @@ class RecordingWorker(worker_pb2_grpc.WorkerServiceServicer):
             incarnation=self.incarnation,
             stages=self.stages.values(),
             devices=self.devices,
+            going=self.going,
         )
         if (await stub.Heartbeat(heartbeat, timeout=2)).unknown:
             register = deployer_pb2.RegisterWorkerRequest(
@@ -241,15 +244,17 @@ class RecordingWorker(worker_pb2_grpc.WorkerServiceServicer):
     def devices(self) -> list[topology_pb2.Device]:
         """Its devices: a CPU, or several that are simulated."""
         many = self._num_devices > 1
+        kind = "sim" if many else "cpu"
         return [
             topology_pb2.Device(
-                id=f"{self.name}/{'sim' if many else 'cpu'}:{index}",
+                id=f"{self.name}/{kind}:{index}",
                 worker=self.name,
                 host="localhost",
                 kind=topology_pb2.DEVICE_KIND_SIMULATED if many else topology_pb2.DEVICE_KIND_CPU,
                 memory_total_bytes=self._memory_bytes,
                 memory_free_bytes=self._memory_bytes,
-                healthy=self.healthy,
+                healthy=self.healthy and f"{self.name}/{kind}:{index}" not in self.lost,
+                lost=f"{self.name}/{kind}:{index}" in self.lost,
             )
             for index in range(self._num_devices)
         ]

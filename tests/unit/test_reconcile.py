@@ -30,7 +30,8 @@ def worker(
     *held: tuple[str, int, "deployer_pb2.StageState.ValueType"],
     seen_at: float = NOW,
     heard_at: float | None = NOW,
-    healthy: bool = True,
+    going: bool = False,
+    lost: bool = False,
     incarnation: int = 1,
     unreachable: bool = False,
 ) -> Worker:
@@ -38,7 +39,8 @@ def worker(
         worker=name,
         address=f"{name}:1",
         incarnation=incarnation,
-        devices=[topology_pb2.Device(id=f"{name}/cpu:0", healthy=healthy)],
+        devices=[topology_pb2.Device(id=f"{name}/cpu:0", healthy=not lost, lost=lost)],
+        going=going,
         seen_at=seen_at,
         heard_at=heard_at,
         stages={
@@ -100,7 +102,8 @@ def test_a_replica_whose_stages_all_serve_is_left_alone() -> None:
     [
         (worker("b", HELD, seen_at=96.9), True, "not been heard of for 3 s"),
         (worker("b", HELD, unreachable=True), True, "cannot be reached"),
-        (worker("b", HELD, healthy=False), True, "is going"),
+        (worker("b", HELD, going=True), True, "is going"),
+        (worker("b", HELD, lost=True), False, "the driver has lost b/cpu:0"),
         (worker("b", heard_at=None), True, "does not say"),
         (worker("c"), True, "worker b is not there"),
         (worker("b", HELD, incarnation=2), False, "started again"),

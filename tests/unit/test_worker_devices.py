@@ -69,6 +69,7 @@ def test_a_gpu_that_does_not_answer_is_not_healthy(two_gpus: FakeLibrary) -> Non
     first, second = devices.describe()
     assert (first.healthy, second.healthy) == (True, False)
     assert "memory: GPU is lost" in second.notes
+    assert (first.lost, second.lost) == (False, True)
 
 
 @pytest.mark.usefixtures("two_gpus")

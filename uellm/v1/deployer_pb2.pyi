@@ -214,10 +214,13 @@ class HeartbeatRequest(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    GOING_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """Which worker."""
     incarnation: _builtins.int
     """Its start."""
+    going: _builtins.bool
+    """It is about to end, and hands back what it does not finish."""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageStatus]:
         """All its stages."""
@@ -233,10 +236,11 @@ class HeartbeatRequest(_message.Message):
         incarnation: _builtins.int = ...,
         stages: _abc.Iterable[Global___StageStatus] | None = ...,
         devices: _abc.Iterable[_topology_pb2.Device] | None = ...,
+        going: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "incarnation", b"incarnation", "stages", b"stages", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "going", b"going", "incarnation", b"incarnation", "stages", b"stages", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

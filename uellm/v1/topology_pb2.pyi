@@ -222,6 +222,7 @@ class Device(_message.Message):
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
     PREFILL_RATIO_FIELD_NUMBER: _builtins.int
     MACHINE_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique in the mesh: `<worker>/<kind>:<index>`."""
     worker: _builtins.str
@@ -260,6 +261,8 @@ class Device(_message.Message):
     """What layers take for prompts, in units of `slowdown`, as was learnt; 0: 1."""
     machine: _builtins.str
     """The machine that its host runs on, which several may share as containers do; empty: not known."""
+    lost: _builtins.bool
+    """Its driver says that it is gone, or wants it reset: nothing on it computes any more."""
     @_builtins.property
     def path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Where it hangs, from the widest down: rack, host, NUMA node, switch."""
@@ -312,10 +315,11 @@ class Device(_message.Message):
         step_seconds: _builtins.float = ...,
         prefill_ratio: _builtins.float = ...,
         machine: _builtins.str = ...,
+        lost: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_utilisation", b"_utilisation", "cost", b"cost", "measured_at", b"measured_at", "pcie", b"pcie", "utilisation", b"utilisation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_utilisation", b"_utilisation", "cores", b"cores", "cost", b"cost", "flops_per_second", b"flops_per_second", "healthy", b"healthy", "host", b"host", "id", b"id", "kind", b"kind", "launch_seconds", b"launch_seconds", "machine", b"machine", "measured_at", b"measured_at", "memory_bytes_per_second", b"memory_bytes_per_second", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "name", b"name", "notes", b"notes", "path", b"path", "pcie", b"pcie", "prefill_ratio", b"prefill_ratio", "processes", b"processes", "slowdown", b"slowdown", "step_seconds", b"step_seconds", "throttled_by", b"throttled_by", "utilisation", b"utilisation", "uuid", b"uuid", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_utilisation", b"_utilisation", "cores", b"cores", "cost", b"cost", "flops_per_second", b"flops_per_second", "healthy", b"healthy", "host", b"host", "id", b"id", "kind", b"kind", "launch_seconds", b"launch_seconds", "lost", b"lost", "machine", b"machine", "measured_at", b"measured_at", "memory_bytes_per_second", b"memory_bytes_per_second", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "name", b"name", "notes", b"notes", "path", b"path", "pcie", b"pcie", "prefill_ratio", b"prefill_ratio", "processes", b"processes", "slowdown", b"slowdown", "step_seconds", b"step_seconds", "throttled_by", b"throttled_by", "utilisation", b"utilisation", "uuid", b"uuid", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cost: _TypeAlias = _typing.Literal["cost"]  # noqa: Y015
     _WhichOneofArgType__cost: _TypeAlias = _typing.Literal["_cost", b"_cost"]  # noqa: Y015

@@ -33,7 +33,7 @@ def devices_for(
     found = []
     for worker in workers:
         for device in said(worker):
-            if not device.healthy:
+            if not device.healthy or worker.going:
                 continue
             free = device.memory_free_bytes + held[device.id] - owed[device.id]
             memory_bytes = max(0, min(free, device.memory_total_bytes))

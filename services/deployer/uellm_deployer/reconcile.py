@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from uellm.v1 import deployer_pb2
+from uellm.convert import device_shards
+from uellm.v1 import deployer_pb2, topology_pb2
 from uellm_deployer.replica import Phase, Replica, worker_of
 from uellm_deployer.workers import Worker
 
@@ -200,7 +201,10 @@ def loss(replica: Replica, situation: Situation) -> Suspend | None:
         elif why := _agent_loss(name, worker, replica, situation):
             reasons.append(why)
             agent_lost = True
-        elif worker is not None and (why := _stage_loss(worker, replica, assignment.stage_index)):
+        elif worker is not None and (
+            why := _stage_loss(worker, replica, assignment.stage_index)
+            or _device_loss(worker, assignment)
+        ):
             reasons.append(why)
     return Suspend(replica.id, "; ".join(reasons), agent_lost) if reasons else None
 
@@ -215,7 +219,7 @@ def _agent_loss(name: str, worker: Worker | None, replica: Replica, situation: S
         return f"worker {name} is not there" if unheard else ""
     if why := worker.lost(situation.now, situation.silence_seconds):
         return why
-    if worker.devices and not worker.usable:
+    if worker.going:
         return f"worker {name} is going"
     if worker.heard_at is None and unheard:
         return f"worker {name} does not say how its stages are"
@@ -235,6 +239,13 @@ def _stage_loss(worker: Worker, replica: Replica, stage_index: int) -> str:
     if worker.heard_at - replica.trusted_at <= SETTLED_SECONDS:
         return ""
     return f"{where} does not serve generation {replica.epoch} any more"
+
+
+def _device_loss(worker: Worker, assignment: topology_pb2.ShardAssignment) -> str:
+    """What computes on a device that is lost may hang for long before it fails."""
+    parts = {part.device_id for part in device_shards(assignment)}
+    lost = [device.id for device in worker.devices if device.lost and device.id in parts]
+    return f"the driver has lost {' and '.join(lost)}" if lost else ""
 
 
 def _gone(replica: Replica, situation: Situation) -> str:

@@ -24,6 +24,7 @@ class Worker:
         heard_at: its latest heartbeat, which says how its stages are; None: there was none yet.
         stages: by replica.
         unreachable: its address does not answer.
+        going: it says that it is about to end.
     """
 
     worker: str
@@ -35,6 +36,7 @@ class Worker:
     stages: Mapping[str, deployer_pb2.StageStatus] = field(default_factory=dict)
     links: Sequence[topology_pb2.Link] = ()
     unreachable: bool = False
+    going: bool = False
 
     def lost(self, now: float, silence_seconds: float) -> str:
         """Why it counts as lost, or ""."""
@@ -47,7 +49,7 @@ class Worker:
     @property
     def usable(self) -> list[topology_pb2.Device]:
         """The devices that may be given layers; none when the worker is going."""
-        return [device for device in self.devices if device.healthy]
+        return [device for device in self.devices if device.healthy and not self.going]
 
 
 class Workers:
@@ -104,6 +106,7 @@ class Workers:
                 reason="STALE_INCARNATION",
             )
         known.stages = {stage.replica: stage for stage in request.stages}
+        known.going = request.going
         if request.devices:
             known.devices = tuple(request.devices)
         known.seen_at = known.heard_at = now

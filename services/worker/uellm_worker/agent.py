@@ -152,4 +152,5 @@ class Agent:
             incarnation=self.incarnation,
             stages=self.statuses(),
             devices=self.devices(),
+            going=self._going,
         )

@@ -101,6 +101,7 @@ class Gpus:
             )
         for pid, held in state.processes.items():
             message.processes.add(pid=pid, memory_bytes=held)
+        message.lost = state.lost
         message.slowdown = state.slowdown
         message.throttled_by.extend(state.throttled_by)
         message.notes.extend(state.notes)

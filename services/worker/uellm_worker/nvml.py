@@ -54,6 +54,7 @@ class GpuState:
         processes: bytes by process id of the host; None: bytes not said.
         throttled_by: why its clocks are lower than they could be.
         slowdown: by how much they are; 1: not at all.
+        lost: it is gone, or has to be reset.
         notes: what was not answered or makes no sense.
     """
 
@@ -64,6 +65,7 @@ class GpuState:
     processes: Mapping[int, int | None]
     throttled_by: tuple[str, ...]
     slowdown: float
+    lost: bool
     notes: tuple[str, ...]
 
 
@@ -127,6 +129,9 @@ class Gpu:
             processes=ask("processes", {}, self._ask_processes),
             throttled_by=throttled_by,
             slowdown=self._slowdown(ask) if throttled_by and not reasons & _IDLE else 1.0,
+            lost=not ask.codes.isdisjoint(
+                (self._library.NVML_ERROR_GPU_IS_LOST, self._library.NVML_ERROR_RESET_REQUIRED)
+            ),
             notes=(*self._notes, *ask.notes),
         )
 
@@ -245,10 +250,11 @@ def _text(value: str | bytes) -> str:
 
 
 class _Asking:
-    """Asks NVML, and notes what it does not answer."""
+    """Asks NVML, and notes what it does not answer, and NVML's codes for that."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
+        self.codes: set[object] = set()
 
     def __call__(
         self,
@@ -262,6 +268,7 @@ class _Asking:
         try:
             return ask(*args)
         except Exception as error:  # NVML raises a class per code, older bindings others
+            self.codes.add(getattr(error, "value", None))
             if not expected:
                 self.note(f"{field}: {error}")
             return otherwise
