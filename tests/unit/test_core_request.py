@@ -122,10 +122,10 @@ def test_what_exceeds_a_value_is_judged_by_what_lies_beyond_it(
     if value < quantiles.values[0]:
         assert (low, median, high) == quantiles.low_median_high
         return
-    below = max(
-        level
-        for level, point in zip(quantiles.levels, quantiles.values, strict=True)
-        if point <= value
-    )
+    below = quantiles.level_of(value)
     assert median == pytest.approx(quantiles.at(below + (1 - below) / 2))
+    if low < quantiles.values[-1]:
+        # One in ten of those that are longer than it ends by then.
+        ended = (quantiles.level_of(low) - below) / (1 - below)
+        assert ended == pytest.approx(0.1) or low in quantiles.values
     assert high >= quantiles.low_median_high[2]

@@ -3,7 +3,6 @@
 Times are seconds since the epoch by Redis TIME; durations are seconds.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -115,21 +114,15 @@ class QuantileFunction:
     def given(self, exceeded: float) -> tuple[float, float, float]:
         """The 10 %, 50 % and 90 % quantiles of what exceeds ``exceeded``.
 
-        To the point: what is known to exceed a value is taken to exceed the point below it only.
         Beyond the last point nothing is known, and all three are that point.
         """
-        point = bisect_right(self.values, exceeded)
-        return self._given[point] if point else self.low_median_high
-
-    @cached_property
-    def _given(self) -> list[tuple[float, float, float]]:
-        return [
-            self.low_median_high,
-            *(
-                (self.at(p + (1 - p) * 0.1), self.at(p + (1 - p) * 0.5), self.at(p + (1 - p) * 0.9))
-                for p in self.levels
-            ),
-        ]
+        below = self.level_of(exceeded)
+        above = 1 - below
+        return (
+            self.at(below + above * 0.1),
+            self.at(below + above * 0.5),
+            self.at(below + above * 0.9),
+        )
 
     def clipped(self, low: float, high: float) -> "QuantileFunction":
         """The same distribution with its values kept within [low, high]."""

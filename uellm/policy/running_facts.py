@@ -11,7 +11,7 @@ from uellm.core.request import ResourceProfile, Slo
 from uellm.policy.due import PATIENCE_SECONDS
 from uellm.policy.latest_start import facts_of
 from uellm.policy.remaining import LEAST_OUTGROWN
-from uellm.policy.rows import Array, Floats, RowCache
+from uellm.policy.rows import Array, Floats, Places, RowCache
 from uellm.policy.views import SequenceView
 
 _POINTS = 32
@@ -36,7 +36,7 @@ class RunningFacts:
 
     def of(self, sequences: Sequence[SequenceView]) -> Floats:
         """Numbers of these sequences."""
-        base, values, medians, highs = self._profiles.of([s.profile for s in sequences])
+        base, levels, values = self._profiles.of([s.profile for s in sequences])
         if (base[2] > _POINTS).any():
             return facts_of(sequences)
         (slos,) = self._slos.of([sequence.slo for sequence in sequences])
@@ -47,15 +47,18 @@ class RunningFacts:
         prompt, computed, output, most, first, arrived, rank = numbers
         answered = np.maximum(np.maximum(prompt, computed) - base[0], output)
         answered = np.maximum(answered, 0.0)
-        most_points = int(base[2].max(initial=0))
-        point = np.where(answered > 0, (values[:most_points] <= answered).sum(axis=0), 0)
+        most_points = int(base[2].max(initial=1))
+        lengths = _Lengths(levels[:most_points], values[:most_points], base[2].astype(np.intp))
+        below = np.where(answered > 0, lengths.level_of(answered), 0.0)
         outgrown = answered >= base[1]
         beyond = np.maximum(LEAST_OUTGROWN, answered / 2)
         most = np.maximum(most - output, 1.0)
-        place = np.arange(count)
         median, high = (
-            np.minimum(np.where(outgrown, beyond, table[point, place] - answered), most)
-            for table in (medians, highs)
+            np.minimum(
+                np.where(outgrown, beyond, lengths.at(below + (1 - below) * level) - answered),
+                most,
+            )
+            for level in (0.5, 0.9)
         )
         accepted, deadline, ttft, tpot, patience = slos
         begun = ~np.isnan(first) | (answered > 0)
@@ -79,22 +82,55 @@ class RunningFacts:
         )
 
 
+class _Lengths:
+    """Predicted lengths of many answers; see ``uellm.core.request.QuantileFunction``.
+
+    Args:
+        levels: a column for each, 1 behind the last point.
+        values: likewise, infinite behind it.
+        counts: points of each.
+    """
+
+    def __init__(self, levels: Floats, values: Floats, counts: Places) -> None:
+        self._levels, self._values, self._last = levels, values, counts - 1
+        self._place = np.arange(len(counts))
+
+    def at(self, level: Floats) -> Floats:
+        """Quantiles, one of each."""
+        point = (self._levels < level).sum(axis=0)
+        return self._between(level, self._levels, self._values, point)
+
+    def level_of(self, value: Floats) -> Floats:
+        """Probabilities of at most these values; below the first point 0."""
+        point = (self._values <= value).sum(axis=0)
+        found = self._between(value, self._values, self._levels, point)
+        return np.where(point > 0, found, 0.0)
+
+    def _between(self, given: Floats, ours: Floats, theirs: Floats, point: Places) -> Floats:
+        """What belongs to what is given, on the lines between points; the outermost beyond them."""
+        before = np.minimum(np.maximum(point - 1, 0), self._last)
+        behind = np.minimum(point, self._last)
+        start, stop = ours[before, self._place], ours[behind, self._place]
+        apart = np.where(stop > start, stop - start, 1.0)
+        share = np.where(behind > before, (given - start) / apart, 0.0)
+        low, high = theirs[before, self._place], theirs[behind, self._place]
+        found: Floats = low + share * (high - low)
+        return found
+
+
 def _profiles(profiles: Sequence[ResourceProfile]) -> tuple[Array, ...]:
-    """Prompt, last point and how many; the points; medians and highs of what exceeds each."""
+    """Prompt, last point and how many; levels and values of the points."""
     base = np.empty((3, len(profiles)))
+    levels = np.ones((_POINTS, len(profiles)))
     values = np.full((_POINTS, len(profiles)), inf)
-    medians, highs = np.zeros((2, _POINTS + 1, len(profiles)))
     for i, profile in enumerate(profiles):
         lengths = profile.output_tokens
         count = len(lengths.values)
         base[:, i] = profile.prompt_tokens, lengths.values[-1], count
-        if count > _POINTS:
-            continue
-        values[:count, i] = lengths.values
-        given = [lengths.low_median_high, *(lengths.given(value) for value in lengths.values)]
-        medians[: count + 1, i] = [median for _, median, _ in given]
-        highs[: count + 1, i] = [high for _, _, high in given]
-    return base, values, medians, highs
+        if count <= _POINTS:
+            levels[:count, i] = lengths.levels
+            values[:count, i] = lengths.values
+    return base, levels, values
 
 
 def _slos(slos: Sequence[Slo]) -> tuple[Array, ...]:
