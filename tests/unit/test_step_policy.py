@@ -429,6 +429,19 @@ def test_the_urgent_are_lent_room_that_others_will_need_if_somebody_can_give_it_
     assert (refused.admit, refused.preempt) == ((), ())
 
 
+def test_nobody_more_is_preempted_than_gives_the_urgent_room_now() -> None:
+    rich = [decoding(f"rich-{i}", 100, tokens=300, deadline_at=NOW + 100 + i) for i in range(6)]
+    urgent = sequence("urgent", ttft_at=NOW + 0.2, tokens=100)
+    # None of the room is free, and the predicted peak is far more, whoever of them goes.
+    view = engine(rich, [urgent], slots=64, kv_tokens_total=sum(map(held_tokens, rich)) + 9)
+    decision = step_policy("cslo-odbs").step(view, NOW)
+    assert (decision.admit, decision.preempt) == (("urgent",), ("rich-5",))
+    # The last that has time is not taken its slot for it: nobody would give anything back.
+    tight = [decoding(f"tight-{i}", 100, tokens=300, deadline_at=NOW + 5) for i in range(5)]
+    refused = step_policy("cslo-odbs").step(replace(view, running=[*tight, rich[0]]), NOW)
+    assert (refused.admit, refused.preempt) == ((), ())
+
+
 def test_where_many_are_lost_the_short_come_first() -> None:
     long = sequence("long", tokens=400, deadline_at=NOW + 40)
     short = sequence("short", tokens=10, deadline_at=NOW + 42)

@@ -271,7 +271,7 @@ class CsloOdbsStep:
             places = standing.places + (standing.beyond if urgent[i] else 0)
             if places > 0 and (
                 (fuller := standing.room.beside(held, cautious)).fits
-                or (urgent[i] and self._lent(held, standing))
+                or (urgent[i] and self._lent(held, standing, standing.room))
             ):
                 gone, standing.room = [], fuller
             elif urgent[i] and not elder:
@@ -289,15 +289,22 @@ class CsloOdbsStep:
         names = standing.running.sequences
         return admitted, tuple(names[i].request_id for i in preempted)
 
-    def _lent(self, held: float, standing: _Standing) -> bool:
+    def _lent(self, held: float, standing: _Standing, room: PeakRoom, gone: int = 0) -> bool:
         """Whether an urgent one may have room now that others will come to need.
 
         There has to be somebody to give it back, by being preempted when that time comes.
+
+        Args:
+            held: KV tokens that it takes.
+            standing: who runs.
+            room: what they take, without those that are to be preempted for it.
+            gone: how many these are.
         """
-        growth = self._settings.lent_steps * (standing.count + 1)
-        if held + growth > standing.room.free:
+        growth = self._settings.lent_steps * (standing.count - gone + 1)
+        if held + growth > room.free:
             return False
-        return bool((standing.yields & (standing.lost | (standing.spare > 0))).any())
+        able = standing.yields & (standing.lost | (standing.spare > 0))
+        return int(able.sum()) > gone
 
     def _cleared(
         self,
@@ -331,7 +338,8 @@ class CsloOdbsStep:
             return None
         for count, victim in enumerate(victims, 1):
             room = room.without(float(running.held[victim]), float(running.cautious[victim]))
-            if places + count > 0 and (fuller := room.beside(held, cautious)).fits:
+            fuller = room.beside(held, cautious)
+            if places + count > 0 and (fuller.fits or self._lent(held, standing, room, count)):
                 standing.yields[able[:count]] = False
                 standing.count -= count
                 standing.room = fuller

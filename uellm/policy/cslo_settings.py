@@ -51,7 +51,7 @@ class CsloOdbsSettings(CsloSettings):
         60.0, "A request is urgent when it has to start within so many steps.", least=0
     )
     foresight: float = setting(
-        0.3,
+        0.6,
         "For how long a request can wait, lengths are taken so far from their median to their 90 % "
         "quantile.",
         least=0,
