@@ -349,6 +349,23 @@ def test_while_all_are_in_time_the_margin_does_not_grow_however_many_are_shed() 
     assert max(policy.margins) <= FIRST
 
 
+def test_whose_first_token_came_still_takes_its_slot() -> None:
+    # Arithmetic sets the pace, so that hardly anybody is preempted. A request that wished for its
+    # first token only has no wish left once that is there, but its answer goes on.
+    rng = np.random.default_rng(1)
+    cost = StepCost(0.0, 0.02, 0.02 / 64)
+    platform = replace(PACED, cost=cost, slots=64, kv_tokens=65536)
+    requests = [
+        Request(f"r{i:05d}", 0.01 * i, 13, int(n), "any", int(n), ttft=1.0)
+        for i, n in enumerate(rng.integers(100, 111, 1000))
+    ]
+    policy = Noting()
+    let_in = [r for r in simulated(requests, platform, policy) if r.outcome is not Outcome.REFUSED]
+    assert len(let_in) > 200
+    assert sum(record.met for record in let_in) >= 0.95 * len(let_in)
+    assert max(policy.margins) < MOST / 2
+
+
 def test_after_a_crowd_and_a_pause_nobody_is_refused() -> None:
     crowd = served(8.0, 4.0)
     later = [

@@ -15,7 +15,7 @@ import numpy as np
 from uellm.core.request import Promise
 from uellm.core.settings import Settings, setting
 from uellm.policy.admitting import Admission, admit
-from uellm.policy.columns import Columns, ColumnsCache, Floats, Ids, Places
+from uellm.policy.columns import BEGUN, Columns, ColumnsCache, Floats, Ids, Places
 from uellm.policy.estimate import Speed, fastest_of
 from uellm.policy.everybody import Everybody, SentCache, everybody
 from uellm.policy.forecast import Backlog, backlog_of
@@ -223,6 +223,10 @@ class Dispatcher(ABC):
             return Admission()
         committed[new] = False
         committed &= ~lost_ones(columns, fastest_of(work.replicas), work.now)
+        # Their wish is granted, and puts them behind all others; their work is to be done still.
+        granted = (columns.kind[line] >= BEGUN) & (columns.kind[line] % 4 == 1)
+        if granted.any():
+            line = np.concatenate([line[granted], line[~granted]])
         return admit(
             columns,
             work.ahead(line),
