@@ -83,7 +83,8 @@ class Engine(ABC):
     @property
     def kv_free(self) -> int:
         """KV room that nobody holds or has reserved, in tokens."""
-        return self.platform.kv_tokens - sum(s.charge for s in self.running)
+        taken = sum([s.computed if s.computed > s.reserved else s.reserved for s in self.running])
+        return self.platform.kv_tokens - taken
 
     def answered(self, now: float) -> dict[str, Answered]:
         """How far those have come, of all that are here, that have begun."""
@@ -293,7 +294,7 @@ class ContinuousEngine(Engine):
 
     def _short(self) -> bool:
         """There is no room for what the decodes of the next step compute."""
-        growing = sum(s.decoding and s.computed >= s.reserved for s in self.running)
+        growing = sum([s.computed >= s.reserved and s.computed >= s.prefill for s in self.running])
         return len(self.running) > 1 and growing > 0 and self.kv_free < growing
 
     def _decide(self, now: float) -> bool:

@@ -47,9 +47,11 @@ class Sequence:
     preemptions: int = 0
     first_token_at: float | None = None
     _waiting_view: SequenceView | None = field(default=None, init=False)
+    _expected: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens = self.given_tokens
+        self._expected = self._reserve_for(self.prompt_tokens)
 
     @property
     def seated(self) -> bool:
@@ -67,17 +69,17 @@ class Sequence:
         return self.end_tokens - self.tokens
 
     @property
-    def charge(self) -> int:
-        """KV room that it takes while it has a slot."""
-        return max(self.computed, self.reserved)
-
-    @property
     def reserve_tokens(self) -> int:
         """KV room to reserve for it."""
+        if self.tokens < self._expected:
+            return self._expected
+        return self._reserve_for(self.tokens)
+
+    def _reserve_for(self, known_tokens: int) -> int:
         return reserve_tokens(
             self.profile,
             prompt_tokens=self.prompt_tokens,
-            known_tokens=self.tokens,
+            known_tokens=known_tokens,
             limit_tokens=self.limit_tokens,
         )
 
