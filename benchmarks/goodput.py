@@ -1,33 +1,44 @@
 """Goodput of the default policy beside first come, first served, on every platform and workload.
 
     python -m benchmarks.goodput [--platforms r3090] [--seeds 5] [--jobs 2] [--json]
+    python -m benchmarks.goodput --data DIR --workloads azure-conv,mooncake
 
 Simulated by the code that serves, one replica. Goodput is the largest load of which a share is in
 time, the mean over seeds; both policies see the same requests. FCFS is that of an engine that sees
 all requests, with at most twice the knee at once: the strongest plain baseline. The bound is what
-no policy exceeds (``uellm.simulator.metrics.highest_rate``). Progress goes to stderr.
+no policy exceeds (``uellm.simulator.metrics.highest_rate``). The spread of a ratio is that of the
+seeds, each interpolated between the loads that were run. What it costs is shown at the goodput of
+each policy at 99 %: latencies per class, waits, recomputation.
+
+Traces (``benchmarks.traces``) have loads that are multiples of their own pace; their seeds differ
+in objectives only, and they are run once, whatever the variations asked for.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
+from benchmarks.traces import TRACES, convert
 from uellm.policy.views import DispatchSettings
-from uellm.simulator.experiments import Cell, Setup, goodput, serve
+from uellm.simulator.experiments import Cell, Setup, goodput, simulate
 from uellm.simulator.mesh import MeshSettings
-from uellm.simulator.metrics import measure
+from uellm.simulator.metrics import KindMetrics, Metrics
 from uellm.simulator.platforms import find_platform
 
 ATTAINMENTS = (0.9, 0.95, 0.99)
 NEVER_BELOW = 0.98
 """Of the goodput of FCFS at 99 %."""
-REQUESTS = {"a100": 5000, "r3090": 3000, "cpu": 1500}
+REQUESTS = {"a100": 10_000, "r3090": 5000, "cpu": 2500}
 """Of a run: it has to last far longer than the longest deadline."""
 FCFS = "fcfs:knee_factor=2"
 UNHEEDED_KV = DispatchSettings(kv_headroom=100.0)
@@ -35,32 +46,86 @@ UNHEEDED_KV = DispatchSettings(kv_headroom=100.0)
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What came of a load, the mean over seeds; None where no seed has a value.
+
+    Attributes:
+        in_time: share of the requests.
+        latency_p99: seconds, by class.
+        ttft_p99: likewise.
+        max_wait: longest time until a first token.
+        wasted: share of the computed tokens that preemption lost.
+        met_tokens_per_second: of answers in time.
+    """
+
+    in_time: float
+    latency_p99: Mapping[str, float | None]
+    ttft_p99: Mapping[str, float | None]
+    max_wait: float
+    wasted: float
+    met_tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a policy serves.
+
+    Attributes:
+        policy: which.
+        loads: by attainment, in the order of ``ATTAINMENTS``.
+        seeds: the same of each seed.
+        cost: at the last of ``loads``; None if that is 0.
+    """
+
+    policy: str
+    loads: tuple[float, ...]
+    seeds: tuple[tuple[float, ...], ...]
+    cost: Cost | None
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
-    """One case: loads served, by attainment in the order of ``ATTAINMENTS``."""
+    """One case; the bounds are loads, in the order of ``ATTAINMENTS``."""
 
     platform: str
     workload: str
     cv: float
     predictor: str
-    seeds: int
-    fcfs: tuple[float, ...]
-    policy: tuple[float, ...]
+    requests: int
+    fcfs: Served
+    policy: Served
     bound: tuple[float, ...]
 
     @property
     def ratios(self) -> list[float]:
         """Of the policy over FCFS."""
-        return [
-            mine / theirs if theirs else float("inf")
-            for mine, theirs in zip(self.policy, self.fcfs, strict=True)
+        return [_ratio(*both) for both in zip(self.policy.loads, self.fcfs.loads, strict=True)]
+
+    @property
+    def spread(self) -> list[tuple[float, float]]:
+        """The least and the largest ratio of any seed."""
+        each = [
+            [_ratio(*both) for both in zip(mine, theirs, strict=True)]
+            for mine, theirs in zip(self.policy.seeds, self.fcfs.seeds, strict=True)
         ]
+        return [(min(column), max(column)) for column in zip(*each, strict=True)]
+
+    @property
+    def below(self) -> bool:
+        """FCFS serves more at 99 %."""
+        return self.policy.loads[-1] < NEVER_BELOW * self.fcfs.loads[-1]
+
+
+def _ratio(mine: float, theirs: float) -> float:
+    return mine / theirs if theirs else float("inf")
 
 
 def main() -> None:
     """Compare all cases that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--platforms", default="a100,r3090,cpu")
-    parser.add_argument("--workloads", default="alpha,tier,loose")
+    parser.add_argument("--workloads", default="alpha,tier,loose", help="traces too, with --data")
+    parser.add_argument("--data", type=Path, help="directory with traces/")
     parser.add_argument("--cvs", default="1,3")
     parser.add_argument("--policy", default="cslo-odbs")
     parser.add_argument("--predictor", default="b80")
@@ -69,27 +134,32 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    cases = product(
-        options.platforms.split(","),
-        options.workloads.split(","),
-        map(float, options.cvs.split(",")),
-    )
+    cases = _cases(options.platforms, options.workloads, options.cvs)
+    if options.data is None and any(workload in TRACES for _, workload, _ in cases):
+        parser.error("--data: name the directory of the traces")
     run = partial(
         compare,
         policy=options.policy,
         predictor=options.predictor,
         requests=options.requests,
         seeds=options.seeds,
+        data=options.data,
     )
     found = []
-    for result in _each(run, list(cases), options.jobs):
+    for result in _each(run, cases, options.jobs):
         found.append(result)
-        print(_line(result), file=sys.stderr if options.json else sys.stdout, flush=True)
-    below = [r for r in found if r.policy[-1] < NEVER_BELOW * r.fcfs[-1]]
+        print(_lines(result), file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
-        print(json.dumps([asdict(r) | {"ratios": r.ratios} for r in found], indent=2))
+        shown = [asdict(r) | {"ratios": r.ratios, "spread": r.spread} for r in found]
+        print(json.dumps(shown, indent=2))
     else:
-        print(f"below {NEVER_BELOW:.0%} of FCFS at 99 %: {len(below)} of {len(found)} cases")
+        below = sum(result.below for result in found)
+        print(f"below {NEVER_BELOW:.0%} of FCFS at 99 %: {below} of {len(found)} cases")
+
+
+def _cases(platforms: str, workloads: str, cvs: str) -> list[tuple[str, str, float]]:
+    each = product(platforms.split(","), workloads.split(","), map(float, cvs.split(",")))
+    return list(dict.fromkeys((p, w, 1.0 if w in TRACES else cv) for p, w, cv in each))
 
 
 def _each(
@@ -112,40 +182,104 @@ def compare(
     predictor: str,
     requests: int | None,
     seeds: int,
+    data: Path | None = None,
 ) -> Comparison:
     """The goodputs of one case."""
-    served: dict[str, tuple[float, ...]] = {}
-    bound: tuple[float, ...] = ()
-    for name, dispatch in ((FCFS, UNHEEDED_KV), (policy, DispatchSettings())):
-        setup = Setup(
-            platform=find_platform(platform),
-            workload=workload,
-            predictor=predictor,
-            requests=requests or REQUESTS.get(platform, 3000),
-            cv=cv,
-            mesh=MeshSettings(promises=False),
-            dispatch=dispatch,
+    on, most = find_platform(platform), requests or REQUESTS.get(platform, 5000)
+    with tempfile.TemporaryDirectory() as folder:
+        setups = [
+            Setup(on, workload, predictor, most, cv, MeshSettings(promises=False))
+            for _ in range(seeds)
+        ]
+        if workload in TRACES:
+            assert data is not None  # noqa: S101 - see main
+            for seed, setup in enumerate(setups):
+                target = Path(folder) / f"{seed}.csv"
+                convert(data / "traces" / TRACES[workload], target, on, most, seed)
+                setups[seed] = replace(setup, workload=str(target))
+        fcfs = served([replace(setup, dispatch=UNHEEDED_KV) for setup in setups], FCFS)
+        ours = served(setups, policy)
+        bound = tuple(round(setups[0].highest_load(share), 3) for share in ATTAINMENTS)
+    return Comparison(platform, workload, cv, predictor, most, fcfs, ours, bound)
+
+
+def served(setups: Sequence[Setup], policy: str) -> Served:
+    """The loads that a policy serves, the mean over seeds, and those of each."""
+    runs: dict[float, list[Metrics]] = {}
+
+    def attained(load: float) -> float:
+        runs[load] = [
+            simulate(setup, Cell(policy, load, seed)).metrics for seed, setup in enumerate(setups)
+        ]
+        return fmean(metrics.attainment for metrics in runs[load])
+
+    # The highest share first: it narrows the search for the others.
+    found = goodput(setups[0], policy, ATTAINMENTS[::-1], attained)[::-1]
+    seeds = tuple(
+        tuple(
+            round(crossing({load: each[seed].attainment for load, each in runs.items()}, share), 3)
+            for share in ATTAINMENTS
         )
-
-        def attained(load: float, setup: Setup = setup, name: str = name) -> float:
-            cells = (Cell(name, load, seed) for seed in range(seeds))
-            return fmean(measure(serve(setup, cell)).attainment for cell in cells)
-
-        # The highest share first: it narrows the search for the others.
-        found = goodput(setup, name, ATTAINMENTS[::-1], attained)[::-1]
-        served[name] = tuple(round(each.load, 3) for each in found)
-        bound = tuple(round(each.bound, 3) for each in found)
-    return Comparison(platform, workload, cv, predictor, seeds, served[FCFS], served[policy], bound)
+        for seed in range(len(setups))
+    )
+    last = found[-1].load
+    loads = tuple(round(each.load, 3) for each in found)
+    return Served(policy, loads, seeds, cost(runs[last]) if last else None)
 
 
-def _line(result: Comparison) -> str:
-    def row(values: "tuple[float, ...] | list[float]") -> str:
+def crossing(attained: Mapping[float, float], share: float) -> float:
+    """The load at which attainment falls below a share, between loads that were run.
+
+    Where it is never or always below, the least or the largest of them.
+    """
+    loads = sorted(attained)
+    falling = np.minimum.accumulate([attained[load] for load in loads])
+    return float(np.exp(np.interp(-share, -falling, np.log(loads))))
+
+
+def cost(runs: Sequence[Metrics]) -> Cost:
+    """The means of some runs."""
+    kinds = sorted({kind for each in runs for kind in each.kinds})
+
+    def mean(kind: str, name: str) -> float | None:
+        rows: list[KindMetrics] = [each.kinds[kind] for each in runs if kind in each.kinds]
+        values = [value for row in rows if (value := getattr(row, name)) is not None]
+        return round(fmean(values), 3) if values else None
+
+    return Cost(
+        in_time=round(fmean(each.attainment for each in runs), 4),
+        latency_p99={kind: mean(kind, "latency_p99") for kind in kinds},
+        ttft_p99={kind: mean(kind, "ttft_p99") for kind in kinds},
+        max_wait=round(fmean(each.max_wait for each in runs), 1),
+        wasted=round(fmean(each.wasted for each in runs), 4),
+        met_tokens_per_second=round(fmean(each.met_tokens_per_second for each in runs), 1),
+    )
+
+
+def _lines(result: Comparison) -> str:
+    def row(values: Sequence[float]) -> str:
         return " / ".join(f"{value:.2f}" for value in values)
 
-    case = f"{result.platform:6} {result.workload:6} cv {result.cv:g}"
+    spread = " / ".join(f"{low:.2f} to {high:.2f}" for low, high in result.spread)
+    lines = [
+        f"{result.platform:6} {result.workload:10} cv {result.cv:g}  "
+        f"FCFS {row(result.fcfs.loads)}  policy {row(result.policy.loads)}  "
+        f"ratio {row(result.ratios)} ({spread})  bound {row(result.bound)}"
+    ]
+    for each in (result.fcfs, result.policy):
+        if each.cost is not None:
+            lines.append(f"    {each.policy.partition(':')[0]:10} {_shown(each.cost)}")
+    return "\n".join(lines)
+
+
+def _shown(found: Cost) -> str:
+    kinds = ", ".join(
+        f"{kind} {found.latency_p99[kind] or 0:.1f} s ({found.ttft_p99[kind] or 0:.1f} s)"
+        for kind in found.latency_p99
+    )
     return (
-        f"{case}  FCFS {row(result.fcfs)}  policy {row(result.policy)}  "
-        f"ratio {row(result.ratios)}  bound {row(result.bound)}"
+        f"p99 (first token): {kinds}; longest wait {found.max_wait:.0f} s, "
+        f"wasted {found.wasted:.1%}, {found.met_tokens_per_second:.0f} tokens/s in time"
     )
 
 

@@ -40,6 +40,8 @@ policy can exceed (``highest_rate``)."""
 FINENESS = 1.04
 """Goodput is found to this factor."""
 _LOWEST, _HIGHEST = 0.02, 8.0
+_FIRST_TRIED = 0.6
+"""Of the bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,9 +269,10 @@ class Goodput:
 def goodput(
     setup: Setup, policy: str, attainments: Sequence[float], attained: Callable[[float], float]
 ) -> list[Goodput]:
-    """Bisect for the largest load at each attainment, on a grid of ``FINENESS``.
+    """Search for the largest load at each attainment, on a grid of ``FINENESS``.
 
-    Attainment is taken to fall with the load.
+    Attainment is taken to fall with the load. In growing strides from near the bound until the load
+    is enclosed, then by halves: loads far from it, which take longest to run, are seldom tried.
 
     Args:
         setup: of the experiment.
@@ -284,21 +287,34 @@ def goodput(
             known[place] = attained(FINENESS**place)
         return known[place] >= share
 
+    lowest, highest = _place(_LOWEST), _place(_HIGHEST)
     found = []
     for share in attainments:
-        low = round(log(_LOWEST) / log(FINENESS))
-        high = round(log(_HIGHEST) / log(FINENESS))
+        bound = setup.highest_load(share)
         # What is known from other shares narrows the search.
-        low = max([low, *(p for p, value in known.items() if value >= share)])
-        high = min([high, *(p for p, value in known.items() if value < share and p > low)])
-        served = reaches(low, share)
-        while served and high - low > 1:
-            middle = (low + high) // 2
-            if reaches(middle, share):
-                low = middle
+        low = max([lowest - 1, *(p for p, value in known.items() if value >= share)])
+        high = min([highest + 1, *(p for p, v in known.items() if v < share and p > low)])
+        place = _place(_FIRST_TRIED * bound) if low < lowest else low + 2
+        stride = 1
+        while high - low > 1:
+            place = min(max(place, low + 1), high - 1)
+            if reaches(place, share):
+                low = place
             else:
-                high = middle
-        load = FINENESS**low if served else 0.0
+                high = place
+            stride *= 2
+            if high > highest:
+                place = low + stride
+            elif low < lowest:
+                place = high - stride
+            else:
+                place = (low + high) // 2
+        load = FINENESS**low if low >= lowest else 0.0
         rate = load * setup.reference_rate()
-        found.append(Goodput(policy, share, load, rate, setup.highest_load(share)))
+        found.append(Goodput(policy, share, load, rate, bound))
     return found
+
+
+def _place(load: float) -> int:
+    """The place of a load on the grid."""
+    return round(log(load) / log(FINENESS))

@@ -47,6 +47,7 @@ class Metrics:
         padding: share of the computed rows that were nobody's.
         busy: share of the time that a replica was computing.
         met_per_second: requests answered in time, per second.
+        met_tokens_per_second: output tokens of those.
         tokens_per_second: output tokens of finished requests.
         requests_per_second: finished.
         seconds: until the last request ended.
@@ -66,6 +67,7 @@ class Metrics:
     padding: float
     busy: float
     met_per_second: float
+    met_tokens_per_second: float
     tokens_per_second: float
     requests_per_second: float
     seconds: float
@@ -98,6 +100,7 @@ def measure(run: Run) -> Metrics:
         padding=padding / max(computed + padding, 1),
         busy=sum(engine.busy for engine in engines) / (seconds * len(engines)),
         met_per_second=met / seconds,
+        met_tokens_per_second=sum(r.request.output_tokens for r in records if r.met) / seconds,
         tokens_per_second=sum(r.request.output_tokens for r in finished) / seconds,
         requests_per_second=len(finished) / seconds,
         seconds=seconds,
