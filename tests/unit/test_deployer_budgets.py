@@ -58,6 +58,12 @@ SIMULATED = topology_pb2.DEVICE_KIND_SIMULATED
         # What the planned replica holds itself is free for it, up to all there is.
         (CPU, [held("me", 250)], [], 850),
         (CUDA, [held("me", 9)], [], 900),
+        # What its child takes beside what was planned, whatever takes its place takes too.
+        (CPU, [held("me", 380)], [], 980),
+        (CPU, [held("me", 700)], [], 1000),
+        # But not what others have, though an overfull device does not say how full it is.
+        (CPU, [held("me", 700), held("o", 300)], [replica("o", Phase.READY, 150)], 700),
+        (CPU, [held("me", 700), held("o", 100)], [replica("o", Phase.READY, 150)], 850),
     ],
 )
 def test_pending_loads_are_reserved_and_ones_own_are_free(

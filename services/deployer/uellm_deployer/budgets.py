@@ -6,6 +6,7 @@ replica to be planned holds itself.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from uellm.convert import device_from_proto
 from uellm.placement.topology import Device
@@ -29,53 +30,72 @@ def devices_for(
         workers: those that are not lost.
         said: a worker's devices, with what is known of them besides.
     """
-    held, owed, stages = _claims(planning, replicas, workers)
+    claims = _claims(planning, replicas, workers)
     found = []
     for worker in workers:
         for device in said(worker):
             if not device.healthy or worker.going:
                 continue
-            free = device.memory_free_bytes + held[device.id] - owed[device.id]
-            memory_bytes = max(0, min(free, device.memory_total_bytes))
-            found.append(device_from_proto(device, memory_bytes, stages[device.id]))
+            owed = claims.owed[device.id]
+            free = device.memory_free_bytes + claims.held[device.id] - owed
+            # A device that is overfull says that nothing is free, and not by how much.
+            most = device.memory_total_bytes - claims.others[device.id] - owed
+            memory_bytes = max(0, min(free, most))
+            found.append(device_from_proto(device, memory_bytes, claims.stages[device.id]))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Claims:
+    """What replicas have of devices, by id.
+
+    Attributes:
+        held: bytes that those to be placed hold.
+        others: bytes that others hold.
+        owed: bytes that others will still take.
+        stages: of others.
+    """
+
+    held: Counter[str] = field(default_factory=Counter)
+    others: Counter[str] = field(default_factory=Counter)
+    owed: Counter[str] = field(default_factory=Counter)
+    stages: Counter[str] = field(default_factory=Counter)
 
 
 def _claims(
     planning: Collection[Replica], replicas: Iterable[Replica], workers: Sequence[Worker]
-) -> tuple[Counter[str], Counter[str], Counter[str]]:
-    """By device: bytes that ``planning`` holds, bytes that others will still take, their stages."""
+) -> _Claims:
     by_id = {worker.worker: worker for worker in workers}
     kinds = {device.id: device.kind for worker in workers for device in worker.devices}
-    held: Counter[str] = Counter()
-    owed: Counter[str] = Counter()
-    stages: Counter[str] = Counter()
+    found = _Claims()
     for replica in replicas:
         if replica.planned is None or (replica not in planning and replica.phase is Phase.IDLE):
             continue
         for stage in replica.planned.stages:
             worker = by_id.get(stage.device_id.rpartition("/")[0])
             status = worker.stages.get(replica.id) if worker is not None else None
-            resident = 0
+            taken = 0
             if status is not None and status.pid:
-                resident = _resident(stage, kinds.get(stage.device_id), status)
+                taken = _taken(stage, kinds.get(stage.device_id), status)
             if replica in planning:
-                held[stage.device_id] += resident
+                found.held[stage.device_id] += taken
             else:
-                owed[stage.device_id] += stage.memory_bytes - resident
-                stages[stage.device_id] += 1
-    return held, owed, stages
+                found.others[stage.device_id] += taken
+                found.owed[stage.device_id] += max(stage.memory_bytes - taken, 0)
+                found.stages[stage.device_id] += 1
+    return found
 
 
-def _resident(stage: PlannedStage, kind: int | None, status: deployer_pb2.StageStatus) -> int:
+def _taken(stage: PlannedStage, kind: int | None, status: deployer_pb2.StageStatus) -> int:
     """What a stage that is there has taken of what its device counts as free.
 
-    A child's resident memory is the host's. What it takes of a CUDA device, which counts what its
-    libraries take as well, is not reported, and is taken to be what was planned. Of any other the
-    worker counts what the child says that it holds.
+    A child's resident memory is the host's, its libraries' as well: whatever takes its place takes
+    that too, and has no less room than where no child was. What it takes of a CUDA device, which
+    counts what its libraries take as well, is not reported, and is taken to be what was planned. Of
+    any other the worker counts what the child says that it holds.
     """
     if kind == topology_pb2.DEVICE_KIND_CPU:
-        return min(stage.memory_bytes, status.resident_bytes)
+        return status.resident_bytes
     if kind in (topology_pb2.DEVICE_KIND_SIMULATED, topology_pb2.DEVICE_KIND_OTHER):
         held = sum(u.held_bytes for u in status.devices if u.device_id == stage.device_id)
         return min(stage.memory_bytes, held)
