@@ -171,8 +171,13 @@ def test_the_command_compares_policies(tmp_path: Path) -> None:
     arguments = ["simulate", "--policies", "fcfs,edf", "--load", "0.5,1", "--requests", "60"]
     plain = CliRunner().invoke(app, [*arguments, "--plot", str(plot)])
     assert plain.exit_code == 0, plain.output
-    assert plain.output.count("edf") == 2
-    assert b"<svg" in plot.read_bytes()
+    # Two loads: of all requests, and of three classes.
+    assert plain.output.count("edf") == 2 + 2 * 3
+    for title in ("longest wait s", "latency p99 s", "first token p99 s"):
+        assert title in plain.output
+    drawn = plot.read_text()
+    assert "<svg" in drawn
+    assert drawn.count('id="axes_') == 2, "attainment, and goodput"
     done = CliRunner().invoke(app, [*arguments, "--seeds", "2", "--json"])
     results = json.loads(done.stdout)["results"]
     assert len(results) == 8

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,7 @@ from uellm.cli.drawing import check_plot
 if TYPE_CHECKING:
     from uellm.simulator.experiments import Cell, Result, Setup
     from uellm.simulator.mesh import MeshSettings
-    from uellm.simulator.metrics import Metrics
+    from uellm.simulator.metrics import KindMetrics, Metrics
 
 app = typer.Typer(
     help="Compare policies on a mesh in simulated time, at given loads.",
@@ -86,7 +86,7 @@ def simulate(
     kv_headroom: Headroom = 1.1,
     jobs: Jobs = 1,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw attainment over load.")
+        Path | None, typer.Option(metavar="FILE", help="Draw attainment and goodput over load.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -277,6 +277,7 @@ _COLUMNS: "dict[str, tuple[str, Callable[[Metrics], float | None]]]" = {
     "in time/s": (".3g", lambda m: m.met_per_second),
     "tokens/s": (".4g", lambda m: m.tokens_per_second),
     "latency s": (".3g", lambda m: m.latency_mean),
+    "longest wait s": (".3g", lambda m: m.max_wait),
     "preempted": (".2f", lambda m: m.preemptions),
     "wasted": (".1%", lambda m: m.wasted),
     "padding": (".1%", lambda m: m.padding),
@@ -284,17 +285,57 @@ _COLUMNS: "dict[str, tuple[str, Callable[[Metrics], float | None]]]" = {
 }
 
 
+_OF_CLASSES: "dict[str, tuple[str, Callable[[KindMetrics], float | None]]]" = {
+    "in time": (".3f", lambda m: m.attainment),
+    "latency p50 s": (".3g", lambda m: m.latency_p50),
+    "latency p99 s": (".3g", lambda m: m.latency_p99),
+    "first token p50 s": (".3g", lambda m: m.ttft_p50),
+    "first token p99 s": (".3g", lambda m: m.ttft_p99),
+}
+
+
 def _show(results: "list[Result]") -> None:
-    """A table of means over seeds, without columns that say nothing."""
+    """Tables of means over seeds, of all requests and of each class."""
     groups = _groups(results)
-    columns, cells = ["policy", "load"], [[policy, f"{load:.2f}"] for policy, load in groups]
-    for title, (shape, pick) in _COLUMNS.items():
-        means = [_mean([pick(result.metrics) for result in group]) for group in groups.values()]
+    _means(
+        ("policy", "load"),
+        {
+            (policy, f"{load:.2f}"): [result.metrics for result in group]
+            for (policy, load), group in groups.items()
+        },
+        _COLUMNS,
+    )
+    kinds = list(dict.fromkeys(kind for result in results for kind in result.metrics.kinds))
+    if len(kinds) < 2:
+        return
+    sys.stdout.write("\n")
+    _means(
+        ("policy", "load", "class"),
+        {
+            (policy, f"{load:.2f}", kind): [
+                result.metrics.kinds[kind] for result in group if kind in result.metrics.kinds
+            ]
+            for (policy, load), group in groups.items()
+            for kind in kinds
+        },
+        _OF_CLASSES,
+    )
+
+
+def _means(
+    heads: Sequence[str],
+    groups: "Mapping[tuple[str, ...], Sequence[Any]]",
+    columns: "Mapping[str, tuple[str, Callable[[Any], float | None]]]",
+) -> None:
+    """A table of means, without columns that say nothing."""
+    titles, cells = [*heads], [[*names] for names in groups]
+    for title, (shape, pick) in columns.items():
+        means = [_mean([pick(each) for each in group]) for group in groups.values()]
         if any(means):
-            columns.append(title)
+            titles.append(title)
             for row, mean in zip(cells, means, strict=True):
                 row.append("-" if mean is None else format(mean, shape))
-    _table(columns, cells)
+    _table(titles, cells)
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -308,20 +349,22 @@ def _mean(values: list[float | None]) -> float | None:
 def _draw(path: Path, setup: "Setup", results: "list[Result]") -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    lines: dict[str, list[tuple[float, float]]] = {}
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    lines: dict[str, list[tuple[float, float, float]]] = {}
     for (policy, load), group in _groups(results).items():
-        mean = sum(result.metrics.attainment for result in group) / len(group)
-        lines.setdefault(policy, []).append((load, mean))
+        metrics = [result.metrics for result in group]
+        share = sum(each.attainment for each in metrics) / len(metrics)
+        goodput = sum(each.met_per_second for each in metrics) / len(metrics)
+        lines.setdefault(policy, []).append((load, share, goodput))
+    left, right = figure.subplots(1, 2)
     for policy, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=policy)
-    axes.set(
-        xlabel="load",
-        ylabel="share in time",
-        ylim=(0, 1.02),
-        title=f"{Path(setup.workload).name} on {setup.platform.name}, {setup.predictor}",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
+        loads, shares, goodputs = zip(*sorted(points), strict=True)
+        left.plot(loads, shares, marker="o", label=policy)
+        right.plot(loads, goodputs, marker="o", label=policy)
+    left.set(xlabel="load", ylabel="share in time", ylim=(0, 1.02))
+    right.set(xlabel="load", ylabel="requests in time, per second", ylim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend()
+    figure.suptitle(f"{Path(setup.workload).name} on {setup.platform.name}, {setup.predictor}")
     figure.savefig(path)
