@@ -73,9 +73,12 @@ def test_pins_costs_and_what_if() -> None:
         *SMALL, "--objective", "throughput", "--batch", "4", "--in-flight", "4",
         "--pin", "first=box/cuda:3", "--cost", "box/cuda:0=5",
         "--what-if", "remove=box/cuda:1", "--what-if", "add=RTX3090@other",
+        "--what-if", "link=box/cuda:3~box,link=box~box",
     )  # fmt: skip
     assert facts["plan"]["replicas"][0]["stages"][0]["device_id"] == "box/cuda:3"
-    fewer, more = facts["what_if"]
+    fewer, more, free = facts["what_if"]
+    assert free["change"] == "box/cuda:3~box free box~box free"
+    assert free["figures"]["link_share"] == 0 < facts["figures"]["link_share"]
     now = facts["figures"]["tokens_per_second"]
     assert fewer["figures"]["tokens_per_second"] < now <= more["figures"]["tokens_per_second"]
 
@@ -140,6 +143,8 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
         ((*SMALL[:4], "--max-model-len", "4097"), "max-model-len: 4097; at most 4096"),
         ((*SMALL, "--what-if", "add=999999999xT4@new"), "999999999 devices are added"),
         ((*SMALL, "--what-if", "add=0xT4@new"), "no kind of device '0xT4'"),
+        ((*SMALL, "--what-if", "link=box~nowhere"), "no device, worker or host 'nowhere'"),
+        ((*SMALL, "--what-if", "link=box"), "link=HOST~HOST*TIMES"),
     ],
 )
 def test_what_is_wrong_is_named(arguments: tuple[str, ...], says: str) -> None:
@@ -155,6 +160,23 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path) -> None:
     assert status == 2
     assert 'no field named "machines"' in out
     assert out.count("\n") == 1
+
+
+def test_a_file_that_is_no_plan_is_not_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"\x89PNG" + bytes(range(256)) * 1000)
+    status, out = plan(*SMALL, "--previous", str(path))
+    assert status == 2
+    assert "is no plan" in out
+    assert len(out) < 1000
+
+
+def test_a_trace_that_a_context_does_not_hold_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,9000,100\n1,9000,100\n")
+    status, out = plan(*SMALL, "--trace", str(path))
+    assert status == 2
+    assert "trace: 90 % of its prompts have up to 9000 tokens" in out
 
 
 def test_clusters_are_files_that_can_be_copied(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Clusters that might be."""
 
 from dataclasses import replace
+from math import inf
 
 import pytest
 from hypothesis import given
@@ -24,11 +25,20 @@ def test_changes_are_read() -> None:
     change = parse_change("add=T4@host-b, add=2xL4@new,remove=t4-0")
     assert change == Change((("T4", "host-b"), ("L4", "new"), ("L4", "new")), ("t4-0",))
     assert str(change) == "+T4@host-b +L4@new +L4@new -t4-0"
+    links = parse_change("link=a~b, link=a/cpu:0~c*2.5")
+    assert links == Change(links=(("a", "b", inf), ("a/cpu:0", "c", 2.5)))
+    assert str(links) == "a~b free a/cpu:0~c 2.5x as fast"
 
 
-@pytest.mark.parametrize("text", ["", "T4@b", "add=T4", "remove=", "add=T4@b;remove=c"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "T4@b", "add=T4", "remove=", "add=T4@b;remove=c"),
+        *("link=a", "link=a~", "link=a~b*0", "link=a~b*x", "link=a~b~c"),
+    ],
+)
 def test_what_is_no_change_is_named(text: str) -> None:
-    with pytest.raises(InvalidArgumentError, match="neither add=KIND@HOST nor remove=HOST"):
+    with pytest.raises(InvalidArgumentError, match="is none of add=KIND@HOST"):
         parse_change(text)
 
 
@@ -76,6 +86,29 @@ def test_a_new_host_is_behind_the_ways_of_the_one_that_it_is_like() -> None:
     assert beside.links == before.links
 
 
+def test_a_link_that_is_free_shows_what_it_costs() -> None:
+    devices = tuple(Device(f"{w}/cpu:0", w, w, "cpu", 1 << 30) for w in ("a", "b", "c"))
+    links = (
+        Link("a/cpu:0", "b/cpu:0", 0.01, 1e8, "probe", measured_at=5.0),
+        Link("b/cpu:0", "c/cpu:0", 0.02, 1e8),
+    )
+    before = Topology(devices, links)
+
+    def way(text: str, src: int, dst: int) -> Link:
+        return changed(before, parse_change(text), {}).link(devices[src], devices[dst])
+
+    for src, dst in ((0, 1), (1, 0)):
+        free = way("link=a~b", src, dst)
+        assert (free.latency_seconds, free.bytes_per_second) == (0.0, inf)
+        assert free.measured_at is not None
+        fast = way("link=b~a*4", src, dst)
+        assert (fast.latency_seconds, fast.bytes_per_second) == (0.0025, 4e8)
+    assert way("link=a~b", 1, 2) == links[1]
+    # Where nothing is known of a link, its level's default is what becomes faster.
+    assert way("link=a~c*2", 0, 2).latency_seconds == before.default("rack").latency_seconds / 2
+    assert way("link=a~c*2", 0, 2).measured_at is None
+
+
 def test_links_of_what_is_gone_go() -> None:
     before = clusters.cluster("dgx1")
     after = changed(before, parse_change("remove=dgx/cuda:0"), {})
@@ -98,7 +131,7 @@ def test_what_is_not_there_is_named(text: str, says: str) -> None:
 def test_the_fewest_that_do_are_found(needed: dict[str, int], most: int) -> None:
     def does(kind: str, count: int) -> Figures | None:
         assert 1 <= count <= most
-        return Figures(1, count, 1.0, float(count), 0.0) if count >= needed[kind] else None
+        return Figures(1, count, 1.0, float(count), 0.0, 8) if count >= needed[kind] else None
 
     found = enough(needed, does, most)
     assert {each.kind: each.count for each in found} == {

@@ -104,7 +104,9 @@ def plan(
     what_if: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="add=T4@host-b,remove=host-c", help="What that would change; repeatable."
+            metavar="add=T4@host-b,remove=host-c",
+            help="What that would change; link=HOST~HOST: what the ways between two hosts cost; "
+            "link=HOST~HOST*4: what faster ones bring; repeatable.",
         ),
     ] = None,
     trace: Annotated[

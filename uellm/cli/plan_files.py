@@ -12,6 +12,7 @@ from uellm.placement.views import Plan, PlannedReplica, PlannedStage
 _MOST_BYTES = 16 << 20
 _MOST = 2**31 - 1
 """Of layers, slots and tokens."""
+_MOST_WORDS = 200
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError),
     yaml.YAMLError,
@@ -43,9 +44,15 @@ def read_plan(path: Path, option: str) -> Plan:
     except _UNREADABLE as error:
         raise InvalidArgumentError(
             f"{option}: {path} is no plan: it has neither what `uellm plan --json` writes nor "
-            f"stages, each with device_id, first_layer and last_layer ({error!r})",
+            f"stages, each with device_id, first_layer and last_layer ({_briefly(error)})",
             field=option,
         ) from None
+
+
+def _briefly(error: Exception) -> str:
+    """An error in a line: some repeat all that they were about."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:_MOST_WORDS]}{'…' if len(words) > _MOST_WORDS else ''}"
 
 
 def _stages(said: Sequence[dict[str, Any]]) -> tuple[PlannedStage, ...]:

@@ -119,7 +119,9 @@ def show_others(before: Figures, others: Sequence[tuple[str, Figures]]) -> None:
     """Other clusters, against the one there is."""
     if not others:
         return
-    table = Table("what if", "replicas", "a batch", "tokens/s", "against now", box=None)
+    table = Table(
+        "what if", "replicas", "sequences", "a batch", "tokens/s", "against now", box=None
+    )
     for name, found in others:
         ratio = (
             f"{found.tokens_per_second / before.tokens_per_second - 1:+.0%} tokens/s, "
@@ -132,6 +134,7 @@ def show_others(before: Figures, others: Sequence[tuple[str, Figures]]) -> None:
         table.add_row(
             name,
             str(found.replicas),
+            str(found.sequences),
             f"{found.total_seconds:.3g} s" if isfinite(found.total_seconds) else "-",
             f"{found.tokens_per_second:.4g}",
             ratio,

@@ -20,6 +20,8 @@ from uellm.core.model import ModelProfile
 from uellm.models import files
 from uellm.models.profile import read_profile
 from uellm.models.shapes import SHAPES, profile_of_shape, read_shape
+from uellm.placement.costs import costs_of
+from uellm.placement.goodput import fluid_bound
 from uellm.placement.placers import GOODPUT, placer_of
 from uellm.placement.solver import solve
 from uellm.placement.stock import Fetching, fetching
@@ -48,6 +50,7 @@ DISCOVERED = "discovered"
 SERVED_SHARE = 0.99
 WINDOW_SECONDS = 60.0
 """The load of a trace is that of its busiest windows of this length."""
+_QUICK_SECONDS = 0.5
 _LONGEST_TRACE_SECONDS = 366 * 86400.0
 
 
@@ -107,8 +110,12 @@ def lengths(
     return prompt, output_tokens or max(min(128, context - prompt), 1)
 
 
-def check(request: PlanRequest) -> None:
+def check(request: PlanRequest, *, of_trace: bool = False) -> None:
     """Refuse what a mesh would make the best of: a plan for something else than was asked for.
+
+    Args:
+        request: what was asked for.
+        of_trace: its lengths are those of a trace.
 
     Raises:
         InvalidArgumentError: naming the option, the limit and the remedy.
@@ -122,6 +129,13 @@ def check(request: PlanRequest) -> None:
         )
     context = workload.max_tokens or model.max_tokens
     asked = workload.prompt_tokens + workload.output_tokens
+    if asked > context and of_trace:
+        raise InvalidArgumentError(
+            f"trace: 90 % of its prompts have up to {workload.prompt_tokens} tokens, and of its "
+            f"answers {workload.output_tokens}: together more than a context of {context}; give a "
+            "model with a longer one, or shorter requests",
+            field="trace",
+        )
     if asked > context:
         raise InvalidArgumentError(
             f"prompt-tokens: {workload.prompt_tokens} and {workload.output_tokens} of the answer "
@@ -177,7 +191,7 @@ def of_trace(path: Path, workload: Workload) -> tuple[Workload, float]:
 
 def run(asked: Asked) -> int:
     """Plan, and say what came of it."""
-    check(asked.request)
+    check(asked.request, of_trace=asked.mean_output_tokens > 0)
     plan, seconds = _solved(asked, asked.request)
     plan = replace(plan, solve_seconds=seconds)
     tokens = asked.request.workload.output_tokens
@@ -252,7 +266,11 @@ def _advice(asked: Asked) -> list[str]:
     def does(kind: str, count: int) -> Figures | None:
         change = parse_change(",".join(f"add={kind}@new-{i}" for i in range(count)))
         topology = changed(request.topology, change, kinds)
-        found = figures(solve(replace(request, topology=topology)), workload.output_tokens)
+        # Many are tried, and what is wanted is whether, not how well.
+        quick = replace(request, topology=topology, budget_seconds=_QUICK_SECONDS)
+        if fluid_bound(costs_of(quick)) < needed:
+            return None
+        found = figures(solve(quick), workload.output_tokens)
         return found if found.tokens_per_second >= needed else None
 
     lines = [

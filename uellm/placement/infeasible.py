@@ -58,9 +58,9 @@ def too_slow(request: PlanRequest, fastest_seconds: float) -> str:
     limit = request.workload.slo_seconds
     reason = (
         f"no plan keeps the SLO of {limit:.3g} s: the fastest one found takes "
-        f"{fastest_seconds:.3g} s"
+        f"{fastest_seconds:.4g} s"
     )
-    return f"{reason}; it fits with slo_seconds {1.001 * fastest_seconds:.3g}"
+    return f"{reason}; it fits with slo_seconds {1.001 * fastest_seconds:.4g}"
 
 
 def _nearest(request: PlanRequest, whole_bytes: int, feasible: Feasible) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement.topology import Device, Link, Topology
@@ -11,6 +12,9 @@ from uellm.placement.views import LayerTimes, Plan
 MOST_ADDED = 64
 _ADD = re.compile(r"add=(?:(?P<count>[1-9]\d{0,8})x)?(?P<kind>[^@,;\s]+)@(?P<host>[\w.:-]+)")
 _REMOVE = re.compile(r"remove=(?P<name>[^,\s]+)")
+_LINK = re.compile(
+    r"link=(?P<one>[^~,\s]+)~(?P<other>[^~*,\s]+)(?:\*(?P<times>\d{1,6}(?:\.\d+)?))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,24 +24,35 @@ class Change:
     Attributes:
         added: kinds and the hosts they come to, one for each device.
         removed: ids of devices, workers or hosts.
+        links: two of these each, and how many times as fast the ways between them are, both ways;
+            inf: as if they took no time.
     """
 
     added: tuple[tuple[str, str], ...] = ()
     removed: tuple[str, ...] = ()
+    links: tuple[tuple[str, str, float], ...] = ()
 
     def __str__(self) -> str:
         plus = [f"+{kind}@{host}" for kind, host in self.added]
-        return " ".join([*plus, *(f"-{name}" for name in self.removed)])
+        ways = [
+            f"{one}~{other} {'free' if times == inf else f'{times:g}x as fast'}"
+            for one, other, times in self.links
+        ]
+        return " ".join([*plus, *(f"-{name}" for name in self.removed), *ways])
 
 
 def parse_change(text: str) -> Change:
-    """``add=KIND@HOST``, ``add=2xKIND@HOST`` and ``remove=HOST``, separated by commas.
+    """``add=KIND@HOST``, ``add=2xKIND@HOST``, ``remove=HOST`` and links, separated by commas.
+
+    ``link=HOST~HOST*4`` is a link four times as fast, ``link=HOST~HOST`` one that takes no time:
+    what that brings is what the link costs.
 
     Raises:
         InvalidArgumentError: naming the part that is none of these.
     """
     added: list[tuple[str, str]] = []
     removed: list[str] = []
+    links: list[tuple[str, str, float]] = []
     count = 0
     for part in (part.strip() for part in text.split(",")):
         if match := _ADD.fullmatch(part):
@@ -46,15 +61,19 @@ def parse_change(text: str) -> Change:
             added += [(match["kind"], match["host"])] * min(more, MOST_ADDED)
         elif match := _REMOVE.fullmatch(part):
             removed.append(match["name"])
+        elif (match := _LINK.fullmatch(part)) and float(match["times"] or inf) > 0:
+            links.append((match["one"], match["other"], float(match["times"] or inf)))
         else:
             raise InvalidArgumentError(
-                f"what-if: {part!r} is neither add=KIND@HOST nor remove=HOST", field="what-if"
+                f"what-if: {part!r} is none of add=KIND@HOST, add=2xKIND@HOST, remove=HOST, "
+                "link=HOST~HOST and link=HOST~HOST*TIMES",
+                field="what-if",
             )
     if count > MOST_ADDED:
         raise InvalidArgumentError(
             f"what-if: {count} devices are added; the limit is {MOST_ADDED}", field="what-if"
         )
-    return Change(tuple(added), tuple(removed))
+    return Change(tuple(added), tuple(removed), tuple(links))
 
 
 def changed(topology: Topology, change: Change, kinds: Mapping[str, Device]) -> Topology:
@@ -71,18 +90,12 @@ def changed(topology: Topology, change: Change, kinds: Mapping[str, Device]) -> 
             names or ids.
 
     Raises:
-        InvalidArgumentError: if a kind is not known, or there is nothing of that name to remove.
+        InvalidArgumentError: if a kind is not known, or there is nothing of a name.
     """
     devices = list(topology.devices)
     for name in change.removed:
-        left = [d for d in devices if name not in (d.id, d.worker, d.host)]
-        if len(left) == len(devices):
-            hosts = ", ".join(sorted({device.host for device in devices}))
-            raise InvalidArgumentError(
-                f"what-if: there is no device, worker or host {name!r}; hosts: {hosts}",
-                field="what-if",
-            )
-        devices = left
+        gone = _named(devices, name)
+        devices = [device for device in devices if device not in gone]
     links = list(topology.links)
     for kind, host in change.added:
         new = _new(devices, topology.devices, kind, host, kinds)
@@ -91,7 +104,46 @@ def changed(topology: Topology, change: Change, kinds: Mapping[str, Device]) -> 
         devices.append(new)
     ids = {device.id for device in devices}
     kept = tuple(link for link in links if link.src in ids and link.dst in ids)
-    return replace(topology, devices=tuple(devices), links=kept)
+    found = replace(topology, devices=tuple(devices), links=kept)
+    for one, other, times in change.links:
+        found = _faster(found, _named(devices, one), _named(devices, other), times)
+    return found
+
+
+def _named(devices: Sequence[Device], name: str) -> list[Device]:
+    found = [device for device in devices if name in (device.id, device.worker, device.host)]
+    if not found:
+        hosts = ", ".join(sorted({device.host for device in devices}))
+        raise InvalidArgumentError(
+            f"what-if: there is no device, worker or host {name!r}; hosts: {hosts}",
+            field="what-if",
+        )
+    return found
+
+
+def _faster(
+    topology: Topology, some: Sequence[Device], others: Sequence[Device], times: float
+) -> Topology:
+    """Ways between two groups of devices that are so many times as fast."""
+    pairs = {(a.id, b.id) for a in some for b in others if a.id != b.id}
+    pairs |= {(b, a) for a, b in pairs}
+    device = {each.id: each for each in (*some, *others)}
+    ways = []
+    for src, dst in sorted(pairs):
+        link = topology.link(device[src], device[dst])
+        way = Link(
+            src,
+            dst,
+            link.latency_seconds / times,
+            link.bytes_per_second * times,
+            link.source,
+            # A way that takes no time has no software either, as those have that were measured.
+            link.measured_at if times < inf else link.measured_at or 0.0,
+            link.kind,
+        )
+        ways.append(way)
+    kept = (link for link in topology.links if (link.src, link.dst) not in pairs)
+    return replace(topology, links=(*kept, *ways))
 
 
 def _latency(link: Link) -> float:
@@ -170,6 +222,7 @@ class Figures:
         total_seconds: of a batch, on the slowest replica; inf without one.
         tokens_per_second: of all replicas together.
         link_share: of a batch's time that goes into links, on the slowest replica.
+        sequences: that run at once, on all replicas together.
     """
 
     replicas: int
@@ -177,6 +230,7 @@ class Figures:
     total_seconds: float
     tokens_per_second: float
     link_share: float
+    sequences: int
 
 
 def figures(plan: Plan, output_tokens: int) -> Figures:
@@ -201,6 +255,7 @@ def figures(plan: Plan, output_tokens: int) -> Figures:
         total,
         sum(r.prediction.tokens_per_second for r in predicted if r.prediction is not None),
         share,
+        plan.slots * len(plan.replicas),
     )
 
 
