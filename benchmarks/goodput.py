@@ -6,9 +6,9 @@
 Simulated by the code that serves, one replica. Goodput is the largest load of which a share is in
 time, the mean over seeds; both policies see the same requests. FCFS is that of an engine that sees
 all requests, with at most twice the knee at once: the strongest plain baseline. The bound is what
-no policy exceeds (``uellm.simulator.metrics.highest_rate``). The spread of a ratio is that of the
-seeds, each interpolated between the loads that were run. What it costs is shown at the goodput of
-each policy at 99 %: latencies per class, waits, recomputation.
+no policy exceeds (``uellm.simulator.metrics.highest_rate``). Between loads of 10 % apart it is
+interpolated, and so it is for each seed: the spread of a ratio. What it costs is shown at the
+largest load that was run of which 99 % are in time: latencies per class, waits, recomputation.
 
 Traces (``benchmarks.traces``) have loads that are multiples of their own pace; their seeds differ
 in objectives only, and they are run once, whatever the variations asked for.
@@ -18,11 +18,12 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -36,6 +37,8 @@ from uellm.simulator.metrics import KindMetrics, Metrics
 from uellm.simulator.platforms import find_platform
 
 ATTAINMENTS = (0.9, 0.95, 0.99)
+FINENESS = 1.1
+"""Between the loads that are run."""
 NEVER_BELOW = 0.98
 """Of the goodput of FCFS at 99 %."""
 REQUESTS = {"a100": 10_000, "r3090": 5000, "cpu": 2500}
@@ -50,6 +53,7 @@ class Cost:
     """What came of a load, the mean over seeds; None where no seed has a value.
 
     Attributes:
+        load: which.
         in_time: share of the requests.
         latency_p99: seconds, by class.
         ttft_p99: likewise.
@@ -58,6 +62,7 @@ class Cost:
         met_tokens_per_second: of answers in time.
     """
 
+    load: float
     in_time: float
     latency_p99: Mapping[str, float | None]
     ttft_p99: Mapping[str, float | None]
@@ -74,7 +79,7 @@ class Served:
         policy: which.
         loads: by attainment, in the order of ``ATTAINMENTS``.
         seeds: the same of each seed.
-        cost: at the last of ``loads``; None if that is 0.
+        cost: at the largest load that was run of which 99 % are in time; None if there is none.
     """
 
     policy: str
@@ -214,17 +219,23 @@ def served(setups: Sequence[Setup], policy: str) -> Served:
         return fmean(metrics.attainment for metrics in runs[load])
 
     # The highest share first: it narrows the search for the others.
-    found = goodput(setups[0], policy, ATTAINMENTS[::-1], attained)[::-1]
-    seeds = tuple(
-        tuple(
-            round(crossing({load: each[seed].attainment for load, each in runs.items()}, share), 3)
-            for share in ATTAINMENTS
+    found = goodput(setups[0], policy, ATTAINMENTS[::-1], attained, FINENESS)[::-1]
+    shares = {load: [metrics.attainment for metrics in each] for load, each in runs.items()}
+
+    def loads(of: Callable[[list[float]], float]) -> tuple[float, ...]:
+        each = {load: of(seeds) for load, seeds in shares.items()}
+        return tuple(
+            round(crossing(each, share), 3) if there.load else 0.0
+            for share, there in zip(ATTAINMENTS, found, strict=True)
         )
-        for seed in range(len(setups))
-    )
+
     last = found[-1].load
-    loads = tuple(round(each.load, 3) for each in found)
-    return Served(policy, loads, seeds, cost(runs[last]) if last else None)
+    return Served(
+        policy,
+        loads(fmean),
+        tuple(loads(itemgetter(seed)) for seed in range(len(setups))),
+        cost(last, runs[last]) if last else None,
+    )
 
 
 def crossing(attained: Mapping[float, float], share: float) -> float:
@@ -237,8 +248,8 @@ def crossing(attained: Mapping[float, float], share: float) -> float:
     return float(np.exp(np.interp(-share, -falling, np.log(loads))))
 
 
-def cost(runs: Sequence[Metrics]) -> Cost:
-    """The means of some runs."""
+def cost(load: float, runs: Sequence[Metrics]) -> Cost:
+    """The means of the runs at a load."""
     kinds = sorted({kind for each in runs for kind in each.kinds})
 
     def mean(kind: str, name: str) -> float | None:
@@ -247,6 +258,7 @@ def cost(runs: Sequence[Metrics]) -> Cost:
         return round(fmean(values), 3) if values else None
 
     return Cost(
+        load=round(load, 3),
         in_time=round(fmean(each.attainment for each in runs), 4),
         latency_p99={kind: mean(kind, "latency_p99") for kind in kinds},
         ttft_p99={kind: mean(kind, "ttft_p99") for kind in kinds},
@@ -278,7 +290,7 @@ def _shown(found: Cost) -> str:
         for kind in found.latency_p99
     )
     return (
-        f"p99 (first token): {kinds}; longest wait {found.max_wait:.0f} s, "
+        f"at {found.load:.2f}: p99 (first token) {kinds}; longest wait {found.max_wait:.0f} s, "
         f"wasted {found.wasted:.1%}, {found.met_tokens_per_second:.0f} tokens/s in time"
     )
 

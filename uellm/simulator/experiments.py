@@ -38,7 +38,7 @@ REFERENCE_RATES: Mapping[tuple[str, str], float] = {
 """Requests per second that a load of 1 stands for, per replica. Elsewhere it is half of what no
 policy can exceed (``highest_rate``)."""
 FINENESS = 1.04
-"""Goodput is found to this factor."""
+"""Goodput is found to this factor, unless another is asked for."""
 _LOWEST, _HIGHEST = 0.02, 8.0
 _FIRST_TRIED = 0.6
 """Of the bound."""
@@ -267,9 +267,13 @@ class Goodput:
 
 
 def goodput(
-    setup: Setup, policy: str, attainments: Sequence[float], attained: Callable[[float], float]
+    setup: Setup,
+    policy: str,
+    attainments: Sequence[float],
+    attained: Callable[[float], float],
+    fineness: float = FINENESS,
 ) -> list[Goodput]:
-    """Search for the largest load at each attainment, on a grid of ``FINENESS``.
+    """Search for the largest load at each attainment, on a grid.
 
     Attainment is taken to fall with the load. In growing strides from near the bound until the load
     is enclosed, then by halves: loads far from it, which take longest to run, are seldom tried.
@@ -279,22 +283,26 @@ def goodput(
         policy: its name.
         attainments: shares that have to be in time.
         attained: the share in time at a load; asked once for each.
+        fineness: factor between neighbours of the grid.
     """
     known: dict[int, float] = {}
 
+    def place_of(load: float) -> int:
+        return round(log(load) / log(fineness))
+
     def reaches(place: int, share: float) -> bool:
         if place not in known:
-            known[place] = attained(FINENESS**place)
+            known[place] = attained(fineness**place)
         return known[place] >= share
 
-    lowest, highest = _place(_LOWEST), _place(_HIGHEST)
+    lowest, highest = place_of(_LOWEST), place_of(_HIGHEST)
     found = []
     for share in attainments:
         bound = setup.highest_load(share)
         # What is known from other shares narrows the search.
         low = max([lowest - 1, *(p for p, value in known.items() if value >= share)])
         high = min([highest + 1, *(p for p, v in known.items() if v < share and p > low)])
-        place = _place(_FIRST_TRIED * bound) if low < lowest else low + 2
+        place = place_of(_FIRST_TRIED * bound) if low < lowest else low + 1
         stride = 1
         while high - low > 1:
             place = min(max(place, low + 1), high - 1)
@@ -302,19 +310,14 @@ def goodput(
                 low = place
             else:
                 high = place
-            stride *= 2
             if high > highest:
                 place = low + stride
             elif low < lowest:
                 place = high - stride
             else:
                 place = (low + high) // 2
-        load = FINENESS**low if low >= lowest else 0.0
+            stride *= 2
+        load = fineness**low if low >= lowest else 0.0
         rate = load * setup.reference_rate()
         found.append(Goodput(policy, share, load, rate, bound))
     return found
-
-
-def _place(load: float) -> int:
-    """The place of a load on the grid."""
-    return round(log(load) / log(FINENESS))
