@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from uellm.placement.arrays import Array
 from uellm.placement.chain import Chain, Route
-from uellm.placement.costs import Array
 from uellm.placement.hierarchy import Hierarchy, hierarchy
 from uellm.placement.tree import TreeResult, solve_tree
 

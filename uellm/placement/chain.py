@@ -10,10 +10,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from uellm.placement.costs import Array, Costs, Integers
+from uellm.placement.arrays import Array, Bools, Integers
+from uellm.placement.costs import Costs
 from uellm.placement.views import Pin
-
-Bools = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)

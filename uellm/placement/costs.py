@@ -5,27 +5,21 @@ and a launch; where it was measured, the measured times. A link takes its latenc
 the software of the hop unless that was measured with it.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from uellm.core.errors import InvalidArgumentError
-from uellm.core.model import LayerProfile, ModelProfile
+from uellm.core.model import ModelProfile
+from uellm.placement.arrays import Array, Integers
 from uellm.placement.memory import USABLE, Need
-from uellm.placement.speed import (
-    HOP_SECONDS,
-    PAIR_FLOPS,
-    flops_per_second,
-    memory_bytes_per_second,
-)
-from uellm.placement.topology import LEVELS, Device, Topology
-from uellm.placement.views import LayerTimes, PlanRequest, Workload
+from uellm.placement.roofline import beside_layers, head_seconds, layer_seconds, stage_seconds
+from uellm.placement.topology import Device
+from uellm.placement.views import PlanRequest, Workload
+from uellm.placement.ways import ways, ways_back
 
-Array = NDArray[np.float64]
-Integers = NDArray[np.int64]
 TOKEN_BYTES = 64
 """Of a token on its way from the last stage to the first, with what goes with it."""
 
@@ -181,8 +175,8 @@ def costs_of(request: PlanRequest, slots: int | None = None) -> Costs:
     need = _need(model, workload, slots)
     batch = workload.batch or max(1, need.slots // workload.in_flight)
     times = [request.layer_times.get(d.id, request.layer_times.get(d.name)) for d in devices]
-    prefill, decode = _layer_times(devices, model, batch, workload, times)
-    latency, per_byte, hop = _links(request.topology, devices)
+    prefill, decode = layer_seconds(devices, model, batch, workload, times)
+    latency, per_byte, hop = ways(request.topology, devices)
     activation = batch * model.activation_bytes_per_token
     prompt = workload.prompt_tokens * activation
     busy = (hop + prompt * per_byte) + (workload.output_tokens - 1) * (hop + activation * per_byte)
@@ -195,14 +189,14 @@ def costs_of(request: PlanRequest, slots: int | None = None) -> Costs:
         in_flight=workload.in_flight,
         prefill=prefill,
         decode=decode,
-        head=_head_times(devices, model, batch, times),
-        stage=_stages(devices, times),
-        leader=_measured(devices, times, lambda t: t.leader),
+        head=head_seconds(devices, model, batch, times),
+        stage=stage_seconds(devices, times),
+        leader=beside_layers(devices, times, lambda t: t.leader),
         share=np.array([t.share if t else 1.0 for t in times]),
         period=np.array([t.period if t else 0.0 for t in times]),
         link_prefill=latency + hop + prompt * per_byte,
         link_decode=latency + hop + activation * per_byte,
-        back=_back(devices, latency + hop + batch * TOKEN_BYTES * per_byte),
+        back=ways_back(devices, latency + hop + batch * TOKEN_BYTES * per_byte),
         busy=busy,
         room=np.array([int(d.memory_bytes * USABLE) for d in devices], dtype=np.int64),
         price=np.array([request.costs.get(d.id, d.cost) for d in devices], dtype=np.float64),
@@ -281,137 +275,3 @@ def _need(model: ModelProfile, workload: Workload, slots: int | None) -> Need:
     )
     count = max(1, workload.slots if slots is None else slots)
     return Need(model, count, context, workload.kv_tokens)
-
-
-def _layer_times(
-    devices: Sequence[Device],
-    model: ModelProfile,
-    batch: int,
-    workload: Workload,
-    times: Sequence[LayerTimes | None],
-) -> tuple[Array, Array]:
-    """[n, L] seconds of prefill and of one decode step.
-
-    A layer of a model that is not uniform takes its share of what was measured, by its FLOPs.
-    """
-    flops_rate = np.array([[flops_per_second(device)] for device in devices]).reshape(-1, 1)
-    byte_rate = np.array([[memory_bytes_per_second(d)] for d in devices]).reshape(-1, 1)
-    launch = np.array([[device.launch_seconds] for device in devices]).reshape(-1, 1)
-    prompt = workload.prompt_tokens
-    # In the middle of its prompt, and of its answer.
-    found = []
-    for tokens, context in ((prompt, prompt / 2), (1, prompt + workload.output_tokens / 2)):
-        flops = np.array([_flops(layer, model, context) for layer in model.layers])
-        moved = np.array([_bytes(layer, batch, context, tokens) for layer in model.layers])
-        roof = np.maximum(batch * tokens * flops / flops_rate, moved / byte_rate)
-        found.append(roof + launch)
-    flops = np.array([layer.flops_per_token for layer in model.layers])
-    share = flops / flops.mean() if flops.any() else np.ones(len(flops))
-    for index, measured in enumerate(times):
-        if measured is not None:
-            slow = devices[index].slowdown * share
-            found[0][index] = slow * _interpolate(measured.prefill, batch * prompt)
-            found[1][index] = slow * _interpolate(measured.decode, batch)
-        found[0][index] *= devices[index].prefill_ratio
-    return found[0], found[1]
-
-
-def _flops(layer: LayerProfile, model: ModelProfile, context: float) -> float:
-    attention = PAIR_FLOPS * model.hidden_size * context if layer.kv_bytes_per_token else 0.0
-    return layer.flops_per_token + attention
-
-
-def _bytes(layer: LayerProfile, batch: int, context: float, tokens: int) -> float:
-    cache = layer.kv_bytes_per_token * (context if tokens == 1 else tokens) + layer.state_bytes
-    return layer.weight_bytes + batch * cache
-
-
-def _interpolate(points: Sequence[tuple[float, float]], tokens: float) -> float:
-    """Between two points, or on from the last two; before the first, the first."""
-    if not points:
-        raise InvalidArgumentError(
-            "layer_times: a table without points; leave the device out of it, or measure it",
-            field="layer_times",
-        )
-    at, seconds = zip(*sorted(points), strict=True)
-    if tokens <= at[-1]:
-        return float(np.interp(tokens, at, seconds))
-    if len(at) == 1:
-        return float(seconds[0] * tokens / at[0])
-    slope = (seconds[-1] - seconds[-2]) / (at[-1] - at[-2])
-    return float(seconds[-1] + max(slope, 0.0) * (tokens - at[-1]))
-
-
-def _head_times(
-    devices: Sequence[Device],
-    model: ModelProfile,
-    batch: int,
-    times: Sequence[LayerTimes | None],
-) -> Array:
-    flops = 2.0 * model.hidden_size * model.vocab_size * batch
-    return np.array(
-        [
-            d.slowdown * _interpolate(t.ends, batch)
-            if t is not None and t.ends
-            else max(flops / flops_per_second(d), model.head_bytes / memory_bytes_per_second(d))
-            for d, t in zip(devices, times, strict=True)
-        ]
-    )
-
-
-def _measured(
-    devices: Sequence[Device],
-    times: Sequence[LayerTimes | None],
-    seconds: Callable[[LayerTimes], float],
-) -> Array:
-    """[n] seconds of what only measuring tells; 0 where nothing was measured."""
-    return np.array(
-        [d.slowdown * seconds(t) if t else 0.0 for d, t in zip(devices, times, strict=True)]
-    )
-
-
-def _stages(devices: Sequence[Device], times: Sequence[LayerTimes | None]) -> Array:
-    """[n] seconds of any step beside layers and ends, as measured and as learnt since."""
-    measured = _measured(devices, times, lambda t: t.stage)
-    learnt = np.array([d.slowdown * d.step_seconds for d in devices])
-    found: Array = np.maximum(measured + learnt, 0.0)
-    return found
-
-
-def _links(topology: Topology, devices: Sequence[Device]) -> tuple[Array, Array, Array]:
-    """[n, n] latency, seconds per byte, and seconds of software that the latency lacks."""
-    shared = _levels(devices)
-    speeds = [topology.default(level) for level in LEVELS]
-    latency = np.array([speed.latency_seconds for speed in speeds])[shared]
-    per_byte = np.array([1.0 / speed.bytes_per_second for speed in speeds])[shared]
-    workers = np.unique([device.worker for device in devices], return_inverse=True)[1]
-    hop = np.where(workers[:, None] != workers[None, :], HOP_SECONDS, 0.0)
-    index = {device.id: i for i, device in enumerate(devices)}
-    known = {(link.src, link.dst) for link in topology.links}
-    for src, dst in known | {(dst, src) for src, dst in known}:
-        if src in index and dst in index:
-            i, j = index[src], index[dst]
-            link = topology.link(devices[i], devices[j])
-            latency[i, j], per_byte[i, j] = link.latency_seconds, 1.0 / link.bytes_per_second
-            if link.measured_at is not None:
-                hop[i, j] = 0.0
-    for array in (latency, per_byte, hop):
-        np.fill_diagonal(array, 0.0)
-    return latency, per_byte, hop
-
-
-def _back(devices: Sequence[Device], seconds: Array) -> Array:
-    """[n, n] seconds for the tokens of a step; a worker's own way to itself is none."""
-    workers = np.unique([device.worker for device in devices], return_inverse=True)[1]
-    return np.where(workers[:, None] != workers[None, :], seconds, 0.0)
-
-
-def _levels(devices: Sequence[Device]) -> Integers:
-    """[n, n] index in ``LEVELS``: how many components of their paths two devices share."""
-    n = len(devices)
-    shared = np.zeros((n, n), dtype=np.int64)
-    for depth in range(1, len(LEVELS)):
-        paths = ["\0".join(d.place[:depth]) if len(d.place) >= depth else d.id for d in devices]
-        codes = np.unique(paths, return_inverse=True)[1] if n else np.zeros(0, dtype=np.int64)
-        shared += codes[:, None] == codes[None, :]
-    return shared

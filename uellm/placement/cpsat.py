@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from uellm.placement.arrays import Array, Integers
 from uellm.placement.chain import Chain, Route, route
-from uellm.placement.costs import Array, Integers
 
 MOST_DEVICES = 32
 # Seconds become whole numbers, so many to those of the hint; rounded down, they bound from below.

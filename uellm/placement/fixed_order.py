@@ -5,7 +5,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from uellm.placement.costs import Array, Costs
+from uellm.placement.arrays import Array
+from uellm.placement.costs import Costs
 
 
 def best_cut(

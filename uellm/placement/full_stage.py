@@ -15,7 +15,8 @@ from statistics import median
 
 import numpy as np
 
-from uellm.placement.costs import Array, Costs, Integers
+from uellm.placement.arrays import Array, Integers
+from uellm.placement.costs import Costs
 from uellm.placement.flow import max_flow
 
 _PROBES = 60

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from uellm.placement.arrays import Array, Integers
 from uellm.placement.chain import Chain, Route, route
-from uellm.placement.costs import Array, Integers
 
 MOST_DEVICES = 14
 

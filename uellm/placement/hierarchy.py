@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from uellm.placement.arrays import Array, Integers
 from uellm.placement.chain import Chain
-from uellm.placement.costs import Array, Integers
 
 _SAME = 1e-9
 

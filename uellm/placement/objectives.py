@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from uellm.placement import held_karp
-from uellm.placement.chain import Bools, Chain, Route
-from uellm.placement.costs import Array
+from uellm.placement.arrays import Array, Bools
+from uellm.placement.chain import Chain, Route
 from uellm.placement.search import EXACT, Found, least_cost, longest, search, with_count
 from uellm.placement.views import Certificate
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from uellm.placement import held_karp
+from uellm.placement.arrays import Array, Integers
 from uellm.placement.chain import Chain, Route
-from uellm.placement.costs import Array, Integers
 from uellm.placement.objectives import Choice, Problem
 from uellm.placement.search import LIFTED, Found, deepen, search, with_count
 from uellm.placement.views import Certificate

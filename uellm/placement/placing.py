@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from uellm.placement.arrays import Integers
 from uellm.placement.baselines import BASELINES
 from uellm.placement.chain import Chain, Route, chain_of
-from uellm.placement.costs import Costs, Integers
+from uellm.placement.costs import Costs
 from uellm.placement.fixed_order import best_cut
 from uellm.placement.judge import Judge
 from uellm.placement.objectives import SLACK, Choice, Problem, cheapest, fastest

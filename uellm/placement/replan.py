@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from uellm.core.model import ModelProfile
-from uellm.placement.costs import Array, Costs
+from uellm.placement.arrays import Array
+from uellm.placement.costs import Costs
 from uellm.placement.fixed_order import best_cut
 from uellm.placement.judge import Judge
 from uellm.placement.prediction import Layout, predict

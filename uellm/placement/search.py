@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from uellm.placement import cpsat, held_karp
+from uellm.placement.arrays import Array
 from uellm.placement.bound import Bounded, ascend
 from uellm.placement.chain import Chain, Route, route
-from uellm.placement.costs import Array
 from uellm.placement.hierarchy import hierarchy
 from uellm.placement.polish import Polisher
 from uellm.placement.tree import solve_tree

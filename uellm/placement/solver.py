@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement import infeasible
+from uellm.placement.arrays import Integers
 from uellm.placement.chain import chain_of
-from uellm.placement.costs import Costs, Integers, costs_of
+from uellm.placement.costs import Costs, costs_of
 from uellm.placement.explain import explain_plan, last_that
 from uellm.placement.goodput import spread
 from uellm.placement.judge import Judge

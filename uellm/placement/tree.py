@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from uellm.placement.arrays import Array, Integers
 from uellm.placement.chain import Chain, Route, route
-from uellm.placement.costs import Array, Integers
 from uellm.placement.hierarchy import Hierarchy, Merge
 
 # Pieces of the chain that a group offers.

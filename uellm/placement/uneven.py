@@ -5,8 +5,9 @@ from itertools import accumulate
 
 import numpy as np
 
+from uellm.placement.arrays import Integers
 from uellm.placement.chain import Chain
-from uellm.placement.costs import Costs, Integers
+from uellm.placement.costs import Costs
 from uellm.placement.fixed_order import best_cut
 from uellm.placement.judge import Judge
 from uellm.placement.polish import steps
