@@ -8,6 +8,7 @@ that missed what they asked for only exceed, and of the time that these take, fo
 is lost changes a request's place in the order. Who has not ended yet counts as "later than now".
 """
 
+from math import isfinite
 from statistics import NormalDist
 from typing import Any
 
@@ -104,7 +105,7 @@ class Outcomes:
         self._took = np.full((SIZE, 2), np.nan)
         # Seconds that it was watched for, if it will not be longer; else infinite.
         self._watched = np.full(SIZE, np.inf)
-        self._fits: list[list[Residuals]] = []
+        self._fits: dict[tuple[int, int], Residuals] = {}
         self._changes = REFIT
 
     @property
@@ -121,11 +122,14 @@ class Outcomes:
             since: when that was made.
         """
         place = self.seen % SIZE
+        # One row, in plain numbers: for each promise arrays would take longer than all the rest.
+        limit = min(float(forecast.ttft[0]), float(forecast.deadline[0]))
+        drained = float(forecast.drained[0])
         self._features[place] = features_of(forecast)[0]
         self._spread[place] = forecast.spread[0]
         self._expected[0, place] = forecast.start[0], forecast.finish[0]
-        self._expected[1, place] = late_reference(forecast)[0]
-        self._limit[place] = limits_of(forecast)[0].min()
+        self._expected[1, place] = max(drained, limit) if isfinite(limit) else max(drained, 0.0)
+        self._limit[place] = limit
         self._in_turn[place] = logit(np.array([in_turn]))[0]
         self._since[place] = since
         self._late[place], self._judged[place], self._filed[place] = False, False, False
@@ -263,7 +267,7 @@ class Outcomes:
                 (IN_TURN).
             now: in seconds.
         """
-        fit = self._fitted(now)[target][which]
+        fit = self._fitted(target, which, now)
         shift = fit.shift(features_of(forecasts))
         if which == LATE:
             centre, spread = np.log(late_reference(forecasts)) + shift, np.ones(len(forecasts))
@@ -295,15 +299,14 @@ class Outcomes:
         settled: Flags = self._judged[:kept] & over & np.isfinite(limit)
         return settled
 
-    def _fitted(self, now: float) -> list[list[Residuals]]:
-        """By target: of the punctual, of the late, of the time until the turn."""
-        if not self._fits or self._changes >= (REFIT if self.known >= FEW else 1):
-            self._fits = [
-                [self._fit(target, which, now) for which in (PUNCTUAL, LATE, IN_TURN)]
-                for target in (START, FINISH)
-            ]
+    def _fitted(self, target: int, which: int, now: float) -> Residuals:
+        """Of the punctual, of the late, or of the time until the turn; made when asked for."""
+        if self._changes >= (REFIT if self.known >= FEW else 1):
+            self._fits.clear()
             self._changes = 0
-        return self._fits
+        if (target, which) not in self._fits:
+            self._fits[target, which] = self._fit(target, which, now)
+        return self._fits[target, which]
 
     def _fit(self, target: int, which: int, now: float) -> Residuals:
         took, late = self._took[:, target], self._late

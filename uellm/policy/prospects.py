@@ -52,10 +52,17 @@ class Forecasts:
         group: Places = 2 * self.kind.astype(np.intp) + self.waits
         return group
 
+    def one(self, row: int) -> "Forecasts":
+        """Of one of the requests; nothing is copied."""
+        return self._at(slice(row, row + 1), self.ids[row : row + 1])
+
     def some(self, rows: Places) -> "Forecasts":
         """Of some of the requests."""
+        return self._at(rows, [self.ids[row] for row in rows.tolist()])
+
+    def _at(self, rows: Places | slice, ids: Sequence[str]) -> "Forecasts":
         return Forecasts(
-            [self.ids[row] for row in rows],
+            ids,
             self.kind[rows],
             self.start[rows],
             self.finish[rows],

@@ -183,14 +183,15 @@ class TrackRecord:
             return
         found, row = asked
         basis = _Basis(
-            found.forecasts.some(np.array([row])),
+            found.forecasts.one(row),
             found.group,
             found.seconds[row].tolist(),
             float(found.said[row]),
             float(found.in_turn[row]),
         )
         kind, group = found.group // 2, found.group
-        self._kinds.setdefault(kind, Outcomes(self._hearing))
+        if kind not in self._kinds:
+            self._kinds[kind] = Outcomes(self._hearing)
         self._unjudged[group] = self._unjudged.get(group, 0) + 1
         self._under_way[kind] = self._under_way.get(kind, 0) + 1
         # Were it set when the promise is judged, what is heard of while many are open, and that
@@ -200,7 +201,7 @@ class TrackRecord:
             (each, each.add(basis.forecast, basis.in_turn, now)) for each in self._followed(kind)
         ]
         self._open[request_id] = _Open(basis, now, rate, places)
-        limits = limits_of(basis.forecast)[0].tolist()
+        limits = (float(basis.forecast.ttft[0]), float(basis.forecast.deadline[0]))
         for target in self._targets:
             if limits[target] < inf:
                 self._expect(now + max(limits[target], 0.0), request_id, target, -1)
@@ -317,7 +318,9 @@ class TrackRecord:
         group = entry.basis.group
         if target == FINISH and place == len(LEVELS) - 1:
             self._unjudged[group] -= 1
-        shifts = self._shifts.setdefault(group, np.zeros((2, len(LEVELS))))
+        if group not in self._shifts:
+            self._shifts[group] = np.zeros((2, len(LEVELS)))
+        shifts = self._shifts[group]
         shifts[target, place] = step(shifts[target, place], place, entry.rate, kept=kept)
 
     # ---- keeping -------------------------------------------------------------------------------

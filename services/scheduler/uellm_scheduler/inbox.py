@@ -14,6 +14,8 @@ from uellm_scheduler.book import Book
 from uellm_scheduler.metering import Ended
 
 READ_COUNT = 1000
+GATHER_SECONDS = 0.001
+"""After something was read, so long is waited for more: under load a read brings many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class Inbox:
             if entries:
                 self._queued += entries
                 self._something.set()
+                await asyncio.sleep(GATHER_SECONDS)
 
     async def read_completions(self) -> None:
         """Take in what ended and what was routed, for ever."""
@@ -73,6 +76,7 @@ class Inbox:
                 self.routed = self.routed or not events
                 self._place = place
                 self._something.set()
+                await asyncio.sleep(GATHER_SECONDS)
 
     def note(self, ended: Iterable[queue_pb2.CompletionEvent]) -> None:
         """Requests ended of which nobody else is told."""
