@@ -607,6 +607,7 @@ def test_usage_adds_up() -> None:
         committed_tokens=48 + 32,
         fragmented_tokens=12,
         hit_tokens=0,
+        block_tokens=16,
     )
 
 

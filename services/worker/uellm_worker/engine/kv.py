@@ -138,6 +138,7 @@ class KvManager:
             committed_tokens=self._committed * self._block_tokens,
             fragmented_tokens=committed * self._block_tokens - used,
             hit_tokens=self._hit_tokens,
+            block_tokens=self._block_tokens,
         )
 
     @property

@@ -16,6 +16,7 @@ class KvUsage:
         committed_tokens: in blocks that are in memory; never more than the budget.
         fragmented_tokens: in blocks in memory of sequences that run, and not held by them.
         hit_tokens: taken from the cache instead of being computed, since the start.
+        block_tokens: room is given in blocks of so many.
     """
 
     total_tokens: int
@@ -25,6 +26,7 @@ class KvUsage:
     committed_tokens: int
     fragmented_tokens: int
     hit_tokens: int
+    block_tokens: int
 
     @property
     def free_tokens(self) -> int:

@@ -198,6 +198,7 @@ class StepMeter:
             kv_tokens_reserved=kv.reserved_tokens,
             kv_tokens_cached=kv.cached_tokens,
             kv_tokens_committed=kv.committed_tokens,
+            kv_block_tokens=kv.block_tokens,
             prefix_hit_tokens=kv.hit_tokens,
             padding_tokens=self.padding_tokens,
             stages=[
