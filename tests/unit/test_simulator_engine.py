@@ -26,6 +26,7 @@ from uellm.simulator.predictors import profiler
 from uellm.simulator.requests import Request
 
 TINY = Platform("tiny", StepCost(0.001, 0.004, 0.001, 1e-5, 1e-6), 120, 6, 16)
+BLOCKS = replace(TINY, block_tokens=8)
 AT_ONCE = MeshSettings(dispatch_seconds=0.0, completion_seconds=0.0)
 UNBOUND = DispatchSettings(lookahead_requests=100, kv_headroom=100.0)
 
@@ -111,23 +112,30 @@ def check(run: Run, requests: list[Request], platform: Platform = TINY) -> None:
     st.integers(1, 3),
     st.sampled_from(Execution),
     st.booleans(),
+    st.sampled_from([TINY, BLOCKS]),
 )
 def test_every_request_ends_once_and_no_token_is_lost(
-    requests: list[Request], predictor: str, replicas: int, execution: Execution, delay: bool
+    requests: list[Request],
+    predictor: str,
+    replicas: int,
+    execution: Execution,
+    delay: bool,
+    platform: Platform,
 ) -> None:
     mesh = MeshSettings(replicas, execution) if delay else replace(AT_ONCE, replicas=replicas)
     mesh = replace(mesh, execution=execution)
     for dispatch in (EdfDispatch(), FcfsDispatch(UNBOUND)):
-        check(simulate(requests, mesh=mesh, predictor=predictor, dispatch=dispatch), requests)
+        run = simulate(requests, platform, mesh, predictor=predictor, dispatch=dispatch)
+        check(run, requests, platform)
 
 
 @settings(max_examples=100, deadline=None)
-@given(REQUESTS, st.booleans(), st.integers(1, 16))
+@given(REQUESTS, st.booleans(), st.integers(1, 16), st.sampled_from([TINY, BLOCKS]))
 def test_nothing_is_lost_by_a_policy_that_preempts_and_hands_back(
-    requests: list[Request], hand_back: bool, pace: int
+    requests: list[Request], hand_back: bool, pace: int, platform: Platform
 ) -> None:
-    run = simulate(requests, step=Careless(hand_back, pace))
-    check(run, requests)
+    run = simulate(requests, platform, step=Careless(hand_back, pace))
+    check(run, requests, platform)
 
 
 @given(REQUESTS, st.sampled_from(Execution))
@@ -169,6 +177,53 @@ def test_what_comes_during_a_long_stretch_joins_at_the_next_step() -> None:
     assert second.first_token_at == pytest.approx(mixed)
     assert second.finished_at == pytest.approx(mixed + cost.seconds(2, len(ends) + 2 + 2))
     assert first.finished_at > second.finished_at
+
+
+def test_room_is_taken_in_whole_blocks() -> None:
+    """Four of 9 tokens each fit into 40, but not into five blocks of 8."""
+
+    class Eager:
+        name = "eager"
+
+        def step(self, engine: EngineView, now: float) -> StepDecision:
+            assert engine.block_tokens == platform.block_tokens
+            ids = [sequence.request_id for sequence in engine.waiting]
+            return StepDecision(tuple(ids), chunk_tokens=64, reserve=dict.fromkeys(ids, 9))
+
+    requests = [request(i, 8, 2) for i in range(4)]
+    for block, at_once in ((1, 4), (8, 2), (20, 2), (40, 1)):
+        platform = replace(TINY, kv_tokens=40, chunk_tokens=64, block_tokens=block)
+        records = simulate(requests, platform, step=Eager()).records
+        ends = [record.finished_at for record in records]
+        assert ends.count(ends[0]) == at_once
+
+
+def test_a_block_more_is_taken_when_the_last_one_is_full() -> None:
+    """Two that reserve nothing grow until one has to give way."""
+    requests = [request(0, 7, 30), request(1, 5, 30)]
+    platform = replace(TINY, kv_tokens=56, block_tokens=8)
+    run = simulate(requests, platform, step=Careless(hand_back=False, pace=16))
+    check(run, requests, platform)
+    # The seventh block was the first one's; the other had filled its third.
+    assert (run.engines[0].preemptions, run.engines[0].wasted) == (1, 24)
+
+
+def test_what_a_request_takes_on_its_way_is_added_at_both_ends() -> None:
+    alone = request(0, 10, 20, arrival=1.0)
+    (near,) = simulate([alone]).records
+    way = MeshSettings(
+        accept_seconds=0.02,
+        dispatch_seconds=0.003,
+        completion_seconds=0.0,
+        delivery_seconds=0.1,
+    )
+    (far,) = simulate([alone], mesh=way).records
+    assert near.first_token_at is not None
+    assert near.dispatched_at is not None
+    assert far.dispatched_at == pytest.approx(near.dispatched_at + 0.02)
+    assert far.first_token_at == pytest.approx(near.first_token_at + 0.123)
+    assert far.finished_at == pytest.approx(near.finished_at + 0.123)
+    assert far.request == alone
 
 
 def test_prompts_are_computed_in_the_order_that_was_decided() -> None:

@@ -150,6 +150,7 @@ def test_a_platform_is_read_from_a_file(tmp_path: Path) -> None:
     path.write_text(GOOD + "per_pair=1e-9\n")
     platform = find_platform(str(path))
     assert (platform.name, platform.slots, platform.cost.per_pair) == ("mine", 8, 1e-9)
+    assert platform.block_tokens == 1
     assert find_platform("cpu") is PLATFORMS["cpu"]
 
 
@@ -164,6 +165,8 @@ def test_a_platform_is_read_from_a_file(tmp_path: Path) -> None:
         (GOOD.replace("0.01", "-1"), "weights: -1"),
         (GOOD.replace("0.01", "'x'"), "weights: 'x'"),
         (GOOD + "speed=3\n", "speed: not known"),
+        (GOOD + "block_tokens=0\n", "block_tokens: 0"),
+        (GOOD + "block_tokens=16\n", "kv_tokens: not whole blocks of 16 tokens"),
         ("overhead=0\nweights=0\nper_token=0\nkv_tokens=9\nslots=1\nchunk_tokens=4", "no time"),
     ],
 )

@@ -5,8 +5,8 @@ decodes advance by one token a step, and the seconds of the stretch are a sum in
 step policy is asked only where its answer can differ: when a sequence comes, has its first token or
 ends, when room runs out, and at the time that it named.
 
-Of the KV cache only room is modelled, in tokens: there are no blocks, and no prefixes are used
-again. One stage: one step is under way at a time.
+Of the KV cache only room is modelled, in whole blocks: no prefixes are used again. One stage: one
+step is under way at a time.
 """
 
 from abc import ABC, abstractmethod
@@ -83,8 +83,12 @@ class Engine(ABC):
     @property
     def kv_free(self) -> int:
         """KV room that nobody holds or has reserved, in tokens."""
-        taken = sum([s.computed if s.computed > s.reserved else s.reserved for s in self.running])
-        return self.platform.kv_tokens - taken
+        block = self.platform.block_tokens
+        taken = [
+            s.reserved if s.reserved >= s.computed else -(-s.computed // block) * block
+            for s in self.running
+        ]
+        return self.platform.kv_tokens - sum(taken)
 
     def answered(self, now: float) -> dict[str, Answered]:
         """How far those have come, of all that are here, that have begun."""
@@ -129,6 +133,7 @@ class Engine(ABC):
             kv_tokens_free=self.kv_free,
             kv_tokens_total=self.platform.kv_tokens,
             max_chunk_tokens=self.platform.chunk_tokens,
+            block_tokens=self.platform.block_tokens,
             cost=self.platform.cost,
         )
         return self._policy.step(view, now)
@@ -294,8 +299,13 @@ class ContinuousEngine(Engine):
 
     def _short(self) -> bool:
         """There is no room for what the decodes of the next step compute."""
-        growing = sum([s.computed >= s.reserved and s.computed >= s.prefill for s in self.running])
-        return len(self.running) > 1 and growing > 0 and self.kv_free < growing
+        block = self.platform.block_tokens
+        growing = [
+            s.computed >= s.reserved and s.computed >= s.prefill and s.computed % block == 0
+            for s in self.running
+        ]
+        needed = sum(growing) * block
+        return len(self.running) > 1 and self.kv_free < needed
 
     def _decide(self, now: float) -> bool:
         """Ask the policy and carry out what fits; True if it changed who runs."""
@@ -309,6 +319,7 @@ class ContinuousEngine(Engine):
                 continue
             wanted = decision.reserve.get(request_id, sequence.reserve_tokens)
             reserved = max(min(wanted, sequence.limit_tokens), sequence.tokens)
+            reserved = self.platform.whole_blocks(reserved)
             if reserved <= free:
                 free -= reserved
                 self._seat(sequence, reserved)
@@ -353,16 +364,16 @@ class ContinuousEngine(Engine):
         return stretch
 
     def _steps(self, decodes: list[Sequence]) -> int:
-        """Steps until somebody ends, begins to take room beyond its reservation, or finds none."""
+        """Steps until somebody ends, takes room beyond what it has, or finds none."""
         steps = min(s.end_tokens - s.tokens for s in decodes)
-        growing, crossing = 0, inf
+        growing, crossing, block = 0, inf, self.platform.block_tokens
         for sequence in decodes:
-            spare = sequence.reserved - sequence.computed
+            spare = max(sequence.reserved - sequence.computed, -sequence.computed % block)
             if spare <= 0:
                 growing += 1
             elif spare < crossing:
                 crossing = spare
         steps = int(min(steps, crossing))
         if growing:
-            steps = min(steps, max(self.kv_free // growing, 1))
+            steps = min(steps, max(self.kv_free // (growing * block), 1) * block)
         return steps

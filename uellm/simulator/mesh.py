@@ -40,8 +40,11 @@ class MeshSettings:
     Attributes:
         replicas: how many.
         execution: how their engines compute.
+        accept_seconds: from an arrival until the scheduler has the request: its gateway, a
+            profiler, the queue.
         dispatch_seconds: from a decision until a replica has the request.
         completion_seconds: from an end until the scheduler has heard of it.
+        delivery_seconds: from a token until its client has it.
         report_seconds: how often replicas' reports are read, as in the scheduler.
         refusable: requests ask to be refused when they cannot be in time.
         promises: requests are promised when they will be answered. Where none may be refused,
@@ -51,8 +54,10 @@ class MeshSettings:
 
     replicas: int = 1
     execution: Execution = Execution.CONTINUOUS
+    accept_seconds: float = 0.0
     dispatch_seconds: float = 0.005
     completion_seconds: float = 0.005
+    delivery_seconds: float = 0.0
     report_seconds: float = 0.25
     refusable: bool = False
     promises: bool = True
@@ -66,8 +71,8 @@ class Record:
     Attributes:
         request: which.
         outcome: how it ended; None while it has not.
-        finished_at: when its last token came, or it was refused.
-        first_token_at: when its first token came, or None.
+        finished_at: when its client had its last token, or heard that it was refused.
+        first_token_at: when its client had its first token, or None.
         dispatched_at: when it first left for a replica, or None.
         preemptions: how often its slot was taken.
         promise: the first one that it was given.
@@ -82,6 +87,12 @@ class Record:
     preemptions: int = 0
     promise: Promise | None = None
     promised_at: float = 0.0
+
+    def deliver(self, seconds: float) -> None:
+        """Its client heard of everything so much later."""
+        self.finished_at += seconds
+        if self.first_token_at is not None:
+            self.first_token_at += seconds
 
     @property
     def met(self) -> bool:
@@ -183,7 +194,8 @@ class Mesh:
         for request in requests:
             _check(request, self._platform)
             self._records[request.request_id] = Record(request)
-            self._at(request.arrival, self._arrival(request, profiler))
+            at = request.arrival + self._settings.accept_seconds
+            self._at(at, self._arrival(request, profiler))
         now = 0.0
         while self._events:
             now = self._events[0][0]
@@ -197,6 +209,8 @@ class Mesh:
             raise InvalidArgumentError(
                 f"policy: left {left} of {len(records)} requests waiting for ever", field="policy"
             )
+        for record in records:
+            record.deliver(self._settings.delivery_seconds)
         return Run(
             records=records,
             engines=[station.engine.counts for station in self._stations],

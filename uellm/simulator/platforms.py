@@ -17,9 +17,10 @@ class Platform:
     Attributes:
         name: what it is called.
         cost: what its steps take.
-        kv_tokens: room of the KV cache.
+        kv_tokens: room of the KV cache, in whole blocks.
         slots: most sequences that run at once.
         chunk_tokens: most tokens that one step computes.
+        block_tokens: room is given in blocks of so many tokens.
     """
 
     name: str
@@ -27,6 +28,11 @@ class Platform:
     kv_tokens: int
     slots: int
     chunk_tokens: int
+    block_tokens: int = 1
+
+    def whole_blocks(self, tokens: int) -> int:
+        """Tokens rounded up to whole blocks."""
+        return -(-tokens // self.block_tokens) * self.block_tokens
 
     @property
     def seconds_per_prompt_token(self) -> float:
@@ -47,14 +53,15 @@ PLATFORMS: Mapping[str, Platform] = {
     )
 }
 _SECONDS = ("overhead", "weights", "per_token", "per_context", "per_pair")
-_COUNTS = ("kv_tokens", "slots", "chunk_tokens")
+_COUNTS = ("kv_tokens", "slots", "chunk_tokens", "block_tokens")
 
 
 def find_platform(name: str) -> Platform:
     """A platform by name, or from a TOML file.
 
     The file gives seconds ``overhead``, ``weights``, ``per_token`` and, if known, ``per_context``
-    and ``per_pair``, and counts ``kv_tokens``, ``slots`` and ``chunk_tokens``.
+    and ``per_pair``, and counts ``kv_tokens``, ``slots``, ``chunk_tokens`` and, if it is not 1,
+    ``block_tokens``.
 
     Raises:
         InvalidArgumentError: if there is none, or it makes no sense.
@@ -89,7 +96,7 @@ def platform_from(name: str, facts: Mapping[str, object]) -> Platform:
             raise _wrong(name, key, "missing: seconds, 0 or more")
     counts = {}
     for key in _COUNTS:
-        value = facts.get(key)
+        value = facts.get(key, 1 if key == "block_tokens" else None)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise _wrong(name, key, f"{value!r}: a whole number, at least 1")
         counts[key] = value
@@ -98,6 +105,8 @@ def platform_from(name: str, facts: Mapping[str, object]) -> Platform:
         raise _wrong(name, "overhead", "a step of one token takes no time")
     if counts["slots"] > counts["chunk_tokens"]:
         raise _wrong(name, "chunk_tokens", "less than slots: every sequence computes a token")
+    if counts["kv_tokens"] % counts["block_tokens"]:
+        raise _wrong(name, "kv_tokens", f"not whole blocks of {counts['block_tokens']} tokens")
     return Platform(name, cost, **counts)
 
 
