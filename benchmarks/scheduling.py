@@ -10,8 +10,8 @@ that a policy serves with 95 % in time, interpolated; refused, expired and late 
 The interval of the ratio is a bootstrap's over the pairs.
 
 The same requests then run through the simulator, with the step cost that the engine has learnt of
-itself and with the lengths that were predicted live: what it says besides what was measured is its
-error.
+itself, what requests that were alone took on their way to the engine and back, and the lengths that
+were predicted live: what it says besides what was measured is its error.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import numpy as np
 from benchmarks.load import wait_ready
 from benchmarks.tiers import Answered, Clock, Job, draw, drive
 from uellm.client import Client
-from uellm.convert import cost_from_proto
+from uellm.convert import cost_from_proto, seconds
 from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import DEMO_MODEL, MeshOptions, ModelSource
 from uellm.policy.views import DispatchSettings
@@ -58,7 +58,8 @@ TIMELY_LOAD = 0.7
 """Up to this load the simulator is held to its goals: a mean latency within 15 %, 5 points."""
 BOOTSTRAPS = 10_000
 SETTLED_SECONDS = 2.5
-WARM_UP, SATURATED = 150, 400
+WARM_UP, ALONE, SATURATED = 150, 30, 400
+WAY = ("accept", "dispatch", "delivery")
 CHUNK_TOKENS = 512
 
 
@@ -135,18 +136,11 @@ class Live:
         """Send jobs and wait for all of them."""
         return await drive(self._client, MODEL, jobs, self._clock)
 
-    async def step_seconds(self) -> float:
-        """What a token takes for a request that is alone, after some of all kinds."""
+    async def alone(self) -> list[Answered]:
+        """Requests that each have the mesh to themselves, after some of all kinds."""
         await self.drive(draw(20.0, 1.0, WARM_UP, 1.0, seed=1))
-        alone = draw(1.0, 1.0, 30, 1.0, seed=2)
-        paces = []
-        for job in alone:
-            (one,) = await self.drive([replace(job, arrival=0.0)])
-            record = one.record
-            if record.first_token_at is not None and record.request.output_tokens >= 20:
-                taken = record.finished_at - record.first_token_at
-                paces.append(taken / (record.request.output_tokens - 1))
-        return statistics.median(paces)
+        jobs = draw(1.0, 1.0, ALONE, 1.0, seed=2)
+        return [one for job in jobs for one in await self.drive([replace(job, arrival=0.0)])]
 
     async def saturated_rate(self, step_seconds: float) -> float:
         """Requests per second when everything waits."""
@@ -165,7 +159,14 @@ class Live:
         """The replica for the simulator, its step cost as it has learnt it."""
         report = await self.report()
         cost = cost_from_proto(report.cost)
-        return Platform("live", cost, report.kv_tokens_total, report.slots, CHUNK_TOKENS)
+        return Platform(
+            "live",
+            cost,
+            report.kv_tokens_total,
+            report.slots,
+            CHUNK_TOKENS,
+            max(report.kv_block_tokens, 1),
+        )
 
 
 @asynccontextmanager
@@ -189,7 +190,43 @@ async def live_mesh(settings: Settings) -> AsyncIterator[Live]:
             await redis.aclose()
 
 
-def simulate(policy: str, done: Sequence[Answered], live: Platform) -> simulated.Run:
+def step_seconds_of(alone: Sequence[Answered]) -> float:
+    """What a token takes for a request that is alone."""
+    paces = []
+    for one in alone:
+        record = one.record
+        if record.first_token_at is not None and record.request.output_tokens >= 20:
+            taken = record.finished_at - record.first_token_at
+            paces.append(taken / (record.request.output_tokens - 1))
+    return statistics.median(paces)
+
+
+def way_of(alone: Sequence[Answered], live: Platform) -> simulated.MeshSettings:
+    """What requests that were alone took on their way to the engine and back, each in the median.
+
+    Nobody was in their way: what is not the engine's is the services', the client's and Redis's.
+    """
+    accept, dispatch, delivery = [], [], []
+    for one in alone:
+        record, timings = one.record, one.timings
+        dispatched, first = seconds(timings.dispatched_at), seconds(timings.first_token_at)
+        prefill = live.cost.prefill(record.request.prompt_tokens, live.chunk_tokens)
+        accept.append(dispatched - record.request.arrival)
+        dispatch.append(first - dispatched - prefill)
+        delivery.append(record.finished_at - seconds(timings.finished_at))
+    at_least_none = [max(statistics.median(each), 0.0) for each in (accept, dispatch, delivery)]
+    return simulated.MeshSettings(
+        accept_seconds=at_least_none[0],
+        dispatch_seconds=at_least_none[1],
+        # Gateways and the scheduler hear of it by the same append.
+        completion_seconds=at_least_none[2],
+        delivery_seconds=at_least_none[2],
+    )
+
+
+def simulate(
+    policy: str, done: Sequence[Answered], live: Platform, way: simulated.MeshSettings
+) -> simulated.Run:
     """The same requests through the simulator."""
     start = min(one.record.request.arrival for one in done)
     requests = [
@@ -201,16 +238,21 @@ def simulate(policy: str, done: Sequence[Answered], live: Platform) -> simulated
     ]
     pair = pair_of(policy)
     profiles = {one.record.request.request_id: one.profile for one in done}
-    mesh = simulated.Mesh(live, pair.make_dispatch(DispatchSettings()), pair.make_step)
+    mesh = simulated.Mesh(live, pair.make_dispatch(DispatchSettings()), pair.make_step, way)
     return mesh.run(requests, Foretold(profiles))
 
 
-def summarise(policy: str, load: float, pair: int, done: Sequence[Answered], live: Platform) -> Run:
-    """The numbers of a run."""
+def summarise(
+    policy: str,
+    load: float,
+    pair: int,
+    done: Sequence[Answered],
+    twin: Sequence[simulated.Record],
+) -> Run:
+    """The numbers of a run, and of the same one simulated."""
     records = [one.record for one in done]
     start = min(record.request.arrival for record in records)
-    seconds = max(record.finished_at for record in records) - start
-    twin = simulate(policy, done, live).records
+    lasted = max(record.finished_at for record in records) - start
     return Run(
         policy=policy,
         load=load,
@@ -222,7 +264,7 @@ def summarise(policy: str, load: float, pair: int, done: Sequence[Answered], liv
             (r.finished_at if r.first_token_at is None else r.first_token_at) - r.request.arrival
             for r in records
         ),
-        met_tokens_per_second=sum(r.request.output_tokens for r in records if r.met) / seconds,
+        met_tokens_per_second=sum(r.request.output_tokens for r in records if r.met) / lasted,
         promised_p90_kept=calibration(records).p90_coverage,
         simulated_attainment=_attainment(twin),
         simulated_latency_mean=_latency(twin),
@@ -245,7 +287,8 @@ async def measure(settings: Settings) -> dict[str, Any]:
     """Start the mesh, run all pairs, stop it."""
     async with live_mesh(settings) as live:
         await live.set_policy(settings.policies[-1])
-        step_seconds = await live.step_seconds()
+        alone = await live.alone()
+        step_seconds, way = step_seconds_of(alone), way_of(alone, await live.platform())
         rate = await live.saturated_rate(step_seconds)
         runs: list[Run] = []
         given_up: set[tuple[int, str]] = set()
@@ -258,7 +301,8 @@ async def measure(settings: Settings) -> dict[str, Any]:
                         continue
                     await live.set_policy(policy)
                     done = await live.drive(jobs)
-                    run = summarise(policy, load, pair, done, await live.platform())
+                    twin = simulate(policy, done, await live.platform(), way).records
+                    run = summarise(policy, load, pair, done, twin)
                     runs.append(run)
                     _progress(run)
                     if run.attainment < settings.stop_below:
@@ -270,6 +314,7 @@ async def measure(settings: Settings) -> dict[str, Any]:
             "step_seconds": step_seconds,
             "saturated_requests_per_second": rate,
             "platform": asdict(await live.platform()),
+            "way": asdict(way),
             "fit_error": (await live.report()).cost.mean_error,
             "runs": [asdict(run) for run in runs],
             "goodput": goodputs(runs, settings),
@@ -351,7 +396,9 @@ def show(result: dict[str, Any]) -> None:
         f"a step alone takes {result['step_seconds'] * 1e3:.2f} ms; load 1 is "
         f"{result['saturated_requests_per_second']:.1f} requests/s; KV room "
         f"{result['platform']['kv_tokens']} tokens; error of the fitted step cost "
-        f"{result['fit_error']:.0%}"
+        f"{result['fit_error']:.0%}; on the way "
+        + " + ".join(f"{result['way'][f'{part}_seconds'] * 1e3:.0f}" for part in WAY)
+        + " ms"
     )
     names = result["settings"]["policies"]
     print(f"{'load':>5}  " + "".join(f"{name:>40}" for name in names))

@@ -70,10 +70,17 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What became of a job: by the client's clock, and what was predicted of it."""
+    """What became of a job.
+
+    Attributes:
+        record: by the client's clock.
+        profile: what was predicted of it.
+        timings: what the services say of it, by the clock of Redis.
+    """
 
     record: Record
     profile: ResourceProfile
+    timings: common_pb2.Timings
 
 
 def draw(rate: float, cv: float, count: int, step_seconds: float, seed: int) -> list[Job]:
@@ -185,7 +192,7 @@ async def _follow(
         promise=promise,
         promised_at=promised_at or 0.0,
     )
-    return Answered(record, profile)
+    return Answered(record, profile, finished.timings)
 
 
 def _outcome(finished: inference_pb2.Finished) -> Outcome:
