@@ -189,31 +189,28 @@ class LatencyModel:
         )
         doubled = self._seen & (self._seen - 1) == 0
         if self._seen % REFIT_STEPS == 0 or doubled:
-            self._cost = self._refitted(anew=doubled)
-            self._follow_pace()
-
-    def _refitted(self, *, anew: bool) -> StepCost:
-        facts = self._facts()
-        age = (self._seen - facts[:, 5]) / HALF_LIFE_STEPS
-        facts[:, 5] = np.maximum(np.exp2(-age), LEAST_AGED_WEIGHT)
-        start = np.array(astuple(self._cost))
-        share = max(PRIOR_WEIGHT / self._seen, LEAST_PRIOR_SHARE)
-        rounds = _ROUNDS if anew else _LATER_ROUNDS
-        found = _fit(facts, start, self._prior, share, rounds, FEW_STEPS, search=anew)
-        return StepCost(*found.tolist())
-
-    def _follow_pace(self) -> None:
-        """Restate all that is known in the machine's present pace, if that has changed clearly."""
-        pace, since = _changed_pace(np.array(astuple(self._cost)), self._facts())
-        if pace == 1.0:
-            return
-        for kind in self._kinds.values():
-            kind.restate(pace, since)
-        self._cost = self._refitted(anew=False)
+            facts = self._facts()
+            found = self._fitted(facts, anew=doubled)
+            pace, since = _changed_pace(found, facts)
+            if pace != 1.0:
+                # All that is known is restated in the machine's present pace.
+                for known in self._kinds.values():
+                    known.restate(pace, since)
+                found = self._fitted(self._facts(), anew=False)
+            self._cost = StepCost(*found.tolist())
 
     def _facts(self) -> Floats:
         """The blocks as rows of tokens, context, pairs, seconds, steps, number."""
         return np.array([block for kind in self._kinds.values() for block in kind.blocks])
+
+    def _fitted(self, facts: Floats, *, anew: bool) -> Floats:
+        age = (self._seen - facts[:, 5]) / HALF_LIFE_STEPS
+        weight = np.maximum(np.exp2(-age), LEAST_AGED_WEIGHT)
+        weighted = np.column_stack([facts[:, :5], weight])
+        start = np.array(astuple(self._cost))
+        share = max(PRIOR_WEIGHT / self._seen, LEAST_PRIOR_SHARE)
+        rounds = _ROUNDS if anew else _LATER_ROUNDS
+        return _fit(weighted, start, self._prior, share, rounds, FEW_STEPS, search=anew)
 
 
 def fit_cost(steps: Sequence[tuple[float, float, float, float]], start: StepCost) -> StepCost:
@@ -258,17 +255,17 @@ def _fit(
     # The steps say how long it takes from the first one on; the prior, which parts count.
     prior, start = _to_scale(prior, facts), _to_scale(start, facts)
 
-    def alternate(streaming: Bools) -> tuple[float, Floats]:
+    def alternate(streaming: Bools, rounds: int) -> tuple[float, Floats]:
         found = start
         for _ in range(rounds):
             found = _improved(facts, found, streaming, prior, share, few)
             streaming = _streaming(found, tokens)
         return _loss(found, facts), found
 
-    loss, found = alternate(_streaming(start, tokens))
+    loss, found = alternate(_streaming(start, tokens), rounds)
     if search:
         for knee in np.unique(np.exp2(np.floor(np.log2(tokens)))):
-            other_loss, other = alternate(tokens < knee)
+            other_loss, other = alternate(tokens < knee, _LATER_ROUNDS)
             if other_loss < CLEARLY * loss:
                 loss, found = other_loss, other
     return found
