@@ -9,9 +9,11 @@ from typing import Any
 import grpc
 import pytest
 from redis.asyncio import Redis
+from uellm_deployer import reconcile
 from uellm_deployer.app import start
 from uellm_deployer.settings import DeployerSettings
 from uellm_deployer.store import DESIRED
+from uellm_deployer.workers import Workers
 
 from tests.support.checkpoints import write_adapter, write_checkpoint
 from tests.support.waiting import eventually, stays
@@ -211,6 +213,33 @@ async def test_a_lost_worker_is_noticed_at_once_and_its_layers_move(pair: Mesh) 
     deployment = await pair.ready(above=before)
     assert layers(deployment) == [("w1/cpu:0", 0, 5)]
     assert "1 stage(s) instead of 2" in deployment.status
+
+
+async def test_signs_of_life_without_news_cost_nothing(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = beats = 0
+    decide, hear = reconcile.decide, Workers.hear
+
+    def counted_decide(*told: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return decide(*told)
+
+    def counted_hear(workers: Workers, *told: Any) -> bool:
+        nonlocal beats
+        beats += 1
+        return hear(workers, *told)
+
+    await mesh.add_deployer()
+    for number in range(8):
+        await mesh.add_worker(f"w{number}")
+    await mesh.apply()
+    await mesh.ready()
+    monkeypatch.setattr(reconcile, "decide", counted_decide)
+    monkeypatch.setattr(Workers, "hear", counted_hear)
+    await eventually(lambda: beats >= 80, timeout=20.0)
+    assert looks < beats / 2
 
 
 async def test_a_worker_that_stops_giving_signs_of_life_is_replaced(mesh: Mesh) -> None:

@@ -214,8 +214,11 @@ class Deployer:
 
     def hear(self, request: deployer_pb2.HeartbeatRequest) -> bool:
         """Take note of a sign of life; False if the worker has to register first."""
+        worker = self.workers.get(request.worker)
+        before = worker.condition if worker is not None else None
         known = self.workers.hear(request, time.monotonic())
-        self._wake()
+        if worker is None or worker.condition != before:
+            self._wake()
         return known
 
     async def survey(self, seconds: float) -> None:

@@ -47,6 +47,13 @@ class Worker:
         return ""
 
     @property
+    def condition(self) -> object:
+        """What there is something to decide about as soon as it is another."""
+        stages = {name: (stage.generation, stage.state) for name, stage in self.stages.items()}
+        lost = {device.id for device in self.devices if device.lost}
+        return self.heard_at is None, self.going, stages, lost, {d.id for d in self.usable}
+
+    @property
     def usable(self) -> list[topology_pb2.Device]:
         """The devices that may be given layers; none when the worker is going."""
         return [device for device in self.devices if device.healthy and not self.going]
