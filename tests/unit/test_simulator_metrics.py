@@ -207,6 +207,13 @@ def test_the_command_says_when_nothing_can_be_late(tmp_path: Path) -> None:
     assert "cslo-odbs" in policies, "what a mesh decides by is among those compared"
 
 
+def test_goodput_that_flatters_is_told() -> None:
+    short = ["simulate", "goodput", "--platform", "cpu", "--workload", "loose", "--requests", "20"]
+    done = CliRunner().invoke(app, [*short, "--policies", "fcfs", "--attainment", "0.9"])
+    assert done.exit_code == 0, done.output
+    assert "give it more --requests than 20" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

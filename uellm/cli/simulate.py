@@ -156,6 +156,11 @@ def find_goodput(
             return sum(result.metrics.attainment for result in results) / seeds
 
         found += goodput(setup, name, shares, attained)
+    if any(each.load > each.bound for each in found):
+        sys.stderr.write(
+            "more than any policy can for ever: the run ends before its longest deadlines; "
+            f"give it more --requests than {requests}\n"
+        )
     if as_json:
         _write(setup, [asdict(each) for each in found])
         return

@@ -1,5 +1,7 @@
 """SchedulerService: queue state, estimates and policy, at the model's owner."""
 
+import asyncio
+import time
 from typing import Any
 
 import grpc
@@ -24,6 +26,8 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         self._context = context
         self._ownership = ownership
         self._forwarding = forwarding
+        # Of a long queue an estimate takes milliseconds: however many ask, decisions go on.
+        self._estimating = asyncio.Lock()
 
     def _owned(self, model: str) -> ModelScheduler | None:
         return self._ownership.owned.get(model)
@@ -37,18 +41,28 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
                 "profile.output_tokens: empty; levels and as many values are needed",
                 field="profile.output_tokens",
             )
-        owner = self._owned(request.model)
-        if owner is None:
-            answer: scheduler_pb2.SchedulerServiceEstimateResponse = (
-                await self._forwarding.to_owner("Estimate", request, context)
-            )
-            return answer
+        async with self._estimating:
+            owner = self._owned(request.model)
+            if owner is not None:
+                return await self._estimated(owner, request)
+        answer: scheduler_pb2.SchedulerServiceEstimateResponse = await self._forwarding.to_owner(
+            "Estimate", request, context
+        )
+        return answer
+
+    async def _estimated(
+        self, owner: ModelScheduler, request: scheduler_pb2.SchedulerServiceEstimateRequest
+    ) -> scheduler_pb2.SchedulerServiceEstimateResponse:
+        """An estimate; then as much time as it took is left to everything else."""
+        began = time.monotonic()
         try:
             promise, refusal = owner.estimate(request)
         except ValueError as error:
             raise InvalidArgumentError(
                 f"profile.output_tokens: {error}", field="profile.output_tokens"
             ) from None
+        finally:
+            await asyncio.sleep(time.monotonic() - began)
         return scheduler_pb2.SchedulerServiceEstimateResponse(
             promise=promise_to_proto(promise, 0),
             refusal=failure_of(refusal) if refusal is not None else None,
