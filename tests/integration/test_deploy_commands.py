@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from tests.integration.test_deployer import MODEL, REPLICA, Mesh
+from tests.integration.test_deployer import MODEL, REPLICA, Mesh, layers
 from tests.integration.test_deployer_discovery import MeasuredWorker, add
 from tests.integration.test_deployer_replanning import AT_ONCE, PROPOSED, change, steps
 from tests.support.checkpoints import write_checkpoint
@@ -240,6 +240,27 @@ async def test_layers_are_pinned_to_a_worker(mesh: Mesh, redis_url: str) -> None
     ]
     request.replicas = 2
     with pytest.raises(InvalidArgumentError, match="layer pins: they place one copy"):
+        await deployments.deploy(redis_url, request, wait=True)
+
+
+async def test_a_model_goes_where_it_costs_the_least(
+    mesh: Mesh, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await mesh.add_deployer()
+    for name in ("w1", "w2"):
+        await mesh.add_worker(name)
+    for costs, device in (
+        (("w1/cpu:0=2.5", "w9/cpu:0=1"), "w2/cpu:0"),
+        (("w2/cpu:0=3",), "w1/cpu:0"),
+    ):
+        request = deployments.plan_request(
+            f"{mesh.source}", MODEL, adapters=(), pins=(), excluded=(), costs=costs
+        )
+        assert await deployments.deploy(redis_url, request, wait=True) == exits.OK
+        assert layers(await mesh.ready()) == [(device, 0, 5)]
+    assert "cost: w9/cpu:0 is no device that is there now" in capsys.readouterr().out
+    request.costs["w1/cpu:0"] = -1.0
+    with pytest.raises(InvalidArgumentError, match=r"costs: -1\.0 of w1/cpu:0 is not a"):
         await deployments.deploy(redis_url, request, wait=True)
 
 

@@ -86,6 +86,13 @@ def deploy(
         list[str] | None,
         typer.Option(metavar="NAME", help="Device, worker or host not to use; repeatable."),
     ] = None,
+    cost: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DEVICE=COST",
+            help="What using a device costs, for helr and he; 1 by default; repeatable.",
+        ),
+    ] = None,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -119,7 +126,12 @@ def deploy(
     if approve:
         raise typer.Exit(run(deployments.approve(redis_url(redis), approve, wait=wait)))
     request = deployments.plan_request(
-        model, name, adapters=adapter or (), pins=pin or (), excluded=exclude or ()
+        model,
+        name,
+        adapters=adapter or (),
+        pins=pin or (),
+        excluded=exclude or (),
+        costs=cost or (),
     )
     for field, value in (
         *(("replicas", replicas), ("most_replicas", most_replicas)),

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from rich.console import Console
 
 from uellm.cli import exits
-from uellm.cli.device_options import read_pins
+from uellm.cli.device_options import read_cost, read_pins
 from uellm.cli.placements import changed, deployment_table, fetched, plan_table, predicted
 from uellm.cli.plan_files import read_plan
 from uellm.cli.service_calls import deployer
@@ -46,6 +46,7 @@ def plan_request(
     adapters: Sequence[str],
     pins: Sequence[str],
     excluded: Sequence[str],
+    costs: Sequence[str] = (),
 ) -> deployer_pb2.PlanRequest:
     """What is asked of a deployer, the plain numbers aside.
 
@@ -74,6 +75,7 @@ def plan_request(
             for pin in layer_pins
         ],
         excluded=excluded,
+        costs=dict(map(read_cost, costs)),
     )
 
 
@@ -218,8 +220,8 @@ def _check_stages(request: deployer_pb2.PlanRequest, plan: topology_pb2.Plan) ->
 
 
 async def _note_absent(console: Console, stub: Any, request: deployer_pb2.PlanRequest) -> None:
-    """Say which exclusions mean nothing that is there: it may come later, or be a slip."""
-    if not request.excluded:
+    """Say which names mean nothing that is there: it may come later, or be a slip."""
+    if not request.excluded and not request.costs:
         return
     answer = await stub.Describe(deployer_pb2.DescribeRequest(), timeout=CALL_SECONDS)
     there = {
@@ -233,6 +235,9 @@ async def _note_absent(console: Console, stub: Any, request: deployer_pb2.PlanRe
             console.print(
                 f"exclude: {name} is no device, worker or host that is there now", markup=False
             )
+    devices = {device.id for worker in answer.workers for device in worker.devices}
+    for name in sorted(request.costs.keys() - devices):
+        console.print(f"cost: {name} is no device that is there now", markup=False)
 
 
 def _print_plan(console: Console, plan: topology_pb2.Plan) -> None:

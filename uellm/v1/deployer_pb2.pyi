@@ -330,6 +330,26 @@ class PlanRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class CostsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
@@ -348,6 +368,7 @@ class PlanRequest(_message.Message):
     MOST_REPLICAS_FIELD_NUMBER: _builtins.int
     REQUESTS_PER_SECOND_FIELD_NUMBER: _builtins.int
     LAYER_PINS_FIELD_NUMBER: _builtins.int
+    COSTS_FIELD_NUMBER: _builtins.int
     replicas: _builtins.int
     """Copies; 0: one. With the objective goodput, the fewest."""
     stages: _builtins.int
@@ -398,6 +419,10 @@ class PlanRequest(_message.Message):
     def layer_pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerPin]:
         """Layers that must be on certain devices; of one copy, without pins."""
 
+    @_builtins.property
+    def costs(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What using devices costs, by id, in any unit; of others what the topology says, or 1."""
+
     def __init__(
         self,
         *,
@@ -419,10 +444,11 @@ class PlanRequest(_message.Message):
         most_replicas: _builtins.int = ...,
         requests_per_second: _builtins.float = ...,
         layer_pins: _abc.Iterable[Global___LayerPin] | None = ...,
+        costs: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "dtype", b"dtype", "excluded", b"excluded", "kv_tokens", b"kv_tokens", "layer_pins", b"layer_pins", "layout", b"layout", "max_tokens", b"max_tokens", "model", b"model", "most_replicas", b"most_replicas", "objective", b"objective", "output_tokens", b"output_tokens", "pins", b"pins", "prompt_tokens", b"prompt_tokens", "replicas", b"replicas", "requests_per_second", b"requests_per_second", "slo_seconds", b"slo_seconds", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "costs", b"costs", "dtype", b"dtype", "excluded", b"excluded", "kv_tokens", b"kv_tokens", "layer_pins", b"layer_pins", "layout", b"layout", "max_tokens", b"max_tokens", "model", b"model", "most_replicas", b"most_replicas", "objective", b"objective", "output_tokens", b"output_tokens", "pins", b"pins", "prompt_tokens", b"prompt_tokens", "replicas", b"replicas", "requests_per_second", b"requests_per_second", "slo_seconds", b"slo_seconds", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

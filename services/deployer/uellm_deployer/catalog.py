@@ -23,7 +23,7 @@ MOST_REPLICAS = 64
 MOST_SLOTS = 4096
 _OF_PLACE = (
     *("replicas", "most_replicas", "requests_per_second", "prompt_tokens", "output_tokens"),
-    *("objective", "slo_seconds", "pins", "layer_pins", "excluded", "layout"),
+    *("objective", "slo_seconds", "pins", "layer_pins", "excluded", "costs", "layout"),
 )
 _NAME_IN_SOURCE = re.compile(r"(?P<name>[^=/]+(?:/[^=/]+)*)=(?P<source>.+)")
 
@@ -223,6 +223,11 @@ def checked(
         raise InvalidArgumentError(
             f"slo_seconds: {wanted.slo_seconds} is not a number from 0 on", field="slo_seconds"
         )
+    for device, cost in wanted.costs.items():
+        if not 0 <= cost < float("inf"):
+            raise InvalidArgumentError(
+                f"costs: {cost} of {device} is not a number from 0 on", field="costs"
+            )
     wanted.objective = wanted.objective or default_objective
     placer_of(wanted.objective)
     _check_copies(wanted)

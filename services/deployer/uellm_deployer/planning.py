@@ -154,6 +154,7 @@ def request_for(
         # Who is away needs no keeping away.
         excluded=frozenset(request.excluded)
         & {name for d in devices for name in (d.id, d.worker, d.host)},
+        costs={d.id: request.costs[d.id] for d in devices if d.id in request.costs},
         layer_times=knowledge.layer_times(devices, model.ref.digest, dtype, workload),
         stock=stock,
     )
