@@ -10,7 +10,7 @@ from uellm.core.cost import StepCost, chunk_pairs
 from uellm.placement.learning import AS_PREDICTED, Correction
 from uellm.placement.topology import Device, LinkSpeed
 from uellm.placement.views import LayerTimes, Workload
-from uellm.policy.latency import fit_cost
+from uellm.policy.cost_fit import fit_cost
 
 _SCATTER = 0.05
 _LEAST_LEFT, _MOST_LEFT = 0.7, 1.4
