@@ -1,41 +1,38 @@
-"""What a model's owner knows of its requests."""
-
-from random import Random
+"""What a scheduler knows of its requests: policies see who waits, as the book has it."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 from uellm_scheduler.book import Book
 
+from uellm.core.request import LEVELS
 from uellm.streams.messages import QueuedEntry
-from uellm.v1 import common_pb2, queue_pb2
-
-ENTRY = queue_pb2.RequestEntry()
-ENTRY.profile.output_tokens.levels[:] = [0.5]
-ENTRY.profile.output_tokens.values[:] = [10.0]
+from uellm.v1 import queue_pb2
 
 
-def queued(request_id: str, generation: int) -> QueuedEntry:
-    entry = queue_pb2.RequestEntry()
-    entry.CopyFrom(ENTRY)
-    entry.request_id = request_id
-    return QueuedEntry(entry, generation, 0, 0.0, 0, 0)
+def entry(name: str, generation: int) -> QueuedEntry:
+    message = queue_pb2.RequestEntry(request_id=name)
+    message.profile.output_tokens.levels.extend(LEVELS)
+    message.profile.output_tokens.values.extend([5.0] * len(LEVELS))
+    return QueuedEntry(message, generation, 0, 1.0, generation, 0)
 
 
-@given(st.randoms(use_true_random=False))
-def test_those_are_unpromised_whose_ticket_has_no_promise(random: Random) -> None:
+NAMES = st.sampled_from("abcdef")
+STEPS = st.lists(st.tuples(st.sampled_from(["queue", "sent", "drop", "end"]), NAMES), max_size=40)
+
+
+@given(STEPS)
+def test_policies_see_who_waits(steps: list[tuple[str, str]]) -> None:
     book = Book()
-    for step in range(30):
-        name = f"q{random.randrange(5)}"
-        match random.randrange(5):
-            case 0:
-                book.queue(queued(name, step))
-            case 1:
-                book.sent(name, "replica", 1, 0.0)
-            case 2:
-                book.promised(name, common_pb2.Promise(revision=step), 0.0)
-            case 3:
-                book.drop(name)
-            case 4 if step % 5 == 0:
-                book.end(name)
-        tickets = [*book.waiting.values(), *book.in_flight.values()]
-        assert set(book.unpromised()) == {t.request_id for t in tickets if t.promise is None}
+    for turn, (what, name) in enumerate(steps):
+        if what == "queue":
+            book.queue(entry(name, turn))
+        elif what == "sent":
+            book.sent(name, "r0", 1, 2.0)
+        elif what == "drop":
+            book.drop(name)
+        else:
+            book.end(name)
+        seen = book.queue_view(3.0, revise=False, horizon=None).waiting
+        assert [view.request_id for view in seen] == list(book.waiting)
+        assert all(view is book.waiting[view.request_id].view for view in seen)
+        assert not book.waiting.keys() & book.in_flight.keys()

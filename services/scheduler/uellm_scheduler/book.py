@@ -111,6 +111,8 @@ class Book:
     def __init__(self) -> None:
         self.waiting: dict[str, Ticket] = {}
         self.in_flight: dict[str, Ticket] = {}
+        # Views of those that wait, in their order: decisions on a hundred thousand ask for all.
+        self._views: dict[str, QueuedView] = {}
         self._restarts: list[str] = []
         # A dict for its order; a hundred thousand may wait, and turns ask several times.
         self._unpromised: dict[str, None] = {}
@@ -130,7 +132,7 @@ class Book:
         if known is not None:
             ticket.promise, ticket.promised_at = known.promise, known.promised_at
             self.in_flight.pop(request_id, None)
-        self.waiting[request_id] = ticket
+        self.waiting[request_id], self._views[request_id] = ticket, ticket.view
         if not ticket.promise:
             self._unpromised[request_id] = None
         if queued.fruitless:
@@ -155,7 +157,7 @@ class Book:
 
     def sent(self, request_id: str, replica: str, epoch: int, now: float) -> None:
         """Note that a waiting request left for a replica, placed under an epoch."""
-        ticket = self.waiting.pop(request_id, None)
+        ticket = self._leaves(request_id)
         if ticket is not None:
             ticket.sent(replica, now)
             self._prefixes.sent(replica, epoch, ticket.entry.prefix_marks)
@@ -164,7 +166,12 @@ class Book:
     def drop(self, request_id: str) -> Ticket | None:
         """Forget a request that is not this owner's to send any more."""
         self._unpromised.pop(request_id, None)
-        return self.waiting.pop(request_id, None) or self.in_flight.pop(request_id, None)
+        return self._leaves(request_id) or self.in_flight.pop(request_id, None)
+
+    def _leaves(self, request_id: str) -> Ticket | None:
+        """Have a request wait no longer, if it does."""
+        self._views.pop(request_id, None)
+        return self.waiting.pop(request_id, None)
 
     def end(self, request_id: str) -> None:
         """Forget a request that ended."""
@@ -217,7 +224,7 @@ class Book:
                 if ticket.promise and now - ticket.promised_at >= REVISE_SECONDS
             }
         return QueueView(
-            waiting=tuple(ticket.view for ticket in self.waiting.values()),
+            waiting=tuple(self._views.values()),
             unpromised=frozenset(self.unpromised()),
             promised=promised,
             horizon=horizon,
