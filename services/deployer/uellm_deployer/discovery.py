@@ -109,7 +109,7 @@ class Discovery:
 
     async def load(self) -> None:
         """Read what was measured before."""
-        await self._measurements.load()
+        await self._measurements.load(self._now())
 
     def subject(self, model: ResolvedModel | None, dtype: str) -> Subject:
         """What layers are to be measured of.

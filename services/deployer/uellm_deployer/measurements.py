@@ -16,6 +16,8 @@ BLOCKS = "uellm:measured:blocks"
 """Hash: MeasuredBlock by host, device, digest of the model and dtype."""
 LINKS = "uellm:measured:links"
 """Hash: Link by its ends: ``host/worker`` of both, or two device ids."""
+KEPT_SECONDS = 30 * 86400.0
+"""Whoever has not come back for so long is measured anew, under another name perhaps."""
 _SEPARATOR = "\t"
 _WORTH_KEEPING = 0.05
 """What was learnt is written again when a step of one layer has moved so much by it."""
@@ -31,18 +33,27 @@ class Measurements:
         self._ways: dict[LinkKey, MeasuredLink] = {}
         self._copies: dict[tuple[str, str], MeasuredLink] = {}
 
-    async def load(self) -> None:
-        """Read what is kept; what cannot be read is measured anew."""
+    async def load(self, now: float) -> None:
+        """Read what is kept, and forget what is old; what cannot be read is measured anew.
+
+        Args:
+            now: the present by Redis TIME.
+        """
         self._blocks, self._costs, self._ways, self._copies = {}, {}, {}, {}
+        since = now - KEPT_SECONDS
         for field, value in (await self._redis.hgetall(BLOCKS)).items():
             parts = field.decode().split(_SEPARATOR)
-            if len(parts) == 4:
-                message = deployer_pb2.MeasuredBlock.FromString(value)
+            message = deployer_pb2.MeasuredBlock.FromString(value)
+            if seconds(message.cost.measured_at) < since:
+                await self._redis.hdel(BLOCKS, field)
+            elif len(parts) == 4:
                 self._note_block(BlockKey(*parts), message, block_from_proto(message.cost))
         for field, value in (await self._redis.hgetall(LINKS)).items():
             parts = field.decode().split(_SEPARATOR)
             link = _measured(topology_pb2.Link.FromString(value))
-            if len(parts) == 4:
+            if (link.link.measured_at or 0.0) < since:
+                await self._redis.hdel(LINKS, field)
+            elif len(parts) == 4:
                 self._ways[LinkKey((parts[0], parts[1]), (parts[2], parts[3]))] = link
             elif len(parts) == 2:
                 self._copies[parts[0], parts[1]] = link
