@@ -265,6 +265,54 @@ def test_without_the_one_in_the_slot_it_would_have_been_let_in() -> None:
     assert {cause.kind for cause in told.causes} >= {"waited_in_engine", "ahead_engine"}
 
 
+def test_an_answer_that_lost_its_replica_is_told_for_how_long_it_had_none() -> None:
+    sent = decided("fcfs", [ME], [replica(slots=1)], NOW)
+    resumed = decided("fcfs", [replace(ME, resume_tokens=10, attempt=1)], [replica()], NOW + 9)
+    facts = Facts(
+        request_id="me",
+        tenant="local",
+        state="DONE",
+        slo=ME.slo,
+        profile=ME.profile,
+        dispatched_at=NOW + 9,
+        first_token_at=NOW + 0.1,
+        finished_at=NOW + 9.2,
+        output_tokens=20,
+        attempts=2,
+    )
+    told = explain(facts, [sent, resumed], NOW + 10)
+    names = [phase.name for phase in told.phases]
+    assert names == ["queue", "prefill", "decode", "restart", "decode"]
+    assert all(phase.seconds >= 0 for phase in told.phases)
+    assert sum(phase.seconds for phase in told.phases) == pytest.approx(NOW + 9.2 - (NOW - 5))
+    # Ten tokens of ten milliseconds had come.
+    assert told.phases[3].seconds == pytest.approx(8.8, abs=0.05)
+    causes = {cause.kind: cause for cause in told.causes}
+    assert causes["restarted"].seconds == pytest.approx(8.8, abs=0.05)
+    assert "pace" not in causes or causes["pace"].seconds == pytest.approx(0, abs=0.2)
+    assert "Mostly (8.8 s): its replica was lost" in told.summary
+
+
+def test_one_that_lost_its_replica_before_it_began_did_not_wait_in_the_queue_for_that() -> None:
+    sent = decided("fcfs", [ME], [replica(slots=1)], NOW)
+    again = decided("fcfs", [replace(ME, attempt=1)], [replica()], NOW + 9)
+    facts = Facts(
+        request_id="me",
+        tenant="local",
+        state="DONE",
+        slo=ME.slo,
+        profile=ME.profile,
+        dispatched_at=NOW + 9,
+        first_token_at=NOW + 9.1,
+        finished_at=NOW + 9.3,
+        output_tokens=20,
+        attempts=2,
+    )
+    told = explain(facts, [sent, again], NOW + 10)
+    found = [(phase.name, round(phase.seconds, 3)) for phase in told.phases]
+    assert found == [("queue", 5.0), ("restart", 9.0), ("prefill", 0.1), ("decode", 0.2)]
+
+
 def test_one_that_expired_in_the_engine_did_not_compute_there() -> None:
     running = decoding("first", deadline_at=NOW + 50)
     record = step([running], [sequence("me", deadline_at=NOW + 100)])

@@ -15,7 +15,8 @@ PHASES = {
     "queue": "in the queue",
     "engine": "waiting in the engine",
     "prefill": "to the first token",
-    "decode": "to the last token",
+    "decode": "decoding",
+    "restart": "until it was sent to a replica again",
 }
 NAMED = 3
 """So many of the requests that went ahead are named."""

@@ -8,7 +8,7 @@ from uellm.decisions.counterfactual import admitted_without, promise_without
 from uellm.decisions.explanation import Cause, Counterfactual, Facts, Names
 from uellm.decisions.records import DispatchRecord, StepRecord
 from uellm.decisions.story import Story, sequence_in
-from uellm.decisions.timeline import admitted_at, first_promise, phases
+from uellm.decisions.timeline import admitted_at, first_promise, phases, restart
 from uellm.policy.estimate import fastest_of
 
 NAMED = 10
@@ -33,12 +33,14 @@ def causes(facts: Facts, story: Story, names: Names, now: float) -> list[Cause]:
     if lost:
         times = "once" if len(lost) == 1 else f"{len(lost)} times"
         found.append(Cause("preempted", f"lost its slot {times} in the engine", sum(lost)))
-    found += _answer(facts, story, sum(lost))
-    told = [cause for cause in found if abs(cause.seconds or 0.0) >= LEAST_SECONDS]
-    told.sort(key=lambda cause: -(cause.seconds or 0.0))
+    gone = restart(facts, story)
     if facts.attempts > 1:
         text = f"its replica was lost, or gave it back: it was started {facts.attempts} times"
-        told.append(Cause("restarted", text))
+        found.append(Cause("restarted", text, gone.seconds if gone else None))
+    pauses = sum(lost) + (gone.seconds if gone and gone.answering else 0.0)
+    found += _answer(facts, story, pauses)
+    told = [c for c in found if c.seconds is None or abs(c.seconds) >= LEAST_SECONDS]
+    told.sort(key=lambda cause: -(cause.seconds or 0.0))
     return told + _groups([*those_ahead(story), *let_in_first(story)], names)
 
 

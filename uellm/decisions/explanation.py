@@ -43,7 +43,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A part of the time between acceptance and end: queue, engine, prefill or decode.
+    """A part of the time between acceptance and end: queue, engine, prefill, decode or restart.
 
     Attributes:
         name: which.

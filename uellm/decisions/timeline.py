@@ -1,6 +1,7 @@
 """What happened to a request, and where its time went."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
 from typing import TypeVar
@@ -36,6 +37,46 @@ def waited_in_engine(facts: Facts, story: Story) -> bool:
     return any(sequence is not None for sequence in waiting)
 
 
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """A time without a replica, after having had one.
+
+    Attributes:
+        lost_at: when that began.
+        again_at: when it was sent to a replica again.
+        answering: its answer had begun.
+    """
+
+    lost_at: float
+    again_at: float
+    answering: bool
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.again_at - self.lost_at
+
+
+def restart(facts: Facts, story: Story) -> Restart | None:
+    """When it had no replica, having had one before; None: it never was without.
+
+    When its replica went is not recorded: the tokens that it had then are taken to have come at the
+    pace of the promise. If there were none, the time of its first start counts.
+    """
+    again, first = facts.dispatched_at, facts.first_token_at
+    if facts.attempts < 2 or again is None:
+        return None
+    if first is None or first >= again:
+        before = [record.now for record in story.sent if record.now < again - CLOCKS_SECONDS]
+        return Restart(before[0], again, answering=False) if before else None
+    promise, view = first_promise(facts, story), story.queued.get(facts.request_id)
+    answered = 0.0
+    if promise is not None and view is not None:
+        steps = max(promise.output_tokens_p50 - 1, 1)
+        answered = view.resume_tokens * (promise.finish_p50 - promise.start_p50) / steps
+    return Restart(min(first + answered, again), again, answering=True)
+
+
 def phases(facts: Facts, story: Story, now: float) -> list[Phase]:
     """Where the time went, until the request ended, or until now."""
     accepted, end = facts.slo.accepted_at, facts.finished_at or now
@@ -46,9 +87,22 @@ def phases(facts: Facts, story: Story, now: float) -> list[Phase]:
     begin = None if start is None or prefill is None else max(start - prefill, 0.0)
     if facts.refused:
         begin = None  # What it was refused for was no promise.
-    found = [Phase("queue", accepted, (sent or end) - accepted, begin)]
     if sent is None:
-        return found
+        return [Phase("queue", accepted, end - accepted, begin)]
+    gone = restart(facts, story)
+    if gone is not None and gone.answering and first is not None:
+        left = min([record.now for record in story.sent if record.now <= first] or [first])
+        return [
+            Phase("queue", accepted, left - accepted, begin),
+            Phase("prefill", left, first - left, prefill),
+            Phase("decode", first, gone.lost_at - first),
+            Phase("restart", gone.lost_at, gone.seconds),
+            Phase("decode", sent, end - sent),
+        ]
+    left = sent if gone is None else gone.lost_at
+    found = [Phase("queue", accepted, left - accepted, begin)]
+    if gone is not None:
+        found.append(Phase("restart", left, sent - left))
     admitted = admitted_at(facts, story)
     if admitted is None and first is None and waited_in_engine(facts, story):
         return [*found, Phase("engine", sent, end - sent)]

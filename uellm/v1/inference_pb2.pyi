@@ -809,7 +809,7 @@ class ExplainedPhase(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     EXPECTED_SECONDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """queue, engine, prefill or decode."""
+    """queue, engine, prefill, decode or, from losing a replica until it was sent to another, restart."""
     seconds: _builtins.float
     """How long it took, or has taken so far."""
     expected_seconds: _builtins.float
