@@ -110,6 +110,20 @@ async def test_who_waits_is_told_by_the_next_deployer_where_one_goes_away(
         await asyncio.wait_for(deploying, 20)
 
 
+async def test_where_a_model_really_went_is_said(
+    mesh: Mesh, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await mesh.add_deployer()
+    first = await mesh.add_worker("w1")
+    await mesh.add_worker("w2")
+    first.fail_prepare = [FailedPreconditionError("its disk is gone")]
+    assert await deployments.deploy(redis_url, wanted(mesh), wait=True) == exits.OK
+    planned, _, really = capsys.readouterr().out.partition("it went elsewhere than shown above")
+    assert ("w1/cpu:0" in planned, "w2/cpu:0" in really) == (True, True)
+    assert await deployments.deploy(redis_url, wanted(mesh), wait=True) == exits.OK
+    assert "elsewhere" not in capsys.readouterr().out
+
+
 async def test_a_deployer_that_was_killed_is_passed_over(mesh: Mesh, redis_url: str) -> None:
     port = free_port()
     killed = ServiceAddress("deployer", "a-killed-one", f"127.0.0.1:{port}", 1)

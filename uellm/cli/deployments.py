@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ async def deploy(
                 f"{name} is wanted from now on; `uellm status {name}` shows how far it is"
             )
             return exits.OK
-    return await _follow(console, redis_url, name)
+    return await _follow(console, redis_url, name, plan)
 
 
 async def approve(redis_url: str, name: str, *, wait: bool) -> int:
@@ -253,8 +253,39 @@ def _print_plan(console: Console, plan: topology_pb2.Plan) -> None:
         console.print(fetched(plan.fetch_bytes, plan.fetch_seconds), soft_wrap=True)
 
 
-async def _follow(console: Console, redis_url: str, name: str) -> int:
+def _print_otherwise(
+    console: Console, deployment: topology_pb2.Deployment, shown: topology_pb2.Plan
+) -> None:
+    """Say where a model went if not where it was to: things change, or what serves has no room."""
+    if _places(replica.planned for replica in deployment.replicas) == _places(shown.replicas):
+        return
+    console.print("it went elsewhere than shown above, as devices were by then:")
+    for replica in deployment.replicas:
+        console.print(plan_table(replica.planned, replica.id))
+        if replica.planned.HasField("prediction"):
+            console.print(predicted(replica.planned.prediction), soft_wrap=True)
+
+
+def _places(
+    replicas: Iterable[topology_pb2.PlannedReplica],
+) -> list[list[tuple[str, int, int]]]:
+    """Which layers are where, in any order of copies."""
+    return sorted(
+        [(stage.device_id, stage.first_layer, stage.last_layer) for stage in replica.stages]
+        for replica in replicas
+    )
+
+
+async def _follow(
+    console: Console, redis_url: str, name: str, shown: topology_pb2.Plan | None = None
+) -> int:
     """Show what a deployment waits for, until it takes requests.
+
+    Args:
+        console: to print on.
+        redis_url: the mesh's Redis.
+        name: of the deployment.
+        shown: where it was to go.
 
     Raises:
         FailedPreconditionError: if it cannot be formed as things are.
@@ -276,6 +307,8 @@ async def _follow(console: Console, redis_url: str, name: str) -> int:
             ):
                 if deployment.status:
                     console.print(f"{name}: {deployment.status}", soft_wrap=True, markup=False)
+                if shown is not None:
+                    _print_otherwise(console, deployment, shown)
                 console.print(f"{name} takes requests")
                 return exits.OK
             if topology_pb2.REPLICA_STATE_FAILED in states:

@@ -254,11 +254,14 @@ class Deployer:
         there = self.workers.live(now, self._settings.worker_silence_seconds)
         deployed = self._deployments.get(request.model.name)
         # What runs under the name makes room for it.
-        own = deployed.replicas if deployed is not None else ()
+        own = deployed.replicas if deployed is not None else []
         devices = devices_for(own, self._tools.replicas(), there, self._discovery.said)
+        # And stays where that is as good.
+        alone = request.replicas == len(own) == 1
+        previous = planning.as_previous(own[0].planned) if alone else None
         planned = await asyncio.to_thread(
             planning.plan,
-            *(model, request, devices, request.replicas, None, self._discovery.knowledge),
+            *(model, request, devices, request.replicas, previous, self._discovery.knowledge),
             await self._holders.stock(model),
         )
         return planning.plan_to_proto(request.model.name, planned)
