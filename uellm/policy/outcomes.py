@@ -68,7 +68,7 @@ def features_of(forecasts: Forecasts) -> Floats:
 
 def limits_of(forecasts: Forecasts) -> Floats:
     """Seconds until the first and the last token are needed, shape (requests, 2)."""
-    return np.column_stack([forecasts.ttft, forecasts.deadline])
+    return np.array([forecasts.ttft, forecasts.deadline]).T
 
 
 def late_reference(forecasts: Forecasts) -> Floats:

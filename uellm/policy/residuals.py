@@ -46,9 +46,8 @@ class Residuals:
 
     def shift(self, features: Floats) -> Floats:
         """What the features explain, by request."""
-        rows = np.column_stack(
-            [np.ones(len(features)), np.minimum(np.maximum(features, self.least), self.most)]
-        )
+        rows = np.ones((len(features), len(self.middle)))
+        rows[:, 1:] = np.minimum(np.maximum(features, self.least), self.most)
         shift: Floats = (rows - self.middle) @ self.slopes
         return shift
 
@@ -211,13 +210,14 @@ def _regression(
     weighted = features * (weights * ended)[:, None]
     gram = weighted.T @ features + penalty
     slopes = np.asarray(np.linalg.solve(gram, weighted.T @ values), dtype=np.float64)
-    parts = np.array_split(np.arange(len(values)), min(PARTS, len(values)))
-    grams = np.stack([weighted[part].T @ features[part] for part in parts])
-    sums = np.stack([weighted[part].T @ values[part] for part in parts])
+    count = min(PARTS, len(values))
+    parts, weighted_parts, values_parts = (
+        np.array_split(each, count) for each in (features, weighted, values)
+    )
+    grams = np.stack([w.T @ part for w, part in zip(weighted_parts, parts, strict=True)])
+    sums = np.stack([w.T @ part for w, part in zip(weighted_parts, values_parts, strict=True)])
     others = grams.sum(axis=0) - grams + penalty, sums.sum(axis=0) - sums
     held_out = np.linalg.solve(others[0], others[1][:, :, None])[:, :, 0]
-    fitted = np.concatenate(
-        [features[part] @ each for part, each in zip(parts, held_out, strict=True)]
-    )
+    fitted = np.concatenate([part @ each for part, each in zip(parts, held_out, strict=True)])
     residuals: Floats = (values - fitted) / spread
     return slopes, residuals
