@@ -240,7 +240,8 @@ def test_without_the_urgent_one_it_would_have_kept_its_slot() -> None:
     (help_,) = told.counterfactuals
     assert "would not have lost its slot" in help_.text
     assert help_.seconds_earlier == pytest.approx(2.0)
-    assert "preempted" in [event.kind for event in told.events]
+    (preempted,) = [event.text for event in told.events if event.kind == "preempted"]
+    assert preempted.endswith("request 1, being late already; to be computed anew")
 
 
 def test_without_the_one_in_the_slot_it_would_have_been_let_in() -> None:

@@ -181,7 +181,8 @@ def _departures(facts: Facts, story: Story) -> Iterator[Event]:
         for batch in record.decision.dispatches:
             if facts.request_id in batch.request_ids:
                 place = batch.request_ids.index(facts.request_id)
-                behind = f", behind {place} others of its batch" if place else ""
+                others = "another" if place == 1 else f"{place} others"
+                behind = f", behind {others} of its batch" if place else ""
                 yield Event(record.now, "dispatched", f"sent to {batch.replica}{behind}")
     if not story.sent and facts.dispatched_at is not None:
         yield Event(facts.dispatched_at, "dispatched", "sent to a replica")
@@ -197,7 +198,9 @@ def _in_engine(facts: Facts, story: Story, names: Names) -> Iterator[Event]:
         if me in decision.preempt:
             urgent = [names.of(each) for each in decision.admit]
             why = f" for {', '.join(urgent)}" if urgent else ": the KV room ran out"
-            yield Event(at, "preempted", f"lost its slot{why}; to be computed anew")
+            deadline = facts.slo.deadline_at
+            late = ", being late already" if deadline is not None and at > deadline else ""
+            yield Event(at, "preempted", f"lost its slot{why}{late}; to be computed anew")
             waits = True
         elif (record.replica, record.now) in admissions:
             yield Event(at, "admitted", f"got a slot of {record.replica}")
@@ -226,7 +229,7 @@ def _unrecorded_preemptions(story: Story, request_id: str) -> Iterator[Event]:
             if before.now <= record.now < after.now and record.replica == after.replica
         )
         if before.replica == after.replica and later.preemptions - earlier.preemptions > decided:
-            text = f"lost its slot since +{show_duration(after.now - before.now)} before"
+            text = f"lost its slot in the {show_duration(after.now - before.now)} before"
             yield Event(after.now, "preempted", f"{text}: the KV room ran out")
 
 
