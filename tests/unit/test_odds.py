@@ -19,10 +19,16 @@ OUTCOMES = st.lists(
 WEIGHTED = st.lists(st.tuples(SHARES, st.floats(0.1, 100.0)), min_size=1, max_size=12)
 
 
+def learn(odds: Odds, group: int, said: float, came_true: bool) -> None:
+    """An outcome that counts at once."""
+    odds.learn(group, said, came_true, at=0.0)
+    odds.advance(0.0)
+
+
 def taught(outcomes: list[tuple[int, float, bool]]) -> Odds:
     odds = Odds()
     for group, said, came_true in outcomes:
-        odds.learn(group, said, came_true)
+        learn(odds, group, said, came_true)
     return odds
 
 
@@ -79,7 +85,7 @@ def test_nothing_is_corrected_before_anything_is_known() -> None:
 def test_odds_come_true_whatever_was_said(truth: float) -> None:
     rng, odds = np.random.default_rng(1), Odds()
     for said in rng.uniform(0.3, 0.7, 600):
-        odds.learn(WAITS, said, bool(rng.random() < truth))
+        learn(odds, WAITS, said, bool(rng.random() < truth))
     assert corrected(odds, WAITS, 0.35, 0.5, 0.65) == pytest.approx(truth, abs=0.1)
 
 
@@ -88,7 +94,7 @@ def test_odds_that_err_in_the_middle_alone_are_put_right() -> None:
     rng, odds = np.random.default_rng(12), Odds()
     for _ in range(1500):
         said, truth = rng.choice([(0.67, 0.9), (0.98, 0.98), (0.2, 0.2)], p=[0.1, 0.8, 0.1])
-        odds.learn(FREE, said, bool(rng.random() < truth))
+        learn(odds, FREE, said, bool(rng.random() < truth))
     assert corrected(odds, FREE, 0.67, 0.98, 0.2) == pytest.approx([0.88, 0.98, 0.2], abs=0.06)
 
 
@@ -96,44 +102,55 @@ def test_few_that_were_told_little_speak_for_all_that_are() -> None:
     """Whatever is said below a half, two in three come true: sixty outcomes show it."""
     rng, odds = np.random.default_rng(2), Odds()
     for i, said in enumerate(rng.uniform(0.02, 0.5, 60)):
-        odds.learn(WAITS, said, i % 3 > 0)
+        learn(odds, WAITS, said, i % 3 > 0)
     assert corrected(odds, WAITS, 0.1, 0.2, 0.3, 0.4) == pytest.approx(2 / 3, abs=0.2)
 
 
 def test_the_doubtful_are_remembered_however_many_sure_ones_come() -> None:
     rng, odds = np.random.default_rng(3), Odds()
     for said in rng.uniform(0.2, 0.5, 100):
-        odds.learn(WAITS, said, bool(rng.random() < 0.8))
+        learn(odds, WAITS, said, bool(rng.random() < 0.8))
     before = corrected(odds, WAITS, 0.3)
     for _ in range(10_000):
-        odds.learn(WAITS, 0.99, True)
+        learn(odds, WAITS, 0.99, True)
     assert corrected(odds, WAITS, 0.3) == pytest.approx(before)
 
 
 def test_what_is_learnt_fades_when_the_traffic_changes() -> None:
     odds = Odds()
     for _ in range(3000):
-        odds.learn(WAITS, 0.5, True)
+        learn(odds, WAITS, 0.5, True)
     for _ in range(1000):
-        odds.learn(WAITS, 0.5, False)
+        learn(odds, WAITS, 0.5, False)
     assert corrected(odds, WAITS, 0.5) < 0.1
 
 
 def test_one_kind_leans_on_the_others_until_it_is_known() -> None:
     rng, odds = np.random.default_rng(4), Odds()
     for said in rng.uniform(0.2, 0.5, 200):
-        odds.learn(OTHER_KIND_WAITS, said, True)
+        learn(odds, OTHER_KIND_WAITS, said, True)
     assert corrected(odds, WAITS, 0.3) > 0.8
     for said in rng.uniform(0.2, 0.5, 200):
-        odds.learn(WAITS, said, False)
+        learn(odds, WAITS, said, False)
     assert corrected(odds, WAITS, 0.3) < 0.2
     assert corrected(odds, OTHER_KIND_WAITS, 0.3) > 0.8
+
+
+def test_outcomes_count_when_they_would_be_known_either_way() -> None:
+    odds = Odds()
+    for i in range(100):
+        odds.learn(WAITS, 0.5, True, at=float(i))
+    assert corrected(odds, WAITS, 0.5) == pytest.approx(0.5)
+    odds.advance(9.5)
+    some = corrected(odds, WAITS, 0.5)
+    odds.advance(1e3)
+    assert 0.5 < some < corrected(odds, WAITS, 0.5)
 
 
 def test_who_finds_a_slot_free_says_nothing_of_those_that_wait() -> None:
     odds = Odds()
     for _ in range(300):
-        odds.learn(FREE, 0.7, True)
+        learn(odds, FREE, 0.7, True)
     assert corrected(odds, FREE, 0.7) > 0.95
     assert corrected(odds, WAITS, 0.7) == pytest.approx(0.7)
 

@@ -6,6 +6,8 @@ odds say what is wrong with all of these. It is kept at some points of the logit
 remembers its own latest outcomes: those of the doubtful, which are few, outlast those of the sure.
 """
 
+import heapq
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ GUESSED, BORROWED = 1.0, 16.0
 """How many outcomes count, at each point, for odds that are right as they were said; and, of one
 kind of request, for what came true of all kinds."""
 LEAST_SHARE = 0.002
+MOST_PENDING = 65_536
+"""Outcomes that wait to count; more are not learnt from."""
 
 _MOST = float(np.log(1.0 / LEAST_SHARE - 1.0))
 _LOGITS = np.linspace(-_MOST, _MOST, POINTS)
@@ -38,30 +42,37 @@ class Odds:
         # By group, and by pool of groups: outcomes at each point, and how many of them came true.
         self._counts: dict[int, Floats] = {}
         self._curves: dict[int, Floats] = {}
+        self._pending: list[tuple[float, int, int, float, bool]] = []
+        self._numbers = count()
 
     def corrected(self, group: int, said: Floats) -> Floats:
         """What comes true of what is said of requests of a group: the more, the more was said."""
         found: Floats = np.interp(logit(said), _LOGITS, self._curve(group))
         return 1.0 / (1.0 + np.exp(-found))
 
-    def learn(self, group: int, said: float, came_true: bool) -> None:
-        """Take in one outcome.
+    def learn(self, group: int, said: float, came_true: bool, at: float) -> None:
+        """Take in one outcome, which counts from a time on.
 
         That something comes true is known when it happens, and that it does not only when its time
-        has passed: whoever tells both as they are known tells more of what comes true.
+        has passed. Were each to count as it is known, more would seem to come true.
+
+        Args:
+            group: of the request.
+            said: what was said of it.
+            came_true: whether it did.
+            at: when that would be known either way.
         """
-        place = (float(logit(np.array(said))) + _MOST) / (2 * _MOST) * (POINTS - 1)
-        point = min(int(place), POINTS - 2)
-        upper = place - point
-        for name in (_pool(group), group):
-            counts = self._counts.setdefault(name, np.zeros((2, POINTS)))
-            for at, share in ((point, 1.0 - upper), (point + 1, upper)):
-                counts[:, at] *= 1.0 - share / MEMORY
-                counts[:, at] += share, share * came_true
-        self._curves.clear()
+        if len(self._pending) < MOST_PENDING:
+            heapq.heappush(self._pending, (at, next(self._numbers), group, said, came_true))
+
+    def advance(self, now: float) -> None:
+        """Count those whose time has come."""
+        while self._pending and self._pending[0][0] <= now:
+            _, _, group, said, came_true = heapq.heappop(self._pending)
+            self._count(group, said, came_true)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """What was learnt, as arrays."""
+        """What was learnt, as arrays; what does not count yet aside."""
         groups = sorted(self._counts)
         counts = np.array([self._counts[group] for group in groups]).reshape(-1, 2, POINTS)
         return {"groups": np.array(groups, dtype=np.int64), "counts": counts}
@@ -80,6 +91,17 @@ class Odds:
             raise ValueError("odds of which more came true than there are")
         self._counts = {int(group): counts[row] for row, group in enumerate(state["groups"])}
         self._curves = {}
+
+    def _count(self, group: int, said: float, came_true: bool) -> None:
+        place = (float(logit(np.array(said))) + _MOST) / (2 * _MOST) * (POINTS - 1)
+        point = min(int(place), POINTS - 2)
+        upper = place - point
+        for name in (_pool(group), group):
+            counts = self._counts.setdefault(name, np.zeros((2, POINTS)))
+            for at, share in ((point, 1.0 - upper), (point + 1, upper)):
+                counts[:, at] *= 1.0 - share / MEMORY
+                counts[:, at] += share, share * came_true
+        self._curves.clear()
 
     def _curve(self, group: int) -> Floats:
         """Logits of what comes true, at the points."""

@@ -129,7 +129,6 @@ class TrackRecord:
         self._under_way: dict[int, int] = {}
         self._turn: dict[int, float] = {}
         self._due: list[tuple[float, int, str, int, int]] = []
-        self._settling: list[tuple[float, int, int, float, bool]] = []
         self._numbers = count()
 
     # ---- asking --------------------------------------------------------------------------------
@@ -229,9 +228,7 @@ class TrackRecord:
     def advance(self, now: float) -> None:
         """Take note of what has not happened in time; forget what was only asked."""
         self._asked.clear()
-        while self._settling and self._settling[0][0] <= now:
-            _, _, group, said, came_true = heapq.heappop(self._settling)
-            self._odds.learn(group, said, came_true)
+        self._odds.advance(now)
         while self._due and self._due[0][0] <= now:
             _, _, request_id, target, place = heapq.heappop(self._due)
             entry = self._open.get(request_id)
@@ -285,21 +282,15 @@ class TrackRecord:
 
     def _file(self, entry: _Open, *, late: bool, judged: bool = True) -> None:
         """Whether a request is in time is known."""
-        if judged:
-            self._settle(entry, came_true=not late)
+        basis, limits = entry.basis, limits_of(entry.forecast)[0]
+        if judged and (asked := np.isfinite(limits)).any():
+            over = entry.since + float(limits[asked].max()) + self._hearing
+            self._odds.learn(basis.group, basis.said, not late, at=over)
         entry.filed = True
         for outcomes, number in entry.places:
             outcomes.file(number, late=late, judged=judged)
         if entry.first == entry.first:
             self._learn(entry, START, entry.first)
-
-    def _settle(self, entry: _Open, *, came_true: bool) -> None:
-        """Have the odds learn it when it would be known either way: who is in time is so sooner."""
-        limits = limits_of(entry.forecast)[0]
-        over = entry.since + limits.max(initial=-inf, where=np.isfinite(limits)) + self._hearing
-        if over > -inf and len(self._settling) < MOST_OPEN:
-            outcome = (over, next(self._numbers), entry.basis.group, entry.basis.said, came_true)
-            heapq.heappush(self._settling, outcome)
 
     def _learn(self, entry: _Open, target: int, seconds: float) -> None:
         for outcomes, number in entry.places:
