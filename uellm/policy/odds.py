@@ -19,7 +19,7 @@ POINTS = 25
 """Where the correction is kept: half a logit apart."""
 MEMORY = 256.0
 """Latest outcomes that a point remembers; older ones fade."""
-GUESSED, BORROWED = 1.0, 16.0
+GUESSED, BORROWED = 4.0, 32.0
 """How many outcomes count, at each point, for odds that are right as they were said; and, of one
 kind of request, for what came true of all kinds."""
 LEAST_SHARE = 0.002
