@@ -108,7 +108,8 @@ class Experiment:
 
     async def _planner(self) -> Planner:
         memory = {spec.name: spec.memory_bytes for spec in HOSTS}
-        return Planner(await discover(self._mesh.redis_url), self._model, LOAD, memory)
+        discovered = await discover(self._mesh.redis_url, str(self._model))
+        return Planner(discovered, self._model, LOAD, memory)
 
     def _discovered(self, planner: Planner) -> dict[str, Any]:
         """What was found of devices and ways, beside how they were made."""

@@ -308,6 +308,7 @@ def link_from_proto(message: topology_pb2.Link) -> Link:
         source=message.source,
         measured_at=seconds(message.measured_at) if message.HasField("measured_at") else None,
         kind=message.kind,
+        passing_seconds=message.passing_seconds,
     )
 
 
@@ -321,6 +322,7 @@ def link_to_proto(link: Link) -> topology_pb2.Link:
         bytes_per_second=link.bytes_per_second,
         measured_at=None if link.measured_at is None else timestamp(link.measured_at),
         source=link.source,
+        passing_seconds=link.passing_seconds,
     )
 
 
@@ -363,6 +365,7 @@ def block_from_proto(message: topology_pb2.BlockCost) -> BlockCost:
         ),
         ends=cost_from_proto(message.ends) if message.HasField("ends") else None,
         leader_seconds=message.leader_seconds,
+        agent_seconds=message.agent_seconds,
         share=message.share or 1.0,
         period_seconds=message.period_seconds,
         left_over=left_over([sample_from_proto(point) for point in message.points], layer),

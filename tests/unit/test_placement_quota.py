@@ -11,7 +11,7 @@ from tests.support.clusters import small_model
 from uellm.placement.costs import costs_of
 from uellm.placement.prediction import Layout, planned
 from uellm.placement.quota import step_seconds, sustained_seconds
-from uellm.placement.topology import Device, Topology
+from uellm.placement.topology import Device, Link, Topology
 from uellm.placement.views import LayerTimes, PlanRequest, Workload
 
 PERIOD = 0.01
@@ -138,3 +138,41 @@ def test_what_a_leader_does_besides_takes_of_the_same_quota() -> None:
         found.append(planned(costs_of(measured), Layout((0, 1), (2, 6))).stages[0].decode_seconds)
     assert found[0] == pytest.approx(0.002, rel=0.3)
     assert found[1] > 2 * found[0]
+
+
+def test_what_else_a_host_does_for_a_step_makes_steps_follow_later_and_none_longer() -> None:
+    """Where no quota holds it back: nobody waits for an agent, but the next step does."""
+    devices = tuple(Device(f"w{n}/cpu:0", f"w{n}", f"h{n}", "cpu", 1 << 34) for n in range(2))
+    ways = ((0, 1), (1, 0))
+    found = []
+    for agent, passing in ((0.0, 0.0), (0.003, 0.001)):
+        times = LayerTimes(((16.0, 0.004),), ((1.0, 0.004),), ends=((1.0, 1e-6),), agent=agent)
+        links = tuple(
+            Link(devices[a].id, devices[b].id, 1e-4, 1e9, "probe", 1.0, passing_seconds=passing)
+            for a, b in ways
+        )
+        request = PlanRequest(
+            Topology(devices, links),
+            small_model(layers=8),
+            Workload(batch=1, prompt_tokens=16, output_tokens=100, in_flight=2),
+            layer_times=dict.fromkeys((device.id for device in devices), times),
+        )
+        found.append(planned(costs_of(request), Layout((0, 1), (4, 4))).prediction)
+    without, with_others = found
+    assert without is not None
+    assert with_others is not None
+    assert with_others.total_seconds == pytest.approx(without.total_seconds)
+    longer = with_others.bottleneck_seconds - without.bottleneck_seconds
+    assert longer == pytest.approx(100 * (0.003 + 0.001), rel=0.05)
+    assert with_others.tokens_per_second < 0.9 * without.tokens_per_second
+
+
+def test_other_work_leaves_less_of_a_quota_to_steps_and_delays_rare_ones_little() -> None:
+    """A leader's agent has done its work long before a lone request's next step begins."""
+    free, share = 0.002, 0.25
+    alone = step_seconds(free / share, share, PERIOD, 0.2)
+    beside = step_seconds(free / share, share, PERIOD, 0.2, 0.15)
+    assert alone == pytest.approx(free, rel=0.02)
+    assert beside == pytest.approx(free, rel=0.3)
+    assert step_seconds(free / share, share, PERIOD, 0.6, 0.3) > 1.2 * beside
+    assert step_seconds(free / share, share, PERIOD, 0.7, 0.3) == pytest.approx(free / share)

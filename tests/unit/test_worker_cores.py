@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from uellm_worker import cpu_speed
-from uellm_worker.cores import Quota, granted_cores, quota
+from uellm_worker.cores import Quota, granted_cores, lost_to, quota
 from uellm_worker.cpu import available_memory, numa_nodes
 
 
@@ -54,6 +54,20 @@ def write(root: Path, files: dict[str, str]) -> Path:
 )
 def test_quotas_count_as_whole_cores(files: dict[str, str], cores: int, tmp_path: Path) -> None:
     assert granted_cores(write(tmp_path, files)) == cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "lost"),
+    [(0.25, 1, 0.004), (1.0, 1, 0.001), (1.5, 1, 0.0), (2.0, 2, 0.0005), (3.0, 2, 0.0)],
+)
+def test_other_work_takes_of_processors_where_there_are_none_besides(
+    cores: float, threads: int, lost: float, tmp_path: Path
+) -> None:
+    files = {
+        "proc/self/cgroup": "0::/a\n",
+        "sys/fs/cgroup/a/cpu.max": f"{round(cores * 100000)} 100000",
+    }
+    assert lost_to(0.001, threads, write(tmp_path, files)) == pytest.approx(lost)
 
 
 def test_the_narrowest_quota_counts(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from uellm.placement.memory import USABLE, Need
 from uellm.placement.roofline import beside_layers, head_seconds, layer_seconds, stage_seconds
 from uellm.placement.topology import Device
 from uellm.placement.views import PlanRequest, Workload
-from uellm.placement.ways import ways, ways_back
+from uellm.placement.ways import passing_seconds, ways, ways_back
 
 TOKEN_BYTES = 64
 """Of a token on its way from the last stage to the first, with what goes with it."""
@@ -40,6 +40,8 @@ class Costs:
         head: [n], seconds for the logits of one step.
         stage: [n], seconds of any step beside layers and head.
         leader: [n], seconds between two steps, of the first stage.
+        agent: [n], seconds of a step that the first stage loses to what its leader does besides.
+        passing: [n], seconds of a step that computing loses to passing it on to another worker.
         share: [n], of the time that a quota lets it compute; seconds here count the rest.
         period: [n], of the quota, in seconds.
         link_prefill: [n, n], seconds for the activations of a batch's prompts.
@@ -61,6 +63,8 @@ class Costs:
     head: Array
     stage: Array
     leader: Array
+    agent: Array
+    passing: Array
     share: Array
     period: Array
     link_prefill: Array
@@ -149,6 +153,8 @@ class Costs:
             head=self.head[some],
             stage=self.stage[some],
             leader=self.leader[some],
+            agent=self.agent[some],
+            passing=self.passing[some],
             share=self.share[some],
             period=self.period[some],
             link_prefill=self.link_prefill[pairs],
@@ -192,6 +198,8 @@ def costs_of(request: PlanRequest, slots: int | None = None) -> Costs:
         head=head_seconds(devices, model, batch, times),
         stage=stage_seconds(devices, times),
         leader=beside_layers(devices, times, lambda t: t.leader),
+        agent=beside_layers(devices, times, lambda t: t.agent),
+        passing=passing_seconds(request.topology, devices),
         share=np.array([t.share if t else 1.0 for t in times]),
         period=np.array([t.period if t else 0.0 for t in times]),
         link_prefill=latency + hop + prompt * per_byte,

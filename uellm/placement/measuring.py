@@ -47,6 +47,7 @@ class BlockCost:
         live: what was learnt since then of steps that ran.
         ends: of embedding, head and choosing tokens, by sequences; None: not measured.
         leader_seconds: what a leader does between two steps.
+        agent_seconds: of a step, what a leader's computing loses to its agent.
         share: of the time that a quota lets the device compute; all seconds count the rest.
         period_seconds: of the quota.
     """
@@ -60,6 +61,7 @@ class BlockCost:
     live: Correction = AS_PREDICTED
     ends: StepCost | None = None
     leader_seconds: float = 0.0
+    agent_seconds: float = 0.0
     share: float = 1.0
     period_seconds: float = 0.0
     left_over: tuple[tuple[float, float], ...] = ()
@@ -83,6 +85,7 @@ class BlockCost:
             if self.ends is None
             else tuple((batch, self.ends.seconds(batch)) for batch in map(float, _BATCHES)),
             leader=self.leader_seconds,
+            agent=self.agent_seconds,
             share=self.share,
             period=self.period_seconds,
         )
@@ -123,6 +126,7 @@ def fit_block(
     now: float,
     *,
     leader_seconds: float = 0.0,
+    agent_seconds: float = 0.0,
     share: float = 1.0,
     period_seconds: float = 0.0,
 ) -> BlockCost:
@@ -134,6 +138,7 @@ def fit_block(
         flops_per_token: its work for one token.
         now: when they were taken, seconds since the epoch.
         leader_seconds: see ``BlockCost``.
+        agent_seconds: see ``BlockCost``.
         share: see ``BlockCost``.
         period_seconds: see ``BlockCost``.
     """
@@ -157,6 +162,7 @@ def fit_block(
         ends=_fit_ends(samples),
         left_over=left_over(samples, layer),
         leader_seconds=leader_seconds,
+        agent_seconds=agent_seconds,
         share=share,
         period_seconds=period_seconds,
     )

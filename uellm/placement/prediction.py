@@ -51,11 +51,21 @@ def predict(costs: Costs, layout: Layout) -> Prediction:
 
 @dataclass(frozen=True, slots=True)
 class _Seconds:
-    """What a stage takes for a batch's prompts, for a step that decodes, and between two steps."""
+    """What a stage takes for a batch's prompts, for a step that decodes, and between two steps.
+
+    ``others`` is what it loses of every step to other work on its processors: nobody waits for
+    that, but steps follow each other the later.
+    """
 
     prefill: float
     decode: float
     led: float
+    others: float = 0.0
+
+    @property
+    def besides(self) -> float:
+        """Of a step, what takes of the same processors."""
+        return self.led + self.others
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,26 +76,22 @@ class StageParts:
         layers: seconds of its layers if the device always computes.
         besides: seconds of the rest, likewise.
         took: seconds as its quota lets it.
-        led: seconds of what a leader does besides, if the device always computes.
-        share: of the time, that a quota lets it compute.
-        period: of the quota, in seconds.
-        busy: share of what the quota grants that is used.
+        led: seconds of what a leader does between two steps, likewise.
+        quota: share of the time that it may compute, the quota's period, and what of it the stage
+            and other work use; see ``uellm.placement.quota``.
     """
 
     layers: float
     besides: float
     took: float
     led: float
-    share: float
-    period: float
-    busy: float
+    quota: tuple[float, float, float, float]
 
     def sustained(self, took: float) -> float:
         """What it would take if the device always computed, where it took so long."""
         alone = self.layers + self.besides
         with_led = (alone + self.led) / alone if alone > 0 else 1.0
-        quota = self.share, self.period, self.busy
-        return sustained_seconds(took * with_led, *quota) / with_led
+        return sustained_seconds(took * with_led, *self.quota) / with_led
 
 
 class _Replica:
@@ -100,23 +106,21 @@ class _Replica:
         self._costs, self._layout = costs, layout
         self._always = [self._seconds(index) for index in range(len(layout.order))]
         self._work = [
-            each.prefill + costs.steps * each.decode + costs.output_tokens * each.led
+            each.prefill + costs.steps * each.decode + costs.output_tokens * each.besides
             for each in self._always
         ]
         self.stages = self._always
         self.prediction = self._predicted()
         if any(costs.share[d] < 1 for d in layout.order):
             for _ in range(_ROUNDS):
-                pace = self.prediction.bottleneck_seconds
-                self.stages = [
-                    self._held_back(index, work / pace if pace > 0 else 0.0)
-                    for index, work in enumerate(self._work)
-                ]
+                uses = [self._use(index) for index in range(len(layout.order))]
+                self.stages = [self._held_back(index, *use) for index, use in enumerate(uses)]
                 self.prediction = self._predicted()
 
     def parts(self, *, prompts: bool) -> list[StageParts]:
         """See ``parts``."""
-        costs, pace, found = self._costs, self.prediction.bottleneck_seconds, []
+        costs = self._costs
+        found = []
         of_layers = costs.prefill if prompts else costs.decode
         for index, device in enumerate(self._layout.order):
             first, last = self._layout.ranges[index]
@@ -128,9 +132,11 @@ class _Replica:
                     besides=(always.prefill if prompts else always.decode) - layers,
                     took=held.prefill if prompts else held.decode,
                     led=always.led,
-                    share=float(costs.share[device]),
-                    period=float(costs.period[device]),
-                    busy=self._work[index] / pace if pace > 0 else 0.0,
+                    quota=(
+                        float(costs.share[device]),
+                        float(costs.period[device]),
+                        *self._use(index),
+                    ),
                 )
             )
         return found
@@ -145,17 +151,36 @@ class _Replica:
             float(costs.prefill[device, first : last + 1].sum()) + besides,
             float(costs.decode[device, first : last + 1].sum()) + besides,
             float(costs.leader[device]) if index == 0 else 0.0,
+            self._others(index),
         )
 
-    def _held_back(self, index: int, busy: float) -> _Seconds:
-        """A stage that needs so much of its quota, which a leader's other work takes as well."""
+    def _others(self, index: int) -> float:
+        costs, order = self._costs, self._layout.order
+        several = len({costs.devices[device].worker for device in order}) > 1
+        passing = float(costs.passing[order[index]]) if several else 0.0
+        return passing + (float(costs.agent[order[index]]) if index == 0 else 0.0)
+
+    def _held_back(self, index: int, own: float, others: float) -> _Seconds:
+        """A stage that needs so much of its quota, of which other work takes as well."""
         device, stage = self._layout.order[index], self._always[index]
         share, period = float(self._costs.share[device]), float(self._costs.period[device])
-        prefill = step_seconds(stage.prefill + stage.led, share, period, busy)
-        decode = step_seconds(stage.decode + stage.led, share, period, busy)
-        both = stage.decode + stage.led
-        led = decode * stage.led / both if both > 0 else 0.0
-        return _Seconds(max(prefill - led, 0.0), decode - led, led)
+        quota = share, period, own, others
+        decode = stage.decode + stage.led
+        slowed = step_seconds(decode, *quota) / decode if decode > 0 else 1.0
+        prefill = step_seconds(stage.prefill + stage.led, *quota)
+        return _Seconds(
+            max(prefill - slowed * stage.led, 0.0),
+            slowed * stage.decode,
+            slowed * stage.led,
+            stage.others,
+        )
+
+    def _use(self, index: int) -> tuple[float, float]:
+        """Shares of its quota that a stage uses, and that other work uses for it."""
+        pace = self.prediction.bottleneck_seconds
+        others = self._costs.output_tokens * self._always[index].others
+        work = self._work[index]
+        return ((work - others) / pace, others / pace) if pace > 0 else (0.0, 0.0)
 
     def _predicted(self) -> Prediction:
         costs, order = self._costs, self._layout.order
@@ -176,8 +201,8 @@ class _Replica:
         limits.append((total / costs.in_flight, "in_flight"))
         pace, bottleneck = max(limits, key=lambda limit: limit[0])
         stations = Stations(
-            prefill=[each.prefill + each.led for each in self._always],
-            decode=[each.decode + each.led for each in self._always],
+            prefill=[each.prefill + each.besides for each in self._always],
+            decode=[each.decode + each.besides for each in self._always],
             first=prefill,
             next=decode,
         )

@@ -13,7 +13,9 @@ _OFFSETS, _STEPS = 5, 16
 """Of steps within a period, and how many of them are played."""
 
 
-def step_seconds(sustained: float, share: float, period: float, busy: float = 0.0) -> float:
+def step_seconds(
+    sustained: float, share: float, period: float, busy: float = 0.0, others: float = 0.0
+) -> float:
     """What a step takes, on the average.
 
     Args:
@@ -21,11 +23,12 @@ def step_seconds(sustained: float, share: float, period: float, busy: float = 0.
         share: of the time that it may.
         period: of the quota, in seconds; 0: as short as can be.
         busy: share of what the quota grants that such steps use; one comes as often as that says.
+        others: share of it that other work uses.
     """
     free = sustained * share
-    if share >= 1 or period <= 0 or busy >= 1 or sustained <= 0:
+    if share >= 1 or period <= 0 or busy + others >= 1 or sustained <= 0:
         return sustained
-    granted = share * period
+    granted = share * period * (1 - others)
     if sustained * (1 - busy) >= busy * period:
         # Behind each step there is a period that nothing is used of.
         took = free + _waits(free, granted, period)
@@ -55,7 +58,9 @@ def _played(free: float, granted: float, period: float, every: float) -> float:
     return total / (_OFFSETS * _STEPS)
 
 
-def sustained_seconds(took: float, share: float, period: float, busy: float = 0.0) -> float:
+def sustained_seconds(
+    took: float, share: float, period: float, busy: float = 0.0, others: float = 0.0
+) -> float:
     """What a step would take if the device always computed, that took so long; see above.
 
     Where several would, as a step that just lasts or does not last its quota: about the longest.
@@ -65,7 +70,7 @@ def sustained_seconds(took: float, share: float, period: float, busy: float = 0.
     least, most = took, took / share
     for _ in range(_HALVINGS):
         middle = (least + most) / 2
-        if step_seconds(middle, share, period, busy) <= took:
+        if step_seconds(middle, share, period, busy, others) <= took:
             least = middle
         else:
             most = middle

@@ -84,6 +84,7 @@ class Link:
         measured_at: seconds since the epoch; None: declared. A measured latency is that of the
             transport which carries activations, software included.
         kind: for instance "nvlink", "pcie", "ethernet", "loopback".
+        passing_seconds: of a step, what computing at its source loses to passing it on.
     """
 
     src: str
@@ -93,6 +94,7 @@ class Link:
     source: str = "file"
     measured_at: float | None = None
     kind: str = ""
+    passing_seconds: float = 0.0
 
 
 DEFAULT_LINKS: Mapping[str, LinkSpeed] = {

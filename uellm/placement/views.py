@@ -79,6 +79,7 @@ class LayerTimes:
         stage: seconds of any step on the device, whatever layers it has.
         ends: embedding, head and the choosing of tokens, by sequences; empty: not measured.
         leader: seconds between two steps on the first device.
+        agent: seconds of a step that computing there loses to the leader's agent.
         share: of the time that a quota lets the device compute; all seconds here count the rest.
         period: of the quota, in seconds.
     """
@@ -88,6 +89,7 @@ class LayerTimes:
     stage: float = 0.0
     ends: tuple[tuple[float, float], ...] = ()
     leader: float = 0.0
+    agent: float = 0.0
     share: float = 1.0
     period: float = 0.0
 

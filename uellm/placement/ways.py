@@ -46,3 +46,12 @@ def _levels(devices: Sequence[Device]) -> Integers:
         codes = np.unique(paths, return_inverse=True)[1] if n else np.zeros(0, dtype=np.int64)
         shared += codes[:, None] == codes[None, :]
     return shared
+
+
+def passing_seconds(topology: Topology, devices: Sequence[Device]) -> Array:
+    """[n] seconds of a step that is passed on, the median of a device's ways that were measured."""
+    found: dict[str, list[float]] = {}
+    for link in topology.links:
+        if link.measured_at is not None:
+            found.setdefault(link.src, []).append(link.passing_seconds)
+    return np.array([np.median(found[d.id]) if d.id in found else 0.0 for d in devices])

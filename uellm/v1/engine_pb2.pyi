@@ -197,12 +197,15 @@ class ProbeBlock(_message.Message):
     BUDGET_SECONDS_FIELD_NUMBER: _builtins.int
     ROOM_BYTES_FIELD_NUMBER: _builtins.int
     STAND_IN_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     budget_seconds: _builtins.float
     """How long to measure at most, loading aside."""
     room_bytes: _builtins.int
     """Memory that the weights may take."""
     stand_in: _builtins.bool
     """The model's files have holes for tensors, which are to be filled with any numbers."""
+    steps: _builtins.bool
+    """Say the steps of a leader that are timed, as a leader does."""
     @_builtins.property
     def shard(self) -> Global___PrepareShard:
         """The model, the device, the dtype and the threads; layers are chosen by the child. Without files,
@@ -216,10 +219,11 @@ class ProbeBlock(_message.Message):
         budget_seconds: _builtins.float = ...,
         room_bytes: _builtins.int = ...,
         stand_in: _builtins.bool = ...,
+        steps: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shard", b"shard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_seconds", b"budget_seconds", "room_bytes", b"room_bytes", "shard", b"shard", "stand_in", b"stand_in"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_seconds", b"budget_seconds", "room_bytes", b"room_bytes", "shard", b"shard", "stand_in", b"stand_in", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -837,8 +841,11 @@ class LinkProbed(_message.Message):
 
     SAMPLES_FIELD_NUMBER: _builtins.int
     WIRE_SECONDS_FIELD_NUMBER: _builtins.int
+    PROCESSOR_SECONDS_FIELD_NUMBER: _builtins.int
     wire_seconds: _builtins.float
     """One byte over a bare connection, one way."""
+    processor_seconds: _builtins.float
+    """Processor time of this end for the smallest activation there and its answer back."""
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.LinkSample]:
         """Activations, one way; none from the receiver."""
@@ -848,10 +855,11 @@ class LinkProbed(_message.Message):
         *,
         samples: _abc.Iterable[_topology_pb2.LinkSample] | None = ...,
         wire_seconds: _builtins.float = ...,
+        processor_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["samples", b"samples", "wire_seconds", b"wire_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["processor_seconds", b"processor_seconds", "samples", b"samples", "wire_seconds", b"wire_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -346,6 +346,7 @@ class Link(_message.Message):
     MEASURED_AT_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     WIRE_SECONDS_FIELD_NUMBER: _builtins.int
+    PASSING_SECONDS_FIELD_NUMBER: _builtins.int
     src: _builtins.str
     """From."""
     dst: _builtins.str
@@ -360,6 +361,8 @@ class Link(_message.Message):
     """Who says so: probe, live, nvml, file."""
     wire_seconds: _builtins.float
     """Of the latency, what the network takes; the rest is software. 0: not measured."""
+    passing_seconds: _builtins.float
+    """Of a step, what computing at its source loses to passing it on."""
     @_builtins.property
     def measured_at(self) -> _timestamp_pb2.Timestamp:
         """When it was measured; unset: declared."""
@@ -375,10 +378,11 @@ class Link(_message.Message):
         measured_at: _timestamp_pb2.Timestamp | None = ...,
         source: _builtins.str = ...,
         wire_seconds: _builtins.float = ...,
+        passing_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["measured_at", b"measured_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "dst", b"dst", "kind", b"kind", "latency_seconds", b"latency_seconds", "measured_at", b"measured_at", "source", b"source", "src", b"src", "wire_seconds", b"wire_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "dst", b"dst", "kind", b"kind", "latency_seconds", b"latency_seconds", "measured_at", b"measured_at", "passing_seconds", b"passing_seconds", "source", b"source", "src", b"src", "wire_seconds", b"wire_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -517,6 +521,7 @@ class BlockCost(_message.Message):
     PERIOD_SECONDS_FIELD_NUMBER: _builtins.int
     LIVE_STEP_SECONDS_FIELD_NUMBER: _builtins.int
     LIVE_PREFILL_RATIO_FIELD_NUMBER: _builtins.int
+    AGENT_SECONDS_FIELD_NUMBER: _builtins.int
     step_seconds: _builtins.float
     """Seconds of a step beside its layers."""
     error: _builtins.float
@@ -537,6 +542,8 @@ class BlockCost(_message.Message):
     """Of every step beside what this says, as was learnt."""
     live_prefill_ratio: _builtins.float
     """What layers take for prompts, in units of `live_ratio`, as was learnt; 0: 1."""
+    agent_seconds: _builtins.float
+    """Of a step, what computing loses to the leader's agent."""
     @_builtins.property
     def layer(self) -> _common_pb2.StepCost:
         """Of a step, by what it computes."""
@@ -575,10 +582,11 @@ class BlockCost(_message.Message):
         period_seconds: _builtins.float = ...,
         live_step_seconds: _builtins.float = ...,
         live_prefill_ratio: _builtins.float = ...,
+        agent_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "layer", b"layer", "live_at", b"live_at", "measured_at", b"measured_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "error", b"error", "flops_per_token", b"flops_per_token", "layer", b"layer", "leader_seconds", b"leader_seconds", "live_at", b"live_at", "live_prefill_ratio", b"live_prefill_ratio", "live_ratio", b"live_ratio", "live_step_seconds", b"live_step_seconds", "measured_at", b"measured_at", "period_seconds", b"period_seconds", "points", b"points", "share", b"share", "step_seconds", b"step_seconds", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_seconds", b"agent_seconds", "ends", b"ends", "error", b"error", "flops_per_token", b"flops_per_token", "layer", b"layer", "leader_seconds", b"leader_seconds", "live_at", b"live_at", "live_prefill_ratio", b"live_prefill_ratio", "live_ratio", b"live_ratio", "live_step_seconds", b"live_step_seconds", "measured_at", b"measured_at", "period_seconds", b"period_seconds", "points", b"points", "share", b"share", "step_seconds", b"step_seconds", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -330,6 +330,7 @@ class ProbeBlockResponse(_message.Message):
     LEADER_SECONDS_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     PERIOD_SECONDS_FIELD_NUMBER: _builtins.int
+    AGENT_SECONDS_FIELD_NUMBER: _builtins.int
     weight_bytes: _builtins.int
     """The layer's weights."""
     flops_per_token: _builtins.float
@@ -340,6 +341,8 @@ class ProbeBlockResponse(_message.Message):
     """Of the time that a quota lets it compute; 0: all of it."""
     period_seconds: _builtins.float
     """Of the quota."""
+    agent_seconds: _builtins.float
+    """Of a step, what computing loses to the leader's agent where both share their processors."""
     @_builtins.property
     def points(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.BlockPoint]:
         """By composition of the step."""
@@ -353,10 +356,11 @@ class ProbeBlockResponse(_message.Message):
         leader_seconds: _builtins.float = ...,
         share: _builtins.float = ...,
         period_seconds: _builtins.float = ...,
+        agent_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops_per_token", b"flops_per_token", "leader_seconds", b"leader_seconds", "period_seconds", b"period_seconds", "points", b"points", "share", b"share", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_seconds", b"agent_seconds", "flops_per_token", b"flops_per_token", "leader_seconds", b"leader_seconds", "period_seconds", b"period_seconds", "points", b"points", "share", b"share", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -421,12 +425,15 @@ class ProbeLinkResponse(_message.Message):
     RENDEZVOUS_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
     WIRE_SECONDS_FIELD_NUMBER: _builtins.int
+    PASSING_SECONDS_FIELD_NUMBER: _builtins.int
     rendezvous: _builtins.str
     """Where the sender waits for the receiver."""
     wire_seconds: _builtins.float
     """One byte over a bare connection, one way: half of there and back. What is lacking to the
     shortest of the samples is software.
     """
+    passing_seconds: _builtins.float
+    """Of a step, what computing loses to passing it on where both share their processors."""
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.LinkSample]:
         """Activations, one way: the time there and back less half of the shortest answer's."""
@@ -437,10 +444,11 @@ class ProbeLinkResponse(_message.Message):
         rendezvous: _builtins.str = ...,
         samples: _abc.Iterable[_topology_pb2.LinkSample] | None = ...,
         wire_seconds: _builtins.float = ...,
+        passing_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rendezvous", b"rendezvous", "samples", b"samples", "wire_seconds", b"wire_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["passing_seconds", b"passing_seconds", "rendezvous", b"rendezvous", "samples", b"samples", "wire_seconds", b"wire_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -178,6 +178,7 @@ def _measured(message: topology_pb2.Link) -> MeasuredLink:
         message.source,
         seconds(message.measured_at),
         message.kind,
+        message.passing_seconds,
     )
     return MeasuredLink(link, message.wire_seconds)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -170,6 +170,7 @@ class Prober:
             answer.flops_per_token,
             now,
             leader_seconds=answer.leader_seconds,
+            agent_seconds=answer.agent_seconds,
             share=answer.share or 1.0,
             period_seconds=answer.period_seconds,
         )
@@ -217,6 +218,7 @@ def block_to_proto(
         flops_per_token=cost.flops_per_token,
         ends=None if cost.ends is None else cost_to_proto(cost.ends),
         leader_seconds=cost.leader_seconds,
+        agent_seconds=cost.agent_seconds,
         share=cost.share,
         period_seconds=cost.period_seconds,
     )
@@ -227,7 +229,10 @@ def _measured(
 ) -> MeasuredLink:
     if not answer.samples:
         raise FailedPreconditionError(f"{ends[0]} measured nothing", reason="PROBE_FAILED")
-    link = _link(ends, answer.samples, "transport", now, answer.wire_seconds)
+    link = replace(
+        _link(ends, answer.samples, "transport", now, answer.wire_seconds),
+        passing_seconds=answer.passing_seconds,
+    )
     return MeasuredLink(link, answer.wire_seconds)
 
 

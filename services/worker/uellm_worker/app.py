@@ -34,6 +34,7 @@ from uellm_worker.files.supply import Supply
 from uellm_worker.intake import Leadership
 from uellm_worker.leader import Leader
 from uellm_worker.probing import Probes
+from uellm_worker.rehearsal import Rehearsal
 from uellm_worker.servicer import WorkerServicer
 from uellm_worker.settings import WorkerSettings
 from uellm_worker.stage_child import StageChild
@@ -44,6 +45,8 @@ SERVICES = (
     worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
     files_pb2.DESCRIPTOR.services_by_name["FilesService"].full_name,
 )
+_NO_MODEL = "-"
+"""Whose queues nobody has: no model is named so."""
 GOING_SECONDS = 1.0
 """How long a worker that ends tries to tell the deployer."""
 
@@ -101,6 +104,7 @@ class WorkerApplication:
             threads=settings.threads,
             data_host=settings.data_address,
             busy=self._stages.busy,
+            rehearsal=lambda: Rehearsal(LeaderQueue(context.redis, _NO_MODEL)),
         )
 
     def add_to(self, server: grpc.aio.Server) -> None:

@@ -33,11 +33,30 @@ def granted_cores(system: Path = Path("/")) -> int:
     Args:
         system: where ``proc`` and ``sys`` are.
     """
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        cores = os.cpu_count() or 1
+    cores = available_cores()
     return max(1, min(cores, math.ceil(min(quota(system).cores, cores))))
+
+
+def available_cores() -> int:
+    """Cores that this process may run on, quotas aside."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def lost_to(used_seconds: float, threads: int, system: Path = Path("/")) -> float:
+    """Seconds that computing loses to other work of this process's control group.
+
+    Nothing where there are processors besides; else the share of all that the other work takes.
+
+    Args:
+        used_seconds: of a processor, by the other work.
+        threads: that compute.
+        system: where ``proc`` and ``sys`` are.
+    """
+    cores = min(quota(system).cores, available_cores())
+    return used_seconds / cores if cores <= threads else 0.0
 
 
 def quota(system: Path = Path("/")) -> Quota:

@@ -9,8 +9,9 @@ from uellm.convert import duration_seconds
 from uellm.core.errors import FailedPreconditionError
 from uellm.v1 import common_pb2, engine_pb2, topology_pb2, worker_pb2
 from uellm_worker.children import EngineChild
-from uellm_worker.cores import granted_cores
+from uellm_worker.cores import granted_cores, lost_to
 from uellm_worker.devices import Devices
+from uellm_worker.rehearsal import Rehearsal
 from uellm_worker.stages import Spawner
 
 ShapedLike = Callable[
@@ -38,6 +39,7 @@ class Probes:
         threads: that a child may compute with; 0: the cores that are granted.
         data_host: address that the data plane binds to.
         busy: why nothing may be measured now, or "".
+        rehearsal: makes one; see ``Rehearsal``.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Probes:
         threads: int,
         data_host: str,
         busy: Callable[[], str],
+        rehearsal: Callable[[], Rehearsal],
     ) -> None:
         self._spawner = spawner
         self._devices = devices
@@ -56,6 +59,7 @@ class Probes:
         self._threads = threads
         self._data_host = data_host
         self._busy = busy
+        self._rehearsal = rehearsal
         self._lock = asyncio.Lock()
 
     async def block(self, request: worker_pb2.ProbeBlockRequest) -> worker_pb2.ProbeBlockResponse:
@@ -94,10 +98,12 @@ class Probes:
             budget_seconds=budget,
             room_bytes=int(device.memory_free_bytes * ROOM_SHARE),
             stand_in=stand_in,
+            steps=True,
         )
+        rehearsal = self._rehearsal()
         async with self._child(LOAD_SECONDS + 4 * budget) as child:
             await child.send(engine_pb2.EngineCommand(probe_block=command))
-            event = await _event(child.events(), "block_probed")
+            event = await _event(child.events(), "block_probed", rehearsal)
         probed = event.block_probed
         return worker_pb2.ProbeBlockResponse(
             points=probed.points,
@@ -106,6 +112,7 @@ class Probes:
             leader_seconds=probed.leader_seconds,
             share=probed.share,
             period_seconds=probed.period_seconds,
+            agent_seconds=self._lost_to(rehearsal.seconds, device),
         )
 
     async def copies(
@@ -160,8 +167,16 @@ class Probes:
                 yield worker_pb2.ProbeLinkResponse(rendezvous=event.link_listening.rendezvous)
             event = await _event(events, "link_probed")
             yield worker_pb2.ProbeLinkResponse(
-                samples=event.link_probed.samples, wire_seconds=event.link_probed.wire_seconds
+                samples=event.link_probed.samples,
+                wire_seconds=event.link_probed.wire_seconds,
+                passing_seconds=self._lost_to(event.link_probed.processor_seconds, device),
             )
+
+    def _lost_to(self, used_seconds: float, device: topology_pb2.Device) -> float:
+        """What computing on a device loses to other work of this worker's."""
+        if device.kind != topology_pb2.DEVICE_KIND_CPU:
+            return 0.0
+        return lost_to(used_seconds, self._threads or granted_cores())
 
     def _device(self, device_id: str) -> topology_pb2.Device:
         devices = {device.id: device for device in self._devices.describe()}
@@ -216,9 +231,9 @@ def _busy(why: str) -> FailedPreconditionError:
 
 
 async def _event(
-    events: AsyncIterator[engine_pb2.EngineEvent], kind: str
+    events: AsyncIterator[engine_pb2.EngineEvent], kind: str, rehearsal: Rehearsal | None = None
 ) -> engine_pb2.EngineEvent:
-    """The next event of a kind.
+    """The next event of a kind; of steps on the way there, what an agent does is rehearsed.
 
     Raises:
         FailedPreconditionError: the child failed, or ended.
@@ -227,6 +242,8 @@ async def _event(
         got = event.WhichOneof("event")
         if got == kind:
             return event
+        if got == "step" and rehearsal is not None:
+            await rehearsal.hear(event.step)
         if got == "failed":
             raise _failed(f"{event.failed.reason}: {event.failed.message}")
     raise _failed("its process ended")

@@ -21,13 +21,14 @@ from safetensors.torch import save_file
 from uellm.models.manifest import read_manifest
 from uellm.models.profile import layer_of, read_profile
 from uellm.v1.common_pb2 import Sampling
-from uellm.v1.engine_pb2 import BlockProbed, PrepareShard, ProbeBlock
+from uellm.v1.engine_pb2 import BlockProbed, PrepareShard, ProbeBlock, StepReport
 from uellm.v1.topology_pb2 import BlockPoint, ShardAssignment
 from uellm_worker.engine.capacity import Capacity
 from uellm_worker.engine.device import Device
 from uellm_worker.engine.loop_probe import leader_seconds
 from uellm_worker.engine.part import Part, shard_capacity
 from uellm_worker.engine.plan import Admission, Chunk, StepPlan
+from uellm_worker.engine.runner import Tell
 from uellm_worker.engine.shard import DTYPES, Shard, load_shard
 from uellm_worker.engine.shard_stage import ShardStage
 from uellm_worker.engine.step_timing import LEAST_REPEATS, StepTimer
@@ -64,8 +65,12 @@ GENERIC = {
 """The shape that stands for any model of which nothing is known."""
 
 
-def probe_block(command: ProbeBlock) -> BlockProbed:
+def probe_block(command: ProbeBlock, tell: Tell) -> BlockProbed:
     """Measure.
+
+    Args:
+        command: what.
+        tell: told the steps that are timed of a leader, where the command wants them said.
 
     Raises:
         ConfigurationError: if the device is not there.
@@ -73,13 +78,13 @@ def probe_block(command: ProbeBlock) -> BlockProbed:
         ModelFilesError: if the model cannot be served.
     """
     if command.shard.model_dir:
-        return _probe(command, Path(command.shard.model_dir))
+        return _probe(command, Path(command.shard.model_dir), tell)
     with tempfile.TemporaryDirectory() as directory:
         _write_generic(Path(directory), DTYPES[command.shard.assignment.dtype or "float32"])
-        return _probe(command, Path(directory))
+        return _probe(command, Path(directory), tell)
 
 
-def _probe(command: ProbeBlock, directory: Path) -> BlockProbed:
+def _probe(command: ProbeBlock, directory: Path, tell: Callable[[StepReport], None]) -> BlockProbed:
     if command.shard.threads:
         torch.set_num_threads(command.shard.threads)
     dtype = command.shard.assignment.dtype or "float32"
@@ -104,11 +109,13 @@ def _probe(command: ProbeBlock, directory: Path) -> BlockProbed:
     if with_ends:
         whole = _part(command.shard, directory, dtype, (middle, middle), longest, ends=True)
         subjects.whole = ShardStage([whole], _capacity(whole.shard, longest))
+    told = tell if command.steps else StepReport.SerializeToString
+    led = leader_seconds(subjects.whole, told) if subjects.whole else 0.0
     return BlockProbed(
         points=_points(subjects, timer, longest, command.budget_seconds),
         weight_bytes=layer.weight_bytes,
         flops_per_token=layer.flops_per_token,
-        leader_seconds=leader_seconds(subjects.whole) / timer.share if subjects.whole else 0.0,
+        leader_seconds=led / timer.share,
         share=timer.share,
         period_seconds=timer.period_seconds,
     )

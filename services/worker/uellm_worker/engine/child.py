@@ -128,7 +128,7 @@ class Child:
             case "add" | "drop" | "policy":
                 self._lead(command)
             case "probe_block":
-                found = self._engine.probe_block(command.probe_block)
+                found = self._engine.probe_block(command.probe_block, self._say_step)
                 self._channel.send(EngineEvent(block_probed=found))
             case "probe_copies":
                 copies = self._engine.probe_copies(command.probe_copies)
@@ -141,6 +141,9 @@ class Child:
                 self._channel.send(EngineEvent(left=ShardLeft()))
             case other:
                 _log.warning("an unknown command: %s", other)
+
+    def _say_step(self, report: StepReport) -> None:
+        self._channel.send(EngineEvent(step=report))
 
     def _lead(self, command: EngineCommand) -> None:
         """Obey a leader."""

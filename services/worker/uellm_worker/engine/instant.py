@@ -24,7 +24,7 @@ from uellm_worker.engine.group import Group
 from uellm_worker.engine.inbox import Inbox
 from uellm_worker.engine.plan import Admission, StepPlan, StepResult
 from uellm_worker.engine.randomness import instant_token
-from uellm_worker.engine.runner import Progress
+from uellm_worker.engine.runner import Progress, Tell
 
 DEFAULT_VOCAB_SIZE = 32000
 """Of a model directory without a config."""
@@ -117,9 +117,9 @@ class InstantEngine:
         del group, inbox
         return InstantRunner(self._vocab_size, self._stages, self._step_seconds)
 
-    def probe_block(self, command: ProbeBlock) -> BlockProbed:
+    def probe_block(self, command: ProbeBlock, tell: Tell) -> BlockProbed:
         """Nothing: it computes no layers."""
-        del command
+        del command, tell
         return BlockProbed()
 
     def probe_copies(self, command: ProbeCopies) -> CopiesProbed:

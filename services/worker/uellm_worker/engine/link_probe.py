@@ -119,7 +119,7 @@ def _send(command: ProbeLink, group: Group, carrier: Carrier, inbox: Inbox) -> L
     wire = _wire_seconds(command.bind_host, group)
     width = max(command.hidden_size, 1) * (4 if command.dtype == "float32" else 2)
     found: list[tuple[int, float]] = []
-    back = 0.0
+    back = processor = 0.0
     sizes = [rows for rows in _ROWS if rows == 1 or rows * width <= _MOST_BYTES]
     for left, rows in zip(range(len(sizes), 0, -1), sizes, strict=True):
         share = (end - time.perf_counter()) / left
@@ -130,13 +130,15 @@ def _send(command: ProbeLink, group: Group, carrier: Carrier, inbox: Inbox) -> L
             carrier.send(_HEADER.pack(_ACTIVATION, rows), rows)
             inbox.wait_result()
 
+        used = time.process_time()
         seconds = _times(there_and_back, share)
+        processor = processor or (time.process_time() - used) / (len(seconds) + 1)
         # What disturbs a way makes it longer: the least of the times is nearest to its own.
         back = back or min(seconds) / 2
         found.append((rows * width, statistics.median(seconds)))
     group.send_step(_HEADER.pack(_END, 0))
     samples = [LinkSample(bytes=size, seconds=max(seconds - back, back)) for size, seconds in found]
-    return LinkProbed(samples=samples, wire_seconds=wire)
+    return LinkProbed(samples=samples, wire_seconds=wire, processor_seconds=processor)
 
 
 def _expected(found: Sequence[tuple[int, float]], size: int) -> float:

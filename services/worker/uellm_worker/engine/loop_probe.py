@@ -2,10 +2,11 @@
 
 import statistics
 import time
+from collections.abc import Callable
 
 from uellm.policy.registry import DEFAULT_POLICY, step_policy
 from uellm.v1.common_pb2 import Sampling
-from uellm.v1.engine_pb2 import AddSequence
+from uellm.v1.engine_pb2 import AddSequence, StepReport
 from uellm_worker.engine.capacity import Vocabulary
 from uellm_worker.engine.loop import EngineLoop
 from uellm_worker.engine.member import ShardMember
@@ -16,11 +17,12 @@ _SEQUENCES, _STEPS = 4, 12
 _PROMPT = (1, 1)
 
 
-def leader_seconds(stage: ShardStage) -> float:
+def leader_seconds(stage: ShardStage, tell: Callable[[StepReport], object]) -> float:
     """Median seconds of a step that only decodes which are not the stage's own.
 
     Args:
         stage: with embedding and head; whatever it has computed is lost.
+        tell: told each step, as the agent is.
     """
     vocabulary = Vocabulary(stage.first.config.vocab_size, stage.first.eos_ids)
     loop = EngineLoop(
@@ -43,7 +45,7 @@ def leader_seconds(stage: ShardStage) -> float:
         report = loop.step()
         if report is None:
             break
-        report.SerializeToString()
+        tell(report)
         if not report.report.prefill_tokens:
             took.append(time.perf_counter() - started - sum(stage.seconds))
     return max(statistics.median(took), 0.0) if took else 0.0

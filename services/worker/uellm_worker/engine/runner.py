@@ -10,6 +10,7 @@ from uellm.v1.engine_pb2 import (
     ProbeBlock,
     ProbeCopies,
     ProbeLink,
+    StepReport,
 )
 from uellm_worker.engine.capacity import Prepared
 from uellm_worker.engine.group import Group
@@ -19,6 +20,8 @@ from uellm_worker.engine.plan import StepPlan, StepResult
 
 Progress = Callable[[int, int], None]
 """Called with (loaded bytes, total bytes) while weights are read."""
+Tell = Callable[[StepReport], None]
+"""Called with each step that a leader would say."""
 
 
 class Runner(Protocol):
@@ -97,8 +100,12 @@ class Engine(Protocol):
         """
         ...
 
-    def probe_block(self, command: ProbeBlock) -> BlockProbed:
+    def probe_block(self, command: ProbeBlock, tell: Tell) -> BlockProbed:
         """Measure layers of a model; nothing is loaded afterwards.
+
+        Args:
+            command: what.
+            tell: told the steps that are timed of a leader.
 
         Raises:
             ModelFilesError: as of ``prepare``.

@@ -28,7 +28,7 @@ from uellm_worker.engine.heap import trim_heap
 from uellm_worker.engine.inbox import Inbox
 from uellm_worker.engine.member import ShardMember
 from uellm_worker.engine.part import Part, shard_capacity
-from uellm_worker.engine.runner import Progress
+from uellm_worker.engine.runner import Progress, Tell
 from uellm_worker.engine.shard import DTYPES, Shard, load_shard
 from uellm_worker.engine.shard_stage import ShardStage
 from uellm_worker.engine.transport import (
@@ -94,9 +94,9 @@ class ShardEngine:
         )
         return ShardMember(self._stage, transport, group.assignment.stage_count)
 
-    def probe_block(self, command: ProbeBlock) -> BlockProbed:
+    def probe_block(self, command: ProbeBlock, tell: Tell) -> BlockProbed:
         """See ``uellm_worker.engine.block_probe``."""
-        return probe_block(command)
+        return probe_block(command, tell)
 
     def probe_copies(self, command: ProbeCopies) -> CopiesProbed:
         """See ``uellm_worker.engine.copy_probe``."""
