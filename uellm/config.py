@@ -34,7 +34,7 @@ CLIENT_VARIABLES = {"CONFIG", "HOME", "JOIN_TOKEN", "SERVER"}
 class ServiceSettings(BaseSettings):
     """What every service is told. Frozen; read once, in ``__main__``."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     role: ClassVar[str] = ""
 
     redis_url: str = Field("redis://localhost:6379/0", description="The mesh's Redis.")

@@ -108,6 +108,8 @@ def test_a_variable_like_nothing_has_no_hint(monkeypatch: pytest.MonkeyPatch) ->
         ("UELLM_LOG_LEVEL", "loud", "log_level"),
         ("UELLM_PROFILER_BUDGET_SECONDS", "0", "budget_seconds"),
         ("UELLM_LEASE_SECONDS", "-5", "lease_seconds"),
+        ("UELLM_PROFILER_BUDGET_SECONDS", "inf", "budget_seconds"),
+        ("UELLM_PROFILER_BUDGET_SECONDS", "nan", "budget_seconds"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(
