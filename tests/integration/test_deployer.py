@@ -409,6 +409,25 @@ async def test_a_restarted_deployer_adopts_what_runs(pair: Mesh) -> None:
     await pair.ready(above=before.replicas[0].epoch)
 
 
+async def test_workers_may_take_a_while_to_turn_to_the_next_deployer(pair: Mesh) -> None:
+    await pair.apply(stages=2)
+    before = await pair.ready()
+    for worker in pair.workers.values():
+        await worker.freeze()  # They wait for an answer of the one before, which does not come.
+    await pair.stop_deployer(0)
+    await pair.add_deployer()
+
+    async def untouched() -> bool:
+        after = await pair.published()
+        return after is not None and after.replicas == before.replicas
+
+    await stays(untouched, 2.0)  # Twice as long as a worker may be silent.
+    for worker in pair.workers.values():
+        await worker.turn_to(pair.addresses[1:])
+    await stays(untouched, 4.0)
+    assert await pair.route() == (before.replicas[0].epoch, "READY")
+
+
 async def test_devices_of_a_worker_are_one_stage_which_is_adopted(mesh: Mesh) -> None:
     await mesh.add_deployer()
     await mesh.add_worker("w1", devices=2)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ from uellm.convert import cost_from_proto, duration, seconds
 from uellm.decisions.records import StepRecord
 from uellm.decisions.replay import replay
 from uellm.decisions.segments import read_segment
-from uellm.embedded import EmbeddedRedis
+from uellm.embedded import EmbeddedRedis, free_port
 from uellm.policy.registry import DEFAULT_POLICY
 from uellm.streams.decisions import DecisionLog
 from uellm.streams.leader_queue import LeaderQueue
+from uellm.streams.registry import Registry
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2, worker_pb2
 
 SERVING = deployer_pb2.STAGE_STATE_SERVING
@@ -238,6 +240,20 @@ async def test_workers_of_a_host_offer_no_more_than_one_of_them_would(
         assert offered()["worker-2"] < 0.75 * alone
         assert other.worker == "worker-2"
     await eventually(lambda: offered()["worker-1"] == alone)
+
+
+async def test_a_deployer_that_does_not_answer_is_left_for_another(
+    worker: RunningWorker, mesh: Mesh, deployer: Deployer
+) -> None:
+    await eventually(lambda: deployer.heartbeats)
+    registry = Registry(mesh.redis)
+    (known,) = await registry.find("deployer")
+    async with deployer_at(mesh.redis, "deployer-2") as standby:
+        # Killed, and registered still: no port of its own answers any more.
+        await registry.register(replace(known, address=f"127.0.0.1:{free_port()}"), 600)
+        await eventually(lambda: standby.heartbeats, timeout=10)
+        (registration,) = standby.registrations
+        assert registration.worker == worker.worker
 
 
 async def test_a_new_deployer_is_found(

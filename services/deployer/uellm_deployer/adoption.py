@@ -9,6 +9,10 @@ from uellm.placement.views import PlannedReplica, PlannedStage
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
 from uellm_deployer.replica import Phase, Replica
 
+HANDOVER_SECONDS = 4.0
+"""What workers may take besides to turn to another deployer: a call to the one before has to time
+out where that one is stopped, or its host cut off."""
+
 
 def adopt(
     published: topology_pb2.Deployment,
@@ -49,9 +53,9 @@ def adopt(
                 else planned_of(stages, profile)
                 if profile is not None
                 else None,
-                trusted_at=now,
+                trusted_at=now + HANDOVER_SECONDS,
                 since=now,
-                patience_seconds=patience_seconds,
+                patience_seconds=patience_seconds + HANDOVER_SECONDS,
             )
         )
     return found

@@ -113,7 +113,7 @@ class Agent:
             self._channel = None
 
     async def _find(self) -> None:
-        """Stay with the deployer that is known while it is there, else take the first."""
+        """Stay with the deployer that is known while it answers, else take the next."""
         try:
             found = await self._context.registry.find("deployer")
             workers = await self._context.registry.find("worker")
@@ -121,18 +121,18 @@ class Agent:
             return  # The one that is known may still be reached.
         host = host_of(self._context.address)
         self._devices.sharers = max(sum(host_of(w.address) == host for w in workers), 1)
-        known = self._deployer
-        if known is not None and any(
-            (each.service_id, each.address, each.pid)
-            == (known.service_id, known.address, known.pid)
-            for each in found
-        ):
-            return
         if not found:
             return
+        starts = [(each.service_id, each.address, each.pid) for each in found]
+        known, chosen = self._deployer, found[0]
+        if known is not None and (start := (known.service_id, known.address, known.pid)) in starts:
+            if not self._away or len(found) == 1:
+                return
+            # Killed or stopped, it stays registered for a while, and another one acts by then.
+            chosen = found[(starts.index(start) + 1) % len(found)]
         await self.close()
-        self._deployer, self._registered = found[0], False
-        self._channel = rpc.channel(found[0].address)
+        self._deployer, self._registered = chosen, False
+        self._channel = rpc.channel(chosen.address)
 
     async def _register(self, stub: "deployer_pb2_grpc.DeployerServiceAsyncStub") -> None:
         request = deployer_pb2.RegisterWorkerRequest(
