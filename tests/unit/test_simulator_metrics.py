@@ -173,7 +173,7 @@ def test_the_command_compares_policies(tmp_path: Path) -> None:
     assert plain.exit_code == 0, plain.output
     # Two loads: of all requests, and of three classes.
     assert plain.output.count("edf") == 2 + 2 * 3
-    for title in ("longest wait s", "latency p99 s", "first token p99 s"):
+    for title in ("in time tokens/s", "longest wait s", "latency p99 s", "first token p99 s"):
         assert title in plain.output
     drawn = plot.read_text()
     assert "<svg" in drawn

@@ -281,6 +281,7 @@ _COLUMNS: "dict[str, tuple[str, Callable[[Metrics], float | None]]]" = {
     "refused": (".3f", lambda m: m.refused),
     "in time/s": (".3g", lambda m: m.met_per_second),
     "tokens/s": (".4g", lambda m: m.tokens_per_second),
+    "in time tokens/s": (".4g", lambda m: m.met_tokens_per_second),
     "latency s": (".3g", lambda m: m.latency_mean),
     "longest wait s": (".3g", lambda m: m.max_wait),
     "preempted": (".2f", lambda m: m.preemptions),
