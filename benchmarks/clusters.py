@@ -67,6 +67,21 @@ def geometric(count: int, seed: int) -> Topology:
     return Topology(devices, links)
 
 
+def lopsided(count: int, seed: int) -> Topology:
+    """Single devices, and ways of which the two directions have nothing to do with each other."""
+    rng = random.Random(seed)
+    devices = tuple(
+        _device(rng.choice(_SITES), f"s{i:03}", 0, ("", f"s{i:03}")) for i in range(count)
+    )
+    links = tuple(
+        Link(a.id, b.id, rng.uniform(1e-3, 0.03), 0.1e9, kind="wan")
+        for a in devices
+        for b in devices
+        if a.id != b.id
+    )
+    return Topology(devices, links)
+
+
 def _device(kind: str, host: str, index: int, path: tuple[str, ...]) -> Device:
     like = clusters.kinds()[kind]
     return replace(like, id=f"{host}/cuda:{index}", worker=host, host=host, path=path)

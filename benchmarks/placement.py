@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.clusters import geometric, mixed, model, named
+from benchmarks.clusters import geometric, lopsided, mixed, model, named
 from uellm.placement.baselines import BASELINES
 from uellm.placement.costs import costs_of
 from uellm.placement.full_stage import Server, plan_full_stage
@@ -36,7 +36,8 @@ LOAD = Workload(batch=4, in_flight=32, prompt_tokens=512, output_tokens=128)
 _HELIX_LAYERS = 80
 _TOKEN_BYTES = 2 * 8192
 _UNITS = {"mbps": 1e6, "gbps": 1e9, "": 1.0}
-_REPEATS = 3
+_REPEATS = 7
+_SEEDS = 3
 _PRICES = (("T4", 1.0), ("L4", 2.0), ("A100", 10.0))
 """What renting a device costs, about, in units of the cheapest."""
 
@@ -49,7 +50,7 @@ class Row:
         cluster: its name, and what was placed.
         devices: how many there are.
         objective: what was sought.
-        solve_seconds: median.
+        solve_seconds: median, least and most of a few times.
         solver: what found it.
         ratio: to its bound.
         stages: devices used.
@@ -61,7 +62,7 @@ class Row:
     cluster: str
     devices: int
     objective: str
-    solve_seconds: float
+    solve_seconds: tuple[float, float, float]
     solver: str
     ratio: float
     stages: int
@@ -101,17 +102,23 @@ def main() -> None:
 
 
 def _random() -> dict[str, tuple[Topology, str]]:
-    """Clusters of ten to 256 devices: sites on a plane, and mixed racks."""
+    """Clusters of ten to 256 devices: sites on a plane, mixed racks, ways that are any."""
     sites = {
-        f"random wide area, {count}": (geometric(count, count), "llama-2-13b")
+        f"random wide area, {count} ({seed})": (geometric(count, count + seed), "llama-2-13b")
         for count in (10, 14, 16, 32, 64, 128, 256)
+        for seed in range(_SEEDS if count <= 64 else 1)
+    }
+    any_ways = {
+        f"random ways, {count} ({seed})": (lopsided(count, count + seed), "llama-2-13b")
+        for count in (16, 32, 64)
+        for seed in range(_SEEDS)
     }
     racks = {f"mixed racks, {count}": (mixed(count), "llama-2-70b") for count in (16, 32, 128)}
-    return sites | racks
+    return sites | racks | any_ways
 
 
-def _timed(work: Callable[[], Plan]) -> tuple[Plan, float]:
-    """A plan, and the median of a few times; of long ones, the first."""
+def _timed(work: Callable[[], Plan]) -> tuple[Plan, tuple[float, float, float]]:
+    """A plan, and the median, the least and the most of a few times; of long ones, the first."""
     times: list[float] = []
     for _ in range(_REPEATS):
         began = time.perf_counter()
@@ -119,7 +126,7 @@ def _timed(work: Callable[[], Plan]) -> tuple[Plan, float]:
         times.append(time.perf_counter() - began)
         if times[0] > 2:
             break
-    return plan, statistics.median(times)
+    return plan, (statistics.median(times), min(times), max(times))
 
 
 def _measure(name: str, topology: Topology, held: str, objective: Objective) -> Row:
@@ -160,8 +167,10 @@ def _show(row: Row) -> None:
     over = ", ".join(
         f"{name} {'-' if times is None else f'{times:.2f}'}" for name, times in row.over.items()
     )
+    median, least, most = row.solve_seconds
     print(
-        f"{row.cluster:26} {row.objective:10} solved in {row.solve_seconds:6.3f} s "
+        f"{row.cluster:26} {row.objective:10} solved in {median:6.3f} s "
+        f"({least:.3f} to {most:.3f}) "
         f"by {row.solver:9} ratio {row.ratio:.4f}; {row.stages:3} stages; modelled "
         f"{row.seconds:.3f} s, {row.tokens_per_second:.0f} tokens/s; times over: {over}",
         flush=True,

@@ -29,6 +29,18 @@ Server = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Pins = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="Must be used; first=DEVICE, last=DEVICE; 0-11=NAME: layers on a device, worker "
+        "or host; repeatable.",
+    ),
+]
+Excluded = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Device, worker or host not to use; repeatable."),
+]
 ModelName = Annotated[str, typer.Option(help="Served name; by default the only one served.")]
 AdapterName = Annotated[
     str, typer.Option("--adapter", help="LoRA adapter of the model; by default none.")

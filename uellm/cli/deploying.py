@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from uellm.cli.asking import Json, finite
+from uellm.cli.asking import Excluded, Json, Pins, finite
 from uellm.cli.durations import parse_duration
 from uellm.cli.looking import Redis
 
@@ -74,18 +74,8 @@ def deploy(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; by default as the devices like.")
     ] = "",
-    pin: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DEVICE",
-            help="Must be used; first=DEVICE, last=DEVICE; 0-11=NAME: layers on a device, worker "
-            "or host; repeatable.",
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Device, worker or host not to use; repeatable."),
-    ] = None,
+    pin: Pins = None,
+    exclude: Excluded = None,
     cost: Annotated[
         list[str] | None,
         typer.Option(

@@ -5,7 +5,7 @@ from typing import Annotated, cast
 
 import typer
 
-from uellm.cli.asking import Json, finite
+from uellm.cli.asking import Excluded, Json, Pins, finite
 from uellm.cli.durations import parse_limit
 
 MOST_SEQUENCES = 1 << 20
@@ -85,18 +85,8 @@ def plan(
     previous: Annotated[
         Path | None, typer.Option(metavar="PLAN.json", help="Where it is now, of --json.")
     ] = None,
-    pin: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DEVICE",
-            help="Must be used; first=DEVICE, last=DEVICE; 0-11=NAME: layers on a device, worker "
-            "or host; repeatable.",
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Device, worker or host not to use; repeatable."),
-    ] = None,
+    pin: Pins = None,
+    exclude: Excluded = None,
     cost: Annotated[
         list[str] | None,
         typer.Option(metavar="DEVICE=COST", help="What using a device costs; repeatable."),
