@@ -35,7 +35,7 @@ def cuts(layers: int, parts: int) -> tuple[tuple[int, ...], ...]:
 
 
 def everything(costs: Costs) -> Iterator[tuple[float, float, float]]:
-    """Latency, pace and cost of every layout that fits and keeps workers together."""
+    """Latency, seconds per token and cost of every layout that fits and keeps workers together."""
     if not costs.devices:
         return
     chain = chain_of(costs)
@@ -48,7 +48,7 @@ def everything(costs: Costs) -> Iterator[tuple[float, float, float]]:
                 layout = Layout(order, cut)
                 if not shortages(costs, layout):
                     found = predict(costs, layout)
-                    yield found.total_seconds, found.bottleneck_seconds, cost
+                    yield found.total_seconds, 1 / found.tokens_per_second, cost
 
 
 def value_and_bound(plan: Plan, costs: Costs) -> tuple[float, float]:
@@ -61,8 +61,7 @@ def value_and_bound(plan: Plan, costs: Costs) -> tuple[float, float]:
     if certificate.quantity == "cost":
         price = {d.id: float(p) for d, p in zip(costs.devices, costs.price, strict=True)}
         return sum(price[stage.device_id] for stage in replica.stages), certificate.bound
-    tokens = costs.batch * costs.output_tokens
-    return replica.prediction.bottleneck_seconds, tokens / certificate.bound
+    return 1 / replica.prediction.tokens_per_second, 1 / certificate.bound
 
 
 @pytest.mark.parametrize("objective", ["lr", "he", "helr", "throughput"])
@@ -93,7 +92,8 @@ def test_no_plan_beats_a_certificate_and_what_fits_is_placed(
         # As layers of different sizes are first taken for equal, HELR's limit may be a bit wider.
         if costs.uniform or objective != "helr":
             assert value >= best * (1 - CLOSE), seed
-        if costs.uniform and method == "sets":
+        # Where only some rounds have prompts, what is searched by is a bound of what is predicted.
+        if costs.uniform and method == "sets" and objective != "throughput":
             assert value == pytest.approx(best, rel=CLOSE), seed
         near += value <= best * 1.05
         placed += 1

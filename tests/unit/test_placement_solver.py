@@ -16,6 +16,7 @@ from uellm.placement.chain import chain_of
 from uellm.placement.costs import Costs, costs_of
 from uellm.placement.objectives import SLACK
 from uellm.placement.prediction import Layout, predict, shortages
+from uellm.placement.rounds import Stations, steady_seconds
 from uellm.placement.solver import solve
 from uellm.placement.speed import HOP_SECONDS
 from uellm.placement.topology import Device, Topology
@@ -57,9 +58,10 @@ def cuts(layers: int, parts: int) -> tuple[tuple[int, ...], ...]:
 def everything(costs: Costs) -> Iterator[Point]:
     """Every order of every set, every cut, that fits and keeps workers together."""
     n, num_layers = len(costs.devices), costs.num_layers
-    layer, head = costs.layer[:, 0].tolist(), costs.head_total.tolist()
-    stage, leader = costs.stage_total.tolist(), costs.leader_total.tolist()
-    link, busy, back = costs.link.tolist(), costs.busy.tolist(), costs.back_total.tolist()
+    prefill, decode = costs.prefill[:, 0].tolist(), costs.decode[:, 0].tolist()
+    head, stage, leader = costs.head.tolist(), costs.stage.tolist(), costs.leader.tolist()
+    links = costs.link_prefill.tolist(), costs.link_decode.tolist()
+    busy, back = costs.busy.tolist(), costs.back.tolist()
     size = int(costs.layer_bytes[0])
     need = costs.need
     fixed = {
@@ -73,7 +75,8 @@ def everything(costs: Costs) -> Iterator[Point]:
             if 1 + sum(a != b for a, b in pairwise(workers)) != len(set(workers)):
                 continue
             ways = list(pairwise(order))
-            on_links = sum(link[a][b] for a, b in ways) + back[order[-1]][order[0]]
+            home = back[order[-1]][order[0]]
+            first_way, next_way = (sum(link[a][b] for a, b in ways) + home for link in links)
             busiest = max((busy[a][b] for a, b in ways), default=0.0)
             most = [
                 (int(costs.room[d]) - fixed[i == 0, i == count - 1]) // max(size, 1)
@@ -82,15 +85,23 @@ def everything(costs: Costs) -> Iterator[Point]:
             for cut in cuts(num_layers, count):
                 if any(k > room for k, room in zip(cut, most, strict=True)):
                     continue
-                work = [layer[d] * k + stage[d] for d, k in zip(order, cut, strict=True)]
-                work[-1] += head[order[-1]]
-                work[0] += leader[order[0]]
-                seconds = sum(work) + on_links
+                first = [prefill[d] * k + stage[d] for d, k in zip(order, cut, strict=True)]
+                next_ = [decode[d] * k + stage[d] for d, k in zip(order, cut, strict=True)]
+                for steps in (first, next_):
+                    steps[-1] += head[order[-1]]
+                    steps[0] += leader[order[0]]
+                one, other = sum(first) + first_way, sum(next_) + next_way
+                work = [p + costs.steps * d for p, d in zip(first, next_, strict=True)]
+                seconds = one + costs.steps * other
+                steady = steady_seconds(
+                    Stations(first, next_, one, other),
+                    *(costs.batch, costs.in_flight, costs.output_tokens),
+                )
                 yield Point(
                     order,
                     cut,
                     seconds,
-                    max(*work, busiest, seconds / costs.in_flight),
+                    max(*work, busiest, seconds / costs.in_flight, steady),
                     sum(float(costs.price[d]) for d in order),
                 )
 
@@ -101,7 +112,8 @@ def facts(plan: Plan, costs: Costs) -> tuple[float, float, float]:
     assert copy.prediction is not None
     price = {d.id: float(p) for d, p in zip(costs.devices, costs.price, strict=True)}
     cost = sum(price[stage.device_id] for stage in copy.stages)
-    return copy.prediction.total_seconds, cost, copy.prediction.bottleneck_seconds
+    pace = costs.batch * costs.output_tokens / copy.prediction.tokens_per_second
+    return copy.prediction.total_seconds, cost, pace
 
 
 def check_certificate(plan: Plan) -> None:
@@ -217,9 +229,11 @@ def test_throughput_is_the_most_of_all(method: str, tree: bool) -> None:
         assert plan.certificate is not None
         tokens = costs.batch * costs.output_tokens
         assert tokens / plan.certificate.bound <= best * (1 + 1e-5), seed
-        if method == "sets":
+        prompts = costs.batch * costs.in_flight
+        if method == "sets" and prompts >= costs.output_tokens:
             assert pace == pytest.approx(best, rel=1e-5), seed
-        close += pace <= best * (1 + 1e-5)
+        # Where only some rounds have prompts, what is searched by is a bound.
+        close += pace <= best * 1.01
         total += 1
     assert close >= 0.95 * total
 

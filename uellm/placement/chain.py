@@ -117,6 +117,22 @@ def route(chain: Chain, order: Sequence[int]) -> Route | None:
     return Route(tuple(order), tuple(layers), seconds) if np.isfinite(seconds) else None
 
 
+def rounds_of(costs: Costs, chain: Chain, *, least: bool = False) -> Chain:
+    """A chain whose seconds are those of a batch's rounds, shared by the batches in flight.
+
+    Where every round has a prompt, that is how long a replica takes for a batch unless a stage or a
+    link takes longer (``rounds.py``); else it takes no less.
+
+    Args:
+        costs: of the model.
+        chain: of it.
+        least: take all layers for the least one, instead of for their mean.
+    """
+    layers = costs.round_layer
+    layer = layers.min(axis=1) if least else layers.mean(axis=1)
+    return replace(chain, layer=layer, link=costs.round_link)
+
+
 def chain_of(costs: Costs, pins: Sequence[Pin] = (), layer_bytes: float | None = None) -> Chain:
     """The chain of a model whose layers are alike, or are taken to be.
 

@@ -120,6 +120,26 @@ class Costs:
         return total
 
     @cached_property
+    def round_layer(self) -> Array:
+        """[n, L], seconds of a layer in a batch's rounds, with prompts that it waits for."""
+        total: Array = self.output_tokens * self.decode + self._waits * (self.prefill - self.decode)
+        return total
+
+    @cached_property
+    def round_link(self) -> Array:
+        """[n, n], likewise of a link."""
+        longer = self.link_prefill - self.link_decode
+        total: Array = self.output_tokens * self.link_decode + self._waits * longer
+        return total
+
+    @property
+    def _waits(self) -> float:
+        """How often a batch waits until its prompts, or another one's, have gone all the way."""
+        prompts = self.in_flight * self.batch
+        rounds = min(prompts, self.output_tokens)
+        return rounds / self.batch * max(prompts / rounds / self.in_flight, 1.0)
+
+    @cached_property
     def back_total(self) -> Array:
         """[n, n], seconds of a batch from prompt to last token, for the way back."""
         total: Array = self.back * self.output_tokens

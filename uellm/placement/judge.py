@@ -61,7 +61,7 @@ class Judge:
             return found.total_seconds, self.cost(layout)
         if self.objective in ("he", "helr"):
             return self.cost(layout), found.total_seconds
-        return found.bottleneck_seconds, found.total_seconds
+        return -found.tokens_per_second, found.total_seconds
 
     def best(self, layouts: Sequence[Layout]) -> Layout | None:
         """The one that is preferred; None if none keeps the constraints."""

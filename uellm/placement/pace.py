@@ -1,9 +1,10 @@
 """The chain with the most throughput: the least time between the ends of two batches.
 
-That time, the pace, is the longest of: a stage's work on a batch, a link's, and the latency shared
-by the batches in flight. A pace caps each device at as many layers as it computes in it, and
-forbids links that are busy for longer; whether a chain keeps it is the least latency under these
-caps. Stage times are a finite set, which is searched by bisection.
+That time, the pace, is the longest of: a stage's work on a batch, a link's, and that of a batch's
+rounds from the first stage to the last and back, shared by the batches in flight. A pace caps each
+device at as many layers as it computes in it, and forbids links that are busy for longer; whether a
+chain keeps it are the least rounds under these caps. Stage times are a finite set, which is
+searched by bisection.
 """
 
 from collections.abc import Sequence
@@ -28,15 +29,25 @@ class Pipeline:
 
     Attributes:
         problem: the chain, without prices.
+        rounds: the same with seconds of rounds; see ``chain.rounds_of``.
         busy: [n, n], seconds that a batch keeps a link busy.
         in_flight: batches under way at once.
         limit: longest latency in seconds.
     """
 
     problem: Problem
+    rounds: Chain
     busy: Array
     in_flight: int
     limit: float = np.inf
+
+    def latency(self, route: Route) -> float:
+        """Seconds from prompt to last token."""
+        return self.problem.chain.seconds(route.order, route.layers)
+
+    def shared(self, route: Route) -> float:
+        """Seconds of a batch's rounds, shared by the batches in flight."""
+        return self.rounds.seconds(route.order, route.layers) / self.in_flight
 
     def pace(self, route: Route) -> float:
         """Seconds between the ends of two batches."""
@@ -46,11 +57,12 @@ class Pipeline:
         work[0] += chain.first[order[0]]
         work[-1] += chain.last[order[-1]]
         links = self.busy[order[:-1], order[1:]].max(initial=0.0)
-        return float(max(work.max(), links, route.seconds / self.in_flight))
+        return float(max(work.max(), links, self.shared(route)))
 
-    def at(self, pace: float) -> Chain:
-        """The chain whose every stage and link keeps a pace."""
+    def at(self, pace: float, *, latency: bool = False) -> Chain:
+        """The chain whose every stage and link keeps a pace; its seconds are those of rounds."""
         chain = self.problem.chain
+        counted = chain if latency else self.rounds
 
         def most(cap: Integers, besides: Array) -> Integers:
             time = pace * (1 + 1e-12) - besides
@@ -61,12 +73,12 @@ class Pipeline:
 
         fixed = chain.fixed
         return replace(
-            chain,
+            counted,
             middle_cap=most(chain.middle_cap, fixed),
             first_cap=most(chain.first_cap, fixed + chain.first),
             last_cap=most(chain.last_cap, fixed + chain.last),
             only_cap=most(chain.only_cap, fixed + chain.first + chain.last),
-            link=np.where(self.busy > pace * (1 + 1e-12), np.inf, chain.link),
+            link=np.where(self.busy > pace * (1 + 1e-12), np.inf, counted.link),
         )
 
 
@@ -82,7 +94,7 @@ class _Bisection:
         self._paths: dict[bytes, Array] = {}
         self._best: tuple[float, float, Found] | None = None
         self._others: list[Route] = []
-        # By pace: what the latency of no chain within it, shared by the batches, is below.
+        # By pace: what the rounds of no chain within it, shared by the batches, are below.
         self._bounds: dict[float, float] = {}
 
     def solve(self) -> Choice | None:
@@ -90,7 +102,7 @@ class _Bisection:
         low = self._first_that_holds(paces)
         if low is None:
             return None
-        # Below paces[low] the layers do not fit. Whether latency allows a pace is monotone.
+        # Below paces[low] the layers do not fit. Whether rounds allow a pace is monotone.
         floor = float(paces[low])
         if self._keeps(floor):
             return self._choice(floor)
@@ -106,8 +118,8 @@ class _Bisection:
     def _bound(self, paces: Array, failed: int) -> float:
         """What no pace is below, where the one after ``paces[failed]`` is kept, which is not.
 
-        A chain's stages and links keep a pace or take the next one; if they keep it, its latency
-        has a bound, which falls as the pace rises. The best is where they meet.
+        A chain's stages and links keep a pace or take the next one; if they keep it, its rounds
+        have a bound, which falls as the pace rises. The best is where they meet.
         """
         searched = not self._exact and not self._problem.stages
         # What a part of the budget did not find, all of it may.
@@ -131,7 +143,7 @@ class _Bisection:
         return self._problem.chain.size <= held_karp.MOST_DEVICES
 
     def _deepen(self, pace: float, enough: float) -> bool:
-        """Bound what chains within a pace take; whether one keeps it that was met on the way."""
+        """Bound the rounds of chains within a pace; whether one met on the way keeps it."""
         chain, batches = self._pipeline.at(pace), self._pipeline.in_flight
         found = deepen(chain, self._problem.budget, enough * batches)
         self._note(pace, found.bound)
@@ -140,8 +152,8 @@ class _Bisection:
         return self._fine(pace, Found(found.routes[0], found.bound, "polish", LIFTED))
 
     def _note(self, pace: float, seconds: float) -> None:
-        """No chain within a pace takes less than so many seconds."""
-        shared = seconds / self._pipeline.in_flight if seconds <= self._pipeline.limit else np.inf
+        """No chain within a pace has rounds of less than so many seconds."""
+        shared = seconds / self._pipeline.in_flight
         self._bounds[pace] = max(self._bounds.get(pace, 0.0), shared)
 
     def _paces(self) -> Array:
@@ -171,40 +183,52 @@ class _Bisection:
             )
         return high
 
-    def _limit(self, pace: float) -> float:
-        return min(self._pipeline.limit, pace * self._pipeline.in_flight)
-
     def _keeps(self, pace: float) -> bool:
         """Whether a chain keeps a pace; what is found is noted."""
         found = self._search(pace)
         if found is not None:
             self._note(pace, found.bound)
-            return self._fine(pace, found)
+            return self._fine(pace, found) or (
+                self._pipeline.latency(found.route) > self._pipeline.limit and self._keeps_slo(pace)
+            )
         if self._exact:
             self._note(pace, np.inf)
             return False
         # That none was found is no proof that there is none.
         return self._deepen(pace, pace)
 
+    def _keeps_slo(self, pace: float) -> bool:
+        """Whether the chain of the least latency does; that of the least rounds takes too long."""
+        found = self._search(pace, latency=True)
+        if found is None or found.bound > self._pipeline.limit:
+            if found is not None or self._exact:
+                self._note(pace, np.inf)
+            return False
+        return self._fine(pace, found)
+
     def _fine(self, pace: float, found: Found) -> bool:
         """Whether what was found keeps a pace; the best that keeps the SLO is remembered."""
-        if found.route.seconds <= self._pipeline.limit:
-            key = (self._pipeline.pace(found.route), found.route.seconds)
-            if self._best is None or key < self._best[:2]:
-                self._best = (*key, found)
-            self._others.append(found.route)
-        return found.route.seconds <= self._limit(pace) * (1 + _CLOSE)
+        pipeline, route = self._pipeline, found.route
+        latency = pipeline.latency(route)
+        if latency > pipeline.limit:
+            return False
+        key = (pipeline.pace(route), latency)
+        if self._best is None or key < self._best[:2]:
+            self._best = (*key, found)
+        self._others.append(route)
+        return pipeline.shared(route) <= pace * (1 + _CLOSE)
 
-    def _search(self, pace: float) -> Found | None:
-        chain, problem = self._pipeline.at(pace), self._problem
+    def _search(self, pace: float, *, latency: bool = False) -> Found | None:
+        chain, problem = self._pipeline.at(pace, latency=latency), self._problem
+        enough = self._pipeline.limit if latency else pace * self._pipeline.in_flight
         if self._exact:
             return self._by_sets(chain)
         if problem.stages:
             return with_count(chain, problem.stages, problem.budget, problem.seeds)
-        return search(chain, problem.budget / 4, problem.seeds, self._limit(pace))
+        return search(chain, problem.budget / 4, problem.seeds, enough)
 
     def _by_sets(self, chain: Chain) -> Found | None:
-        key = np.isinf(chain.link).tobytes()
+        key = chain.link.tobytes()
         if key not in self._paths:
             self._paths[key] = held_karp.paths(chain)
         best = held_karp.optima(chain, self._paths[key])

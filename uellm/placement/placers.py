@@ -180,12 +180,14 @@ def _value(plan: Plan, request: PlanRequest) -> tuple[float, float]:
     price = {
         device.id: request.costs.get(device.id, device.cost) for device in request.topology.devices
     }
+    load = request.workload
+    tokens = (load.batch or max(plan.slots // load.in_flight, 1)) * load.output_tokens
     cost = seconds = 0.0
     for replica in plan.replicas:
         cost += sum(price[stage.device_id] for stage in replica.stages)
         if (found := replica.prediction) is not None:
             paced = request.objective in ("throughput", "goodput")
-            seconds += found.bottleneck_seconds if paced else found.total_seconds
+            seconds += tokens / found.tokens_per_second if paced else found.total_seconds
     moved = sum(move.weight_bytes for move in plan.moves) if request.previous else 0
     seconds += moved * request.move_seconds_per_byte
     return (cost if request.objective in ("he", "helr") else 0.0), seconds

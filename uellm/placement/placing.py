@@ -7,7 +7,7 @@ import numpy as np
 
 from uellm.placement.arrays import Integers
 from uellm.placement.baselines import BASELINES
-from uellm.placement.chain import Chain, Route, chain_of
+from uellm.placement.chain import Chain, Route, chain_of, rounds_of
 from uellm.placement.costs import Costs
 from uellm.placement.fixed_order import best_cut
 from uellm.placement.judge import Judge
@@ -97,10 +97,13 @@ def place(costs: Costs, wish: Wish) -> Placed | None:
         return None
     judge = Judge(costs, chain, wish.objective, limit, wish.stages)
     layout = Layout(choice.route.order, choice.route.layers)
+    near = [Layout(route.order, route.layers) for route in choice.others]
     if wish.seeded:
-        layout = judge.best([layout, *_recut(costs, chain, rules)]) or layout
-    elif judge.violation(layout):
+        near += _recut(costs, chain, rules)
+    best = judge.best([layout, *near])
+    if best is None:
         return None
+    layout = best
     return _placed(judge, wish, layout, rules, choice, choice.certificate)
 
 
@@ -201,12 +204,15 @@ def _limit(problem: Problem, wish: Wish) -> float | None:
     return None if best is None else (1 + SLACK) * best.route.seconds
 
 
-def _choose(problem: Problem, costs: Costs, wish: Wish, limit: float) -> Choice | None:
+def _choose(
+    problem: Problem, costs: Costs, wish: Wish, limit: float, *, least: bool = False
+) -> Choice | None:
     if wish.objective == "lr":
         return fastest(problem)
     if wish.objective in ("he", "helr"):
         return cheapest(problem, limit)
-    return quickest(Pipeline(problem, costs.busy, costs.in_flight, limit))
+    rounds = rounds_of(costs, problem.chain, least=least)
+    return quickest(Pipeline(problem, rounds, costs.busy, costs.in_flight, limit))
 
 
 def _layout(costs: Costs, route: Route) -> Layout | None:
@@ -230,7 +236,8 @@ def _loose(costs: Costs, wish: Wish, limit: float) -> Certificate | None:
     """A bound where layers differ, by equal layers that are worth no more than they are."""
     throughput = wish.objective in ("throughput", "goodput")
     chain = _least_layers(costs, wish) if throughput else _even_layers(costs, wish)
-    choice = _choose(Problem(chain, costs.price, wish.stages, wish.budget), costs, wish, limit)
+    problem = Problem(chain, costs.price, wish.stages, wish.budget)
+    choice = _choose(problem, costs, wish, limit, least=True)
     if choice is None:
         return None
     return replace(choice.certificate, proof=f"layers taken as equal; {choice.certificate.proof}")

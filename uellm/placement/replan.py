@@ -139,7 +139,7 @@ def settle(
         found = predict(costs, layout)
         seconds = found.total_seconds
         if judge.objective in ("throughput", "goodput"):
-            seconds = found.bottleneck_seconds
+            seconds = costs.batch * costs.output_tokens / found.tokens_per_second
         cost = judge.cost(layout) if judge.objective in ("he", "helr") else 0.0
         return cost, seconds + seconds_per_byte * moved, moved
 
