@@ -157,7 +157,7 @@ async def test_a_proposal_is_shown_and_approved(
     await add(mesh, MeasuredWorker("w1", "slow"), MeasuredWorker("w0", "slower", speed=0.5))
     assert await deployments.deploy(redis_url, wanted(mesh), wait=True) == exits.OK
     await add(mesh, MeasuredWorker("w2", "fast", speed=4.0))
-    await eventually(lambda: change(mesh, PROPOSED))
+    await eventually(lambda: change(mesh, PROPOSED), timeout=20.0)
     capsys.readouterr()
     assert await deployments.status(redis_url, MODEL, as_json=False) == exits.OK
     shown = capsys.readouterr().out
