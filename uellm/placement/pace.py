@@ -96,6 +96,8 @@ class _Bisection:
         self._others: list[Route] = []
         # By pace: what the rounds of no chain within it, shared by the batches, are below.
         self._bounds: dict[float, float] = {}
+        # Paces at which that is exact.
+        self._settled: set[float] = set()
 
     def solve(self) -> Choice | None:
         paces = self._paces()
@@ -121,7 +123,7 @@ class _Bisection:
         A chain's stages and links keep a pace or take the next one; if they keep it, its rounds
         have a bound, which falls as the pace rises. The best is where they meet.
         """
-        searched = not self._exact and not self._problem.stages
+        searched = float(paces[failed]) not in self._settled and not self._problem.stages
         # What a part of the budget did not find, all of it may.
         while searched and failed and self._deepen(float(paces[failed]), float(paces[failed + 1])):
             failed -= 1
@@ -186,6 +188,8 @@ class _Bisection:
     def _keeps(self, pace: float) -> bool:
         """Whether a chain keeps a pace; what is found is noted."""
         found = self._search(pace)
+        if self._exact or (found is not None and found.proven):
+            self._settled.add(pace)
         if found is not None:
             self._note(pace, found.bound)
             return self._fine(pace, found) or (
