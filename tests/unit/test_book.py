@@ -1,4 +1,4 @@
-"""What a scheduler knows of its requests: policies see who waits, as the book has it."""
+"""What a scheduler knows of its requests: who waits, and who has no promise yet."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,7 +6,7 @@ from uellm_scheduler.book import Book
 
 from uellm.core.request import LEVELS
 from uellm.streams.messages import QueuedEntry
-from uellm.v1 import queue_pb2
+from uellm.v1 import common_pb2, queue_pb2
 
 
 def entry(name: str, generation: int) -> QueuedEntry:
@@ -17,17 +17,20 @@ def entry(name: str, generation: int) -> QueuedEntry:
 
 
 NAMES = st.sampled_from("abcdef")
-STEPS = st.lists(st.tuples(st.sampled_from(["queue", "sent", "drop", "end"]), NAMES), max_size=40)
+WHAT = st.sampled_from(["queue", "sent", "promised", "drop", "end"])
+STEPS = st.lists(st.tuples(WHAT, NAMES), max_size=40)
 
 
 @given(STEPS)
-def test_policies_see_who_waits(steps: list[tuple[str, str]]) -> None:
+def test_policies_see_who_waits_and_who_has_no_promise(steps: list[tuple[str, str]]) -> None:
     book = Book()
     for turn, (what, name) in enumerate(steps):
         if what == "queue":
             book.queue(entry(name, turn))
         elif what == "sent":
             book.sent(name, "r0", 1, 2.0)
+        elif what == "promised":
+            book.promised(name, common_pb2.Promise(revision=turn + 1), 2.0)
         elif what == "drop":
             book.drop(name)
         else:
@@ -36,3 +39,5 @@ def test_policies_see_who_waits(steps: list[tuple[str, str]]) -> None:
         assert [view.request_id for view in seen] == list(book.waiting)
         assert all(view is book.waiting[view.request_id].view for view in seen)
         assert not book.waiting.keys() & book.in_flight.keys()
+        tickets = [*book.waiting.values(), *book.in_flight.values()]
+        assert set(book.unpromised()) == {t.request_id for t in tickets if t.promise is None}
