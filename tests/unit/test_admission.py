@@ -1,5 +1,6 @@
 """Who is let in of those that would rather be refused than late, and what is learnt of it."""
 
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
@@ -381,3 +382,15 @@ def test_a_crowd_that_finds_places_free_makes_nothing_dear() -> None:
     assert price.value < inf
     price.learn([1.0], [], easy=10_000_000)
     assert price.value == inf
+
+
+def test_who_had_a_day_and_has_ended_takes_no_room() -> None:
+    margin, most = Margin(), [0, 0]
+    tracemalloc.start()
+    for i in range(6000):
+        margin.advance(NOW + i)
+        margin.let_in([asked(f"q{i}", 86_400.0 + i)])
+        margin.finished(f"q{i}", NOW + i + 1)
+        most[i // 3000] = max(most[i // 3000], tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert most[1] < 1.1 * most[0]

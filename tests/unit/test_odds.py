@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uellm.policy.columns import Floats
-from uellm.policy.odds import Odds, isotonic
+from uellm.policy.odds import MOST_PENDING, Odds, isotonic
 
 FREE, WAITS = 20, 21
 """Groups of one kind."""
@@ -146,6 +146,20 @@ def test_outcomes_count_when_they_would_be_known_either_way() -> None:
     some = corrected(odds, WAITS, 0.5)
     odds.advance(1e3)
     assert 0.5 < some < corrected(odds, WAITS, 0.5)
+
+
+def test_outcomes_that_wait_for_a_day_do_not_keep_out_those_that_wait_for_seconds() -> None:
+    odds = Odds()
+    for i in range(2 * MOST_PENDING):
+        odds.learn(OTHER_KIND_WAITS, 0.9, True, at=86_400.0 + i)
+    for i in range(200):
+        odds.learn(WAITS, 0.9, False, at=float(i))
+    odds.advance(1e3)
+    assert corrected(odds, WAITS, 0.9) < 0.3
+    # Of the others the earliest are learnt from.
+    before = corrected(odds, OTHER_KIND_WAITS, 0.9)
+    odds.advance(1e6)
+    assert corrected(odds, OTHER_KIND_WAITS, 0.9) > before
 
 
 def test_who_finds_a_slot_free_says_nothing_of_those_that_wait() -> None:

@@ -1,6 +1,7 @@
 """Promises are kept as often as they say: quantiles, odds, and what they may be learnt from."""
 
-from dataclasses import replace
+import tracemalloc
+from dataclasses import fields, replace
 from math import inf
 
 import numpy as np
@@ -452,3 +453,20 @@ def test_a_record_of_before_promises_were_revised_is_taken_over() -> None:
     records.load(old.state())
     times = records.prospects(forecast(10.0), 1e6).times[0, 1] - 1e6
     assert times[0] == pytest.approx(50.0, rel=0.3)
+
+
+def test_a_request_that_had_a_day_and_has_ended_takes_no_room() -> None:
+    record, one, most = TrackRecord(), forecast(deadline=86_400.0), [0, 0]
+    columns = [getattr(one, each.name) for each in fields(one)[1:]]
+    asked = Forecasts([], *(np.repeat(column, 32, axis=0) for column in columns))
+    tracemalloc.start()
+    for turn in range(150):
+        names = [f"{turn}.{i}" for i in range(32)]
+        record.advance(float(turn))
+        record.prospects(replace(asked, ids=names), float(turn))
+        for name in names:
+            record.promised(name, float(turn))
+            record.gone(name, turn + 0.5)
+        most[turn // 75] = max(most[turn // 75], tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert most[1] < 1.1 * most[0]

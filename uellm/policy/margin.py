@@ -6,10 +6,10 @@ wanted are in time: adaptive conformal inference (Gibbs and Candès, 2021) with 
 of the level. Who found a slot free says nothing of it, and would have been let in with any.
 """
 
-import heapq
 from collections.abc import Iterable
 from math import isnan
 
+from uellm.policy.agenda import Agenda
 from uellm.policy.views import QueuedView
 
 KEPT = 0.975
@@ -36,7 +36,7 @@ class Margin:
         self.value = FIRST
         self._hearing = hearing_seconds
         self._open: dict[str, tuple[float, float]] = {}
-        self._due: list[tuple[float, str]] = []
+        self._due: Agenda[str] = Agenda()
 
     def load(self, value: float) -> None:
         """Go on from another's.
@@ -54,7 +54,7 @@ class Margin:
             slo, name = request.slo, request.request_id
             times = [float("inf") if at is None else at for at in (slo.ttft_at, slo.deadline_at)]
             self._open[name] = times[0], times[1]
-            heapq.heappush(self._due, (min(times) + self._hearing, name))
+            self._due.add(min(times) + self._hearing, name)
 
     def began(self, request_id: str, at: float) -> None:
         """A first token came."""
@@ -64,7 +64,7 @@ class Margin:
         elif request_id in self._open and first < float("inf"):
             self._open[request_id] = float("inf"), deadline
             if deadline < float("inf"):
-                heapq.heappush(self._due, (deadline + self._hearing, request_id))
+                self._due.add(deadline + self._hearing, request_id)
             else:
                 self._judge(request_id, in_time=True)
 
@@ -81,8 +81,9 @@ class Margin:
 
     def advance(self, now: float) -> None:
         """Take note of who is late."""
-        while self._due and self._due[0][0] <= now:
-            _, request_id = heapq.heappop(self._due)
+        # A deadline may be a day away, and its request have ended within a second.
+        self._due.tidy(self._open.__contains__)
+        for request_id in self._due.due(now):
             if request_id in self._open and min(self._open[request_id]) + self._hearing <= now:
                 self._judge(request_id, in_time=False)
 

@@ -6,13 +6,12 @@ odds say what is wrong with all of these. It is kept at some points of the logit
 remembers its own latest outcomes: those of the doubtful, which are few, outlast those of the sure.
 """
 
-import heapq
-from itertools import count
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from uellm.policy.agenda import Agenda
 from uellm.policy.columns import Floats
 
 POINTS = 25
@@ -24,7 +23,8 @@ GUESSED, BORROWED = 4.0, 32.0
 kind of request, for what came true of all kinds."""
 LEAST_SHARE = 0.002
 MOST_PENDING = 65_536
-"""Outcomes that wait to count; more are not learnt from."""
+"""Outcomes that wait to count. Of more the later half is not learnt from: what waits for a day must
+not keep out what waits for seconds."""
 
 _MOST = float(np.log(1.0 / LEAST_SHARE - 1.0))
 _LOGITS = np.linspace(-_MOST, _MOST, POINTS)
@@ -42,8 +42,7 @@ class Odds:
         # By group, and by pool of groups: outcomes at each point, and how many of them came true.
         self._counts: dict[int, Floats] = {}
         self._curves: dict[int, Floats] = {}
-        self._pending: list[tuple[float, int, int, float, bool]] = []
-        self._numbers = count()
+        self._pending: Agenda[tuple[int, float, bool]] = Agenda()
 
     def corrected(self, group: int, said: Floats) -> Floats:
         """What comes true of what is said of requests of a group: the more, the more was said."""
@@ -62,13 +61,13 @@ class Odds:
             came_true: whether it did.
             at: when that would be known either way.
         """
-        if len(self._pending) < MOST_PENDING:
-            heapq.heappush(self._pending, (at, next(self._numbers), group, said, came_true))
+        self._pending.add(at, (group, said, came_true))
+        if len(self._pending) > MOST_PENDING:
+            self._pending.keep_first(MOST_PENDING // 2)
 
     def advance(self, now: float) -> None:
         """Count those whose time has come."""
-        while self._pending and self._pending[0][0] <= now:
-            _, _, group, said, came_true = heapq.heappop(self._pending)
+        for group, said, came_true in self._pending.due(now):
             self._count(group, said, came_true)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:

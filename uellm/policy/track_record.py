@@ -7,13 +7,12 @@ and apart for those that found a slot free, until as many outcomes as promised l
 the request ends.
 """
 
-import heapq
 from dataclasses import dataclass, field
-from itertools import count
 from math import inf, nan
 
 import numpy as np
 
+from uellm.policy.agenda import Agenda
 from uellm.policy.columns import Floats
 from uellm.policy.odds import Odds
 from uellm.policy.outcomes import FEW, FINISH, LATE, PUNCTUAL, START, Outcomes, State, limits_of
@@ -128,8 +127,7 @@ class TrackRecord:
         self._unjudged: dict[int, int] = {}
         self._under_way: dict[int, int] = {}
         self._turn: dict[int, float] = {}
-        self._due: list[tuple[float, int, str, int, int]] = []
-        self._numbers = count()
+        self._due: Agenda[tuple[str, int, int]] = Agenda()
 
     # ---- asking --------------------------------------------------------------------------------
 
@@ -222,15 +220,15 @@ class TrackRecord:
         return followed
 
     def _expect(self, at: float, request_id: str, target: int, place: int) -> None:
-        at += self._hearing + TICK
-        heapq.heappush(self._due, (at, next(self._numbers), request_id, target, place))
+        self._due.add(at + self._hearing + TICK, (request_id, target, place))
 
     def advance(self, now: float) -> None:
         """Take note of what has not happened in time; forget what was only asked."""
         self._asked.clear()
         self._odds.advance(now)
-        while self._due and self._due[0][0] <= now:
-            _, _, request_id, target, place = heapq.heappop(self._due)
+        # A deadline may be a day away, and its request have ended within a second.
+        self._due.tidy(lambda due: due[0] in self._open)
+        for request_id, target, place in self._due.due(now):
             entry = self._open.get(request_id)
             if entry is None or (target == START and entry.first == entry.first):
                 continue
