@@ -1,5 +1,6 @@
 """SchedulerService: any scheduler answers for every model."""
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from tests.support.scheduling import MODEL, Mesh, Running, scheduler
 from tests.support.waiting import eventually
 from uellm.convert import duration
 from uellm.core.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from uellm.policy.prospects import Forecasts
 from uellm.rpc import channel, error_from
 from uellm.v1 import common_pb2, scheduler_pb2, scheduler_pb2_grpc
 
@@ -109,6 +111,22 @@ async def test_an_estimate_says_who_would_be_refused(mesh: Mesh, redis_url: str)
         assert ended is not None
         assert crowded.reason == ended.failure.reason
         assert crowded.retry_after.seconds == pytest.approx(ended.failure.retry_after.seconds, 0.3)
+
+
+async def test_estimates_leave_nothing_behind(mesh: Mesh, redis_url: str) -> None:
+    """Nobody comes, so that nothing is decided either."""
+
+    def forecasts() -> int:
+        gc.collect()
+        return sum(isinstance(each, Forecasts) for each in gc.get_objects())
+
+    await mesh.deploy("r0", slots=1)
+    async with scheduler(redis_url) as service, stub_of(service) as stub:
+        await call(stub.Estimate, estimate())
+        before = forecasts()
+        for _ in range(20):
+            await stub.Estimate(estimate(), timeout=5)
+        assert forecasts() <= before + 1
 
 
 async def test_the_queue_is_shown_in_its_order(mesh: Mesh, redis_url: str) -> None:

@@ -317,6 +317,8 @@ class ModelScheduler:
             refusable=asked.on_infeasible == common_pb2.ON_INFEASIBLE_REFUSE,
         )
         waiting = [ticket.view for ticket in self.book.waiting.values()]
+        # As before a decision; and what was asked is forgotten, though nobody may come for hours.
+        self._keeping.advance(now)
         queue = self._keeping.admissions.seen_by(
             QueueView(
                 [*waiting, view],
