@@ -137,7 +137,7 @@ class Mesh:
             )
             return found if good else None
 
-        return await eventually(check, timeout=10)
+        return await eventually(check)
 
     async def route(self) -> tuple[int, str]:
         route = (await self.queue.routes([REPLICA])).get(REPLICA)
@@ -793,7 +793,7 @@ async def test_an_older_start_of_a_worker_is_refused(pair: Mesh) -> None:
 async def test_changes_are_watched(pair: Mesh) -> None:
     async with channel(pair.addresses[0]) as way:
         stub = deployer_pb2_grpc.DeployerServiceStub(way)
-        watch = stub.WatchDeployments(deployer_pb2.WatchDeploymentsRequest(), timeout=10)
+        watch = stub.WatchDeployments(deployer_pb2.WatchDeploymentsRequest())
         await pair.apply(stages=2)
         async for answer in watch:
             states = [replica.state for d in answer.deployments for replica in d.replicas]

@@ -289,7 +289,7 @@ async def test_a_deployer_that_takes_over_in_the_middle_keeps_what_serves(mesh: 
     mesh.addresses.pop(0)
     for worker in mesh.workers.values():
         await worker.turn_to(mesh.addresses)
-    after = await eventually(lambda: back_to_one(mesh), timeout=10.0)
+    after = await eventually(lambda: back_to_one(mesh))
     assert after.replicas == before.replicas
     assert await mesh.route() == (before.replicas[0].epoch, "READY")
-    await eventually(lambda: not fast.stages, timeout=10.0)
+    await eventually(lambda: not fast.stages)

@@ -30,8 +30,19 @@ def ended_at(record: Record) -> float:
 
 @pytest.mark.parametrize(("policy", "urgent_met"), [("cslo-odbs", True), ("fcfs", False)])
 async def test_an_urgent_request_overtakes_and_preempts(
-    mesh: Mesh, redis_url: str, tmp_path: Path, policy: str, urgent_met: bool
+    mesh: Mesh,
+    redis_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: str,
+    urgent_met: bool,
 ) -> None:
+    monkeypatch.setattr(policy_watch, "LOOK_SECONDS", 0.05)
+    # Urgent from 2.5 s before the last moment on: at thirty steps, a third of a second, a busy
+    # machine would be too late.
+    settings = {"step.urgent_steps": "250"} if policy == "cslo-odbs" else {}
+    chosen = ModelPolicy(policy=policy, settings=settings)
+    await SchedulerQueue(mesh.redis, MODEL).set_policy(chosen)
     async with serving(mesh, redis_url, tmp_path / "m", policy):
         patient = [await ask(mesh, 300, deadline=120) for _ in range(2)]
         await started(mesh, patient[0])

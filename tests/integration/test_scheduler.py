@@ -126,7 +126,7 @@ async def test_an_end_is_heard_of_that_came_while_redis_was_out_of_reach(
             load = await mesh.gateway.offered()
             return load if load is not None and load.answered_per_second else None
 
-        load = await eventually(said, timeout=10.0)
+        load = await eventually(said)
     assert load.answered_per_second * load.window_seconds == pytest.approx(1.0)
     assert not answered
 
@@ -191,7 +191,7 @@ async def test_a_successor_goes_on_after_a_scheduler_that_died(mesh: Mesh, redis
             await mesh.renew("r0", running.request_id)
             await mesh.finish("r0", running)
             for _ in range(6):
-                (entry,) = await mesh.received("r0", 1, timeout=10)
+                (entry,) = await mesh.received("r0", 1)
                 answered.append(entry.request_id)
                 await mesh.finish("r0", entry)
             assert answered == [ids[0], ids[6], *ids[1:6]]
@@ -421,7 +421,7 @@ async def test_the_queue_survives_a_restart_of_redis(own_server: EmbeddedRedis) 
         answered = [running.request_id]
         await mesh.finish("r0", running)
         for _ in range(5):
-            (entry,) = await mesh.received("r0", 1, timeout=10)
+            (entry,) = await mesh.received("r0", 1)
             answered.append(entry.request_id)
             await mesh.finish("r0", entry)
         assert answered == ids

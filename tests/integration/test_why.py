@@ -43,7 +43,7 @@ async def explained(
             assert naming in " ".join(event.text for event in answer.events)
             return answer
 
-        answer = await eventually(whole, 5.0, 0.05)
+        answer = await eventually(whole, interval=0.05)
     assert answer is not None
     return answer
 
@@ -88,10 +88,10 @@ async def test_refused_and_expired(
 ) -> None:
     async with serving(mesh, redis_url, tmp_path / "m", "edf", lookahead_requests=0):
         # Far longer than it was expected to be, so that who waits for its slot is let in.
-        long = await ask(mesh, 150, output=20)
+        long = await ask(mesh, 400, output=20)
         await started(mesh, long)
         refused = await ask(mesh, 100, deadline=0.3, refusable=True)
-        expired = await ask(mesh, 10, deadline=0.8, refusable=True)
+        expired = await ask(mesh, 10, deadline=2.5, refusable=True)
         await ended(mesh, refused)
         await ended(mesh, expired)
         first = await explained(gateway, refused, "finished", "ahead_before")

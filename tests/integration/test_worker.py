@@ -251,7 +251,7 @@ async def test_a_deployer_that_does_not_answer_is_left_for_another(
     async with deployer_at(mesh.redis, "deployer-2") as standby:
         # Killed, and registered still: no port of its own answers any more.
         await registry.register(replace(known, address=f"127.0.0.1:{free_port()}"), 600)
-        await eventually(lambda: standby.heartbeats, timeout=10)
+        await eventually(lambda: standby.heartbeats)
         (registration,) = standby.registrations
         assert registration.worker == worker.worker
 
@@ -337,7 +337,7 @@ async def test_a_killed_child_fails_its_stage_and_the_answer_goes_on(
     stage = await eventually(deployer.stage)
     assert stage is not None
     os.kill(stage.pid, signal.SIGKILL)
-    await eventually(lambda: (s := deployer.stage()) and s.state == FAILED, timeout=3)
+    await eventually(lambda: (s := deployer.stage()) and s.state == FAILED)
 
     async def handed_back() -> bool:
         return await mesh.state(waiting) == "QUEUED"
@@ -373,7 +373,7 @@ async def test_a_stopped_child_is_replaced_and_the_answer_goes_on(
     stage = await eventually(deployer.stage)
     assert stage is not None
     os.kill(stage.pid, signal.SIGSTOP)
-    await eventually(lambda: (s := deployer.stage()) and s.state == FAILED, timeout=5)
+    await eventually(lambda: (s := deployer.stage()) and s.state == FAILED)
     failed = deployer.stage()
     assert failed is not None
     assert failed.reason.startswith("CHILD_HUNG")
@@ -398,7 +398,7 @@ async def test_a_child_stuck_in_a_step_is_ended_but_not_an_idle_one(
         await eventually(lambda: (s := deployer.stage()) and s.state == SERVING)
         await stays(lambda: (s := deployer.stage()) is not None and s.state == SERVING, 0.5)
         await mesh.dispatch(await mesh.accept(max_tokens=5))
-        await eventually(lambda: (s := deployer.stage()) and s.state == FAILED, timeout=5)
+        await eventually(lambda: (s := deployer.stage()) and s.state == FAILED)
         stage = deployer.stage()
         assert stage is not None
         assert stage.reason.startswith("CHILD_HUNG")
@@ -446,7 +446,7 @@ async def test_a_crash_in_prefill_is_a_strike(mesh: Mesh, deployer: Deployer) ->
         async def started() -> bool:
             return await mesh.state(suspect) == "RUNNING"
 
-        await eventually(started, 3.0)
+        await eventually(started)
         assert await mesh.state(waiting) == "LEASED"
         stage = deployer.stage()
         assert stage is not None
@@ -455,7 +455,7 @@ async def test_a_crash_in_prefill_is_a_strike(mesh: Mesh, deployer: Deployer) ->
         async def handed_back() -> bool:
             return await mesh.state(waiting) == "QUEUED"
 
-        await eventually(handed_back, 3.0)
+        await eventually(handed_back)
         await mesh.route(2, "FORMING")
         await mesh.reap()
         assert (await mesh.reap()).requeued == () or await mesh.state(suspect) == "QUEUED"
@@ -486,7 +486,7 @@ async def test_release_hands_back_and_ends_the_child(
     await mesh.dispatch(running, waiting)
     await mesh.tokens(running, 5)
     release = worker_pb2.ReleaseRequest(replica=REPLICA, generation=1, immediate=True)
-    await slow_worker.stub.Release(release, timeout=10)
+    await slow_worker.stub.Release(release)
     for request_id in (running, waiting):
         assert await mesh.state(request_id) == "QUEUED"
     assert not await slow_worker.status()

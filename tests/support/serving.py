@@ -53,7 +53,7 @@ async def ended(mesh: Mesh, request_id: str) -> Record:
         record = await mesh.record(request_id)
         return record if record.ended else None
 
-    record = await eventually(over, 15.0)
+    record = await eventually(over, 60.0)
     assert record is not None
     return record
 
@@ -62,4 +62,4 @@ async def started(mesh: Mesh, request_id: str) -> None:
     async def running() -> bool:
         return (await mesh.record(request_id)).first_token_at is not None
 
-    await eventually(running, 10.0)
+    await eventually(running)

@@ -10,18 +10,18 @@ T = TypeVar("T")
 
 @overload
 async def eventually(
-    predicate: Callable[[], Awaitable[T]], timeout: float = 5.0, interval: float = 0.01
+    predicate: Callable[[], Awaitable[T]], timeout: float = 30.0, interval: float = 0.01
 ) -> T: ...
 
 
 @overload
 async def eventually(
-    predicate: Callable[[], T], timeout: float = 5.0, interval: float = 0.01
+    predicate: Callable[[], T], timeout: float = 30.0, interval: float = 0.01
 ) -> T: ...
 
 
 async def eventually(
-    predicate: Callable[[], Any], timeout: float = 5.0, interval: float = 0.01
+    predicate: Callable[[], Any], timeout: float = 30.0, interval: float = 0.01
 ) -> Any:
     """What ``predicate`` returns as soon as that is true; it may be a coroutine function.
 
