@@ -35,7 +35,38 @@ def test_what_a_kind_has_in_common_is_an_error_of_the_prediction() -> None:
 
 def test_one_odd_step_does_not_make_a_device_slow() -> None:
     assert seen(step("a", "", 1.2), times=1).learnt(0.0)["a"].slowdown < 1.06
-    assert seen(step("a", "", 1000.0)).learnt(0.0)["a"].slowdown == 1.0
+    assert seen(step("a", "", 1000.0), times=1).learnt(0.0)["a"].slowdown < 1.2
+
+
+def test_a_device_that_is_very_much_slower_is_not_overlooked() -> None:
+    assert seen(step("a", "", 30.0)).learnt(0.0)["a"].slowdown == pytest.approx(30.0, rel=0.2)
+    assert seen(step("a", "", 1000.0), times=100).learnt(0.0)["a"].slowdown > 50
+    for nothing in (0.0, -1.0, float("inf"), float("nan")):
+        assert seen(step("a", "", nothing)).learnt(0.0)["a"].slowdown == 1.0
+
+
+def test_what_a_kind_has_in_common_stays_so_when_one_rests_or_comes() -> None:
+    found = seen(step("a", "cpu", 3.0), step("rests", "cpu", 3.0))
+    later = 4 * HALF_LIFE_SECONDS
+    for _ in range(60):
+        found.see("m-0", [step("a", "cpu", 3.0)], later)
+    found.see("m-1", [step("comes", "cpu", 3.0)], later)
+    slowdowns = {device: each.slowdown for device, each in found.learnt(later).items()}
+    assert slowdowns == pytest.approx({"a": 1.0, "rests": 1.0, "comes": 1.0}, rel=0.1)
+
+
+def test_what_was_learnt_against_a_guess_does_not_count_against_a_measurement() -> None:
+    found = seen(step("a", "cpu", 3.0))
+    found.see("m-0", [step("a", "", 1.0)], 0.0)
+    assert found.learnt(0.0)["a"].slowdown == pytest.approx(1.0, rel=0.01)
+
+
+def test_devices_that_are_gone_are_forgotten() -> None:
+    found = seen(step("a", "", 3.0))
+    found.forget(["m-0"], 5 * HALF_LIFE_SECONDS)
+    assert set(found.learnt(0.0)) == {"a"}
+    found.forget(["m-0"], 20 * HALF_LIFE_SECONDS)
+    assert not found.learnt(0.0)
 
 
 def test_a_device_that_nothing_runs_on_is_trusted_again_by_and_by() -> None:
@@ -54,6 +85,6 @@ def test_the_latest_step_is_shown_until_its_replica_is_gone() -> None:
     assert not latest.compared.prompts
     assert found.ratio(latest, 0.0) == pytest.approx(2.0, rel=0.1)
     assert 1.0 < found.ratio(latest, 6 * HALF_LIFE_SECONDS) < found.ratio(latest, 0.0)
-    found.forget(["m-1"])
+    found.forget(["m-1"], 0.0)
     assert found.latest("m-0") == ()
     assert found.ratio(step("never", "", 1.0), 0.0) == 0.0

@@ -11,6 +11,7 @@ and all three are drawn to what was predicted: the mean of a normal posterior wh
 stages of several lengths tell both. Without evidence nothing differs. Pure.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,8 +30,8 @@ MOST_REPORTS = 100.0
 """More of a shape say no more: they err alike."""
 CLIP = 1.5
 """A report counts as at most so many times what was expected, and no less than that part of it."""
-LEAST_RATIO, MOST_RATIO = 0.05, 20.0
-"""What is beyond was no step like those that are predicted, and teaches nothing."""
+LEAST_RATIO, MOST_RATIO = 0.05, 100.0
+"""What is beyond counts as that: so slow or so fast, and by how much makes no difference."""
 MOST_SHAPES = 32
 _LEAST_SLOWDOWN = 0.1
 
@@ -114,11 +115,10 @@ class Evidence:
 
     def see(self, compared: Comparison, now: float) -> None:
         """Take note of a step, at ``now`` seconds."""
-        if compared.predicted <= 0:
+        if not (compared.predicted > 0 and 0 < compared.took_seconds < math.inf):
             return
         ratio = compared.took_seconds / compared.predicted
-        if not LEAST_RATIO <= ratio <= MOST_RATIO:
-            return
+        ratio = min(max(ratio, LEAST_RATIO), MOST_RATIO)
         held = self._seen.get(compared.key)
         expected = held.ratio if held else self.ratio(compared, now)
         ratio = min(max(ratio, expected / CLIP), expected * CLIP)
@@ -135,6 +135,20 @@ class Evidence:
         """What a step is expected to take by now, in units of what was predicted."""
         took = corrected(compared, self.correction(now))
         return min(max(took / compared.predicted, LEAST_RATIO), MOST_RATIO)
+
+    @property
+    def reports(self) -> float:
+        """How many reports it rests on, the older ones counting less."""
+        return sum(seen.reports for seen in self._seen.values())
+
+    @property
+    def latest_at(self) -> float:
+        """When the newest was; 0: never."""
+        return max((seen.at for seen in self._seen.values()), default=0.0)
+
+    def trust(self, now: float) -> float:
+        """Share of what it says that is believed still."""
+        return self._trust(now - self.latest_at)
 
     def _trust(self, seconds: float) -> float:
         return float(0.5 ** (max(seconds, 0.0) / self._half_life))

@@ -7,6 +7,9 @@ from uellm.placement.learning import AS_PREDICTED, Comparison, Correction, Evide
 
 HALF_LIFE_SECONDS = 600.0
 """A device that nothing runs on any more is trusted again, by and by: after this half as little."""
+LEAST_REPORTS = 20.0
+"""Before so many a device says nothing of its kind: it is drawn to what was predicted still."""
+_LEAST_TRUST = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +44,21 @@ class StageTimes:
         if not any(stage.compared.prompts for stage in stages):
             self._latest[replica] = now, tuple(stages)
         for stage in stages:
-            found = self._evidence.setdefault(stage.device_id, Evidence(HALF_LIFE_SECONDS))
-            found.see(stage.compared, now)
-            self._kinds[stage.device_id] = stage.kind
+            device = stage.device_id
+            if self._kinds.get(device) != stage.kind:
+                # It was measured meanwhile: what was seen was against a guess.
+                self._kinds[device], self._evidence[device] = (
+                    stage.kind,
+                    Evidence(HALF_LIFE_SECONDS),
+                )
+            self._evidence[device].see(stage.compared, now)
 
-    def forget(self, replicas: Sequence[str]) -> None:
-        """Keep the latest steps of these replicas alone."""
+    def forget(self, replicas: Sequence[str], now: float) -> None:
+        """Keep the latest steps of these replicas alone, and of devices what is believed still."""
         self._latest = {name: self._latest[name] for name in replicas if name in self._latest}
+        for device, seen in list(self._evidence.items()):
+            if seen.trust(now) < _LEAST_TRUST:
+                del self._evidence[device], self._kinds[device]
 
     def latest(self, replica: str) -> tuple[StageTime, ...]:
         """The latest step of a replica, in stage order; none before the first."""
@@ -71,19 +82,34 @@ class StageTimes:
         Where nothing was measured or declared, what devices of a kind have in common is an error of
         the prediction: there a device is as slow as it is against the best one of its kind.
         """
-        found = {device: seen.correction(now) for device, seen in self._evidence.items()}
-        best: dict[str, float] = {}
-        for device, each in found.items():
-            kind = self._kinds[device]
-            best[kind] = min(best.get(kind, each.slowdown), each.slowdown)
+        best = self._best()
         return {
-            device: Correction(each.slowdown / best[kind])
+            device: Correction(_against(seen, best.get(kind), now))
             if (kind := self._kinds[device])
-            else each
-            for device, each in found.items()
+            else seen.correction(now)
+            for device, seen in self._evidence.items()
         }
+
+    def _best(self) -> Mapping[str, float]:
+        """The least slowdown of each kind, by devices of which enough was seen."""
+        best: dict[str, float] = {}
+        for device, seen in self._evidence.items():
+            kind = self._kinds[device]
+            if seen.reports >= LEAST_REPORTS:
+                # As it was when it was seen: that it is not believed any more makes none the best.
+                slowdown = seen.correction(seen.latest_at).slowdown
+                best[kind] = min(best.get(kind, slowdown), slowdown)
+        return best
 
     def of(self, device_id: str, now: float) -> Correction:
         """What one device takes, against what was predicted of itself alone."""
         found = self._evidence.get(device_id)
         return found.correction(now) if found is not None else AS_PREDICTED
+
+
+def _against(seen: Evidence, best: float | None, now: float) -> float:
+    """A device's slowdown against the best one of its kind, as far as it is believed."""
+    if best is None or seen.reports < LEAST_REPORTS:
+        return 1.0
+    slowdown = seen.correction(seen.latest_at).slowdown / best
+    return 1 + (slowdown - 1) * seen.trust(now)

@@ -1,6 +1,7 @@
 """Keeping measurements up to date: whoever came is measured, and what steps take is learnt."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -56,7 +57,7 @@ class Upkeep:
     async def _learn(self) -> None:
         """Hold measurements against what the steps of running replicas take."""
         running = [r.id for d in self._deployments().values() for r in d.replicas]
-        self._discovery.times.forget(running)
+        self._discovery.times.forget(running, time.monotonic())
         for name, deployment in list(self._deployments().items()):
             ready = {r.id: r for r in deployment.replicas if r.phase is Phase.READY}
             if deployment.profile is None or not ready:
