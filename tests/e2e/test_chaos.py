@@ -56,7 +56,7 @@ async def nothing_is_left(mesh: Fleet) -> None:
         return True
 
     try:
-        await eventually(at_rest, timeout=20, interval=0.1)
+        await eventually(at_rest, interval=0.1)
         assert await redis.xlen(f"uellm:{{{MODEL}}}:dead") == 0
     finally:
         await redis.aclose()

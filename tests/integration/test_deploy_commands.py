@@ -157,7 +157,7 @@ async def test_a_proposal_is_shown_and_approved(
     await add(mesh, MeasuredWorker("w1", "slow"), MeasuredWorker("w0", "slower", speed=0.5))
     assert await deployments.deploy(redis_url, wanted(mesh), wait=True) == exits.OK
     await add(mesh, MeasuredWorker("w2", "fast", speed=4.0))
-    await eventually(lambda: change(mesh, PROPOSED), timeout=20.0)
+    await eventually(lambda: change(mesh, PROPOSED))
     capsys.readouterr()
     assert await deployments.status(redis_url, MODEL, as_json=False) == exits.OK
     shown = capsys.readouterr().out
@@ -225,13 +225,13 @@ async def test_a_layout_that_cannot_be_gives_way_until_it_can(
     async def alone() -> bool:
         return await held() == ["w2/cpu:0"]
 
-    await eventually(alone, timeout=20.0)
+    await eventually(alone)
     await going.restart(mesh.addresses)
 
     async def back() -> bool:
         return await held() == ["w1/cpu:0", "w2/cpu:0"]
 
-    await eventually(back, timeout=20.0)
+    await eventually(back)
 
 
 async def test_layers_are_pinned_to_a_worker(mesh: Mesh, redis_url: str) -> None:
@@ -295,7 +295,7 @@ async def test_fewer_stages_than_asked_for_are_served_only_if_that_is_asked_for(
         deployment = await mesh.ready()
         return len(deployment.replicas[0].stages) == 2
 
-    await eventually(grown, timeout=20.0)
+    await eventually(grown)
 
 
 async def test_what_cannot_be_is_said_in_one_line(mesh: Mesh, redis_url: str) -> None:

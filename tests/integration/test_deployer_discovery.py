@@ -213,7 +213,7 @@ async def test_live_steps_show_that_a_device_became_slower(mesh: Mesh) -> None:
         # The head of the second stage weighs something as well.
         return known["w2"].slowdown > 1.2 and known["w1"].slowdown < 1.2
 
-    await eventually(slowed, timeout=20.0, interval=0.2)
+    await eventually(slowed, interval=0.2)
 
 
 async def test_another_device_of_its_kind_is_measured_where_one_cannot(mesh: Mesh) -> None:

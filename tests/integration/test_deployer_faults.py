@@ -79,7 +79,7 @@ async def test_a_fault_in_placing_one_model_is_its_own(
         found = (await mesh.registry.deployments())[OTHER]
         return [replica.state for replica in found.replicas] == [READY] and not found.status
 
-    await eventually(well, timeout=20)
+    await eventually(well)
     # And it can be taken out of service.
     await mesh.call("Undeploy", deployer_pb2.UndeployRequest(name=OTHER))
 
@@ -133,7 +133,7 @@ async def test_copies_follow_the_load_beside_a_model_whose_files_are_not_right(
     monkeypatch.setattr(scaling.planning, "request_for", unreadable)
     await mesh.offer(OTHER, 0.001)
     await mesh.offer(MODEL, 0.001)
-    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    one = await eventually(lambda: mesh.does(MODEL))
     await mesh.offer(MODEL, 1.5 * one)
     await mesh.until(MODEL, 2)
 

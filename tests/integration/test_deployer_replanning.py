@@ -88,7 +88,7 @@ async def test_a_faster_worker_takes_over_while_the_old_one_serves(mesh: Mesh) -
     assert await mesh.route() == (before.epoch, "READY")
     fast.hold_prepare.set()
     await mesh.redis.delete(Keys(MODEL).leases)
-    after = await eventually(lambda: alone(mesh, TAKES_OVER), timeout=20.0)
+    after = await eventually(lambda: alone(mesh, TAKES_OVER))
     assert layers(after) == [("w2/cpu:0", 0, 5)]
     (done,) = after.changes
     assert done.make_before_break
@@ -115,7 +115,7 @@ async def test_a_slowed_device_gives_layers_away(mesh: Mesh) -> None:
         await report()
         return None
 
-    after = await eventually(moved, timeout=30.0, interval=0.2)
+    after = await eventually(moved, interval=0.2)
     counts = {device: last - first + 1 for device, first, last in layers(after)}
     assert counts == {"w1/cpu:0": 5, "w2/cpu:0": 1}
     assert "w2/cpu:0 takes" in after.changes[0].reason
@@ -142,7 +142,7 @@ async def test_where_both_do_not_fit_it_is_drained_first(mesh: Mesh) -> None:
         await report()
         return False
 
-    await eventually(drains, timeout=30.0, interval=0.2)
+    await eventually(drains, interval=0.2)
     found = await mesh.published()
     assert found is not None
     assert "requests wait meanwhile" in found.status
@@ -167,7 +167,7 @@ async def test_what_is_wanted_elsewhere_goes_there_without_a_break(mesh: Mesh) -
     ((device, *_),) = layers(before)
     released = ("release", REPLICA, before.replicas[0].epoch)
     await mesh.apply(excluded=[device.partition("/")[0]])
-    after = await eventually(lambda: alone(mesh, TAKES_OVER), timeout=20.0)
+    after = await eventually(lambda: alone(mesh, TAKES_OVER))
     assert {device, layers(after)[0][0]} == {"w1/cpu:0", "w2/cpu:0"}
     assert after.changes[0].make_before_break
     calls = {name: worker.calls for name, worker in mesh.workers.items()}
@@ -193,7 +193,7 @@ async def test_changes_are_proposed_where_they_are_to_be_approved(mesh: Mesh) ->
     with pytest.raises(FailedPreconditionError, match="no change of org/tiny is proposed"):
         await mesh.call("Approve", deployer_pb2.ApproveRequest(name=MODEL))
     await add(mesh, MeasuredWorker("w2", "fast", speed=4.0))
-    proposed = await eventually(lambda: change(mesh, PROPOSED), timeout=20.0)
+    proposed = await eventually(lambda: change(mesh, PROPOSED))
     assert [stage.device_id for stage in proposed.planned.stages] == ["w2/cpu:0"]
 
     async def untouched() -> bool:
@@ -202,9 +202,7 @@ async def test_changes_are_proposed_where_they_are_to_be_approved(mesh: Mesh) ->
 
     await stays(untouched, 0.5)
     await mesh.call("Approve", deployer_pb2.ApproveRequest(name=MODEL))
-    assert layers(await eventually(lambda: alone(mesh, TAKES_OVER), timeout=20.0)) == [
-        ("w2/cpu:0", 0, 5)
-    ]
+    assert layers(await eventually(lambda: alone(mesh, TAKES_OVER))) == [("w2/cpu:0", 0, 5)]
     with pytest.raises(NotFoundError, match="is not deployed"):
         await mesh.call("Approve", deployer_pb2.ApproveRequest(name="other"))
 
@@ -243,7 +241,7 @@ async def test_what_cannot_take_over_is_given_up_and_the_old_one_serves_on(mesh:
     fast = MeasuredWorker("w2", "fast", speed=4.0)
     fast.fail_prepare = [FailedPreconditionError("out of memory")] * 1000
     await add(mesh, fast)
-    failed = await eventually(lambda: change(mesh, topology_pb2.CHANGE_STATE_FAILED), timeout=20.0)
+    failed = await eventually(lambda: change(mesh, topology_pb2.CHANGE_STATE_FAILED))
     assert failed.replica == REPLICA
     assert await mesh.route() == (before.epoch, "READY")
     with suppress(TimeoutError):
@@ -266,7 +264,7 @@ async def test_what_is_placed_anew_again_and_again_stays_longer_each_time(mesh: 
 
     await eventually(tries)
     began = time.monotonic()
-    await eventually(lambda: tries() >= 5, timeout=20.0)
+    await eventually(lambda: tries() >= 5)
     assert time.monotonic() - began > 0.2 + 0.4 + 0.8 + 1.6 - 0.2
 
 

@@ -68,7 +68,7 @@ class Loaded(Mesh):
         return found if states == [READY] * copies else None
 
     async def until(self, name: str, copies: int) -> topology_pb2.Deployment:
-        return await eventually(lambda: self.serving(name, copies), timeout=40.0)
+        return await eventually(lambda: self.serving(name, copies))
 
     async def does(self, name: str) -> float:
         """Requests per second that its copies do."""
@@ -101,7 +101,7 @@ async def test_load_brings_copies_and_they_are_given_back(mesh: Loaded) -> None:
     await mesh.want(MODEL)
     await mesh.until(MODEL, 1)
     await mesh.offer(MODEL, 0.001)
-    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    one = await eventually(lambda: mesh.does(MODEL))
     await mesh.offer(MODEL, 1.5 * one)
     grown = await mesh.until(MODEL, 2)
     assert len(devices(grown)) == 2
@@ -143,7 +143,7 @@ async def test_a_copy_whose_device_became_unfit_is_given_back(mesh: Loaded) -> N
     await mesh.want(MODEL)
     await mesh.until(MODEL, 1)
     await mesh.offer(MODEL, 0.001)
-    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    one = await eventually(lambda: mesh.does(MODEL))
     await mesh.offer(MODEL, 1.5 * one)
     (added,) = (await mesh.until(MODEL, 2)).replicas[1:]
     worker.unfit = added.planned.stages[0].device_id
@@ -169,7 +169,7 @@ async def test_a_model_that_is_idle_hands_a_device_over(mesh: Loaded) -> None:
     await mesh.want(OTHER)
     await mesh.until(OTHER, 1)
     await mesh.offer(OTHER, 0.001)
-    one = await eventually(lambda: mesh.does(OTHER), timeout=20.0)
+    one = await eventually(lambda: mesh.does(OTHER))
     await mesh.offer(OTHER, 1.5 * one)
     before = await mesh.until(OTHER, 2)
     # Nobody needs it now; it would be kept for an hour.
@@ -190,7 +190,7 @@ async def test_with_approval_a_copy_is_proposed_first(mesh: Loaded) -> None:
     await mesh.want(MODEL)
     await mesh.until(MODEL, 1)
     await mesh.offer(MODEL, 0.001)
-    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    one = await eventually(lambda: mesh.does(MODEL))
     await mesh.offer(MODEL, 1.5 * one)
 
     async def proposed() -> topology_pb2.PlacementChange | None:
@@ -198,17 +198,17 @@ async def test_with_approval_a_copy_is_proposed_first(mesh: Loaded) -> None:
         found = await mesh.published()
         return next((c for c in found.changes if c.state == PROPOSED), None) if found else None
 
-    change = await eventually(proposed, timeout=20.0)
+    change = await eventually(proposed)
     assert (change.kind, change.replica) == (ADD, f"{MODEL}-1")
     await stays(lambda: _serves(mesh, MODEL, 1), 0.5)
     await mesh.call("Approve", deployer_pb2.ApproveRequest(name=MODEL))
     await mesh.until(MODEL, 2)
     await mesh.offer(MODEL, 0.001)
-    change = await eventually(proposed, timeout=20.0)
+    change = await eventually(proposed)
     assert change.kind == REMOVE
     # What is not worth it any more is not proposed any more.
     await mesh.offer(MODEL, 1.5 * one)
-    await eventually(lambda: _none(proposed), timeout=20.0)
+    await eventually(lambda: _none(proposed))
 
 
 async def _none(find: Any) -> bool:
@@ -225,7 +225,7 @@ async def test_a_rate_that_is_expected_brings_copies_up_to_the_most(mesh: Loaded
     await mesh.want(MODEL)
     await mesh.until(MODEL, 1)
     await mesh.offer(MODEL, 0.0)
-    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    one = await eventually(lambda: mesh.does(MODEL))
     await mesh.want(MODEL, requests_per_second=10 * one, most_replicas=2)
     await mesh.until(MODEL, 2)
     await stays(lambda: _serves(mesh, MODEL, 2), 0.5)
@@ -245,7 +245,7 @@ async def test_a_copy_that_cannot_be_formed_is_given_up(mesh: Loaded) -> None:
     other = next(w for w in mesh.workers.values() if not used.startswith(w.name))
     other.fail_prepare = [InvalidArgumentError("no such layer")]
     await mesh.offer(MODEL, 0.001)
-    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    one = await eventually(lambda: mesh.does(MODEL))
     await mesh.offer(MODEL, 1.5 * one)
 
     async def given_up() -> topology_pb2.PlacementChange | None:
@@ -254,7 +254,7 @@ async def test_a_copy_that_cannot_be_formed_is_given_up(mesh: Loaded) -> None:
         failed = topology_pb2.CHANGE_STATE_FAILED
         return next((change for change in changes if change.state == failed), None)
 
-    change = await eventually(given_up, timeout=20.0)
+    change = await eventually(given_up)
     assert "no such layer" in change.reason
     found = await mesh.published()
     assert found is not None
@@ -267,7 +267,7 @@ async def test_the_next_deployer_goes_on_with_as_many_copies(mesh: Loaded) -> No
     await mesh.want(MODEL)
     await mesh.until(MODEL, 1)
     await mesh.offer(MODEL, 0.001)
-    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    one = await eventually(lambda: mesh.does(MODEL))
     await mesh.offer(MODEL, 1.5 * one)
     before = await mesh.until(MODEL, 2)
     await mesh.stop_deployer(0)
@@ -277,7 +277,7 @@ async def test_the_next_deployer_goes_on_with_as_many_copies(mesh: Loaded) -> No
     for worker in mesh.workers.values():
         await worker.turn_to(mesh.addresses)
     await mesh.offer(MODEL, 0.001)
-    await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    await eventually(lambda: mesh.does(MODEL))
     await stays(lambda: _serves(mesh, MODEL, 2), 1.0)
     after = await mesh.published()
     assert after is not None
@@ -315,7 +315,7 @@ async def test_a_model_that_comes_while_another_is_scaled(
     await mesh.want(MODEL)
     await mesh.until(MODEL, 1)
     await mesh.offer(MODEL, 0.001)
-    one = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    one = await eventually(lambda: mesh.does(MODEL))
     await mesh.offer(MODEL, 1.5 * one)
     await mesh.until(MODEL, 2)
     await mesh.until(OTHER, 1)
@@ -331,14 +331,14 @@ async def test_a_copy_that_fails_when_it_is_among_the_fewest_is_formed_again(mes
     for worker in others:
         worker.hold_prepare.clear()
     await mesh.offer(MODEL, 0.001)
-    rate = await eventually(lambda: mesh.does(MODEL), timeout=20.0)
+    rate = await eventually(lambda: mesh.does(MODEL))
     await mesh.offer(MODEL, 1.5 * rate)
 
     async def added() -> RecordingWorker | None:
         await mesh.say()
         return next((w for w in others if any(call[0] == "prepare" for call in w.calls)), None)
 
-    adding = await eventually(added, timeout=20.0)
+    adding = await eventually(added)
     await mesh.want(MODEL, replicas=2)
     await mesh.offer(MODEL, 0.001)
     await adding.stop()

@@ -107,7 +107,7 @@ async def test_with_a_full_disk_everything_waits(queue_server: EmbeddedRedis) ->
                 return True
             return False
 
-        await eventually(refused, timeout=20)
+        await eventually(refused)
         with pytest.raises(UNREACHABLE):
             await sides.say(append(held, 1, 0, [1]))
         with pytest.raises(UNREACHABLE):
@@ -119,7 +119,7 @@ async def test_with_a_full_disk_everything_waits(queue_server: EmbeddedRedis) ->
                 return await sides.say(append(held, 1, 0, [1]), finish(held, 1)) == []
             return False
 
-        await eventually(logged, timeout=20)
+        await eventually(logged)
         assert await sides.logged(held) == [1]
         await client.aclose()
 

@@ -7,21 +7,24 @@ from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
+HANG_SECONDS = 60.0
+"""What takes longer on the busiest machine never ends."""
+
 
 @overload
 async def eventually(
-    predicate: Callable[[], Awaitable[T]], timeout: float = 30.0, interval: float = 0.01
+    predicate: Callable[[], Awaitable[T]], timeout: float = HANG_SECONDS, interval: float = 0.01
 ) -> T: ...
 
 
 @overload
 async def eventually(
-    predicate: Callable[[], T], timeout: float = 30.0, interval: float = 0.01
+    predicate: Callable[[], T], timeout: float = HANG_SECONDS, interval: float = 0.01
 ) -> T: ...
 
 
 async def eventually(
-    predicate: Callable[[], Any], timeout: float = 30.0, interval: float = 0.01
+    predicate: Callable[[], Any], timeout: float = HANG_SECONDS, interval: float = 0.01
 ) -> Any:
     """What ``predicate`` returns as soon as that is true; it may be a coroutine function.
 
