@@ -1,6 +1,7 @@
 """`uellm why` of a mesh of real services: late, refused, expired, preempted, another tenant's."""
 
 import json
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from tests.support.waiting import eventually
 from uellm.cli import exits, explaining
 from uellm.client import Client
 from uellm.core.errors import InvalidArgumentError, NotFoundError
+from uellm.decisions.segments import VERSION
 from uellm.streams.keys import Keys, new_request_id
+from uellm.v1.decisions_pb2 import DecisionSegment
 from uellm.v1.inference_pb2 import ExplainResponse
 
 
@@ -106,15 +109,26 @@ async def test_refused_and_expired(
     assert [phase.name for phase in second.phases] == ["queue"]
 
 
+async def others(redis: Any, begin: int, end: int) -> None:
+    """Decisions of a busy model, five a second, so many seconds from now on."""
+    now, _ = await redis.time()
+    payload = zlib.compress(DecisionSegment(version=VERSION).SerializeToString())
+    for i in range(5 * begin, 5 * end):
+        place = f"{1000 * now + 200 * i}-0"
+        await redis.xadd(Keys(MODEL).decisions, {"payload": payload}, id=place)
+
+
 async def test_a_refused_one_whose_record_is_gone(
     mesh: Mesh, gateway: Gateway, redis: Any, redis_url: str, tmp_path: Path
 ) -> None:
     async with serving(mesh, redis_url, tmp_path / "m", "edf"):
+        await others(redis, -50, 0)
         refused = await ask(mesh, 100, deadline=0.3, refusable=True)
         theirs = await ask(mesh, 100, deadline=0.3, refusable=True, tenant="theirs")
         await ended(mesh, refused)
         await ended(mesh, theirs)
         before = await explained(gateway, refused, "finished")
+        await others(redis, 1, 50)
         for each in (refused, theirs):
             await redis.delete(Keys(MODEL).request(each))
         async with Client(gateway.address) as client:

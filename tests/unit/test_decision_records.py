@@ -26,6 +26,7 @@ from uellm.decisions.records import (
 )
 from uellm.decisions.replay import Instead, replay
 from uellm.decisions.segments import VERSION, SegmentWriter, read_segment
+from uellm.decisions.story import facts_of_refused
 from uellm.policy.registry import dispatch_policies, step_policies
 from uellm.policy.views import (
     NOT_RECORDED,
@@ -218,10 +219,29 @@ def test_of_a_long_queue_the_first_are_recorded(
     assert record.truncated == (len(waiting) > most)
     assert record.decision.dispatches == decision.dispatches
     if record.truncated:
-        assert [r.request_id for r in record.queue.waiting] == list(decision.order[:most])
+        refused = [refusal.request_id for refusal in decision.refusals]
+        recorded = [request.request_id for request in record.queue.waiting]
+        assert recorded == [*decision.order[:most], *refused]
+        assert record.decision.refusals == decision.refusals
         assert replay(again([record])).truncated == 1
     else:
         assert replay(again([record])).different == 0
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_who_is_refused_beside_a_long_queue_is_told_why(most: int) -> None:
+    late = queued("late", 0.001, refusable=True, tenant="mine")
+    views = [*(queued(f"q{i}") for i in range(5)), late]
+    queue = QueueView(views, unpromised=frozenset({"late"}))
+    used = DispatchPolicyUsed("edf")
+    decision = used.make().dispatch(queue, [replica(slots=0)], NOW)
+    find = {view.request_id: view for view in views}.__getitem__
+    record = dispatch_record(used, queue, [replica()], NOW, decision, most=most, find=find)
+    assert record.truncated
+    facts = facts_of_refused("late", again([record]))
+    assert facts is not None
+    assert (facts.tenant, facts.slo, facts.refused) == ("mine", late.slo, True)
+    assert facts.message == decision.refusals[0].message
 
 
 def test_a_newer_format_is_refused() -> None:

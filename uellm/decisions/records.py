@@ -17,6 +17,9 @@ from uellm.policy.views import (
     StepPolicy,
 )
 
+REFUSALS = 256
+"""Of a decision on a long queue so many are recorded."""
+
 
 @dataclass(frozen=True, slots=True)
 class DispatchPolicyUsed:
@@ -135,7 +138,7 @@ def dispatch_record(
     most: int,
     find: Callable[[str], QueuedView],
 ) -> DispatchRecord:
-    """The record of a decision; of a long queue only the first ``most`` of the order.
+    """The record of a decision; of a long queue the first of the order, and who is refused.
 
     Args:
         policy: that decided.
@@ -143,7 +146,7 @@ def dispatch_record(
         replicas: where it could go.
         now: when.
         decision: what was decided.
-        most: so many waiting requests are recorded.
+        most: so many requests that go on waiting are recorded.
         find: the waiting request of an id of the decision.
     """
     waiting = len(queue.waiting)
@@ -153,8 +156,10 @@ def dispatch_record(
     order = tuple(decision.order[:most]) if most else ()
     near = frozenset(order)
     promises = {i: p for i, p in decision.promises.items() if i in near}
+    refusals = decision.refusals[:REFUSALS]
     first = QueueView(
-        waiting=tuple(find(request_id) for request_id in order),
+        # Of who is refused there is soon no other record.
+        waiting=tuple(map(find, [*order, *(refusal.request_id for refusal in refusals)])),
         unpromised=near & queue.unpromised,
         horizon=queue.horizon,
         margin=queue.margin,
@@ -163,7 +168,7 @@ def dispatch_record(
     kept = DispatchDecision(
         dispatches=decision.dispatches,
         promises=promises,
-        refusals=decision.refusals[:most],
+        refusals=refusals,
         let_in={i: cost for i, cost in decision.let_in.items() if i in near},
         order=order,
         reconsider_at=decision.reconsider_at,

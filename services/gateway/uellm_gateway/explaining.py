@@ -25,8 +25,9 @@ from uellm_gateway.cancelling import state_to_proto
 
 WRITTEN_SECONDS = 2.0
 """A decision is in Redis so long after it was made, at the latest, or was dropped."""
-REFUSED_SECONDS = 60.0
-"""A refusal at first sight is looked for so long before and after its id was made."""
+REFUSED_SPANS = ((-2.0, 6.0), (6.0, 60.0), (-60.0, -2.0))
+"""Seconds after its id was made between which a refusal at first sight is looked for, by a clock
+that need not be Redis's; of a busy model not all decisions of a long span are read."""
 
 
 async def explain_request(
@@ -62,10 +63,12 @@ async def explain_refused(
     None if it is not, or was another tenant's.
     """
     made = made_at(request_id)
-    span = (made - REFUSED_SECONDS, made + REFUSED_SECONDS)
-    segments, _ = await log.between(*(max(int(at * 1000), 0) for at in span))
-    found = await asyncio.to_thread(_refused, request_id, tenant, segments, now)
-    return _response(model, *found) if found is not None else None
+    for span in REFUSED_SPANS:
+        segments, _ = await log.between(*(max(int((made + at) * 1000), 0) for at in span))
+        found = await asyncio.to_thread(_refused, request_id, tenant, segments, now)
+        if found is not None:
+            return _response(model, *found)
+    return None
 
 
 def _refused(

@@ -61,7 +61,7 @@ class SchedulerSettings(ServiceSettings):
         256,
         ge=1,
         description="Of a longer queue than this, decisions are recorded with so many first of the "
-        "order only; such a record explains, but cannot be replayed.",
+        "order only, and with who is refused; such a record explains, but cannot be replayed.",
     )
 
     @property
