@@ -23,9 +23,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
+from math import isfinite
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -120,9 +122,21 @@ class Comparison:
         """FCFS serves more at 99 %."""
         return self.policy.loads[-1] < NEVER_BELOW * self.fcfs.loads[-1]
 
+    def facts(self) -> dict[str, Any]:
+        """All of it, for JSON, which has no infinity: a ratio to nothing is None."""
+        spread = [[_finite(end) for end in ends] for ends in self.spread]
+        return asdict(self) | {
+            "ratios": [_finite(ratio) for ratio in self.ratios],
+            "spread": spread,
+        }
+
 
 def _ratio(mine: float, theirs: float) -> float:
     return mine / theirs if theirs else float("inf")
+
+
+def _finite(ratio: float) -> float | None:
+    return ratio if isfinite(ratio) else None
 
 
 def main() -> None:
@@ -155,8 +169,7 @@ def main() -> None:
         found.append(result)
         print(_lines(result), file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
-        shown = [asdict(r) | {"ratios": r.ratios, "spread": r.spread} for r in found]
-        print(json.dumps(shown, indent=2))
+        print(json.dumps([result.facts() for result in found], indent=2, allow_nan=False))
     else:
         below = sum(result.below for result in found)
         print(f"below {NEVER_BELOW:.0%} of FCFS at 99 %: {below} of {len(found)} cases")

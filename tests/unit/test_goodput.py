@@ -1,5 +1,7 @@
 """The comparison of goodputs: what is read between the loads that were run, and what it costs."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +42,14 @@ def test_two_percent_less_than_first_come_first_served_are_below() -> None:
     assert comparison(0.97).below
     assert not comparison(0.985).below
     assert comparison(0.5).spread[-1] == (0.5, 0.5)
+
+
+def test_a_ratio_to_nothing_is_none_in_json() -> None:
+    fcfs = Served("x", (2.0, 1.0, 0.0), ((2.0, 0.0, 0.0),), None)
+    ours = Served("y", (3.0, 2.0, 1.0), ((3.0, 2.0, 1.0),), None)
+    found = Comparison("cpu", "tier", 3.0, "b80", 10, fcfs, ours, (3.0, 3.0, 3.0)).facts()
+    assert json.loads(json.dumps(found, allow_nan=False))["ratios"] == [1.5, 2.0, None]
+    assert found["spread"] == [[1.5, 1.5], [None, None], [None, None]]
 
 
 def test_a_case_is_compared_with_its_costs() -> None:
