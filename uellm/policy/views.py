@@ -173,7 +173,7 @@ class Refusal:
 
     Attributes:
         request_id: whose.
-        expired: its deadline has passed; otherwise it was found infeasible.
+        expired: its time passed while it waited; otherwise it was found infeasible.
         message: why, in plain words.
         promise: carries the earliest feasible finish, when one is known.
         retry_after_seconds: when the same request may be in time; None: not as things are.
