@@ -769,6 +769,7 @@ async def test_without_room_the_deployment_fails_and_says_what_is_missing(mesh: 
         ({"source": ""}, InvalidArgumentError, r"model\.source"),
         ({"source": "/nowhere/at/all"}, FailedPreconditionError, "no directory"),
         ({"dtype": "int3"}, InvalidArgumentError, "float32, bfloat16"),
+        ({"max_tokens": 4000}, InvalidArgumentError, r"max_tokens: 4000; at most 128"),
         ({"replicas": 1000}, InvalidArgumentError, "the limit is 64"),
     ],
 )

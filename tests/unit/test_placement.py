@@ -1,6 +1,7 @@
 """The even split: whole, in order, within memory, the same every time, and explained."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations, product
 
 from hypothesis import given, settings
@@ -225,6 +226,12 @@ def test_fewer_slots_where_the_wanted_ones_do_not_fit() -> None:
     plan = place([device("a/d", 93 + 3 * 32 + 5)], model(), Workload(max_tokens=4))
     assert plan.slots == 3
     assert "3 slot(s) of 4 tokens instead of 8" in plan.explanation
+
+
+def test_a_context_is_the_models_own_where_more_is_wanted() -> None:
+    plan = place([device("a/d", 2000)], replace(model(), max_tokens=16), Workload(max_tokens=99))
+    assert plan.max_tokens == 16
+    assert "of 16 tokens instead of 99: the model takes no more" in plan.explanation
 
 
 def test_a_tied_embedding_counts_on_both_ends_only_when_they_differ() -> None:

@@ -42,6 +42,13 @@ def test_a_plan_is_shown_with_its_proof_and_what_was_not_chosen() -> None:
     assert "best of 2" in out
 
 
+def test_what_sets_the_pace_is_said_in_words() -> None:
+    status, out = plan(*SMALL, "--stages", "4", "--in-flight", "1")
+    assert status == 0, out
+    assert "tokens/s, bound by how few batches are in flight" in out
+    assert planned(*SMALL, "--stages", "4")["plan"]["replicas"][0]["prediction"]["bottleneck"]
+
+
 def test_json_can_be_the_previous_plan(tmp_path: Path) -> None:
     first = planned(*SMALL, "--stages", "2")
     assert len(first["plan"]["replicas"][0]["stages"]) == 2

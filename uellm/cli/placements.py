@@ -8,7 +8,7 @@ from rich.table import Table
 
 from uellm.cli.durations import ago
 from uellm.convert import seconds
-from uellm.placement.explain import size
+from uellm.placement.explain import bound_by, size
 from uellm.v1 import deployer_pb2, topology_pb2
 
 _TELLING = 0.05
@@ -42,8 +42,8 @@ def predicted(found: topology_pb2.PlacementPrediction) -> str:
     """How fast a replica will be, with full batches."""
     return (
         f"full batches: first token after {short(found.prefill_seconds)}, then "
-        f"{short(found.decode_seconds)} a token, {found.tokens_per_second:.4g} tokens/s, bound by "
-        f"{found.bottleneck}"
+        f"{short(found.decode_seconds)} a token, {found.tokens_per_second:.4g} tokens/s, "
+        f"{bound_by(found.bottleneck)}"
     )
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from uellm.cli.placements import short
-from uellm.placement.explain import size
+from uellm.placement.explain import bound_by, size
 from uellm.placement.stock import Fetching, in_words
 from uellm.placement.views import EVERYWHERE, Plan, PlannedReplica, PlanRequest
 from uellm.placement.what_if import Figures
@@ -74,8 +74,8 @@ def _show_replica(
             f"first token after {short(predicted.prefill_seconds)}, then "
             f"{short(predicted.decode_seconds)} a token, "
             f"{predicted.total_seconds:.3g} s in all; "
-            f"{predicted.tokens_per_second:.4g} tokens/s, bound by "
-            f"{predicted.bottleneck}",
+            f"{predicted.tokens_per_second:.4g} tokens/s, "
+            f"{bound_by(predicted.bottleneck)}",
             soft_wrap=True,
         )
 

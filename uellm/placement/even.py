@@ -76,13 +76,14 @@ class EvenPlacer:
         need = replace(least, slots=slots)
         planned, _ = _fill(everything, need, layouts) or ((), everything)
         missing = len(planned) < wanted.replicas
+        told = replace(wanted, max_tokens=workload.max_tokens)
         return Plan(
             replicas=planned,
             slots=slots,
             max_tokens=wanted.max_tokens,
             objective=self.name,
             solver=self.name,
-            explanation=explain(planned, need, wanted, len(everything.devices)),
+            explanation=explain(planned, need, told, len(everything.devices)),
             kv_tokens=need.cached_tokens,
             infeasible_reason=_what_is_missing(rooms, least, wanted, planned) if missing else "",
         )

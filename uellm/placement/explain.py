@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from uellm.placement.memory import Need
 from uellm.placement.rooms import Rooms
-from uellm.placement.views import Certificate, PlannedReplica, PlanRequest, Workload
+from uellm.placement.views import IN_FLIGHT, Certificate, PlannedReplica, PlanRequest, Workload
 
 Feasible = Callable[[int, int, int], bool]
 """Whether it fits with (max_tokens, stages, bytes of one more device)."""
@@ -22,6 +22,15 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     raise AssertionError("unreachable: GiB returns")
+
+
+def bound_by(bottleneck: str) -> str:
+    """What sets the pace, for people; see ``Prediction``."""
+    return (
+        "bound by how few batches are in flight"
+        if bottleneck == IN_FLIGHT
+        else (f"bound by {bottleneck}")
+    )
 
 
 def explain(
@@ -45,6 +54,8 @@ def explain(
         most = f"{num_layers} layers" if num_layers < wanted.stages else f"{num_devices} device(s)"
         sentences.append(f"{stages} stage(s) instead of {wanted.stages}: there are {most}")
     granted = f"{need.slots} slot(s) of {need.max_tokens} tokens"
+    if wanted.max_tokens > need.model.max_tokens:
+        granted += f" instead of {wanted.max_tokens}: the model takes no more"
     if need.cached_tokens < need.slots * need.max_tokens:
         granted += f", {need.cached_tokens} together"
     if need.slots < wanted.slots:
@@ -74,7 +85,7 @@ def explain_plan(
             name = f"replica {index}: " if len(planned) > 1 else ""
             sentences.append(
                 f"{name}{found.total_seconds:.3g} s a batch, {found.tokens_per_second:.4g} "
-                f"tokens/s, bound by {found.bottleneck}"
+                f"tokens/s, {bound_by(found.bottleneck)}"
             )
     if certificate is not None:
         how = (

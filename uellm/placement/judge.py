@@ -7,7 +7,7 @@ import numpy as np
 
 from uellm.placement.chain import Chain
 from uellm.placement.costs import Costs
-from uellm.placement.explain import size
+from uellm.placement.explain import bound_by, size
 from uellm.placement.prediction import Layout, predict, shortages
 from uellm.placement.views import Candidate, Objective
 
@@ -92,7 +92,7 @@ class Judge:
         if self.objective in ("throughput", "goodput"):
             ratio = best.tokens_per_second / mine.tokens_per_second
             if ratio > 1 + _EQUAL:
-                return f"throughput: {1 / ratio:.3g} times, bound by {mine.bottleneck}"
+                return f"throughput: {1 / ratio:.3g} times, {bound_by(mine.bottleneck)}"
         ratio = mine.total_seconds / best.total_seconds
         if ratio > 1 + _EQUAL:
             return f"latency: {ratio:.4g} times"

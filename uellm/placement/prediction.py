@@ -9,7 +9,7 @@ import numpy as np
 from uellm.placement.costs import Costs
 from uellm.placement.quota import step_seconds, sustained_seconds
 from uellm.placement.rounds import Stations, steady_seconds
-from uellm.placement.views import PlannedReplica, PlannedStage, Prediction
+from uellm.placement.views import IN_FLIGHT, PlannedReplica, PlannedStage, Prediction
 
 _ROUNDS = 3
 """Of how fast a replica is, and how much of quotas that needs."""
@@ -198,7 +198,7 @@ class _Replica:
             (float(costs.busy[a, b]), f"{costs.devices[a].id} -> {costs.devices[b].id}")
             for a, b in ways
         ]
-        limits.append((total / costs.in_flight, "in_flight"))
+        limits.append((total / costs.in_flight, IN_FLIGHT))
         pace, bottleneck = max(limits, key=lambda limit: limit[0])
         stations = Stations(
             prefill=[each.prefill + each.besides for each in self._always],

@@ -151,6 +151,10 @@ class PlannedStage:
     send_seconds: float = 0.0
 
 
+IN_FLIGHT = "in_flight"
+"""Sets the pace of a replica that could take more batches at once than it is given."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """How fast a replica is expected to be, with batches of the workload.
@@ -160,7 +164,7 @@ class Prediction:
         decode_seconds: one step through all stages, links included.
         total_seconds: from prompt to last token.
         bottleneck_seconds: the least time between the ends of two batches.
-        bottleneck: what sets it: a device, a link as "a -> b", or "in_flight".
+        bottleneck: what sets it: a device, a link as "a -> b", or ``IN_FLIGHT``.
         tokens_per_second: output tokens, all batches in flight, prompts in between.
     """
 

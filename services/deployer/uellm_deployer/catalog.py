@@ -284,6 +284,21 @@ def _check_place(wanted: deployer_pb2.PlanRequest) -> None:
         )
 
 
+def check_context(request: deployer_pb2.PlanRequest, model: ResolvedModel) -> None:
+    """Refuse a longer context than a model has.
+
+    Raises:
+        InvalidArgumentError: naming the limit and the remedy.
+    """
+    most = model.profile("float32").max_tokens
+    if request.max_tokens > most:
+        raise InvalidArgumentError(
+            f"max_tokens: {request.max_tokens}; at most {most}, the model's own length, or 0 for "
+            "just that",
+            field="max_tokens",
+        )
+
+
 def without_place(request: deployer_pb2.PlanRequest) -> deployer_pb2.PlanRequest:
     """A request without the number of copies and what is wished of their place."""
     bare = deployer_pb2.PlanRequest()

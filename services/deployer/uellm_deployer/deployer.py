@@ -14,7 +14,7 @@ from uellm.service import Context
 from uellm.v1 import deployer_pb2, topology_pb2
 from uellm_deployer import moving, planning, reconcile
 from uellm_deployer.budgets import devices_for
-from uellm_deployer.catalog import checked, declared, resolve
+from uellm_deployer.catalog import check_context, checked, declared, resolve
 from uellm_deployer.deployment import Deployment
 from uellm_deployer.discovery import Discovery
 from uellm_deployer.forming import Former
@@ -250,6 +250,7 @@ class Deployer:
         """
         request = checked(request, self._settings.slots, self._settings.objective)
         model = await resolve(request)
+        check_context(request, model)
         now = time.monotonic()
         there = self.workers.live(now, self._settings.worker_silence_seconds)
         deployed = self._deployments.get(request.model.name)
@@ -308,6 +309,7 @@ class Deployer:
             # It is fetched in the background, which may take long; the deployment's status tells.
             model = None
         if model is not None:
+            check_context(request, model)
             request.model.source = model.ref.source
             for adapter, found in zip(request.adapters, model.adapter_refs, strict=True):
                 adapter.source = found.source
