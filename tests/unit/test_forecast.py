@@ -112,6 +112,25 @@ def test_an_answer_that_is_seen_to_come_is_forecast_from_there() -> None:
     assert own_finish(answering(1000)) > 0.1
 
 
+def test_an_answer_that_comes_does_not_wait_for_prompts_that_go_before_it() -> None:
+    """A policy that preempts may have it behind those that wait; it has its slot all the same."""
+    waiting = [replace(queued(f"q{i}"), profile=_long_prompt()) for i in range(100)]
+    view = replace(answering(5), slots=8)
+    people = everybody(ColumnsCache().of(waiting), [view], SentCache())
+    first, last = (
+        forecasts(
+            people.columns,
+            backlog_of(
+                people.columns, line, people.sent_at, [view], NOW, preempts=True, begun=people.begun
+            ),
+            np.array([100]),
+            NOW,
+        )
+        for line in (np.array([100, *range(100)]), np.arange(101))
+    )
+    assert last.finish[0] == pytest.approx(first.finish[0])
+
+
 def test_who_waits_does_so_for_what_is_left_of_an_answer() -> None:
     waits = [forecast([queued("q")], answering(tokens)).start[0] for tokens in (5, 80)]
     assert waits[0] - waits[1] > 0.3

@@ -154,7 +154,8 @@ def forecasts(everybody: Columns, backlog: Backlog, wanted: Places, now: float) 
     decoding = backlog.decoding(everybody.median)[wanted]
     own = prefill + decoding
     # Of many that come at once, each has a slot long before its prompt has its turn.
-    prefilled = np.maximum(wait + prefill, backlog.prefilled[ahead])
+    prompts = np.where(backlog.begun[wanted], 0.0, backlog.prefilled[ahead])
+    prefilled = np.maximum(wait + prefill, prompts)
     start = prefilled + crew.step
     finish = prefilled + decoding
     longer = (everybody.high[wanted] - everybody.median[wanted]) * crew.step

@@ -106,7 +106,7 @@ class _Kind:
         blocks.append(step)
 
     def restate(self, pace: float, since: float) -> None:
-        """Steps before that number would take ``pace`` times as long today."""
+        """Steps before that number would take ``pace`` times as long at present."""
         self.blocks[:] = [
             block if block.number >= since else block._replace(seconds=block.seconds * pace)
             for block in self.blocks
