@@ -63,8 +63,9 @@ def test_other_durations_are_refused(text: str) -> None:
 @given(st.floats(0.001, 600_000))
 def test_a_duration_is_shown_near_its_value(seconds: float) -> None:
     number, unit = show_duration(seconds).split(" ")
-    in_seconds = float(number) * {"ms": 0.001, "s": 1, "min": 60}[unit]
+    in_seconds = float(number) * {"ms": 0.001, "s": 1, "min": 60, "h": 3600}[unit]
     assert in_seconds == pytest.approx(seconds, rel=0.06, abs=0.0006)
+    assert float(number) <= 1000, "a unit that reads best"
 
 
 def test_help_names_every_command_and_status() -> None:

@@ -9,4 +9,6 @@ def show_duration(seconds: float) -> str:
         return f"{seconds * 1000:.0f} ms"
     if abs(seconds) < 120:
         return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min"
+    if abs(seconds) < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
