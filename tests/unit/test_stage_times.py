@@ -61,6 +61,13 @@ def test_what_was_learnt_against_a_guess_does_not_count_against_a_measurement() 
     assert found.learnt(0.0)["a"].slowdown == pytest.approx(1.0, rel=0.01)
 
 
+def test_of_devices_that_share_a_measurement_the_fastest_stands_for_it() -> None:
+    found = seen(step("a", "", 3.0), step("b", "", 1.2))
+    assert found.best_of(["a", "b", "never"], 0.0).slowdown == found.learnt(0.0)["b"].slowdown
+    assert found.best_of(["a", "never"], 0.0).slowdown == found.learnt(0.0)["a"].slowdown
+    assert found.best_of(["never"], 0.0).slowdown == 1.0
+
+
 def test_devices_that_are_gone_are_forgotten() -> None:
     found = seen(step("a", "", 3.0))
     found.forget(["m-0"], 5 * HALF_LIFE_SECONDS)

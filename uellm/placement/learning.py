@@ -50,6 +50,14 @@ class Correction:
     step_seconds: float = 0.0
     prefill_ratio: float = 1.0
 
+    def faded(self, trust: float) -> "Correction":
+        """So much of it as is believed still, as a share."""
+        return Correction(
+            1 + (self.slowdown - 1) * trust,
+            self.step_seconds * trust,
+            1 + (self.prefill_ratio - 1) * trust,
+        )
+
 
 AS_PREDICTED = Correction()
 

@@ -8,7 +8,7 @@ replicas take keeps the measurements of layers up to date.
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,7 +140,7 @@ class Discovery:
             link.level: LinkSpeed(link.latency_seconds, link.bytes_per_second)
             for link in self._file.default_links
         }
-        known = self._measurements.knowledge(declared, overrides, defaults)
+        known = self._measurements.knowledge(declared, overrides, defaults, self._now())
         return replace(known, learnt=self.times.learnt(time.monotonic()))
 
     def topology(self, subject: Subject) -> deployer_pb2.GetTopologyResponse:
@@ -358,14 +358,23 @@ class Discovery:
                 self._prompts[replica.id] = found.took
             times = stage_times(replica, model, devices, found, self.knowledge)
             self.times.see(replica.id, times, time.monotonic())
-        await self._keep_learnt(replica, devices)
+        await self._keep_learnt(replica, devices, there.values())
 
-    async def _keep_learnt(self, replica: Replica, devices: Sequence[topology_pb2.Device]) -> None:
-        """Have it outlive this process, where what it corrects does."""
+    async def _keep_learnt(
+        self,
+        replica: Replica,
+        devices: Sequence[topology_pb2.Device],
+        there: Collection[topology_pb2.Device],
+    ) -> None:
+        """Have it outlive this process, where what it corrects does.
+
+        Of devices that share a measurement the best one stands for all: others may be slower.
+        """
         assignment = replica.assignments[0]
-        for device in devices:
-            key = BlockKey(device.host, device.name, assignment.model.digest, assignment.dtype)
-            found = self.times.of(device.id, time.monotonic())
+        for host, name in sorted({(device.host, device.name) for device in devices}):
+            alike = [device.id for device in there if (device.host, device.name) == (host, name)]
+            found = self.times.best_of(alike, time.monotonic())
+            key = BlockKey(host, name, assignment.model.digest, assignment.dtype)
             await self._measurements.learn(key, found, self._now())
 
     def _live(self) -> list[Worker]:

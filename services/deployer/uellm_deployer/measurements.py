@@ -11,6 +11,7 @@ from uellm.placement.topology import Link, LinkSpeed
 from uellm.streams.connection import RedisClient
 from uellm.v1 import deployer_pb2, topology_pb2
 from uellm_deployer.probing import MeasuredLink, block_to_proto, measured_to_proto
+from uellm_deployer.stage_times import HALF_LIFE_SECONDS
 
 BLOCKS = "uellm:measured:blocks"
 """Hash: MeasuredBlock by host, device, digest of the model and dtype."""
@@ -21,6 +22,9 @@ KEPT_SECONDS = 30 * 86400.0
 _SEPARATOR = "\t"
 _WORTH_KEEPING = 0.05
 """What was learnt is written again when a step of one layer has moved so much by it."""
+
+_CONFIRMED_SECONDS = 60.0
+"""And that often where it has not, which keeps its age young."""
 
 
 class Measurements:
@@ -91,6 +95,7 @@ class Measurements:
         declared: Sequence[Link],
         overrides: Sequence[Link],
         defaults: Mapping[str, LinkSpeed],
+        now: float,
     ) -> Knowledge:
         """A snapshot for planners.
 
@@ -98,9 +103,10 @@ class Measurements:
             declared: links as drivers say them.
             overrides: links from a file.
             defaults: from a file, by level.
+            now: the present by Redis TIME.
         """
         return Knowledge(
-            blocks=dict(self._costs),
+            blocks={key: self._believed(key, cost, now) for key, cost in self._costs.items()},
             ways={key: way.link for key, way in self._ways.items()},
             links=(*declared, *(copies.link for copies in self._copies.values())),
             overrides=overrides,
@@ -156,12 +162,18 @@ class Measurements:
         message = self._blocks[key]
         layer, kept = known.layer.unloaded, message.cost
         before = (kept.live_ratio or 1.0) * (layer + kept.live_step_seconds)
-        if abs(found.slowdown * (layer + found.step_seconds) - before) > _WORTH_KEEPING * layer:
+        moved = abs(found.slowdown * (layer + found.step_seconds) - before)
+        if moved > _WORTH_KEEPING * layer or now - seconds(kept.live_at) > _CONFIRMED_SECONDS:
             message.cost.live_ratio = found.slowdown
             message.cost.live_step_seconds = found.step_seconds
             message.cost.live_prefill_ratio = found.prefill_ratio
             message.cost.live_at.FromNanoseconds(round(now * 1e9))
             await self._redis.hset(BLOCKS, _field(*_parts(key)), message.SerializeToString())
+
+    def _believed(self, key: BlockKey, cost: BlockCost, now: float) -> BlockCost:
+        """With as much of what was learnt as its age leaves."""
+        age = max(now - seconds(self._blocks[key].cost.live_at), 0.0)
+        return replace(cost, live=cost.live.faded(0.5 ** (age / HALF_LIFE_SECONDS)))
 
     def _note_block(
         self, key: BlockKey, message: deployer_pb2.MeasuredBlock, cost: BlockCost

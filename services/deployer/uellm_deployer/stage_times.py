@@ -101,10 +101,14 @@ class StageTimes:
                 best[kind] = min(best.get(kind, slowdown), slowdown)
         return best
 
-    def of(self, device_id: str, now: float) -> Correction:
-        """What one device takes, against what was predicted of itself alone."""
-        found = self._evidence.get(device_id)
-        return found.correction(now) if found is not None else AS_PREDICTED
+    def best_of(self, device_ids: Sequence[str], now: float) -> Correction:
+        """What the fastest of these takes that were seen, against what was predicted of it."""
+        found = [
+            self._evidence[device].correction(now)
+            for device in device_ids
+            if device in self._evidence
+        ]
+        return min(found, key=lambda each: each.slowdown, default=AS_PREDICTED)
 
 
 def _against(seen: Evidence, best: float | None, now: float) -> float:

@@ -340,11 +340,8 @@ class KvManager:
         """Move what a slot keeps to another, unless that costs what was used later, or a source."""
         order = list(self._cached)
         older = [other for other in order[: order.index(number)] if other != source]
-        empty = [
-            other
-            for other, slot in enumerate(self._slots)
-            if not slot.busy and other not in self._cached
-        ]
+        idle = {other for other, slot in enumerate(self._slots) if not slot.busy}
+        empty = sorted(idle - self._cached.keys())
         needed = self._slots[number].committed
         room = self._budget - self._committed + sum(self._slots[o].committed for o in older)
         if needed > room or not (empty or older):
