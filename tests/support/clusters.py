@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import cache
 
 from uellm.core.model import LayerProfile, ModelProfile
 from uellm.placement.topology import Device, Link, LinkSpeed, Topology
@@ -195,3 +196,15 @@ def odd_request(seed: int, objective: Objective, most_devices: int = 4) -> PlanR
     )
     topology = odd_topology(rng, rng.randrange(1, most_devices + 1))
     return PlanRequest(topology, odd_model(rng), workload, objective, budget_seconds=1.0)
+
+
+@cache
+def cuts(layers: int, parts: int) -> tuple[tuple[int, ...], ...]:
+    """All ways to cut layers into so many parts, none of them empty."""
+    if parts == 1:
+        return ((layers,),)
+    return tuple(
+        (first, *rest)
+        for first in range(1, layers - parts + 2)
+        for rest in cuts(layers - first, parts - 1)
+    )

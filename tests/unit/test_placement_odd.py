@@ -3,12 +3,11 @@
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from itertools import permutations
 
 import pytest
 
-from tests.support.clusters import MIB, odd_request, small_model, wide_area
+from tests.support.clusters import MIB, cuts, odd_request, small_model, wide_area
 from uellm.core.model import LayerProfile
 from uellm.placement import cpsat, held_karp
 from uellm.placement.chain import chain_of
@@ -21,17 +20,6 @@ from uellm.placement.topology import Device, Topology
 from uellm.placement.views import OBJECTIVES, Objective, Plan, PlanRequest, Workload
 
 CLOSE = 1e-5
-
-
-@cache
-def cuts(layers: int, parts: int) -> tuple[tuple[int, ...], ...]:
-    if parts == 1:
-        return ((layers,),)
-    return tuple(
-        (first, *rest)
-        for first in range(1, layers - parts + 2)
-        for rest in cuts(layers - first, parts - 1)
-    )
 
 
 def everything(costs: Costs) -> Iterator[tuple[float, float, float]]:

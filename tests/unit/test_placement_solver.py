@@ -3,12 +3,18 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import pairwise, permutations
 
 import pytest
 
-from tests.support.clusters import MIB, random_request, random_topology, small_model, wide_area
+from tests.support.clusters import (
+    MIB,
+    cuts,
+    random_request,
+    random_topology,
+    small_model,
+    wide_area,
+)
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement import cpsat, held_karp
 from uellm.placement.baselines import BASELINES
@@ -42,17 +48,6 @@ class Point:
     seconds: float
     pace: float
     cost: float
-
-
-@cache
-def cuts(layers: int, parts: int) -> tuple[tuple[int, ...], ...]:
-    if parts == 1:
-        return ((layers,),)
-    return tuple(
-        (first, *rest)
-        for first in range(1, layers - parts + 2)
-        for rest in cuts(layers - first, parts - 1)
-    )
 
 
 def everything(costs: Costs) -> Iterator[Point]:
