@@ -12,6 +12,7 @@ from uellm.placement.chain import Chain, Route, route
 from uellm.placement.hierarchy import hierarchy
 from uellm.placement.polish import Polisher
 from uellm.placement.tree import solve_tree
+from uellm.placement.walk import lift_walks
 
 EXACT = 1e-9
 """Within this of its bound a route is taken to be the best."""
@@ -20,8 +21,11 @@ _ORDERS_PER_SECOND = 30_000
 _TREES_PER_SECOND = 12
 _TREE_DEVICES = 64
 """Trees of more devices than this take longer, in proportion."""
+_STEPS_PER_SECOND = 1e8
+"""Of the walks, from one state to another."""
 _STARTS = 6
 LIFTED = "tree of the links with potentials"
+_WALKS = "walks with prices on visits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +107,21 @@ def _by_search(
     proof = "tree of the links"
     if routes and routes[0].seconds <= enough:
         return Found(routes[0], bound, "polish", proof)
-    target = routes[0].seconds if routes else 2 * abs(bound) + 1e-9
-    lifted = deepen(chain, budget, target, polisher)
-    best = min([*routes[:1], *lifted.routes[:1]], key=lambda each: each.seconds, default=None)
-    if best is None:
-        return None
-    return Found(best, max(bound, lifted.bound), "polish", LIFTED)
+    for lift, name in ((_by_walks, _WALKS), (deepen, LIFTED)):
+        target = routes[0].seconds if routes else 2 * abs(bound) + 1e-9
+        lifted = lift(chain, budget, target, polisher)
+        routes = sorted([*routes, *lifted.routes], key=lambda each: each.seconds)
+        if lifted.bound > bound:
+            bound, proof = lifted.bound, name
+        if routes and Found(routes[0], bound, "polish", proof).proven:
+            break
+    return Found(routes[0], bound, "polish", proof) if routes else None
+
+
+def _by_walks(chain: Chain, budget: float, target: float, polisher: Polisher) -> Bounded:
+    """A bound by walks, and the routes that are near to those met on the way, best first."""
+    lifted = lift_walks(chain, target, _STEPS_PER_SECOND * budget)
+    return Bounded(lifted.bound, tuple(_improved(polisher, _near(lifted))))
 
 
 def deepen(chain: Chain, budget: float, target: float, polisher: Polisher | None = None) -> Bounded:
@@ -122,9 +135,14 @@ def deepen(chain: Chain, budget: float, target: float, polisher: Polisher | None
     """
     trees = _TREES_PER_SECOND * budget * min(1.0, _TREE_DEVICES / chain.size)
     lifted = ascend(chain, target, max(1, int(trees)))
-    near = sorted(lifted.routes, key=lambda each: each.seconds)[:_STARTS]
     polisher = polisher or Polisher(chain, int(_ORDERS_PER_SECOND * budget / 4))
-    return Bounded(lifted.bound, tuple(_improved(polisher, [each.order for each in near])))
+    return Bounded(lifted.bound, tuple(_improved(polisher, _near(lifted))))
+
+
+def _near(lifted: Bounded) -> list[tuple[int, ...]]:
+    """The best orders that were met."""
+    near = sorted(lifted.routes, key=lambda each: each.seconds)[:_STARTS]
+    return [each.order for each in near]
 
 
 def _improved(polisher: Polisher, starts: Iterable[Sequence[int]]) -> list[Route]:
