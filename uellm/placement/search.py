@@ -105,16 +105,16 @@ def _by_search(
     polisher = Polisher(chain, int(_ORDERS_PER_SECOND * budget))
     routes = _improved(polisher, [side_by_side(chain, order) for order in starts])
     proof = "tree of the links"
-    if routes and routes[0].seconds <= enough:
-        return Found(routes[0], bound, "polish", proof)
     for lift, name in ((_by_walks, _WALKS), (deepen, LIFTED)):
+        if routes:
+            found = Found(routes[0], bound, "polish", proof)
+            if found.proven or found.route.seconds <= enough:
+                return found
         target = routes[0].seconds if routes else 2 * abs(bound) + 1e-9
         lifted = lift(chain, budget, target, polisher)
         routes = sorted([*routes, *lifted.routes], key=lambda each: each.seconds)
         if lifted.bound > bound:
             bound, proof = lifted.bound, name
-        if routes and Found(routes[0], bound, "polish", proof).proven:
-            break
     return Found(routes[0], bound, "polish", proof) if routes else None
 
 

@@ -144,7 +144,8 @@ class _Program:
             self._come[t] = (self._done[t][:, :, None] + self._link).min(axis=1) + use
         last = self._come[:0:-1] + self._last[: num_layers - 1, None]
         self._end = last.min(axis=0, initial=np.inf) + chain.last + chain.back[:, firsts].T
-        alone = begin + num_layers * chain.layer[firsts] + (chain.last + np.diag(chain.back))[firsts]
+        ending = (chain.last + np.diag(chain.back))[firsts]
+        alone = begin + num_layers * chain.layer[firsts] + ending
         self._alone = np.where(chain.only_cap[firsts] >= num_layers, alone, np.inf)
 
     def walks(self) -> _Walks:
