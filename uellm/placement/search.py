@@ -110,6 +110,8 @@ def _by_search(
             found = Found(routes[0], bound, "polish", proof)
             if found.proven or found.route.seconds <= enough:
                 return found
+        elif bound == np.inf:
+            return None
         target = routes[0].seconds if routes else 2 * abs(bound) + 1e-9
         lifted = lift(chain, budget, target, polisher)
         routes = sorted([*routes, *lifted.routes], key=lambda each: each.seconds)
