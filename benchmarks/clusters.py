@@ -1,6 +1,7 @@
 """Clusters and models for benchmarks of placement: uellm's named ones, and any number at random."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 from uellm import clusters
@@ -67,14 +68,23 @@ def geometric(count: int, seed: int) -> Topology:
     return Topology(devices, links)
 
 
-def lopsided(count: int, seed: int) -> Topology:
-    """Single devices, and ways of which the two directions have nothing to do with each other."""
+def lopsided(
+    count: int, seed: int, longest: float = 0.03, kinds: Sequence[str] = _SITES
+) -> Topology:
+    """Single devices, and ways of which the two directions have nothing to do with each other.
+
+    Args:
+        count: devices.
+        seed: of what is drawn.
+        longest: seconds of latency; the shortest is 1 ms.
+        kinds: of the devices.
+    """
     rng = random.Random(seed)
     devices = tuple(
-        _device(rng.choice(_SITES), f"s{i:03}", 0, ("", f"s{i:03}")) for i in range(count)
+        _device(rng.choice(kinds), f"s{i:03}", 0, ("", f"s{i:03}")) for i in range(count)
     )
     links = tuple(
-        Link(a.id, b.id, rng.uniform(1e-3, 0.03), 0.1e9, kind="wan")
+        Link(a.id, b.id, rng.uniform(1e-3, longest), 0.1e9, kind="wan")
         for a in devices
         for b in devices
         if a.id != b.id

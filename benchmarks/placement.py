@@ -113,8 +113,21 @@ def _random() -> dict[str, tuple[Topology, str]]:
         for count in (16, 32, 64)
         for seed in range(_SEEDS)
     }
+    long_ways = {
+        f"random long ways, {count} ({seed})": (lopsided(count, count + seed, 0.3), "llama-2-13b")
+        for count in (16, 32, 64)
+        for seed in range(_SEEDS)
+    }
+    many = {
+        f"random ways of T4s, {count} ({seed})": (
+            lopsided(count, count + seed, kinds=("T4",)),
+            "llama-2-70b",
+        )
+        for count in (32, 64)
+        for seed in range(_SEEDS)
+    }
     racks = {f"mixed racks, {count}": (mixed(count), "llama-2-70b") for count in (16, 32, 128)}
-    return sites | racks | any_ways
+    return sites | racks | any_ways | long_ways | many
 
 
 def _timed(work: Callable[[], Plan]) -> tuple[Plan, tuple[float, float, float]]:
