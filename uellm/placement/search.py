@@ -23,6 +23,8 @@ _TREE_DEVICES = 64
 """Trees of more devices than this take longer, in proportion."""
 _STEPS_PER_SECOND = 1e8
 """Of the walks, from one state to another."""
+_ALIKE = 0.1
+"""Directions of a way that differ by no more, relatively, are taken to be alike."""
 _STARTS = 6
 LIFTED = "tree of the links with potentials"
 _WALKS = "walks with prices on visits"
@@ -64,7 +66,8 @@ def search(
         budget: nominal seconds, counted in work, where no exact method is fast enough.
         seeds: orders to start from as well.
         enough: seconds that need not be improved upon.
-        close: whether CP-SAT may close the gap that is left.
+        close: whether the gap is to be closed: by walks on any ways, and by CP-SAT. Else walks are
+            looked at only where the two directions of ways differ, which no tree knows.
     """
     if 0 < chain.size <= held_karp.MOST_DEVICES:
         return _by_sets(chain)
@@ -74,7 +77,8 @@ def search(
         return None
     if tree.exact and result.route is not None:
         return Found(result.route, result.bound, "tree", "dynamic program over the tree: exact")
-    found = _by_search(chain, budget, [result.order, *seeds], result.bound, enough)
+    walks = close or not np.allclose(chain.link, chain.link.T, rtol=_ALIKE)
+    found = _by_search(chain, budget, [result.order, *seeds], result.bound, enough, walks=walks)
     if found is None or not close or found.proven or found.route.seconds <= enough:
         return found
     return _closed(chain, found, budget)
@@ -100,12 +104,18 @@ def _by_sets(chain: Chain) -> Found | None:
 
 
 def _by_search(
-    chain: Chain, budget: float, starts: Sequence[Sequence[int]], bound: float, enough: float
+    chain: Chain,
+    budget: float,
+    starts: Sequence[Sequence[int]],
+    bound: float,
+    enough: float,
+    *,
+    walks: bool,
 ) -> Found | None:
     polisher = Polisher(chain, int(_ORDERS_PER_SECOND * budget))
     routes = _improved(polisher, [side_by_side(chain, order) for order in starts])
     proof = "tree of the links"
-    for lift, name in ((_by_walks, _WALKS), (deepen, LIFTED)):
+    for lift, name in [(_by_walks, _WALKS), (deepen, LIFTED)][not walks :]:
         if routes:
             found = Found(routes[0], bound, "polish", proof)
             if found.proven or found.route.seconds <= enough:
