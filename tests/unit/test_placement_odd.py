@@ -4,17 +4,21 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations
+from typing import Any
 
 import pytest
 
+from benchmarks.clusters import model
 from tests.support.clusters import MIB, cuts, odd_request, small_model, wide_area
 from uellm.core.model import LayerProfile
-from uellm.placement import cpsat, held_karp
+from uellm.placement import cpsat, held_karp, pace
+from uellm.placement.bound import Bounded
 from uellm.placement.chain import chain_of
 from uellm.placement.costs import Costs, costs_of
 from uellm.placement.memory import USABLE
 from uellm.placement.objectives import SLACK
 from uellm.placement.prediction import Layout, predict, shortages
+from uellm.placement.search import deepen
 from uellm.placement.solver import solve
 from uellm.placement.topology import Device, Topology
 from uellm.placement.views import OBJECTIVES, Objective, Plan, PlanRequest, Workload
@@ -151,6 +155,27 @@ def test_throughput_of_a_wide_area_is_near_its_bound(count: int) -> None:
     plan = solve(request)
     assert plan.certificate is not None
     assert plan.certificate.ratio <= 1.05
+
+
+@pytest.mark.slow
+def test_paces_that_only_all_of_the_budget_reaches_are_looked_for_in_few_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Bounded:
+        nonlocal looks
+        looks += 1
+        assert looks <= 50
+        return deepen(*args, **kwargs)
+
+    monkeypatch.setattr(pace, "deepen", counted)
+    topology = wide_area(random.Random(1), 128)  # noqa: S311 - repeatable
+    load = Workload(batch=4, in_flight=32, prompt_tokens=512, output_tokens=128)
+    plan = solve(PlanRequest(topology, model("llama-2-13b"), load, "throughput", seeded=False))
+    assert looks > 10
+    assert plan.certificate is not None
+    assert plan.certificate.ratio <= 1.1
 
 
 def test_an_offered_rate_that_is_served_leaves_nothing_to_gain() -> None:

@@ -124,9 +124,8 @@ class _Bisection:
         have a bound, which falls as the pace rises. The best is where they meet.
         """
         searched = float(paces[failed]) not in self._settled and not self._problem.stages
-        # What a part of the budget did not find, all of it may.
-        while searched and failed and self._deepen(float(paces[failed]), float(paces[failed + 1])):
-            failed -= 1
+        if searched:
+            failed = self._lowered(paces, failed)
 
         def at(index: int) -> float:
             return min(float(paces[index + 1]), self._bounds[float(paces[index])])
@@ -139,6 +138,20 @@ class _Bisection:
             bound = max(bound, at(middle))
             low, high = (middle, high) if bound >= paces[middle + 1] else (low, middle)
         return bound
+
+    def _lowered(self, paces: Array, failed: int) -> int:
+        """The place before the first pace kept: what part of the budget missed, all may find.
+
+        Most often nothing, which one look tells; else the rest is searched by bisection as well.
+        """
+        lost, kept, middle = 0, failed + 1, failed
+        while kept - lost > 1:
+            if self._deepen(float(paces[middle]), float(paces[middle + 1])):
+                kept = middle
+            else:
+                lost = middle
+            middle = (lost + kept) // 2
+        return lost
 
     @property
     def _exact(self) -> bool:
