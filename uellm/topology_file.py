@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from google.protobuf import json_format
 
-from uellm.convert import topology_from_proto
+from uellm.convert_topology import topology_from_proto
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement.topology import Topology
 from uellm.v1 import topology_pb2

@@ -12,7 +12,7 @@ from tests.contract.test_gateway_peers import Scheduler, serving
 from tests.support.gateway import MODEL, Gateway, MeshDriver, running_gateway
 from tests.support.vision import picture, write_vision_model_files
 from tests.support.waiting import eventually
-from uellm import convert
+from uellm import convert_topology
 from uellm.core.errors import InvalidArgumentError
 from uellm.models.images import MOST_IMAGES
 from uellm.models.shapes import read_decoder_shape
@@ -37,7 +37,7 @@ PNG = Image(media_type="image/png", data=picture())
 async def gateway(redis: Redis, redis_url: str, tmp_path: Path) -> AsyncIterator[Gateway]:
     await MeshDriver(redis, tmp_path / MODEL).deploy()
     directory = write_vision_model_files(tmp_path / SEES)
-    shape = convert.model_to_proto(read_decoder_shape(directory, "float32"))
+    shape = convert_topology.model_to_proto(read_decoder_shape(directory, "float32"))
     await Registry(redis).publish(
         topology_pb2.Deployment(
             name=SEES,

@@ -22,7 +22,7 @@ from uellm_deployer.settings import DeployerSettings
 
 from tests.support.waiting import eventually
 from tests.support.worker import worker_at
-from uellm.convert import topology_from_proto
+from uellm.convert_topology import topology_from_proto
 from uellm.core.errors import NotFoundError, UellmError
 from uellm.rpc import channel, error_from
 from uellm.streams.registry import Registry, ServiceAddress

@@ -12,7 +12,7 @@ from uellm_gateway.app import start
 from uellm_gateway.settings import GatewaySettings
 
 from tests.support.models import write_tiny_model_files
-from uellm import convert
+from uellm import convert, convert_topology
 from uellm.convert import duration
 from uellm.models.profile import read_profile
 from uellm.models.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ class MeshDriver:
     ) -> None:
         """Publish the model and route its replica."""
         state = topology_pb2.REPLICA_STATE_READY if ready else topology_pb2.REPLICA_STATE_FAILED
-        profile = convert.model_to_proto(read_profile(self.directory, "float32"))
+        profile = convert_topology.model_to_proto(read_profile(self.directory, "float32"))
         await self._registry.publish(
             topology_pb2.Deployment(
                 name=self.model,

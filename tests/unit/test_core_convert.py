@@ -4,7 +4,7 @@ from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uellm import convert
+from uellm import convert, convert_topology
 from uellm.core.model import LayerProfile, ModelProfile
 from uellm.core.request import (
     LEVELS,
@@ -57,7 +57,7 @@ def test_profiles_keep_everything() -> None:
 def test_models_keep_everything() -> None:
     layer = LayerProfile(10, 20, 30.0, 40)
     model = ModelProfile((layer, layer), 5, 6, True, 7, 8, 9, 10, "Arch", "float16")
-    assert convert.model_from_proto(convert.model_to_proto(model)) == model
+    assert convert_topology.model_from_proto(convert_topology.model_to_proto(model)) == model
 
 
 def test_promises_keep_everything_there_is() -> None:

@@ -11,7 +11,7 @@ from uellm_deployer import assigning, planning
 from uellm_deployer.catalog import ResolvedModel, checked
 
 from tests.support.checkpoints import write_checkpoint
-from uellm.convert import planned_to_proto
+from uellm.convert_topology import planned_to_proto
 from uellm.core.errors import UellmError
 from uellm.placement.topology import Device
 from uellm.v1 import common_pb2, deployer_pb2

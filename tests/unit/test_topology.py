@@ -2,7 +2,7 @@
 
 import pytest
 
-from uellm.convert import link_from_proto, link_to_proto, topology_from_proto
+from uellm.convert_topology import link_from_proto, link_to_proto, topology_from_proto
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement.topology import DEFAULT_LINKS, Device, Link, LinkSpeed, Topology
 from uellm.v1 import topology_pb2

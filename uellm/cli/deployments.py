@@ -17,7 +17,8 @@ from uellm.cli.device_options import read_cost, read_pins
 from uellm.cli.placements import changed, deployment_table, fetched, plan_table, predicted
 from uellm.cli.plan_files import read_plan
 from uellm.cli.service_calls import deployer
-from uellm.convert import planned_to_proto, seconds
+from uellm.convert import seconds
+from uellm.convert_topology import planned_to_proto
 from uellm.core.errors import (
     ConfigurationError,
     FailedPreconditionError,

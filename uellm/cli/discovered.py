@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from uellm.cli.service_calls import deployer
-from uellm.convert import block_from_proto, topology_from_proto
+from uellm.convert_topology import block_from_proto, topology_from_proto
 from uellm.models import files
 from uellm.models.manifest import Manifest, Span, read_manifest
 from uellm.placement.discovery import BlockKey, Knowledge

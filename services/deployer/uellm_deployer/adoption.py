@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from uellm.convert import device_shards, model_from_proto, planned_from_proto
+from uellm.convert import device_shards
+from uellm.convert_topology import model_from_proto, planned_from_proto
 from uellm.core.model import ModelProfile
 from uellm.placement.memory import Need
 from uellm.placement.views import PlannedReplica, PlannedStage

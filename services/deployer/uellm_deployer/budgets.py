@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from uellm.convert import device_from_proto
+from uellm.convert_topology import device_from_proto
 from uellm.placement.topology import Device
 from uellm.placement.views import PlannedStage
 from uellm.v1 import deployer_pb2, topology_pb2

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from itertools import count
 from typing import Any
 
-from uellm.convert import model_from_proto
+from uellm.convert_topology import model_from_proto
 from uellm.core.errors import AbortedError, UellmError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger

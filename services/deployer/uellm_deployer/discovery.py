@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from uellm.convert import device_from_proto, link_from_proto, link_to_proto, timestamp
+from uellm.convert import timestamp
+from uellm.convert_topology import device_from_proto, link_from_proto, link_to_proto
 from uellm.core.errors import ModelFilesError, UellmError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger

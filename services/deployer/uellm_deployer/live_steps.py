@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from uellm.convert import device_from_proto
+from uellm.convert_topology import device_from_proto
 from uellm.core.model import ModelProfile
 from uellm.placement.discovery import BlockKey, Knowledge
 from uellm.placement.learning import Comparison

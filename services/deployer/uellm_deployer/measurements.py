@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from uellm.convert import block_from_proto, seconds
+from uellm.convert import seconds
+from uellm.convert_topology import block_from_proto
 from uellm.placement.discovery import ANY_MODEL, BlockKey, Knowledge, LinkKey
 from uellm.placement.learning import Correction
 from uellm.placement.measuring import BlockCost

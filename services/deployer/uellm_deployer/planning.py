@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from uellm.convert import planned_from_proto, planned_to_proto
+from uellm.convert_topology import planned_from_proto, planned_to_proto
 from uellm.core.model import ModelProfile
 from uellm.placement.costs import costs_of
 from uellm.placement.discovery import Knowledge

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import grpc
 
 from uellm.addresses import host_of
-from uellm.convert import cost_to_proto, duration, link_to_proto, sample_from_proto, timestamp
+from uellm.convert import cost_to_proto, duration, timestamp
+from uellm.convert_topology import link_to_proto, sample_from_proto
 from uellm.core.errors import FailedPreconditionError
 from uellm.placement.measuring import BlockCost, fit_block, fit_link
 from uellm.placement.topology import Link

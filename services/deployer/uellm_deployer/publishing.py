@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from uellm.convert import model_to_proto
+from uellm.convert_topology import model_to_proto
 from uellm.core.model import ModelProfile
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel

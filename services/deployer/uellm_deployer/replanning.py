@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from uellm.convert import planned_to_proto, timestamp
+from uellm.convert import timestamp
+from uellm.convert_topology import planned_to_proto
 from uellm.core.errors import UellmError
 from uellm.logs import logger
 from uellm.placement.replan import cool_down_after, worth_it

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from uellm.convert import device_shards, planned_to_proto
+from uellm.convert import device_shards
+from uellm.convert_topology import planned_to_proto
 from uellm.placement.views import PlannedReplica
 from uellm.v1 import topology_pb2
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from uellm.convert import planned_to_proto, timestamp
+from uellm.convert import timestamp
+from uellm.convert_topology import planned_to_proto
 from uellm.core.load import OfferedLoad
 from uellm.logs import logger
 from uellm.placement.placers import GOODPUT

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from uellm import convert
+from uellm import convert_topology
 from uellm.core.errors import ModelFilesError, UnavailableError
 from uellm.core.model import ModelProfile
 from uellm.logs import logger
@@ -129,7 +129,9 @@ class ModelView:
         for name, deployment in deployments.items():
             known = before.get(name)
             if known is None or known.deployment != deployment:
-                known = ServedModel(deployment, convert.model_from_proto(deployment.profile))
+                known = ServedModel(
+                    deployment, convert_topology.model_from_proto(deployment.profile)
+                )
             self._models[name] = replace(known, policy=policies[name])
             self._load(deployment.model)
         used = {_key(model.deployment.model) for model in self._models.values()}

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from uellm.convert import model_from_proto
+from uellm.convert_topology import model_from_proto
 from uellm.core.errors import NotFoundError
 from uellm.core.model import ModelProfile
 from uellm.service import Context
