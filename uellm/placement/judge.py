@@ -1,7 +1,7 @@
 """Which of two layouts an objective prefers, and what speaks against the other."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -97,7 +97,3 @@ class Judge:
         if ratio > 1 + _EQUAL:
             return f"latency: {ratio:.4g} times"
         return "no better"
-
-    def without_limit(self) -> "Judge":
-        """The same, whatever a layout takes."""
-        return replace(self, limit=np.inf)
