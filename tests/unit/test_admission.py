@@ -1,6 +1,5 @@
 """Who is let in of those that would rather be refused than late, and what is learnt of it."""
 
-import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.room import room
 from tests.unit.test_dispatch_policies import NOW, queued, replica
 from uellm.core.cost import StepCost
 from uellm.policy.admissions import Admissions
@@ -386,11 +386,9 @@ def test_a_crowd_that_finds_places_free_makes_nothing_dear() -> None:
 
 def test_who_had_a_day_and_has_ended_takes_no_room() -> None:
     margin, most = Margin(), [0, 0]
-    tracemalloc.start()
     for i in range(6000):
         margin.advance(NOW + i)
         margin.let_in([asked(f"q{i}", 86_400.0 + i)])
         margin.finished(f"q{i}", NOW + i + 1)
-        most[i // 3000] = max(most[i // 3000], tracemalloc.get_traced_memory()[0])
-    tracemalloc.stop()
+        most[i // 3000] = max(most[i // 3000], room(margin))
     assert most[1] < 1.1 * most[0]

@@ -1,6 +1,5 @@
 """Promises are kept as often as they say: quantiles, odds, and what they may be learnt from."""
 
-import tracemalloc
 from dataclasses import fields, replace
 from math import inf
 
@@ -9,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.room import room
 from uellm.policy.columns import BEGUN, Floats
 from uellm.policy.forecast import FEATURES
 from uellm.policy.prospects import Forecasts
@@ -459,14 +459,12 @@ def test_a_request_that_had_a_day_and_has_ended_takes_no_room() -> None:
     record, one, most = TrackRecord(), forecast(deadline=86_400.0), [0, 0]
     columns = [getattr(one, each.name) for each in fields(one)[1:]]
     asked = Forecasts([], *(np.repeat(column, 32, axis=0) for column in columns))
-    tracemalloc.start()
-    for turn in range(150):
+    for turn in range(400):
         names = [f"{turn}.{i}" for i in range(32)]
         record.advance(float(turn))
         record.prospects(replace(asked, ids=names), float(turn))
         for name in names:
             record.promised(name, float(turn))
             record.gone(name, turn + 0.5)
-        most[turn // 75] = max(most[turn // 75], tracemalloc.get_traced_memory()[0])
-    tracemalloc.stop()
+        most[turn // 200] = max(most[turn // 200], room(record))
     assert most[1] < 1.1 * most[0]
