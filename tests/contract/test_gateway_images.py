@@ -11,7 +11,7 @@ from tests.contract.test_gateway import refusal, refused
 from tests.contract.test_gateway_peers import Scheduler, serving
 from tests.support.gateway import MODEL, Gateway, MeshDriver, running_gateway
 from tests.support.vision import picture, write_vision_model_files
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm import convert_topology
 from uellm.core.errors import InvalidArgumentError
 from uellm.models.images import MOST_IMAGES
@@ -58,7 +58,7 @@ def asking(*images: Image, model: str = SEES) -> GenerateRequest:
 
 
 async def estimate(gateway: Gateway, request: GenerateRequest) -> common_pb2.ResourceProfile:
-    response = await gateway.stub.Estimate(EstimateRequest(request=request), timeout=10)
+    response = await gateway.stub.Estimate(EstimateRequest(request=request), timeout=HANG_SECONDS)
     profile: common_pb2.ResourceProfile = response.profile
     return profile
 
@@ -90,7 +90,7 @@ async def test_a_wrong_image_is_named(
     gateway: Gateway, images: list[Image], field: str | None, said: str
 ) -> None:
     request = EstimateRequest(request=asking(*images))
-    error = await eventually(lambda: refused(gateway.stub.Estimate(request, timeout=10)))
+    error = await eventually(lambda: refused(gateway.stub.Estimate(request, timeout=HANG_SECONDS)))
     assert isinstance(error, InvalidArgumentError)
     at = f"chat.messages[0].content[{len(images)}].image"
     expected = "chat.messages" if field is None else f"{at}.{field}" if field else at

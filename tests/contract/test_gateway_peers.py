@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from tests.support.gateway import MODEL, Gateway, MeshDriver, running_gateway
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.core import errors
 from uellm.core.request import LEVELS
 from uellm.rpc import error_from
@@ -95,11 +95,11 @@ async def driver(redis: Redis, tmp_path: Path) -> MeshDriver:
 
 
 async def submit(gateway: Gateway) -> common_pb2.ResourceProfile:
-    return (await gateway.stub.Submit(SubmitRequest(request=REQUEST), timeout=5)).profile
+    return (await gateway.stub.Submit(SubmitRequest(request=REQUEST), timeout=HANG_SECONDS)).profile
 
 
 async def features_of_the_next(driver: MeshDriver, gateway: Gateway) -> bytes:
-    response = await gateway.stub.Submit(SubmitRequest(request=REQUEST), timeout=5)
+    response = await gateway.stub.Submit(SubmitRequest(request=REQUEST), timeout=HANG_SECONDS)
     return (await driver.leader.record(response.request_ids[0])).payload.features
 
 
@@ -164,7 +164,7 @@ async def test_without_a_profiler_the_prior_learns_from_what_is_streamed(
     async with running_gateway(redis_url) as gateway:
         profiles = []
         for _ in range(30):
-            stream = gateway.stub.Generate(REQUEST, timeout=5)
+            stream = gateway.stub.Generate(REQUEST, timeout=HANG_SECONDS)
             events = aiter(stream)
             profiles.append((await anext(events)).event.accepted.profile)
             await driver.answer(await driver.start_next(), ["hi"])
@@ -192,7 +192,9 @@ async def test_an_estimate_is_the_schedulers(
                 on_infeasible=common_pb2.ON_INFEASIBLE_REFUSE,
                 sampling=common_pb2.Sampling(max_tokens=9),
             )
-            found = await gateway.stub.Estimate(EstimateRequest(request=refuse), timeout=5)
+            found = await gateway.stub.Estimate(
+                EstimateRequest(request=refuse), timeout=HANG_SECONDS
+            )
             assert found.refusal.message == "no, local; not 9 tokens"
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await gateway.stub.Estimate(ask)
@@ -202,7 +204,9 @@ async def test_an_estimate_is_the_schedulers(
 
 async def _estimate(gateway: Gateway) -> common_pb2.Promise | None:
     try:
-        response = await gateway.stub.Estimate(EstimateRequest(request=REQUEST), timeout=5)
+        response = await gateway.stub.Estimate(
+            EstimateRequest(request=REQUEST), timeout=HANG_SECONDS
+        )
     except grpc.aio.AioRpcError:
         return None
     return response.promise

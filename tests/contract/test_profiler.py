@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from tests.support.scheduling import MODEL, Mesh, Running, completion, profiler
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import LEVELS
 from uellm.rpc import channel, error_from
@@ -42,7 +42,7 @@ async def learnt(stub: Any, count: int) -> profiler_pb2.DescribeModelResponse:
 
     async def description() -> profiler_pb2.DescribeModelResponse | None:
         request = profiler_pb2.DescribeModelRequest(model=MODEL)
-        answer = await stub.DescribeModel(request, timeout=5)
+        answer = await stub.DescribeModel(request, timeout=HANG_SECONDS)
         assert answer.observations <= count
         return answer if answer.observations == count else None
 
@@ -57,7 +57,7 @@ def profile_request(**fields: Any) -> profiler_pb2.ProfileRequest:
 
 async def test_the_first_request_gets_an_honest_profile(mesh: Mesh, redis_url: str) -> None:
     async with profiler(redis_url) as service, stub_of(service) as stub:
-        profile = (await stub.Profile(profile_request(), timeout=5)).items[0].profile
+        profile = (await stub.Profile(profile_request(), timeout=HANG_SECONDS)).items[0].profile
     assert tuple(profile.output_tokens.levels) == LEVELS
     assert profile.output_tokens.values[-1] == 500
     assert profile.output_tokens.values[0] < 50
@@ -78,7 +78,9 @@ async def test_two_profilers_learn_the_same_whenever_they_started(
         async with profiler(redis_url, "b") as second, stub_of(second) as other:
             await teach(mesh, 60, output_tokens=80)
             descriptions = [await learnt(stub, 120) for stub in (one, other)]
-            answers = [await stub.Profile(profile_request(), timeout=5) for stub in (one, other)]
+            answers = [
+                await stub.Profile(profile_request(), timeout=HANG_SECONDS) for stub in (one, other)
+            ]
     assert descriptions[0] == descriptions[1]
     assert answers[0] == answers[1]
     assert answers[0].items[0].profile.output_tokens.values[LEVELS.index(0.3)] == 40
@@ -97,7 +99,7 @@ async def test_what_never_ran_teaches_nothing(mesh: Mesh, redis_url: str) -> Non
 async def test_a_model_deployed_later_is_known_at_once(mesh: Mesh, redis_url: str) -> None:
     async with profiler(redis_url) as service, stub_of(service) as stub:
         await Mesh(mesh.redis, "later").deploy("r0")
-        answer = await stub.Profile(profile_request(model="later"), timeout=5)
+        answer = await stub.Profile(profile_request(model="later"), timeout=HANG_SECONDS)
         assert answer.items[0].profile.kv_bytes > 0
 
 
@@ -110,7 +112,7 @@ async def test_bad_calls_name_what_is_wrong(mesh: Mesh, redis_url: str) -> None:
             (profile_request(prompt_tokens=0), "items[0].prompt_tokens"),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await stub.Profile(request, timeout=5)
+                await stub.Profile(request, timeout=HANG_SECONDS)
             found = error_from(raised.value)
             assert isinstance(found, InvalidArgumentError)
             assert found.field == field
@@ -122,5 +124,5 @@ async def test_a_model_that_is_not_deployed_spoils_no_others_profile(
     known, unknown = profile_request().items[0], profile_request(model="nothing").items[0]
     request = profiler_pb2.ProfileRequest(items=[known, unknown, known])
     async with profiler(redis_url) as service, stub_of(service) as stub:
-        answer = await stub.Profile(request, timeout=5)
+        answer = await stub.Profile(request, timeout=HANG_SECONDS)
     assert [item.HasField("profile") for item in answer.items] == [True, False, True]

@@ -21,7 +21,7 @@ from uellm_profiler.store import PREFIX, Store
 from tests.contract.test_profiler import learnt, profile_request, stub_of, teach
 from tests.support.predictors import DUE, UNFITTED, Guess, Slow
 from tests.support.scheduling import MODEL, Mesh, profiler
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.core.errors import ConfigurationError, InvalidArgumentError, ResourceExhaustedError
 from uellm.core.request import LEVELS
 from uellm.learning.store import save_predictor
@@ -68,12 +68,12 @@ async def guessing(redis_url: str, name: str = "a") -> AsyncIterator[Any]:
 
 
 async def median(stub: Any, **fields: Any) -> float:
-    answer = await stub.Profile(profile_request(max_tokens=100_000, **fields), timeout=5)
+    answer = await stub.Profile(profile_request(max_tokens=100_000, **fields), timeout=HANG_SECONDS)
     return float(answer.items[0].profile.output_tokens.values[LEVELS.index(0.5)])
 
 
 async def versions(stub: Any) -> list[profiler_pb2.PredictorVersion]:
-    response = await stub.ListVersions(profiler_pb2.ListVersionsRequest(), timeout=5)
+    response = await stub.ListVersions(profiler_pb2.ListVersionsRequest(), timeout=HANG_SECONDS)
     return list(response.versions)
 
 
@@ -153,9 +153,9 @@ async def test_a_better_fit_becomes_a_version_and_can_be_rolled_back(
         assert (first.number, second.number) == (1, 2)
         assert second.outcomes >= CHALLENGE
         assert second.loss < second.loss_before
-        answer = await stub.Profile(profile_request(), timeout=5)
+        answer = await stub.Profile(profile_request(), timeout=HANG_SECONDS)
         assert answer.items[0].profile.predictor_version == "1.2"
-        await stub.Rollback(profiler_pb2.RollbackRequest(number=1), timeout=5)
+        await stub.Rollback(profiler_pb2.RollbackRequest(number=1), timeout=HANG_SECONDS)
         await eventually(lambda: _expects(stub, int(UNFITTED)))
         latest = (await versions(stub))[-1]
         assert (latest.number, latest.reason) == (3, "rolled back to version 1")
@@ -177,7 +177,7 @@ async def test_only_so_many_versions_are_kept(mesh: Mesh, redis_url: str, guess:
         await fitted(mesh, stub, 50)
         for latest in range(3, 12):
             earlier = profiler_pb2.RollbackRequest(number=latest - 2)
-            await stub.Rollback(earlier, timeout=5)
+            await stub.Rollback(earlier, timeout=HANG_SECONDS)
             await eventually(partial(_serves, stub, latest))
         kept = await versions(stub)
     assert [version.number for version in kept] == list(range(4, 12))
@@ -195,7 +195,7 @@ async def test_no_version_but_an_earlier_one_is_rolled_back_to(
     async with profiler(redis_url) as service, stub_of(service) as stub:
         await eventually(lambda: versions(stub))
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await stub.Rollback(profiler_pb2.RollbackRequest(number=number), timeout=5)
+            await stub.Rollback(profiler_pb2.RollbackRequest(number=number), timeout=HANG_SECONDS)
         found = error_from(raised.value)
         assert isinstance(found, InvalidArgumentError)
         assert "these are: none" in found.message
@@ -216,8 +216,8 @@ async def test_what_was_seen_of_a_prompt_comes_back_and_is_remembered(
     mesh: Mesh, redis_url: str, guess: None
 ) -> None:
     async with guessing(redis_url) as stub:
-        answer = await stub.Profile(profile_request(text="four"), timeout=5)
-        again = await stub.Profile(profile_request(text="four"), timeout=5)
+        answer = await stub.Profile(profile_request(text="four"), timeout=HANG_SECONDS)
+        again = await stub.Profile(profile_request(text="four"), timeout=HANG_SECONDS)
     assert answer.items[0].features == again.items[0].features == b"4 characters"
 
 
@@ -339,7 +339,7 @@ async def test_whoever_waits_no_longer_is_not_worked_for() -> None:
     class Held(Guess):
         def predict_batch(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
             begun.set()
-            assert go_on.wait(10)
+            assert go_on.wait(HANG_SECONDS)
             return predictor.predict_batch(requests)
 
     serving = Serving(Held())
@@ -446,7 +446,7 @@ async def test_the_default_learns_from_words(mesh: Mesh, redis_url: str) -> None
         async def ask(shape: str) -> profiler_pb2.ProfiledItem:
             text = shape.format(rng.randint(1, 99), rng.randint(1, 99))
             request = profile_request(text=text, prompt_tokens=9, max_tokens=4000)
-            return (await stub.Profile(request, timeout=5)).items[0]
+            return (await stub.Profile(request, timeout=HANG_SECONDS)).items[0]
 
         async def told_apart() -> bool:
             for shape, length in shapes.items():

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from tests.support.scheduling import MODEL, Mesh, Running, scheduler
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.convert import duration
 from uellm.core.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from uellm.policy.prospects import Forecasts
@@ -35,7 +35,7 @@ async def call(method: Any, request: Any) -> Any:
 
     async def answer() -> Any:
         try:
-            return await method(request, timeout=5)
+            return await method(request, timeout=HANG_SECONDS)
         except grpc.aio.AioRpcError as error:
             found = error_from(error)
             if isinstance(found, UnavailableError):
@@ -126,7 +126,7 @@ async def test_estimates_leave_nothing_behind(mesh: Mesh, redis_url: str) -> Non
         await call(stub.Estimate, estimate())
         before = forecasts()
         for _ in range(20):
-            await stub.Estimate(estimate(), timeout=5)
+            await stub.Estimate(estimate(), timeout=HANG_SECONDS)
         assert forecasts() <= before + 1
 
 
@@ -305,6 +305,6 @@ async def test_without_a_replica_there_is_no_estimate(mesh: Mesh, redis_url: str
     async with scheduler(redis_url) as service, stub_of(service) as stub:
         await call(stub.GetQueue, scheduler_pb2.GetQueueRequest(model=MODEL))
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            await stub.Estimate(estimate(), timeout=5)
+            await stub.Estimate(estimate(), timeout=HANG_SECONDS)
         found = error_from(error.value)
         assert (found.reason, found.retry_after_seconds) == ("NO_REPLICA", 1.0)

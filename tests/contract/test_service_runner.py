@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from redis.asyncio import Redis
 
 from tests.support.service import NAME, Echo, EchoServicer, EchoSettings
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.core.errors import ConfigurationError, NotFoundError, UnavailableError
 from uellm.embedded import EmbeddedRedis, free_port
 from uellm.rpc import channel, error_from
@@ -56,7 +56,7 @@ class Running:
     async def health(self, open_channel: grpc.aio.Channel, service: str = "") -> int:
         stub: Any = health_pb2_grpc.HealthStub(open_channel)
         request = health_pb2.HealthCheckRequest(service=service)
-        return int((await stub.Check(request, timeout=5)).status)
+        return int((await stub.Check(request, timeout=HANG_SECONDS)).status)
 
 
 @asynccontextmanager
@@ -89,7 +89,7 @@ async def test_a_service_that_is_ready_serves_and_is_found(redis: Redis, redis_u
         assert await service.health(opened) == SERVING
         assert await service.health(opened, NAME) == SERVING
         stub: Any = worker_pb2_grpc.WorkerServiceStub(opened)
-        response = await stub.Probe(worker_pb2.ProbeRequest(payload=b"x"), timeout=5)
+        response = await stub.Probe(worker_pb2.ProbeRequest(payload=b"x"), timeout=HANG_SECONDS)
         assert response.payload == b"x"
 
         async def found() -> Any:
@@ -103,7 +103,7 @@ async def test_what_a_service_offers_can_be_asked(redis_url: str) -> None:
     async with running(redis_url) as service, channel(service.address) as opened:
         any_channel: Any = opened
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(any_channel)
-        call = stub.ServerReflectionInfo(timeout=5)
+        call = stub.ServerReflectionInfo(timeout=HANG_SECONDS)
         await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
         names = {entry.name for entry in (await call.read()).list_services_response.service}
         await call.done_writing()
@@ -115,7 +115,9 @@ async def test_what_a_service_offers_can_be_asked(redis_url: str) -> None:
 
 
 async def test_a_service_goes_in_order(redis: Redis, redis_url: str) -> None:
-    async with running(redis_url, drain_wait=0.3) as service, channel(service.address) as opened:
+    waits = {"drain_wait": HANG_SECONDS, "drain_seconds": HANG_SECONDS}
+    async with running(redis_url, **waits) as service, channel(service.address) as opened:
+        assert service.application is not None
         registry = Registry(redis)
 
         async def found() -> Any:
@@ -124,7 +126,7 @@ async def test_a_service_goes_in_order(redis: Redis, redis_url: str) -> None:
         await eventually(found)
         stub: Any = worker_pb2_grpc.WorkerServiceStub(opened)
         request = worker_pb2.PrepareRequest(assignment=topology_pb2.ShardAssignment(replica="hold"))
-        call = stub.Prepare(request, timeout=10)
+        call = stub.Prepare(request, timeout=HANG_SECONDS)
         assert (await call.read()).loaded_bytes == 1
         service.stop.set()
         await eventually(lambda: "drain" in service.notes)
@@ -132,18 +134,20 @@ async def test_a_service_goes_in_order(redis: Redis, redis_url: str) -> None:
         assert await service.health(opened) == NOT_SERVING
         assert await service.health(opened, NAME) == NOT_SERVING
         assert await registry.find("profiler") == []
+        service.application.go_on.set()
         assert (await call.read()).loaded_bytes == 2
         assert await call.read() is grpc.aio.EOF
+        service.application.drained.set()
         await service.end()
         assert service.notes == ["add", "start", "drain", "drained", "work ended", "close"]
         assert await registry.find("profiler") == []
 
 
 async def test_draining_takes_no_longer_than_told(redis_url: str) -> None:
-    async with running(redis_url, drain_wait=60, drain_seconds=0.2) as service:
+    async with running(redis_url, drain_wait=HANG_SECONDS, drain_seconds=0.2) as service:
         started = asyncio.get_running_loop().time()
         await service.end()
-        assert asyncio.get_running_loop().time() - started < 5
+        assert asyncio.get_running_loop().time() - started < HANG_SECONDS / 2
         assert service.notes == ["add", "start", "drain", "work ended", "close"]
 
 
@@ -170,7 +174,7 @@ async def test_a_background_task_that_fails_ends_the_service(redis_url: str) -> 
         assert service.task is not None
         service.application.context.spawn(fail(), "failing")
         with pytest.raises(ArithmeticError, match="of the task"):
-            await asyncio.wait_for(service.task, 10)
+            await asyncio.wait_for(service.task, HANG_SECONDS)
         assert service.notes[-3:] == ["drained", "work ended", "close"]
 
 
@@ -230,7 +234,7 @@ async def test_a_loop_that_cannot_go_on_as_told_ends_the_service(redis_url: str)
         context = service.application.context
         context.spawn(context.repeat(step, "test"), "repeating")
         with pytest.raises(ConfigurationError, match="set it right"):
-            await asyncio.wait_for(service.task, 10)
+            await asyncio.wait_for(service.task, HANG_SECONDS)
 
 
 async def test_a_service_that_fails_to_start_leaves_nothing_behind(
@@ -309,7 +313,7 @@ def test_a_signal_drains(redis_server: EmbeddedRedis, number: signal.Signals) ->
         # What was loaded is not collected any more: that would stop every call for a while.
         assert "settled" in _until(child, "127.0.0.1:")
         child.send_signal(number)
-        out, errors = child.communicate(timeout=20)
+        out, errors = child.communicate(timeout=HANG_SECONDS)
         assert child.returncode == 0
         assert out.split("\n") == ["drain", "drained", "work ended", "close", ""]
         assert "Traceback" not in errors
@@ -321,11 +325,11 @@ def test_a_second_signal_forces(redis_server: EmbeddedRedis) -> None:
         child.send_signal(signal.SIGTERM)
         _until(child, "drain")
         child.send_signal(signal.SIGTERM)
-        assert child.wait(timeout=5) == 1
+        assert child.wait(timeout=HANG_SECONDS) == 1
 
 
 def _one_line_of(child: subprocess.Popen[str]) -> str:
-    out, errors = child.communicate(timeout=20)
+    out, errors = child.communicate(timeout=HANG_SECONDS)
     assert child.returncode == 2
     assert out.split() in ([], ["add", "start", "close"])
     lines = [line for line in errors.splitlines() if line.startswith("uellm ")]
@@ -384,7 +388,7 @@ async def stub(redis_url: str) -> AsyncIterator[Any]:
 
 async def _raised(stub: Any, payload: bytes) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await stub.Probe(worker_pb2.ProbeRequest(payload=payload), timeout=5)
+        await stub.Probe(worker_pb2.ProbeRequest(payload=payload), timeout=HANG_SECONDS)
     return raised.value
 
 
@@ -392,7 +396,7 @@ async def _streamed(stub: Any, replica: str) -> grpc.aio.AioRpcError:
     request = worker_pb2.PrepareRequest(assignment=topology_pb2.ShardAssignment(replica=replica))
     received = []
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        async for response in stub.Prepare(request, timeout=5):
+        async for response in stub.Prepare(request, timeout=HANG_SECONDS):
             received.append(response.loaded_bytes)
     assert received == [1, 2]
     return raised.value
@@ -439,7 +443,7 @@ async def test_a_deadline_is_kept(stub: Any) -> None:
 
 async def test_a_method_that_is_not_served_is_unimplemented(stub: Any) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5)
+        await stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=HANG_SECONDS)
     assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -447,5 +451,5 @@ async def test_bytes_that_are_no_message_are_refused(stub: Any, redis_url: str) 
     async with running(redis_url) as service, channel(service.address) as opened:
         call: Any = opened.unary_unary(f"/{NAME}/Probe")
         with pytest.raises(grpc.aio.AioRpcError):
-            await call(b"\xff\xff\xff", timeout=5)
+            await call(b"\xff\xff\xff", timeout=HANG_SECONDS)
         assert await service.health(opened) == SERVING

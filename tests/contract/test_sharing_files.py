@@ -35,7 +35,7 @@ from tests.support.sharing import (
     serving,
     stage,
 )
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.core.errors import ModelFilesError, ResourceExhaustedError, UnavailableError
 from uellm.models import adapters, blocks, files, manifest
 from uellm.models.manifest import Manifest, read_manifest
@@ -483,24 +483,39 @@ async def test_only_files_of_a_checkpoint_are_read(model: Path) -> None:
     async with serving(peer), channel(peer.address) as connection:
         stub: Any = files_pb2_grpc.FilesServiceStub(connection)
         request = files_pb2.ListFilesRequest(digest=ref.digest)
-        listed = {m.name async for m in stub.ListFiles(request, metadata=metadata, timeout=5)}
+        listed = {
+            m.name async for m in stub.ListFiles(request, metadata=metadata, timeout=HANG_SECONDS)
+        }
         assert listed == {*files.TEXTS, *(path.name for path in files.tensor_files(model))}
         for digest in ("../model", "/etc", "0" * 64, ""):
             request = files_pb2.ListFilesRequest(digest=digest)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                _ = [m async for m in stub.ListFiles(request, metadata=metadata, timeout=5)]
+                _ = [
+                    m
+                    async for m in stub.ListFiles(request, metadata=metadata, timeout=HANG_SECONDS)
+                ]
             assert caught.value.code() == grpc.StatusCode.NOT_FOUND
         for name in ("../../etc/passwd", "config.json", "secrets.json", str(model / "config.json")):
             wanted = files_pb2.FetchTensorsRequest(digest=ref.digest, tensors=[name])
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                _ = [m async for m in stub.FetchTensors(wanted, metadata=metadata, timeout=5)]
+                _ = [
+                    m
+                    async for m in stub.FetchTensors(
+                        wanted, metadata=metadata, timeout=HANG_SECONDS
+                    )
+                ]
             assert caught.value.code() == grpc.StatusCode.NOT_FOUND
         for skip in (1, 1 << 40):
             wanted = files_pb2.FetchTensorsRequest(
                 digest=ref.digest, tensors=["model.norm.weight"], skip_bytes=skip
             )
             with pytest.raises(grpc.aio.AioRpcError, match="skip_bytes"):
-                _ = [m async for m in stub.FetchTensors(wanted, metadata=metadata, timeout=5)]
+                _ = [
+                    m
+                    async for m in stub.FetchTensors(
+                        wanted, metadata=metadata, timeout=HANG_SECONDS
+                    )
+                ]
 
 
 async def test_strangers_get_nothing(model: Path) -> None:
@@ -511,7 +526,7 @@ async def test_strangers_get_nothing(model: Path) -> None:
         for metadata in ((), (("authorization", "Bearer other"),), (("authorization", ""),)):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.FindFiles(
-                    files_pb2.FindFilesRequest(model=ref), metadata=metadata, timeout=5
+                    files_pb2.FindFilesRequest(model=ref), metadata=metadata, timeout=HANG_SECONDS
                 )
             assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
             for method, request in (
@@ -519,7 +534,7 @@ async def test_strangers_get_nothing(model: Path) -> None:
                 (stub.FetchTensors, files_pb2.FetchTensorsRequest(digest=ref.digest)),
             ):
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    _ = [m async for m in method(request, metadata=metadata, timeout=5)]
+                    _ = [m async for m in method(request, metadata=metadata, timeout=HANG_SECONDS)]
                 assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -540,7 +555,7 @@ async def test_workers_find_out_what_there_is(model: Path, tmp_path: Path) -> No
             stub: Any = files_pb2_grpc.FilesServiceStub(connection)
             request = files_pb2.FindFilesRequest(model=ref)
             answer: files_pb2.FindFilesResponse = await stub.FindFiles(
-                request, metadata=metadata, timeout=5
+                request, metadata=metadata, timeout=HANG_SECONDS
             )
             return answer
 
@@ -588,7 +603,7 @@ async def test_who_has_no_time_does_not_keep_others_from_giving(
     busy = [Busy(good.host, f"busy{n}") for n in range(3)]
     for one in busy:
         one.told_seconds = seconds
-    async with serving(good, *busy), asyncio.timeout(20):
+    async with serving(good, *busy), asyncio.timeout(HANG_SECONDS):
         holders = [peer.holder(ref) for peer in (*busy, good)]
         found = await host.fetch(stage(ref, (0, 3)), *holders)
     assert same(tensors_in(found.model), tensors_in(model))
@@ -651,13 +666,15 @@ async def test_a_worker_may_give_nothing_out(model: Path, host: Host) -> None:
 async def test_a_worker_that_falls_silent_is_given_up(
     model: Path, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receiving, "STALL_SECONDS", 0.2)
+    # Long enough that who sends is not taken for silent where this process is held up.
+    monkeypatch.setattr(receiving, "STALL_SECONDS", 3.0)
     ref = model_ref(model)
     silent, good = peer_with(model, "silent", ref), peer_with(model, "good", ref)
     silent.gate = asyncio.Event()
     async with serving(silent, good):
         found = await host.fetch(stage(ref, (0, 3)), silent.holder(ref), good.holder(ref))
         assert same(tensors_in(found.model), tensors_in(model))
+        monkeypatch.setattr(receiving, "STALL_SECONDS", 0.2)
         with pytest.raises(UnavailableError, match=r"silent: nothing came for 0\.2 s"):
             await host.fetch(stage(ref, (0, 3), head=True), silent.holder(ref))
 

@@ -11,7 +11,7 @@ import uellm.demo
 from tests.e2e.test_faults import PROMPTS, collect
 from tests.e2e.test_replanning import status
 from tests.support.fleet import Fleet, fleet
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.client import Client, new_request
 from uellm.embedded import free_port
 from uellm.rpc import channel
@@ -51,7 +51,7 @@ async def deploy(mesh: Fleet, name: str) -> None:
     )
     async with channel(deployer) as connection:
         stub = deployer_pb2_grpc.DeployerServiceStub(connection)
-        await stub.Apply(deployer_pb2.ApplyRequest(deployment=request), timeout=20)
+        await stub.Apply(deployer_pb2.ApplyRequest(deployment=request), timeout=HANG_SECONDS)
     await mesh.wait_ready(name)
 
 

@@ -12,7 +12,7 @@ from tests.integration.test_deployer import MODEL, REPLICA, Mesh, layers
 from tests.integration.test_deployer_discovery import MeasuredWorker, add
 from tests.integration.test_deployer_replanning import AT_ONCE, PROPOSED, change, steps
 from tests.support.checkpoints import write_checkpoint
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.cli import deployments, exits
 from uellm.core.errors import (
     FailedPreconditionError,
@@ -97,7 +97,7 @@ async def test_who_waits_is_told_by_the_next_deployer_where_one_goes_away(
     await eventually(lambda: ("prepare", REPLICA, 1) in worker.calls)
     await pass_on()
     worker.hold_prepare.set()
-    assert await asyncio.wait_for(deploying, 20) == exits.OK
+    assert await asyncio.wait_for(deploying, HANG_SECONDS) == exits.OK
     assert f"{MODEL} takes requests" in capsys.readouterr().out
     epoch = (await mesh.ready()).replicas[0].epoch
     worker.hold_prepare.clear()
@@ -107,7 +107,7 @@ async def test_who_waits_is_told_by_the_next_deployer_where_one_goes_away(
     await deployments.undeploy(redis_url, MODEL, wait=False)
     await pass_on()
     with pytest.raises(NotFoundError, match="was undeployed meanwhile"):
-        await asyncio.wait_for(deploying, 20)
+        await asyncio.wait_for(deploying, HANG_SECONDS)
 
 
 async def test_where_a_model_really_went_is_said(
@@ -317,5 +317,5 @@ async def test_what_cannot_be_is_said_in_one_line(mesh: Mesh, redis_url: str) ->
         deployments.approve(redis_url, "nothing", wait=True),
     ):
         with pytest.raises(NotFoundError, match="'nothing' is not deployed; deployed: none"):
-            await asyncio.wait_for(work, 10)
+            await asyncio.wait_for(work, HANG_SECONDS)
     assert await mesh.published() is None

@@ -20,7 +20,7 @@ from uellm_deployer.app import start as start_deployer
 from uellm_deployer.measurements import LINKS
 from uellm_deployer.settings import DeployerSettings
 
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from tests.support.worker import worker_at
 from uellm.convert_topology import topology_from_proto
 from uellm.core.errors import NotFoundError, UellmError
@@ -60,7 +60,7 @@ async def see(stub: Any, workers: Sequence[str], timeout: float = 20.0) -> None:
     """Wait until the deployer knows these workers."""
 
     async def there() -> bool:
-        described = await stub.Describe(deployer_pb2.DescribeRequest(), timeout=5)
+        described = await stub.Describe(deployer_pb2.DescribeRequest(), timeout=HANG_SECONDS)
         return {worker.worker for worker in described.workers} == set(workers)
 
     await eventually(there, timeout)
@@ -173,15 +173,15 @@ async def test_a_model_that_is_not_deployed_is_named(redis_url: str) -> None:
 async def test_one_probe_at_a_time(redis_url: str) -> None:
     async with worker_at(redis_url, service_id="a") as worker:
         request = worker_pb2.ProbeLinkRequest(src="a/cpu:0", hidden_size=8)
-        first = worker.stub.ProbeLink(request, timeout=20)
+        first = worker.stub.ProbeLink(request, timeout=HANG_SECONDS)
         assert (await anext(aiter(first))).rendezvous
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await anext(aiter(worker.stub.ProbeLink(request, timeout=20)))
+            await anext(aiter(worker.stub.ProbeLink(request, timeout=HANG_SECONDS)))
         assert "another probe is under way" in (caught.value.details() or "")
         first.cancel()
 
         async def free() -> bool:
-            second = worker.stub.ProbeLink(request, timeout=20)
+            second = worker.stub.ProbeLink(request, timeout=HANG_SECONDS)
             try:
                 return bool((await anext(aiter(second))).rendezvous)
             except grpc.aio.AioRpcError:
@@ -201,7 +201,9 @@ async def test_devices_say_what_they_are(redis_url: str) -> None:
     async with worker_at(redis_url, service_id="a", rack="r1") as worker:
 
         async def measured() -> topology_pb2.Device | None:
-            status = await worker.stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5)
+            status = await worker.stub.GetStatus(
+                worker_pb2.GetStatusRequest(), timeout=HANG_SECONDS
+            )
             (device,) = status.devices
             return device if device.HasField("measured_at") else None
 

@@ -18,7 +18,7 @@ from uellm_worker import policy as policy_watch
 from uellm_worker.intake import Intake, Leadership
 from uellm_worker.journal import Journal
 
-from tests.support.waiting import eventually, stays
+from tests.support.waiting import HANG_SECONDS, eventually, stays
 from tests.support.worker import (
     MODEL,
     REPLICA,
@@ -220,7 +220,9 @@ async def test_registration_heartbeats_and_status(
     assert stage.generation == 1
     assert stage.resident_bytes > 0
     assert (await worker.status())[0].pid == stage.pid
-    echo = await worker.stub.Probe(worker_pb2.ProbeRequest(payload=b"x" * 1000), timeout=5)
+    echo = await worker.stub.Probe(
+        worker_pb2.ProbeRequest(payload=b"x" * 1000), timeout=HANG_SECONDS
+    )
     assert echo.payload == b"x" * 1000
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.embedded import EmbeddedRedis
 from uellm.rpc import channel
 from uellm.streams.connection import connect
@@ -51,7 +51,7 @@ class Service:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
         if self.process is not None:
-            self.process.wait(10)
+            self.process.wait(HANG_SECONDS)
 
     def stop(self) -> None:
         """SIGTERM; SIGKILL to its whole session if that is not enough."""
@@ -63,7 +63,7 @@ class Service:
                 self.process.wait(15)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait(10)
+                self.process.wait(HANG_SECONDS)
 
 
 class Fleet:
@@ -132,7 +132,9 @@ class Fleet:
             stub = deployer_pb2_grpc.DeployerServiceStub(connection)
 
             async def workers_there() -> bool:
-                described = await stub.Describe(deployer_pb2.DescribeRequest(), timeout=5)
+                described = await stub.Describe(
+                    deployer_pb2.DescribeRequest(), timeout=HANG_SECONDS
+                )
                 return len(described.workers) >= stages
 
             await eventually(workers_there, timeout=START_SECONDS, interval=0.05)
@@ -145,7 +147,7 @@ class Fleet:
                     for adapter, directory in (adapters or {}).items()
                 ],
             )
-            await stub.Apply(deployer_pb2.ApplyRequest(deployment=request), timeout=20)
+            await stub.Apply(deployer_pb2.ApplyRequest(deployment=request), timeout=HANG_SECONDS)
         await self.wait_ready(name)
 
     async def describe(self) -> deployer_pb2.DescribeResponse:
@@ -154,7 +156,7 @@ class Fleet:
         async with channel(deployer) as connection:
             stub = deployer_pb2_grpc.DeployerServiceStub(connection)
             described: deployer_pb2.DescribeResponse = await stub.Describe(
-                deployer_pb2.DescribeRequest(), timeout=5
+                deployer_pb2.DescribeRequest(), timeout=HANG_SECONDS
             )
             return described
 

@@ -12,6 +12,7 @@ from uellm_gateway.app import start
 from uellm_gateway.settings import GatewaySettings
 
 from tests.support.models import write_tiny_model_files
+from tests.support.waiting import HANG_SECONDS
 from uellm import convert, convert_topology
 from uellm.convert import duration
 from uellm.models.profile import read_profile
@@ -40,9 +41,18 @@ class Gateway:
 
 @asynccontextmanager
 async def running_gateway(redis_url: str, **settings: Any) -> AsyncIterator[Gateway]:
-    """A gateway on a free port, stopped and awaited at the end."""
+    """A gateway on a free port, stopped and awaited at the end.
+
+    It is patient: a busy machine is no reason to refuse, or to do without a profiler.
+    """
     stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
-    given = {"host": "127.0.0.1", "drain_seconds": 2.0, "stream_interval_seconds": 0.0} | settings
+    given = {
+        "host": "127.0.0.1",
+        "drain_seconds": 2.0,
+        "stream_interval_seconds": 0.0,
+        "accept_seconds": HANG_SECONDS,
+        "profile_budget_seconds": HANG_SECONDS,
+    } | settings
     task = asyncio.create_task(
         start(GatewaySettings.load(redis_url=redis_url, **given), stop=stop, ready=ready.set_result)
     )
@@ -220,5 +230,5 @@ async def collect(call: Any, held: Collected | None = None) -> Collected:
 
 async def read_event(call: Any) -> inference_pb2.GenerationEvent:
     """The next event of a stream, within a time."""
-    response = await asyncio.wait_for(anext(aiter(call)), 5)
+    response = await asyncio.wait_for(anext(aiter(call)), HANG_SECONDS)
     return response.event

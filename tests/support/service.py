@@ -6,6 +6,7 @@ Run as a module it is a process of its own, which writes what it does to its sta
 import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import grpc
@@ -29,9 +30,16 @@ class EchoSettings(ServiceSettings):
 
 
 class EchoServicer(worker_pb2_grpc.WorkerServiceServicer):
-    """Echoes a probe, or raises what its payload names; the other methods are not offered."""
+    """Echoes a probe, or raises what its payload names; the other methods are not offered.
+
+    Args:
+        go_on: what a call waits for that is held.
+    """
 
     waiting = 0
+
+    def __init__(self, go_on: asyncio.Event) -> None:
+        self._go_on = go_on
 
     async def Probe(self, request: worker_pb2.ProbeRequest, context: Any) -> Any:
         """Answer, fail or wait, as the payload says."""
@@ -52,12 +60,12 @@ class EchoServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def Prepare(
         self, request: worker_pb2.PrepareRequest, context: Any
     ) -> AsyncIterator[worker_pb2.PrepareResponse]:
-        """Two messages, then what the replica's name says; with "hold", the second comes late."""
+        """Two messages, then what the replica's name says; "hold" holds the second until told."""
         del context
         replica = request.assignment.replica
         yield worker_pb2.PrepareResponse(loaded_bytes=1)
         if replica == "hold":
-            await asyncio.sleep(0.3)
+            await self._go_on.wait()
         yield worker_pb2.PrepareResponse(loaded_bytes=2)
         if replica == "secret":
             raise RuntimeError("a secret that nobody may see")
@@ -66,7 +74,12 @@ class EchoServicer(worker_pb2_grpc.WorkerServiceServicer):
 
 
 class Echo:
-    """See ``uellm.service.Application``; notes the order in which it is called."""
+    """See ``uellm.service.Application``; notes the order in which it is called.
+
+    Attributes:
+        go_on: lets calls that are held go on.
+        drained: ends its draining before the time.
+    """
 
     service_names: tuple[str, ...] = (NAME,)
 
@@ -75,13 +88,14 @@ class Echo:
     ) -> None:
         self._settings = settings
         self.context = context
+        self.go_on, self.drained = asyncio.Event(), asyncio.Event()
         self._note = note
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add the servicer."""
         self._note("add")
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(
-            EchoServicer(),  # type: ignore[abstract]
+            EchoServicer(self.go_on),  # type: ignore[abstract]
             server,
         )
 
@@ -101,7 +115,8 @@ class Echo:
     async def drain(self) -> None:
         """Take as long as told."""
         self._note("drain")
-        await asyncio.sleep(self._settings.drain_wait)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.drained.wait(), self._settings.drain_wait)
         self._note("drained")
 
     async def close(self) -> None:

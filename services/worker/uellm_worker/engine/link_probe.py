@@ -138,6 +138,8 @@ def _send(command: ProbeLink, group: Group, carrier: Carrier, inbox: Inbox) -> L
         found.append((rows * width, statistics.median(seconds)))
     group.send_step(_HEADER.pack(_END, 0))
     samples = [LinkSample(bytes=size, seconds=max(seconds - back, back)) for size, seconds in found]
+    # A part of the way, however the two were disturbed.
+    wire = min(wire, samples[0].seconds)
     return LinkProbed(samples=samples, wire_seconds=wire, processor_seconds=processor)
 
 
