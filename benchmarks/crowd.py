@@ -58,7 +58,7 @@ class Ended:
         door: refused by a gateway, before anything was done for it.
     """
 
-    reason: int
+    reason: common_pb2.FinishReason.ValueType
     due: float
     seconds: float
     in_time: bool = False

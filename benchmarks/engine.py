@@ -38,7 +38,7 @@ RANDOM = {
 VOCAB = 8192
 
 
-def shard(setup: Setup, **mode: str) -> Run:
+def shard(setup: Setup, execution: str = "continuous") -> Run:
     """This project's engine, one stage."""
     from uellm_worker.verification.pipeline import Pipeline, generate
 
@@ -57,7 +57,7 @@ def shard(setup: Setup, **mode: str) -> Run:
 
     def run(jobs: Sequence[Job]) -> None:
         answers = generate(
-            pipeline.loop(**mode),
+            pipeline.loop(execution=execution),
             [job.prompt for job in jobs],
             lambda index: Sampling(max_tokens=jobs[index].tokens, ignore_eos=True),
         )

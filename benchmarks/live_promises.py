@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.promises import bins_of, pinball
-from benchmarks.scheduling import Live, Settings, live_mesh
+from benchmarks.scheduling import Live, live_mesh
+from benchmarks.scheduling_results import Settings
 from benchmarks.tiers import TIERS, Answered, draw
 from uellm.simulator.mesh import Outcome
 

@@ -82,7 +82,12 @@ def tasks_of(settings: Settings, count: int, seed: int) -> list[Task]:
     if settings.data is not None:
         lengths = alpaca_lengths(settings.data)
         chosen = rng.choice(len(lengths), count, replace=count > len(lengths))
-        return [Task(*lengths[i], slo) for i, slo in zip(chosen, slos, strict=True)]
+        return [
+            Task(prompt, reference, own, slo)
+            for slo, (prompt, reference, own) in zip(
+                slos, (lengths[i] for i in chosen), strict=True
+            )
+        ]
     normal = rng.standard_normal((count, 2))
     tasks = []
     for (first, second), slo in zip(normal, slos, strict=True):

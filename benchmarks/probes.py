@@ -38,7 +38,7 @@ def probe(directory: Path, threads: int) -> Any:
 
     assignment = ShardAssignment(device_ids=["w/cpu:0"], dtype="float32")
     shard = PrepareShard(assignment=assignment, model_dir=str(directory), threads=threads)
-    probed = probe_block(ProbeBlock(shard=shard, budget_seconds=1.0))
+    probed = probe_block(ProbeBlock(shard=shard, budget_seconds=1.0), lambda report: None)
     samples = [
         BlockSample(p.tokens, p.context_tokens, p.pairs, p.layer_seconds, p.step_seconds)
         for p in probed.points

@@ -275,7 +275,7 @@ def _hits(made: Predictor, stream: Sequence[Example], seen: Mapping[str, bytes])
 def speed(made: Predictor, asked: Sequence[Example]) -> dict[str, float]:
     """Requests a second in batches of some sizes, and what one batch takes."""
     requests = [example.request() for example in asked[:MOST_TIMED]]
-    found = {}
+    found: dict[str, float] = {}
     for size in BATCHES:
         # Alone each takes longest; fewer of them say as much.
         timed = requests if size > 1 else requests[: len(requests) // 4]

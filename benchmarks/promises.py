@@ -182,7 +182,7 @@ def bins_of(records: Sequence[Record], least: int = LEAST_IN_BIN) -> list[Bin]:
 
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
-    for names in product(
+    for platform, workload, policy, predictor, load, cv in product(
         options.platforms.split(","),
         options.workloads.split(","),
         options.policies.split(","),
@@ -190,8 +190,7 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
         options.loads.split(","),
         options.cvs.split(","),
     ):
-        *texts, load, cv = names
-        yield Case(*texts, float(load), float(cv))
+        yield Case(platform, workload, policy, predictor, float(load), float(cv))
 
 
 def _show(result: Result) -> None:

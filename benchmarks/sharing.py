@@ -87,10 +87,12 @@ def _cluster(name: str, seeds: int) -> list[Row]:
         measured.setdefault("as they are", []).append((*_served(shifted, shifted), 0.0))
     return [
         Row(
-            name,
-            way,
-            *(statistics.fmean(found[i] for found in each) for i in range(3)),
-            statistics.median(found[3] for found in each),
+            cluster=name,
+            way=way,
+            least=statistics.fmean(found[0] for found in each),
+            mean=statistics.fmean(found[1] for found in each),
+            loaded_layers=statistics.fmean(found[2] for found in each),
+            seconds=statistics.median(found[3] for found in each),
         )
         for way, each in measured.items()
     ]
