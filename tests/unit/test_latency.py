@@ -87,10 +87,7 @@ def test_steps_are_learnt_in_spite_of_noise(truth: StepCost) -> None:
     assert error(model, truth) < 0.03
     assert model.observations == 400
     assert model.mean_error is not None
-    median, high = model.error_quantile(0.5), model.error_quantile(0.99)
-    assert median is not None
-    assert high is not None
-    assert median < 0.05 < high
+    assert 0.01 < model.mean_error < 0.05, "what the noise leaves"
 
 
 TAILS = {
@@ -194,7 +191,7 @@ def test_many_decodes_do_not_wash_out_what_prefill_takes() -> None:
 def test_before_the_first_step_the_prior_stands_and_errors_are_unknown() -> None:
     model = LatencyModel(CPU)
     assert model.cost == CPU
-    assert (model.mean_error, model.error_quantile(0.9)) == (None, None)
+    assert model.mean_error is None
     model.observe(0, 0, 0.0, 1.0)
     model.observe(1, 0, 0.0, 0.0)
     model.observe(1, 0, 0.0, float("inf"))

@@ -189,11 +189,37 @@ def test_the_command_finds_goodput_of_a_trace(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     rows = [f"{i / 10},20,30,2" for i in range(80)]
     trace.write_text("arrival_s,prompt_tokens,output_tokens,deadline_s\n" + "\n".join(rows))
+    plot = tmp_path / "plot.svg"
     arguments = ["simulate", "goodput", "--workload", str(trace), "--policies", "fcfs"]
-    done = CliRunner().invoke(app, [*arguments, "--attainment", "0.9", "--json"])
+    arguments += ["--attainment", "0.9"]
+    done = CliRunner().invoke(app, [*arguments, "--json", "--plot", str(plot)])
     assert done.exit_code == 0, done.output
-    (found,) = json.loads(done.stdout)["results"]
+    facts = json.loads(done.stdout)
+    (found,) = facts["results"]
     assert found["load"] > 1
+    tried = {run["cell"]["load"]: run["metrics"]["attainment"] for run in facts["runs"]}
+    assert tried[found["load"]] >= 0.9
+    assert plot.read_text().count('id="axes_') == 2, "attainment, and goodput"
+    shown = CliRunner().invoke(app, arguments).output
+    for title in ("of the bound", "in time tokens/s", "longest wait s", "wasted"):
+        assert title in shown
+
+
+def test_options_before_goodput_are_not_passed_over() -> None:
+    done = CliRunner().invoke(app, ["simulate", "--platform", "cpu", "goodput"])
+    assert done.exit_code == 2
+    assert "--platform" in done.stderr
+    assert "behind goodput" in done.stderr
+
+
+def test_a_policy_under_which_nobody_is_in_time_is_shown(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens,deadline_s\n0,20,30,0.001\n")
+    arguments = ["simulate", "--load", "1", "--workload", str(trace), "--policies", "fcfs"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "in time" in done.output
+    assert "0.000" in done.output
 
 
 def test_the_command_says_when_nothing_can_be_late(tmp_path: Path) -> None:

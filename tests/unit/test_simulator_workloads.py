@@ -98,8 +98,8 @@ def test_a_trace_is_read_in_order_of_arrival(tmp_path: Path) -> None:
     assert (first.kind, first.tenant, first.prompt_tokens) == ("chat", "acme", 3)
     assert (second.kind, second.tenant, second.deadline) == ("all", "local", None)
     assert [r.request_id for r in read_trace(path, most=1)] == ["r0000000"]
-    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,1,1\n")
-    assert read_trace(path)[0].kind == "all"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,1,1\n", encoding="utf-8-sig")
+    assert read_trace(path)[0].kind == "all", "as spreadsheets write it"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,9 @@ def test_a_trace_is_read_in_order_of_arrival(tmp_path: Path) -> None:
         (HEAD + "0,1,1,,,,,\n0,1.5,1,,,,,\n", "trace.csv:3: prompt_tokens: '1.5' is not a whole"),
         (HEAD + "0,1,0,,,,,\n", "output_tokens: '0'"),
         (HEAD + "0,1,1,-3,,,,\n", "deadline_s: '-3' is not seconds above 0"),
-        (HEAD + "0,1\n", "output_tokens: None"),
+        (HEAD + "0,1\n", "output_tokens: '' is not a number"),
+        (HEAD + "1e308,1,1,,,,,\n", "trace.csv:2: arrival_s: '1e308' is not seconds"),
+        (HEAD + "0,1,1,1e11,,,,\n", "trace.csv:2: deadline_s: '1e11' is not seconds"),
     ],
 )
 def test_a_bad_trace_is_refused_by_line_and_column(tmp_path: Path, text: str, message: str) -> None:

@@ -13,7 +13,7 @@ from uellm.cli.asking import Json, finite
 from uellm.cli.drawing import check_plot
 
 if TYPE_CHECKING:
-    from uellm.simulator.experiments import Cell, Result, Setup
+    from uellm.simulator.experiments import Cell, Goodput, Result, Setup
     from uellm.simulator.mesh import MeshSettings
     from uellm.simulator.metrics import KindMetrics, Metrics
 
@@ -60,6 +60,9 @@ Headroom = Annotated[
     ),
 ]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes.")]
+Plot = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Draw attainment and goodput over load.")
+]
 
 
 @app.callback()
@@ -85,19 +88,18 @@ def simulate(
     lookahead: Lookahead = 2,
     kv_headroom: Headroom = 1.1,
     jobs: Jobs = 1,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw attainment and goodput over load.")
-    ] = None,
+    plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Compare policies on a mesh in simulated time, at given loads."""
     if context.invoked_subcommand is not None:
+        _refuse_options(context)
         return
     from uellm.policy.views import DispatchSettings
     from uellm.simulator.experiments import Cell, Setup
     from uellm.simulator.platforms import find_platform
 
-    names, loads = _names(policies), _numbers("load", load, above=0.0)
+    names, loads = _names(policies), _numbers("load", load, least=0.001)
     if plot is not None:
         check_plot(plot)
     mesh = _mesh(replicas, execution, refuse)
@@ -108,9 +110,11 @@ def simulate(
     cells = [Cell(name, x, seed) for name in names for x in loads for seed in range(seeds)]
     results = _run(setup, cells, jobs)
     if plot is not None:
-        _draw(plot, setup, results)
+        from uellm.cli.simulate_drawing import draw
+
+        draw(plot, setup, results)
     if as_json:
-        _write(setup, [asdict(result) for result in results])
+        _write(setup, results=results)
     else:
         _show(results)
 
@@ -133,6 +137,7 @@ def find_goodput(
     lookahead: Lookahead = 2,
     kv_headroom: Headroom = 1.1,
     jobs: Jobs = 1,
+    plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Find the largest load that each policy serves in time, and what no policy exceeds."""
@@ -140,19 +145,22 @@ def find_goodput(
     from uellm.simulator.experiments import Cell, Setup, goodput
     from uellm.simulator.platforms import find_platform
 
-    shares = _numbers("attainment", attainment, above=0.0, most=1.0)
+    shares = _numbers("attainment", attainment, least=0.001, most=1.0)
     names = _names(policies)
+    if plot is not None:
+        check_plot(plot)
     mesh = _mesh(replicas, execution, refuse)
     dispatch = DispatchSettings(lookahead, kv_headroom)
     setup = _setup(
         Setup(find_platform(platform), workload, predictor, requests, cv, mesh, dispatch)
     )
-    found = []
+    found, tried = [], []
     for name in names:
 
         def attained(load: float, name: str = name) -> float:
             cells = [Cell(name, load, seed) for seed in range(seeds)]
             results = _run(setup, cells, min(jobs, seeds), f"{name} at load {load:.2f}")
+            tried.extend(results)
             return sum(result.metrics.attainment for result in results) / seeds
 
         found += goodput(setup, name, shares, attained)
@@ -161,8 +169,12 @@ def find_goodput(
             "more than any policy can for ever: the run ends before its longest deadlines; "
             f"give it more --requests than {requests}\n"
         )
+    if plot is not None:
+        from uellm.cli.simulate_drawing import draw
+
+        draw(plot, setup, tried, found)
     if as_json:
-        _write(setup, [asdict(each) for each in found])
+        _write(setup, results=found, runs=tried)
         return
     _table(
         ("policy", "in time", "load", "requests/s", "of the bound"),
@@ -177,6 +189,20 @@ def find_goodput(
             for each in found
         ],
     )
+    served = {(each.policy, each.load) for each in found}
+    if costs := [run for run in tried if (run.cell.policy, run.cell.load) in served]:
+        sys.stdout.write("\nwhat comes of the requests at these loads\n\n")
+        _show(sorted(costs, key=lambda run: (names.index(run.cell.policy), run.cell.load)))
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """Say that options before a command of this one would be passed over."""
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(
+                f"write it behind {context.invoked_subcommand}", context, param_hint=option.opts[0]
+            )
 
 
 def _mesh(replicas: int, execution: str, refuse: bool) -> "MeshSettings":
@@ -215,16 +241,16 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _numbers(field: str, text: str, *, above: float, most: float = 1000.0) -> list[float]:
+def _numbers(field: str, text: str, *, least: float, most: float = 1000.0) -> list[float]:
     from uellm.core.errors import InvalidArgumentError
 
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or not all(above < number <= most for number in numbers):
+    if not numbers or not all(least <= number <= most for number in numbers):
         raise InvalidArgumentError(
-            f"{field}: {text!r}: numbers above {above:g}, at most {most:g}, by commas", field=field
+            f"{field}: {text!r}: numbers from {least:g} to {most:g}, by commas", field=field
         )
     return numbers
 
@@ -248,8 +274,9 @@ def _run(
     return results
 
 
-def _write(setup: "Setup", results: list[dict[str, Any]]) -> None:
-    facts = {"setup": asdict(setup), "reference_rate": setup.reference_rate(), "results": results}
+def _write(setup: "Setup", **found: "Sequence[Goodput | Result]") -> None:
+    facts = {"setup": asdict(setup), "reference_rate": setup.reference_rate()}
+    facts |= {name: [asdict(each) for each in these] for name, these in found.items()}
     sys.stdout.write(json.dumps(facts, indent=2) + "\n")
 
 
@@ -268,14 +295,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(table, crop=False)
 
 
-def _groups(results: "list[Result]") -> "dict[tuple[str, float], list[Result]]":
-    """Results that differ in nothing but the seed."""
-    groups: dict[tuple[str, float], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.cell.policy, result.cell.load), []).append(result)
-    return groups
-
-
 _COLUMNS: "dict[str, tuple[str, Callable[[Metrics], float | None]]]" = {
     "in time": (".3f", lambda m: m.attainment),
     "refused": (".3f", lambda m: m.refused),
@@ -291,6 +310,8 @@ _COLUMNS: "dict[str, tuple[str, Callable[[Metrics], float | None]]]" = {
 }
 
 
+_ELSE_LEFT_OUT = ("refused", "preempted", "padding")
+"""Columns that are shown if they are not 0 everywhere."""
 _OF_CLASSES: "dict[str, tuple[str, Callable[[KindMetrics], float | None]]]" = {
     "in time": (".3f", lambda m: m.attainment),
     "latency p50 s": (".3g", lambda m: m.latency_p50),
@@ -302,7 +323,9 @@ _OF_CLASSES: "dict[str, tuple[str, Callable[[KindMetrics], float | None]]]" = {
 
 def _show(results: "list[Result]") -> None:
     """Tables of means over seeds, of all requests and of each class."""
-    groups = _groups(results)
+    from uellm.simulator.experiments import by_case
+
+    groups = by_case(results)
     _means(
         ("policy", "load"),
         {
@@ -311,9 +334,7 @@ def _show(results: "list[Result]") -> None:
         },
         _COLUMNS,
     )
-    kinds = list(dict.fromkeys(kind for result in results for kind in result.metrics.kinds))
-    if len(kinds) < 2:
-        return
+    kinds = dict.fromkeys(kind for result in results for kind in result.metrics.kinds)
     sys.stdout.write("\n")
     _means(
         ("policy", "load", "class"),
@@ -333,11 +354,11 @@ def _means(
     groups: "Mapping[tuple[str, ...], Sequence[Any]]",
     columns: "Mapping[str, tuple[str, Callable[[Any], float | None]]]",
 ) -> None:
-    """A table of means, without columns that say nothing."""
+    """A table of means."""
     titles, cells = [*heads], [[*names] for names in groups]
     for title, (shape, pick) in columns.items():
         means = [_mean([pick(each) for each in group]) for group in groups.values()]
-        if any(means):
+        if any(means) or title not in _ELSE_LEFT_OUT:
             titles.append(title)
             for row, mean in zip(cells, means, strict=True):
                 row.append("-" if mean is None else format(mean, shape))
@@ -347,30 +368,3 @@ def _means(
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-# ---- drawing -----------------------------------------------------------------------------------
-
-
-def _draw(path: Path, setup: "Setup", results: "list[Result]") -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    lines: dict[str, list[tuple[float, float, float]]] = {}
-    for (policy, load), group in _groups(results).items():
-        metrics = [result.metrics for result in group]
-        share = sum(each.attainment for each in metrics) / len(metrics)
-        goodput = sum(each.met_per_second for each in metrics) / len(metrics)
-        lines.setdefault(policy, []).append((load, share, goodput))
-    left, right = figure.subplots(1, 2)
-    for policy, points in lines.items():
-        loads, shares, goodputs = zip(*sorted(points), strict=True)
-        left.plot(loads, shares, marker="o", label=policy)
-        right.plot(loads, goodputs, marker="o", label=policy)
-    left.set(xlabel="load", ylabel="share in time", ylim=(0, 1.02))
-    right.set(xlabel="load", ylabel="requests in time, per second", ylim=(0, None))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    left.legend()
-    figure.suptitle(f"{Path(setup.workload).name} on {setup.platform.name}, {setup.predictor}")
-    figure.savefig(path)

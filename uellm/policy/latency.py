@@ -156,13 +156,6 @@ class LatencyModel:
         """
         return sum(self._errors) / len(self._errors) if self._errors else None
 
-    def error_quantile(self, level: float) -> float | None:
-        """A quantile of the same relative errors; None before the first step."""
-        if not self._errors:
-            return None
-        place = math.ceil(level * len(self._errors)) - 1
-        return sorted(self._errors)[min(max(place, 0), len(self._errors) - 1)]
-
     def observe(self, tokens: float, context: float, pairs: float, seconds: float) -> None:
         """Learn from one step; see ``StepCost.seconds``. One of no time or tokens is left out."""
         if not (seconds > 0 and tokens > 0 and math.isfinite(seconds)):

@@ -209,6 +209,14 @@ class Result:
     metrics: Metrics
 
 
+def by_case(results: Iterable[Result]) -> dict[tuple[str, float], list[Result]]:
+    """Results that differ in nothing but the seed, by policy and load."""
+    cases: dict[tuple[str, float], list[Result]] = {}
+    for result in results:
+        cases.setdefault((result.cell.policy, result.cell.load), []).append(result)
+    return cases
+
+
 def simulate(setup: Setup, cell: Cell) -> Result:
     """The numbers of one cell; errors are those of ``serve``."""
     return Result(cell, measure(serve(setup, cell)))

@@ -19,6 +19,8 @@ _REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
 _SECONDS = ("deadline_s", "ttft_s", "tpot_s")
 _NAMES = ("class", "tenant")
 _MOST_TOKENS = 10_000_000
+_MOST_SECONDS = 1e10
+"""Of what is farther off, a step would be lost by rounding; times since the epoch are not."""
 
 
 def read_trace(path: Path, *, load: float = 1.0, most: int | None = None) -> list[Request]:
@@ -33,7 +35,8 @@ def read_trace(path: Path, *, load: float = 1.0, most: int | None = None) -> lis
         InvalidArgumentError: if it cannot be read; it names the line and the column.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        # Spreadsheets begin a file with a byte order mark.
+        with path.open(newline="", encoding="utf-8-sig") as file:
             found = sorted(_requests(path, file), key=lambda request: request.arrival)[:most]
     except OSError as error:
         raise _unread(path, str(error.strerror)) from error
@@ -65,7 +68,7 @@ def _requests(path: Path, file: Iterable[str]) -> Iterator[Request]:
         deadline, ttft, tpot = (_seconds(row, name, where) for name in _SECONDS)
         yield Request(
             request_id="",
-            arrival=_number(row, "arrival_s", where),
+            arrival=_time(row, "arrival_s", where),
             prompt_tokens=_count(row, "prompt_tokens", where),
             output_tokens=_count(row, "output_tokens", where),
             kind=(row.get("class") or "").strip() or "all",
@@ -98,7 +101,7 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
 def _seconds(row: Mapping[str, str | None], name: str, where: str) -> float | None:
     if not (row.get(name) or "").strip():
         return None
-    value = _number(row, name, where)
+    value = _time(row, name, where)
     if value <= 0:
         raise _wrong(row, name, where, "seconds above 0, or empty")
     return value
@@ -121,9 +124,16 @@ def _number(row: Mapping[str, str | None], name: str, where: str) -> float:
     return value
 
 
+def _time(row: Mapping[str, str | None], name: str, where: str) -> float:
+    value = _number(row, name, where)
+    if abs(value) > _MOST_SECONDS:
+        raise _wrong(row, name, where, f"seconds, {_MOST_SECONDS:g} at most")
+    return value
+
+
 def _wrong(
     row: Mapping[str, str | None], name: str, where: str, wanted: str
 ) -> InvalidArgumentError:
     return InvalidArgumentError(
-        f"workload: {where}: {name}: {row.get(name)!r} is not {wanted}", field="workload"
+        f"workload: {where}: {name}: {row.get(name) or ''!r} is not {wanted}", field="workload"
     )
