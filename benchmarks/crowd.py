@@ -55,6 +55,7 @@ class Ended:
         seconds: since it was due.
         in_time: answered, and as asked.
         retry: told when to try again.
+        feasible: told the earliest finish that is feasible.
         door: refused by a gateway, before anything was done for it.
     """
 
@@ -63,6 +64,7 @@ class Ended:
     seconds: float
     in_time: bool = False
     retry: bool = False
+    feasible: bool = False
     door: bool = False
 
 
@@ -171,6 +173,7 @@ async def _one(client: Client, asking: Asking, tokens: int, began: float, due: f
             due,
             seconds(),
             retry=error.retry_after_seconds is not None,
+            feasible="earliest_feasible_finish" in error.metadata,
             door=error.reason == "OVERLOADED",
         )
     except UellmError:

@@ -106,6 +106,7 @@ def summarise(told: Told, seconds: float) -> dict[str, Any]:
         "behind_it_ms": milliseconds([one.seconds for one in refused if not one.door]),
         "client_lag_ms": milliseconds(told.lags),
         "told_when_to_retry": sum(one.retry for one in refused) / max(len(refused), 1),
+        "told_what_is_feasible": sum(one.feasible for one in refused) / max(len(refused), 1),
     }
 
 

@@ -401,7 +401,8 @@ async def test_at_a_narrow_door_who_prefers_refusal_is_refused_at_once(
     gateway: Gateway, driver: MeshDriver
 ) -> None:
     token = await driver.scheduler.own("driver", 60_000)
-    await driver.scheduler.keep_door(token, Door(0.0, retry_seconds=3.0), keep_ms=60_000)
+    door = Door(0.0, retry_seconds=3.0, feasible_seconds=60.0)
+    await driver.scheduler.keep_door(token, door, keep_ms=60_000)
     refusing = {"on_infeasible": common_pb2.ON_INFEASIBLE_REFUSE}
     # The first to come brings the news; best effort always passes.
     best_effort = gateway.stub.Generate(request(idempotency_key="before", **refusing))
@@ -412,6 +413,7 @@ async def test_at_a_narrow_door_who_prefers_refusal_is_refused_at_once(
     assert isinstance(error, errors.ResourceExhaustedError)
     assert (error.reason, error.field) == ("OVERLOADED", "slo.deadline")
     assert error.retry_after_seconds is not None and 3 <= error.retry_after_seconds <= 6
+    assert error.metadata["earliest_feasible_finish"]
     with pytest.raises(grpc.aio.AioRpcError, match="far more is asked"):
         await gateway.stub.Submit(SubmitRequest(request=request(**refusing)))
     # One that was accepted before finds itself again.

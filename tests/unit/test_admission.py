@@ -255,6 +255,21 @@ def test_a_door_opens_again_when_nobody_comes_any_more(put_back: float) -> None:
     assert admissions.shedding.share == 1.0
 
 
+def test_others_are_told_by_when_nine_in_ten_of_the_refused_could_have_been_answered() -> None:
+    admissions = Admissions()
+    assert admissions.feasible_seconds is None
+    crowd = [asked(f"{i}", 3.3, tokens=50.0 + i) for i in range(40)]
+    queue = QueueView(crowd, unpromised=frozenset(each.request_id for each in crowd))
+    decision = EdfDispatch().dispatch(queue, [replica(slots=SLOTS)], NOW)
+    admissions.decided(queue, decision, {each.request_id: each for each in crowd}.get, NOW)
+    finishes = [each.promise.earliest_feasible_finish for each in decision.refusals if each.promise]
+    within = sorted(finish - NOW for finish in finishes if finish is not None)
+    assert len(within) > 30
+    feasible = admissions.feasible_seconds
+    assert feasible is not None
+    assert within[int(0.85 * len(within))] < feasible < within[-1]
+
+
 def test_who_never_had_a_chance_does_not_narrow_the_door_for_others() -> None:
     admissions = Admissions()
     for window in range(10):

@@ -46,6 +46,22 @@ async def test_a_gateway_that_is_behind_shuts_a_narrow_door(crowded: Doors) -> N
         pass
 
 
+async def test_who_is_refused_hears_by_when_others_could_have_been_answered() -> None:
+    doors = Doors(1, TurnedAway(SERVED.__contains__), clock=lambda: 1e9)
+    doors.heard("m", Door(0.0, retry_seconds=3.0, feasible_seconds=7.5))
+    with pytest.raises(ResourceExhaustedError, match=r"is in 7\.5 s; try again in") as refused:
+        async with doors.passing(QUEUE, REFUSABLE, "local"):
+            pass
+    feasible = refused.value.metadata["earliest_feasible_finish"]
+    assert feasible == "2001-09-09T01:46:47.500Z"
+    # Of a model that does not say nothing is made up.
+    doors.heard("m", Door(0.0, retry_seconds=3.0))
+    with pytest.raises(ResourceExhaustedError, match="in time; try again in") as refused:
+        async with doors.passing(QUEUE, REFUSABLE, "local"):
+            pass
+    assert refused.value.metadata == {}
+
+
 async def test_one_that_is_sent_for_the_first_time_is_refused_without_asking_anybody() -> None:
     turned_away = TurnedAway(SERVED.__contains__)
     doors = Doors(1, turned_away)

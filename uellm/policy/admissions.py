@@ -1,5 +1,6 @@
 """What a model's owner learns of admission, and tells its policy and its gateways."""
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -12,7 +13,9 @@ from uellm.policy.shedding import Shedding
 from uellm.policy.views import DispatchDecision, QueuedView, QueueView
 
 REMEMBERED = 64
-"""The time to try again is the mean of about so many."""
+"""The time to try again is the mean of about so many; of so many is known what was feasible."""
+MOST = 0.9
+"""Of these: by the time that others are told, so many could have been answered."""
 
 
 class Admissions:
@@ -33,6 +36,15 @@ class Admissions:
         self.price = Price()
         self.shedding = Shedding()
         self.retry_seconds = 1.0
+        self._feasible: deque[float] = deque(maxlen=REMEMBERED)
+
+    @property
+    def feasible_seconds(self) -> float | None:
+        """Within so long most of those that were not let in could have been answered.
+
+        None: nobody was kept out yet.
+        """
+        return float(np.quantile(self._feasible, MOST)) if self._feasible else None
 
     def seen_by(self, queue: QueueView) -> QueueView:
         """A queue, with what was learnt."""
@@ -58,6 +70,9 @@ class Admissions:
             retry = refusal.retry_after_seconds
             if retry is not None:
                 self.retry_seconds += (retry - self.retry_seconds) / REMEMBERED
+                promise = refusal.promise
+                if promise is not None and promise.earliest_feasible_finish is not None:
+                    self._feasible.append(promise.earliest_feasible_finish - now)
             # Whom no mesh could have served in time says nothing of the load on this one.
             overloaded = refusal.expired or retry is not None
             refused += overloaded and refusal.request_id in queue.unpromised

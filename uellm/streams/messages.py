@@ -43,11 +43,16 @@ class NewRequest:
 class Door:
     """Which share is looked at of those that would rather be refused than late.
 
-    The others may try again after a while.
+    Attributes:
+        share: that.
+        retry_seconds: the others may try again after so long.
+        feasible_seconds: within so long most of those that were looked at, and refused, could have
+            been answered; None: not known.
     """
 
     share: float = 1.0
     retry_seconds: float = 1.0
+    feasible_seconds: float | None = None
 
 
 OPEN = Door()
@@ -224,8 +229,8 @@ def parse_door(raw: bytes) -> Door:
     """How wide a model's door is; empty: open."""
     if not raw:
         return OPEN
-    share, retry = raw.split()
-    return Door(float(share), float(retry))
+    share, retry, *feasible = map(float, raw.split())
+    return Door(share, retry, feasible[0] if feasible else None)
 
 
 def parse_queued(fields: Mapping[bytes, bytes]) -> QueuedEntry:

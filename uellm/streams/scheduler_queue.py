@@ -88,7 +88,8 @@ class SchedulerQueue(ModelQueue):
         Raises:
             AbortedError: if ``token`` is no longer the owner's.
         """
-        text = f"{door.share:.4g} {door.retry_seconds:.4g}"
+        said = (door.share, door.retry_seconds, door.feasible_seconds)
+        text = " ".join(f"{each:.4g}" for each in said if each is not None)
         await self._keep(token, self.keys.door, text, keep_ms)
 
     async def keep_track_record(self, token: int, packed: bytes) -> None:

@@ -100,7 +100,7 @@ class Admission:
         self._profiling = profiling
         self._most_bytes = settings.max_request_bytes
         self._accept_seconds = settings.accept_seconds
-        self.doors = Doors(settings.opening_requests, turned_away)
+        self.doors = Doors(settings.opening_requests, turned_away, context.clock.now)
         self._limits = Limits(
             settings.waiting_requests, settings.waiting_tokens, settings.tenant_requests
         )

@@ -7,9 +7,10 @@ while there are none but old ones.
 
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from uellm import convert
 from uellm.core.errors import ResourceExhaustedError
 from uellm.policy.shedding import Hearsay, shed
 from uellm.streams.gateway_queue import GatewayQueue
@@ -32,18 +33,22 @@ class Doors:
     Args:
         most_opening: so many requests may be on their way to being accepted, whatever they wish.
         turned_away: told of all that are refused here.
+        clock: the time of day, in seconds, as the mesh has it.
     """
 
-    def __init__(self, most_opening: int, turned_away: TurnedAway) -> None:
+    def __init__(
+        self, most_opening: int, turned_away: TurnedAway, clock: Callable[[], float] = time.time
+    ) -> None:
         self._most_opening = most_opening
         self._turned_away = turned_away
-        self._heard: dict[str, tuple[Hearsay, float]] = {}
+        self._clock = clock
+        self._heard: dict[str, tuple[Hearsay, Door]] = {}
         self._opening = 0
 
     def heard(self, model: str, door: Door) -> None:
         """How wide a model's door is now."""
         if door is not OPEN:
-            self._heard[model] = Hearsay(door.share, time.monotonic()), door.retry_seconds
+            self._heard[model] = Hearsay(door.share, time.monotonic()), door
         else:
             self._heard.pop(model, None)
 
@@ -54,7 +59,8 @@ class Doors:
         """Hold while a request is checked, profiled and accepted, if it is looked at at all.
 
         Raises:
-            ResourceExhaustedError: if it is not, with a time to try again.
+            ResourceExhaustedError: if it is not, with a time to try again and, of a model that says
+                it, when an answer could have been ready.
         """
         if self._opening >= self._most_opening:
             self._turned_away.refused(request, tenant)
@@ -76,7 +82,7 @@ class Doors:
         self, queue: GatewayQueue, request: inference_pb2.GenerateRequest, tenant: str
     ) -> None:
         model = queue.model
-        share, retry = self._door(model)
+        share, door = self._door(model)
         if not shed(new_request_id(model), share):
             return
         if request.idempotency_key and not request.first_try:
@@ -86,22 +92,32 @@ class Doors:
             if known:
                 return
         self._turned_away.refused(request, tenant)
-        # Spread, so that those who are refused together do not return together.
-        retry *= random.uniform(1, 2)  # noqa: S311
-        raise ResourceExhaustedError(
-            f"{model}: far more is asked of it than it can answer in time; try again in "
-            f"{retry:.3g} s, or ask for best effort instead of refusal",
-            reason="OVERLOADED",
-            field="slo.deadline",
-            retry_after_seconds=retry,
-        )
+        raise _overloaded(model, door, self._clock())
 
-    def _door(self, model: str) -> tuple[float, float]:
-        """The share that is looked at, and after which time the others may try again."""
+    def _door(self, model: str) -> tuple[float, Door]:
+        """The share that is looked at now, and what the others are told."""
         if model not in self._heard:
-            return OPEN.share, OPEN.retry_seconds
-        heard, retry = self._heard[model]
-        return 0.0 if self._opening >= MOST_OPENING else heard.share(time.monotonic()), retry
+            return OPEN.share, OPEN
+        heard, door = self._heard[model]
+        return 0.0 if self._opening >= MOST_OPENING else heard.share(time.monotonic()), door
+
+
+def _overloaded(model: str, door: Door, now: float) -> ResourceExhaustedError:
+    # Spread, so that those who are refused together do not return together.
+    retry = door.retry_seconds * random.uniform(1, 2)  # noqa: S311
+    soonest, metadata = "", {}
+    if door.feasible_seconds is not None:
+        soonest = f"; the soonest that most could be answered is in {door.feasible_seconds:.3g} s"
+        finish = convert.timestamp(now + door.feasible_seconds)
+        metadata["earliest_feasible_finish"] = finish.ToJsonString()
+    return ResourceExhaustedError(
+        f"{model}: far more is asked of it than it can answer in time{soonest}; try again in "
+        f"{retry:.3g} s, or ask for best effort instead of refusal",
+        reason="OVERLOADED",
+        field="slo.deadline",
+        retry_after_seconds=retry,
+        metadata=metadata,
+    )
 
 
 def _busy(most: int) -> ResourceExhaustedError:

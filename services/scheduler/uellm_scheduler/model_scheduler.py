@@ -210,7 +210,7 @@ class ModelScheduler:
         admissions.advance(self._context.clock.now())
         share = admissions.shedding.share
         if share < 1 and self._dooring.due():
-            door = Door(share, admissions.retry_seconds)
+            door = Door(share, admissions.retry_seconds, admissions.feasible_seconds)
             await self._queue.keep_door(self.token, door, DOOR_KEPT_MS)
 
     async def _say_load(self) -> None:
