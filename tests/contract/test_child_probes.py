@@ -28,7 +28,7 @@ from uellm.v1.engine_pb2 import (
 from uellm.v1.topology_pb2 import ShardAssignment
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-PATIENCE = 60.0
+PATIENCE = 240.0
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LAYERS = 4
 VOCAB = 32
-PATIENCE = 60.0
+PATIENCE = 240.0
 """Seconds for whatever waits for the first import of torch and transformers."""
 
 

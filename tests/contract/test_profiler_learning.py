@@ -85,7 +85,7 @@ async def fitted(mesh: Mesh, stub: Any, length: int) -> None:
         await teach(mesh, 5, output_tokens=length)
         return (await versions(stub))[-1].number > number
 
-    await eventually(served, 20)
+    await eventually(served)
     await eventually(lambda: _expects(stub, length))
 
 

@@ -16,7 +16,8 @@ from uellm.streams.connection import connect
 from uellm.streams.registry import Registry
 from uellm.v1 import common_pb2, deployer_pb2, deployer_pb2_grpc, topology_pb2
 
-START_SECONDS = 60.0
+START_SECONDS = 240.0
+"""Each of several processes imports torch, on whatever the machine has left."""
 
 
 @dataclass

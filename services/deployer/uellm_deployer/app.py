@@ -39,6 +39,7 @@ class DeployerApplication:
         renewing = self._context.repeat(self._leadership.renew, "leadership")
         self._renewing = self._context.spawn(renewing, "leadership")
         self._context.spawn(self._context.repeat(self._deployer.turn, "deployer"), "deployer")
+        self._context.spawn(self._context.repeat(self._deployer.listen, "listening"), "listening")
 
     async def drain(self) -> None:
         """Let go of the lease: what runs goes on without a deployer, and another takes over."""

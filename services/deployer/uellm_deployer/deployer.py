@@ -30,7 +30,7 @@ from uellm_deployer.settings import DeployerSettings
 from uellm_deployer.store import Store
 from uellm_deployer.tools import Tools
 from uellm_deployer.upkeep import Upkeep
-from uellm_deployer.workers import Workers
+from uellm_deployer.workers import LISTEN_SECONDS, Workers
 
 _log = logger("deployer")
 TURN_SECONDS = 0.25
@@ -122,7 +122,13 @@ class Deployer:
             async with asyncio.timeout(TURN_SECONDS):
                 await self._woken.wait()
 
+    async def listen(self) -> None:
+        """One moment of being there to hear the workers."""
+        self.workers.listen(time.monotonic())
+        await asyncio.sleep(LISTEN_SECONDS)
+
     async def _round(self, now: float) -> None:
+        self.workers.listen(now)
         for name, deployment in list(self._deployments.items()):
             await deployment.step(now)
             if deployment.ended and self._deployments.get(name) is deployment:

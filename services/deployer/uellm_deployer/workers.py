@@ -8,6 +8,8 @@ from uellm.v1 import deployer_pb2, topology_pb2
 
 FORGET_SECONDS = 60.0
 """A worker that was lost for so long is not shown any more."""
+LISTEN_SECONDS = 0.25
+"""How often the deployer makes sure that it was there to hear."""
 
 
 @dataclass(slots=True)
@@ -20,7 +22,7 @@ class Worker:
         incarnation: rises with every start.
         devices: by its latest message.
         links: between its devices, as their driver says.
-        seen_at: its latest message.
+        seen_at: its latest message, and later by the time for which nobody was there to hear.
         heard_at: its latest heartbeat, which says how its stages are; None: there was none yet.
         stages: by replica.
         unreachable: its address does not answer.
@@ -64,6 +66,7 @@ class Workers:
 
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
+        self._listened_at = float("inf")
 
     def register(self, request: deployer_pb2.RegisterWorkerRequest, now: float) -> Worker:
         """Take note of a worker; a newer start replaces an older one.
@@ -118,6 +121,18 @@ class Workers:
             known.devices = tuple(request.devices)
         known.seen_at = known.heard_at = now
         return True
+
+    def listen(self, now: float) -> None:
+        """Be there to hear; to be called every ``LISTEN_SECONDS``, and before anybody is judged.
+
+        Where it comes late this process was held up itself: that says nothing of the workers, whose
+        messages wait to be read.
+        """
+        late = now - self._listened_at - LISTEN_SECONDS
+        if late > LISTEN_SECONDS:
+            for worker in self._workers.values():
+                worker.seen_at += late
+        self._listened_at = now
 
     def get(self, worker: str) -> Worker | None:
         """A worker by its id."""
