@@ -16,11 +16,17 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uellm_worker.cores import WAITING
 
 from benchmarks.engine import RANDOM, write_random
+
+if TYPE_CHECKING:
+    from uellm_worker.engine.part import Part
+    from uellm_worker.engine.plan import StepPlan
+
+    from uellm.placement.measuring import BlockCost
 
 DECODES = ((2, 128), (8, 384), (12, 96), (24, 200))
 PREFILLS = (32, 96, 200, 448)
@@ -28,8 +34,8 @@ _REPEATS = 7
 _SLOTS, _LONGEST = 32, 512
 
 
-def probe(directory: Path, threads: int) -> Any:
-    """The ``BlockCost`` that a worker's probe and the deployer's fit come to."""
+def probe(directory: Path, threads: int) -> "BlockCost":
+    """What a worker's probe and the deployer's fit come to."""
     from uellm_worker.engine.block_probe import probe_block
 
     from uellm.placement.measuring import BlockSample, fit_block
@@ -46,7 +52,7 @@ def probe(directory: Path, threads: int) -> Any:
     return fit_block(samples, probed.weight_bytes, probed.flops_per_token, time.time())
 
 
-def load(directory: Path, layers: int) -> Any:
+def load(directory: Path, layers: int) -> "Part":
     """All layers as a ``Part``, with a cache that was written to."""
     import torch
     from uellm_worker.engine.device import Device
@@ -74,7 +80,7 @@ def load(directory: Path, layers: int) -> Any:
     return part
 
 
-def steps() -> dict[str, Any]:
+def steps() -> "dict[str, StepPlan]":
     """The compositions that are compared, by what they are called."""
     from uellm_worker.engine.plan import Chunk, StepPlan
 
@@ -85,7 +91,7 @@ def steps() -> dict[str, Any]:
     return decodes | {f"{n} prefill": StepPlan(0, (Chunk(0, 0, n, True),)) for n in PREFILLS}
 
 
-def median_seconds(part: Any, plan: Any, hidden: int) -> float:
+def median_seconds(part: "Part", plan: "StepPlan", hidden: int) -> float:
     """What a step takes."""
     import torch
 
@@ -112,7 +118,7 @@ def measure(directory: Path, threads: int) -> dict[str, Any]:
     profile = read_profile(directory, "float32")
     layer, layers = profile.layers[0], len(profile.layers)
     part = load(directory, layers)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, plan in steps().items():
         context = sum(chunk.start + 1 for chunk in plan.chunks if chunk.count == 1)
         pairs = sum(chunk_pairs(0, c.count) for c in plan.chunks if c.count > 1)
@@ -122,7 +128,7 @@ def measure(directory: Path, threads: int) -> dict[str, Any]:
             {
                 "step": name,
                 "measured": median_seconds(part, plan, profile.hidden_size),
-                "probe": cost.seconds(layers, plan.rows, context, pairs),
+                "probe": cost.step_seconds + layers * cost.layer.seconds(plan.rows, context, pairs),
                 "roofline": layers * roof,
             }
         )
