@@ -1,46 +1,13 @@
 """Commands that ask something of a mesh: generate, estimate, chat, cancel."""
 
 import sys
-from math import isfinite
 from typing import Annotated, Any
 
 import typer
 
 from uellm.cli.durations import parse_duration
+from uellm.cli.options import Json, Server, finite
 
-
-def finite(value: float | None) -> float | None:
-    """The callback of options whose numbers are compared with others: nan is neither less nor more.
-
-    Raises:
-        typer.BadParameter: if it is not finite.
-    """
-    if value is not None and not isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number")
-    return value
-
-
-Server = Annotated[
-    str,
-    typer.Option(
-        envvar="UELLM_SERVER",
-        help="Gateway address host:port, or several with commas; "
-        "by default the mesh that `uellm up` runs here.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Pins = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="DEVICE",
-        help="Must be used; first=DEVICE, last=DEVICE; 0-11=NAME: layers on a device, worker "
-        "or host; repeatable.",
-    ),
-]
-Excluded = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME", help="Device, worker or host not to use; repeatable."),
-]
 ModelName = Annotated[str, typer.Option(help="Served name; by default the only one served.")]
 AdapterName = Annotated[
     str, typer.Option("--adapter", help="LoRA adapter of the model; by default none.")

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from uellm.cli.asking import Excluded, Json, Pins, finite
 from uellm.cli.durations import parse_duration
-from uellm.cli.looking import Redis
+from uellm.cli.options import Excluded, Json, Pins, Redis, finite
 
 Wait = Annotated[bool, typer.Option(help="Wait until it is so, and show how far it is.")]
 
@@ -123,13 +122,21 @@ def deploy(
         excluded=exclude or (),
         costs=cost or (),
     )
-    for field, value in (
-        *(("replicas", replicas), ("most_replicas", most_replicas)),
-        *(("requests_per_second", rate), ("stages", stages), ("objective", objective)),
-        *(("slo_seconds", slo or 0.0), ("slots", slots), ("kv_tokens", kv_tokens)),
-        *(("max_tokens", max_model_len), ("dtype", dtype)),
-        *(("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens)),
-    ):
+    said: dict[str, float | str] = {
+        "replicas": replicas,
+        "most_replicas": most_replicas,
+        "requests_per_second": rate,
+        "stages": stages,
+        "objective": objective,
+        "slo_seconds": slo or 0.0,
+        "slots": slots,
+        "kv_tokens": kv_tokens,
+        "max_tokens": max_model_len,
+        "dtype": dtype,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+    }
+    for field, value in said.items():
         deployments.say(request, field, value)
     if plan is not None:
         deployments.as_told(request, plan)

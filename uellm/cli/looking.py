@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from uellm import __version__
-from uellm.cli.asking import Json, Server
 from uellm.cli.durations import parse_duration
+from uellm.cli.options import Json, Redis, Server
 
 
 def models(server: Server = "", as_json: Json = False) -> None:
@@ -17,15 +17,6 @@ def models(server: Server = "", as_json: Json = False) -> None:
     from uellm.cli.mesh_address import gateways
 
     raise typer.Exit(run(overview.models(gateways(server), as_json=as_json)))
-
-
-Redis = Annotated[
-    str,
-    typer.Option(
-        envvar="UELLM_REDIS_URL",
-        help="The mesh's Redis; by default that of the mesh that `uellm up` runs here.",
-    ),
-]
 
 
 def health(

@@ -5,8 +5,8 @@ from typing import Annotated, cast
 
 import typer
 
-from uellm.cli.asking import Excluded, Json, Pins, finite
 from uellm.cli.durations import parse_limit
+from uellm.cli.options import Excluded, Json, Pins, finite
 
 MOST_SEQUENCES = 1 << 20
 """Of a copy; more would not fit the numbers that bytes are counted with."""
@@ -165,7 +165,12 @@ def plan(
         stock=discovered.stock if discovered else EVERYWHERE,
     )
     asked = planning.Asked(
-        *(request, explain, as_json, plot, what_if or (), mean_output_tokens),
+        request=request,
+        explain=explain,
+        as_json=as_json,
+        plot=plot,
+        what_if=what_if or (),
+        mean_output_tokens=mean_output_tokens,
         as_deployed=discovered is not None,
     )
     raise typer.Exit(planning.run(asked))

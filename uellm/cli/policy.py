@@ -4,20 +4,13 @@ from typing import Annotated
 
 import typer
 
-from uellm.cli.asking import Json
+from uellm.cli.options import Json, Redis
 
 app = typer.Typer(
     no_args_is_help=True, help="List scheduling policies; show or choose that of a model."
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's served name.")]
-Redis = Annotated[
-    str,
-    typer.Option(
-        envvar="UELLM_REDIS_URL",
-        help="The mesh's Redis; by default that of the mesh that `uellm up` runs here.",
-    ),
-]
 
 
 @app.command(name="list")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from uellm.cli.asking import Json
+from uellm.cli.options import Json, Redis
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -156,15 +156,6 @@ def profile(
     for name, value in facts.items():
         shown = f"{value:.4g}" if isinstance(value, float) else value
         sys.stdout.write(f"{name:22} {shown}\n")
-
-
-Redis = Annotated[
-    str,
-    typer.Option(
-        envvar="UELLM_REDIS_URL",
-        help="The mesh's Redis; by default that of the mesh that `uellm up` runs here.",
-    ),
-]
 
 
 @app.command()

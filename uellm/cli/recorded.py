@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from uellm.cli.asking import Json, Server
 from uellm.cli.durations import parse_duration
+from uellm.cli.options import Json, Redis, Server
 
 File = Annotated[Path, typer.Argument(help="What `uellm decisions` wrote; - reads standard input.")]
 
@@ -33,13 +33,7 @@ def decisions(
         float | None,
         typer.Option(parser=parse_duration, metavar="DURATION", help="Only the latest: 10s, 5m."),
     ] = None,
-    redis: Annotated[
-        str,
-        typer.Option(
-            envvar="UELLM_REDIS_URL",
-            help="The mesh's Redis; by default that of the mesh that `uellm up` runs here.",
-        ),
-    ] = "",
+    redis: Redis = "",
 ) -> None:
     """Write down what was decided of a model's requests, of all tenants, to replay it."""
     from uellm.cli import replaying

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from uellm.cli.asking import Json
+from uellm.cli.options import Json
 
 DEFAULT_PORT = 50051
 

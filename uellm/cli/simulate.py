@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from uellm.cli.asking import Json, finite
 from uellm.cli.drawing import check_plot
+from uellm.cli.options import Json, finite
 
 if TYPE_CHECKING:
     from uellm.simulator.experiments import Cell, Goodput, Result, Setup

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from uellm.cli import exits
-from uellm.cli.asking import Json
+from uellm.cli.options import Json
 
 
 class Dtype(StrEnum):
