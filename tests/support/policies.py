@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from uellm.core.cost import StepCost
 from uellm.core.request import LEVELS, Priority, QuantileFunction, ResourceProfile, Slo
+from uellm.policy.registry import step_policy
 from uellm.policy.views import EngineView, SequenceView
 
 NOW = 1000.0
@@ -108,4 +109,17 @@ def engines(draw: st.DrawFn) -> EngineView:
         kv_tokens_total=draw(st.sampled_from([300, 1000, 5000])),
         block_tokens=draw(st.sampled_from([1, 16])),
         cost=draw(st.sampled_from([None, COST])),
+    )
+
+
+def admitted(name: str, *waiting: object, **facts: object) -> tuple[str, ...]:
+    """Whom a policy admits into an engine in which nothing runs."""
+    slots = facts.pop("slots", 1)
+    return (
+        step_policy(name)
+        .step(
+            engine([], list(waiting), slots=slots, **facts),  # type: ignore[arg-type]
+            NOW,
+        )
+        .admit
     )
