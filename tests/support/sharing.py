@@ -203,3 +203,21 @@ def copy_parts(source: Path, cache: FileCache, span: Span) -> Path:
         writer.close()
     entry.finish(manifest)
     return entry.directory
+
+
+def tensors_in(directory: Path) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint, by name."""
+    return {n: t for path in files.tensor_files(directory) for n, t in load_file(path).items()}
+
+
+def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
+    return all(
+        found[name].dtype == expected[name].dtype and np.array_equal(found[name], expected[name])
+        for name in found
+    )
+
+
+def corrupt(message: files_pb2.FetchTensorsResponse) -> files_pb2.FetchTensorsResponse:
+    if message.data:
+        message.data = bytes([message.data[0] ^ 1]) + message.data[1:]
+    return message
