@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.dispatching import NOW, queued, replica, sent
 from uellm.core.request import Priority
+from uellm.policy import registry
 from uellm.policy.cslo_dispatch import CsloOdbsDispatch
 from uellm.policy.due import PATIENCE_SECONDS
 from uellm.policy.edf import EdfDispatch
@@ -208,3 +209,34 @@ def test_an_answer_that_would_not_fit_waits_for_room() -> None:
     assert decision.order == ("large", "small")
     empty = replace(view, in_flight=())
     assert sent(EdfDispatch().dispatch(QueueView([large, small]), [empty], NOW)) == ["large"]
+
+
+@pytest.mark.parametrize("name", ["fcfs", "cslo-odbs"])
+def test_a_place_in_the_queue_counts_those_that_wait_at_their_replica(name: str) -> None:
+    first, second = queued("first", accepted=NOW - 2), queued("second")
+    queue = QueueView([first, second], unpromised=frozenset({"first", "second"}))
+
+    def places(in_flight: int) -> list[tuple[int, str]]:
+        replicas = [replica(slots=2, in_flight=in_flight)]
+        decision = registry.dispatch_policy(name).dispatch(queue, replicas, NOW)
+        promises = [decision.promises[view.request_id] for view in (first, second)]
+        return [(promise.queue_position, promise.reason) for promise in promises]
+
+    assert places(0) == [(0, "a slot is free"), (1, "a slot is free")]
+    assert places(2) == [(0, "has the next free slot"), (1, "waits for a slot, 1 ahead")]
+    # Two of five have a slot.
+    assert [place for place, _ in places(5)] == [3, 4]
+
+
+def test_who_is_being_answered_has_nobody_ahead() -> None:
+    views = [queued(f"q{i}") for i in range(3)]
+    in_flight = tuple(
+        InFlightView(view.request_id, NOW - 1 + i / 10, 10, 20.0, 40.0, request=view)
+        for i, view in enumerate(views)
+    )
+    begun = {"q2": Answered(3, NOW - 0.5)}
+    busy = replica(slots=1, answered=begun, answered_at=NOW)
+    queue = QueueView([], promised={view.request_id: NOW + 500.0 for view in views})
+    decision = FcfsDispatch().dispatch(queue, [replace(busy, in_flight=in_flight)], NOW)
+    places = {name: promise.queue_position for name, promise in decision.promises.items()}
+    assert places == {"q0": 0, "q1": 1, "q2": 0}

@@ -175,6 +175,28 @@ def test_an_explanation_names_the_one_ahead_and_what_it_cost() -> None:
     assert "40 tokens instead of 20" in causes["length"].text
 
 
+def test_nobody_is_said_to_have_cost_more_time_than_there_was() -> None:
+    record = long_ahead()
+    sent = decided("fcfs", [ME], [replica(slots=1)], NOW + 1)
+    facts = Facts(
+        request_id="me",
+        tenant="local",
+        state="DONE",
+        slo=ME.slo,
+        profile=ME.profile,
+        dispatched_at=NOW + 1,
+        first_token_at=NOW + 1.1,
+        finished_at=NOW + 1.5,
+        output_tokens=40,
+        attempts=1,
+    )
+    told = explain(facts, [record, sent], NOW + 2)
+    assert told.summary.startswith("Answered after 6.5 s")
+    assert "Without long" not in told.summary
+    (found,) = told.counterfactuals
+    assert re.match("without long ahead .*promised .* earlier, more than it took", found.text)
+
+
 def test_another_tenants_request_is_not_named() -> None:
     record = long_ahead()
     (view,) = record.replicas

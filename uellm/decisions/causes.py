@@ -164,7 +164,11 @@ def _promise_earlier(
     if earlier < LEAST_SECONDS:
         return []
     who = _who(ids, names)
-    text = f"without {who} ahead of it, {show_duration(earlier)} earlier, by the policy's estimate"
+    gain = f"{show_duration(earlier)} earlier, by the policy's estimate"
+    if facts.finished_at is not None and earlier >= facts.finished_at - record.now:
+        # Nobody can have cost it more than all the time that it took.
+        gain = f"promised {show_duration(earlier)} earlier, more than it took in the end"
+    text = f"without {who} ahead of it, {gain}"
     odds = [round(100 * (promise.p_meet or 0.0)) for promise in (after, before)]
     if odds[0] > odds[1]:
         text += f"; {odds[0]} % instead of {odds[1]} % sure to meet its deadline"

@@ -56,8 +56,10 @@ def _summary(
     main = next((c for c in why if (c.seconds or 0.0) > EXPLAINED_SHARE * total), None)
     if main is not None and main.seconds is not None:
         sentences.append(f"Mostly ({show_duration(main.seconds)}): {main.text}.")
-    if what_if:
-        text = what_if[0].text
+    # One that promised too late said nothing of what it took in the end.
+    told = (c.text for c in what_if if facts.finished_at is None or c.seconds_earlier < total)
+    text = next(told, None)
+    if text is not None:
         sentences.append(f"{text[0].upper()}{text[1:]}.")
     return " ".join(sentences)
 

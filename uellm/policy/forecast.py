@@ -48,6 +48,7 @@ class Backlog:
     Attributes:
         crew: all replicas as one.
         line: places of those that are to be served, in the order in which they are.
+        sent_at: when each was sent, or, if it has begun, was last looked at; infinite: it waits.
         busy: seconds that each takes a place.
         variance: of that.
         begun: who is being answered.
@@ -58,6 +59,7 @@ class Backlog:
 
     crew: _Crew
     line: Places
+    sent_at: Floats
     busy: Floats
     variance: Floats
     begun: Flags
@@ -70,6 +72,19 @@ class Backlog:
         rank = np.zeros(len(self.busy), dtype=np.intp)
         rank[self.line] = np.arange(len(self.line))
         return rank
+
+    @cached_property
+    def queued_ahead(self) -> Places:
+        """How many come before each that were sent and have no place yet; 0 of who has one."""
+        queued = np.isfinite(self.sent_at)
+        running = _running(self.line, self.sent_at, self.begun, self.crew)
+        queued[running] = False
+        ahead = np.zeros(len(self.busy), dtype=np.intp)
+        if queued.any():
+            in_line = queued[self.line]
+            ahead[self.line] = np.cumsum(in_line) - in_line
+            ahead[running] = 0
+        return ahead
 
     @cached_property
     def work(self) -> Floats:
@@ -130,7 +145,7 @@ def backlog_of(
     variance = ((everybody.high - everybody.median) * (crew.step / Z90)) ** 2
     since = np.where(begun, np.maximum(now - sent_at, 0.0), 0.0)
     prompts = np.where(begun, 0.0, everybody.prefill * (crew.per_prompt_token / len(replicas)))
-    return Backlog(crew, line, busy, variance, begun, since, prompts)
+    return Backlog(crew, line, sent_at, busy, variance, begun, since, prompts)
 
 
 def forecasts(everybody: Columns, backlog: Backlog, wanted: Places, now: float) -> Forecasts:
@@ -186,10 +201,15 @@ def forecasts(everybody: Columns, backlog: Backlog, wanted: Places, now: float) 
     )
 
 
-def _behind_running(line: Places, sent_at: Floats, begun: Flags, crew: _Crew) -> Places:
-    """The order, in which those that have a slot come first: who has begun, or was sent first."""
+def _running(line: Places, sent_at: Floats, begun: Flags, crew: _Crew) -> Places:
+    """Those that have a slot: who has begun, or was sent first."""
     sent = line[np.isfinite(sent_at[line])]
-    running = sent[np.lexsort((sent_at[sent], ~begun[sent]))][: max(int(crew.places), 1)]
+    return sent[np.lexsort((sent_at[sent], ~begun[sent]))][: max(int(crew.places), 1)]
+
+
+def _behind_running(line: Places, sent_at: Floats, begun: Flags, crew: _Crew) -> Places:
+    """The order, in which those that have a slot come first."""
+    running = _running(line, sent_at, begun, crew)
     others = np.ones(len(sent_at), dtype=np.bool_)
     others[running] = False
     return np.concatenate([running, line[others[line]]])

@@ -67,20 +67,22 @@ class Promiser:
 
         Args:
             wanted: places of requests.
-            positions: how many come before each.
+            positions: how many come before each of those that wait for a replica.
             promised: median finishes of earlier promises; these are revised if it pays.
         """
         promises: dict[str, Promise] = {}
         for start in range(0, len(wanted), AT_ONCE):
             some = wanted[start : start + AT_ONCE]
             found, prospects = self.prospects(some)
+            ahead = positions[start : start + AT_ONCE] + self._backlog.queued_ahead[some]
             for row, request_id in enumerate(found.ids):
                 before = promised.get(request_id)
                 after = float(prospects.times[row, 1, 0])
                 if before is None or _material(before, after, self._now):
                     request = self._people.columns.views[some[row]]
-                    position = int(positions[start + row])
-                    promises[request_id] = self._promise(request, found, prospects, row, position)
+                    promises[request_id] = self._promise(
+                        request, found, prospects, row, int(ahead[row])
+                    )
         return promises
 
     def _promise(
@@ -130,7 +132,7 @@ class Promiser:
             return "runs after those that can still be in time"
         if not waits:
             return "a slot is free"
-        return f"waits for a slot, {position} ahead"
+        return f"waits for a slot, {position} ahead" if position else "has the next free slot"
 
 
 def _odds(p_meet: float, slo: Slo, answered: Answered | None, now: float) -> float | None:

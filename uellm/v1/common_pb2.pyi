@@ -508,7 +508,7 @@ class Promise(_message.Message):
     asked for.
     """
     queue_position: _builtins.int
-    """Requests of the model ahead of this one; 0 is next."""
+    """Requests of the model that wait for a slot as well, and go before this one; 0 is next."""
     policy: _builtins.str
     """The policy that decided."""
     reason: _builtins.str
