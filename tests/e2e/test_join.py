@@ -95,7 +95,7 @@ async def test_a_machine_that_joins_takes_layers_and_gives_them_back(
         async def spread() -> bool:
             return len(await stages(up)) == 2
 
-        await eventually(spread, 60)
+        await eventually(spread)
         assert await counted(up, engine, 20)
         # All of them are reached by addresses of this kind, and measured.
         _, out, _ = await up.run("health", "--json")
@@ -108,7 +108,7 @@ async def test_a_machine_that_joins_takes_layers_and_gives_them_back(
         async def whole() -> bool:
             return len(await stages(up)) == 1
 
-        await eventually(whole, 60)
+        await eventually(whole)
         assert await counted(up, engine, 5)
 
 
@@ -141,7 +141,7 @@ async def test_a_machine_without_the_model_fetches_its_layers(up: Up, tmp_path: 
         async def spread() -> bool:
             return len(await stages(up)) == 2
 
-        await eventually(spread, 60)
+        await eventually(spread)
         assert await counted(up, "shard", 20)
         status, out, err = await up.run("generate", "Hi", "--max-tokens", "8", "--adapter", "twist")
         assert (status, bool(out.strip())) == (0, True), err

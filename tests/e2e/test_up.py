@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.checkpoints import write_adapter
 from tests.support.waiting import eventually
+from uellm.cli import exits
 from uellm.mesh.state import MeshState, find_mesh
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -60,7 +61,7 @@ class Up:
             except psutil.NoSuchProcess:  # Between the two.
                 return False
 
-        await eventually(lambda: not any(map(there, self.tree)), 20)
+        await eventually(lambda: not any(map(there, self.tree)))
 
 
 @pytest.fixture
@@ -78,6 +79,19 @@ async def in_force(up: Up, words: str) -> bool:
     return words in out
 
 
+async def has_versions(up: Up) -> bool:
+    """Whether a profiler has become the one that learns."""
+    status, out, _ = await up.run("profiler", "versions", "--json")
+    return status == 0 and bool(json.loads(out))
+
+
+async def answers(up: Up) -> bool:
+    status, _, err = await up.run("generate", "Hello again", "--max-tokens", "8")
+    # Where a gateway takes longer to start again than a client is patient.
+    assert status in (exits.OK, exits.UNREACHABLE), err
+    return status == exits.OK
+
+
 async def explained(up: Up, request_id: str) -> bool:
     status, out, err = await up.run("why", request_id)
     assert status == 0, err
@@ -91,7 +105,7 @@ async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
     assert set(state.pids) == {
         *("gateway-1", "profiler-1", "scheduler-1", "deployer-1", "worker-1", "worker-2")
     }
-    status, out, err = await up.run("generate", "Hello", "--max-tokens", "8", "--deadline", "30s")
+    status, out, err = await up.run("generate", "Hello", "--max-tokens", "8", "--deadline", "1h")
     assert (status, bool(out.strip())) == (0, True), err
     assert "sure to make it" in err
     assert "deadline met" in err
@@ -105,6 +119,7 @@ async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
     assert (status, bool(out.strip())) == (0, True), err
     status, _, err = await up.run("generate", "Hi", "--adapter", "twits")
     assert (status, "choose of twist" in err, err.count("\n")) == (2, True, 1), err
+    await eventually(lambda: has_versions(up))
     status, out, err = await up.run("profiler", "versions", "--json")
     assert status == 0, err
     assert [(v["number"], v["predictor"]) for v in json.loads(out)] == [(1, "text")]
@@ -121,7 +136,7 @@ async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
         *("--execution", "static"),
     )
     assert status == 0, err
-    await eventually(lambda: in_force(up, "slo-odbs static"), 20)
+    await eventually(lambda: in_force(up, "slo-odbs static"))
     _, out, _ = await up.run("policy", "show", "demo")
     assert "slo-odbs, chosen for this model" in out
     assert "batch requests that do not say: deadline 60.0 min" in out
@@ -132,11 +147,11 @@ async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
     assert "treshold: no such setting of slo-odbs; available: length_overhead" in err
     status, out, _ = await up.run("policy", "reset", "demo")
     assert status == 0
-    await eventually(lambda: in_force(up, "continuous"), 20)
+    await eventually(lambda: in_force(up, "continuous"))
 
     _, out, _ = await up.run("generate", "Why?", "--max-tokens", "8", "--json")
     request_id = json.loads(out)["request_id"]
-    await eventually(lambda: explained(up, request_id), 20)
+    await eventually(lambda: explained(up, request_id))
     file = str(tmp_path / "decisions.jsonl")
     status, _, err = await up.run("decisions", "demo", "--out", file)
     assert (status, "decisions in" in err) == (0, True), err
@@ -148,8 +163,7 @@ async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
     assert replayed["step_decisions"] >= 1
 
     os.kill(state.pids["gateway-1"], signal.SIGKILL)
-    status, out, err = await up.run("generate", "Hello again", "--max-tokens", "8")
-    assert status == 0, err
+    await eventually(lambda: answers(up))
     after = find_mesh(up.home)
     assert after is not None
     assert after.gateways == state.gateways

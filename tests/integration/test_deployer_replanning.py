@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from tests.integration.test_deployer import MODEL, READY, REPLICA, Mesh, layers
 from tests.integration.test_deployer_discovery import COST, MeasuredWorker, add
 from tests.support.checkpoints import write_checkpoint
-from tests.support.waiting import eventually, stays
+from tests.support.waiting import HANG_SECONDS, eventually, stays
 from uellm.core.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from uellm.streams.keys import Keys
 from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
@@ -245,7 +245,7 @@ async def test_what_cannot_take_over_is_given_up_and_the_old_one_serves_on(mesh:
     assert failed.replica == REPLICA
     assert await mesh.route() == (before.epoch, "READY")
     with suppress(TimeoutError):
-        await asyncio.wait_for(fast.stop(), 5)
+        await asyncio.wait_for(fast.stop(), HANG_SECONDS)
     found = await eventually(lambda: back_to_one(mesh))
     assert found.replicas[0].epoch == before.epoch
 

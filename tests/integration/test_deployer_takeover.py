@@ -12,7 +12,7 @@ from uellm_deployer.store import DESIRED
 
 from tests.support.checkpoints import write_checkpoint
 from tests.support.deployer import BOTH, MODEL, REPLICA, Mesh, gone, layers
-from tests.support.waiting import eventually, stays
+from tests.support.waiting import HANG_SECONDS, eventually, stays
 from uellm.core.errors import (
     ConfigurationError,
     UnavailableError,
@@ -249,7 +249,7 @@ async def test_settings_that_cannot_be_end_it_at_once(
     told: dict[str, Any], says: str, mesh: Mesh
 ) -> None:
     with pytest.raises(ConfigurationError, match=says):
-        await asyncio.wait_for(mesh.add_deployer(**told), 10)
+        await asyncio.wait_for(mesh.add_deployer(**told), HANG_SECONDS)
 
 
 async def test_what_was_wanted_since_outlives_settings_that_say_the_same(

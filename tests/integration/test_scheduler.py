@@ -12,7 +12,7 @@ from uellm_scheduler.book import Book
 from uellm_scheduler.effects import Effects
 
 from tests.support.packages import package
-from tests.support.scheduling import LEASE_SECONDS, MODEL, Mesh, scheduler
+from tests.support.scheduling import MODEL, Mesh, scheduler
 from tests.support.waiting import eventually
 from uellm.core.errors import AbortedError, ConfigurationError
 from uellm.core.load import OfferedLoad
@@ -216,7 +216,7 @@ async def test_a_drained_scheduler_passes_its_models_on_at_once(mesh: Mesh, redi
             owner, other = second, first
         await owner.drain()
         request_id = await mesh.accept()
-        (entry,) = await mesh.received("r0", 1, timeout=30)
+        (entry,) = await mesh.received("r0", 1)
         assert entry.request_id == request_id
         assert not other.task.done()
 
@@ -228,7 +228,7 @@ async def test_a_holder_that_goes_silent_is_fenced_and_its_request_sent_again(
     async with scheduler(redis_url):
         request_id = await mesh.accept()
         (first,) = await mesh.received("r0", 1)
-        (second,) = await mesh.received("r0", 1, timeout=5 * LEASE_SECONDS)
+        (second,) = await mesh.received("r0", 1)
         assert (first.generation, second.generation) == (1, 3)
         assert second.attempt == 2
         assert await mesh.say("r0", Start(request_id, first.generation)) == [request_id]

@@ -321,7 +321,7 @@ async def test_a_cancelled_request_frees_its_slot(slow_worker: RunningWorker, me
     await mesh.dispatch(long, behind)
     await mesh.tokens(long, 3)
     assert await mesh.cancel(long) == "CANCELLED"
-    assert (await mesh.ended(behind, 5.0)).state == "DONE"
+    assert (await mesh.ended(behind)).state == "DONE"
     count = (await mesh.record(long)).tokens
     ids, _ = await mesh.logged(long)
     assert len(ids) == count < 4000
@@ -499,7 +499,7 @@ async def test_release_hands_back_and_ends_the_child(
 async def test_drain_finishes_what_it_can_and_hands_back_the_rest(
     mesh: Mesh, deployer: Deployer
 ) -> None:
-    async with worker_at(mesh.redis_url, instant_step_seconds=0.01, drain_seconds=2.0) as worker:
+    async with worker_at(mesh.redis_url, instant_step_seconds=0.01, drain_seconds=5.0) as worker:
         await serving(worker, mesh, slots=2)
         short, long, waiting = [
             await mesh.accept(seed=s, max_tokens=m) for s, m in ((1, 40), (2, 4000), (3, 5))
@@ -683,7 +683,7 @@ async def test_a_leader_that_was_silent_past_its_lease_goes_on_with_the_next_tur
     await eventually(read_again)
     await asyncio.sleep(0.1)  # It begins what it read.
     speaks.set()
-    await mesh.tokens(request_id, before.tokens + 5, timeout=3.0)
+    await mesh.tokens(request_id, before.tokens + 5)
     await mesh.ended(request_id)
     assert await mesh.logged(request_id) == mesh.oracle(7, 200)
 
@@ -819,5 +819,6 @@ async def test_a_report_says_what_steps_take(slow_worker: RunningWorker, mesh: M
     assert record.finished is not None
     timings = record.finished.timings
     took = seconds(timings.finished_at) - seconds(timings.first_token_at)
-    assert cost_from_proto(cost).seconds(1, 50) == pytest.approx(took / 99, rel=0.25)
+    # No step is shorter than it was told to be; those observed were together no longer than all.
+    assert 0.75 * 0.01 < cost_from_proto(cost).seconds(1, 50) < 2 * took / 64
     assert cost.observations == 64

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from uellm_deployer.app import start
 from uellm_deployer.settings import DeployerSettings
 
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from tests.support.workers import RecordingWorker
 from uellm.rpc import channel, error_from
 from uellm.streams.queue import ModelQueue
@@ -74,7 +74,7 @@ class Mesh:
         return name in [worker.worker for worker in described.workers]
 
     async def call(
-        self, method: str, request: Any, deployer: int = 0, timeout: float = 10.0
+        self, method: str, request: Any, deployer: int = 0, timeout: float = HANG_SECONDS
     ) -> Any:
         """Call a deployer.
 

@@ -12,7 +12,7 @@ from uellm_profiler.settings import ProfilerSettings
 from uellm_scheduler.app import start as start_scheduler
 from uellm_scheduler.settings import SchedulerSettings
 
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.core.request import LEVELS
 from uellm.prefixes import prefix_marks
 from uellm.streams.gateway_queue import GatewayQueue
@@ -203,7 +203,7 @@ class Mesh:
         return [message.entry for message in messages if message.entry is not None]
 
     async def received(
-        self, replica: str, count: int, timeout: float = 5.0
+        self, replica: str, count: int, timeout: float = HANG_SECONDS
     ) -> list[queue_pb2.BatchEntry]:
         """The next ``count`` requests that a leader receives."""
         entries: list[queue_pb2.BatchEntry] = []
@@ -252,7 +252,7 @@ class Mesh:
         """A request's record."""
         return await self.gateway.record(request_id)
 
-    async def ended(self, request_id: str, timeout: float = 5.0) -> Record:
+    async def ended(self, request_id: str, timeout: float = HANG_SECONDS) -> Record:
         """A request's record once it has ended."""
 
         async def record() -> Record | None:
@@ -261,7 +261,7 @@ class Mesh:
 
         return await eventually(record, timeout)  # type: ignore[return-value]
 
-    async def promised(self, request_id: str, timeout: float = 5.0) -> common_pb2.Promise:
+    async def promised(self, request_id: str, timeout: float = HANG_SECONDS) -> common_pb2.Promise:
         """A request's promise once it has one."""
 
         async def promise() -> common_pb2.Promise | None:

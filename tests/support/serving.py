@@ -53,7 +53,7 @@ async def ended(mesh: Mesh, request_id: str) -> Record:
         record = await mesh.record(request_id)
         return record if record.ended else None
 
-    record = await eventually(over, 60.0)
+    record = await eventually(over)
     assert record is not None
     return record
 

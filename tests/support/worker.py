@@ -18,7 +18,7 @@ from uellm_worker.engine.randomness import instant_token
 from uellm_worker.settings import WorkerSettings
 
 from tests.support.models import write_tiny_model_files
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.convert import timestamp
 from uellm.models.files import digest
 from uellm.models.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ TENANT = "local"
 GATEWAY = "gateway-1"
 SCHEDULER = "scheduler-1"
 LEASE_MS = 5000
-CALL_SECONDS = 20.0
+CALL_SECONDS = HANG_SECONDS
 
 
 def write_servable_model(directory: Path, max_tokens: int = 4096) -> Path:
@@ -212,13 +212,13 @@ async def worker_process(redis_url: str, **environment: str) -> AsyncIterator[Wo
             assert process.poll() is None, "the worker ended"
             return await registry.find("worker")
 
-        (service,) = await eventually(found, 20.0)
+        (service,) = await eventually(found)
         async with grpc.aio.insecure_channel(service.address) as channel:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             yield WorkerProcess(service.service_id, stub, process)
     finally:
         process.terminate()
-        await asyncio.to_thread(process.wait, 10)
+        await asyncio.to_thread(process.wait, HANG_SECONDS)
         await client.aclose()
 
 
@@ -346,7 +346,7 @@ class Mesh:
         """A request's state."""
         return (await self.record(request_id)).state
 
-    async def ended(self, request_id: str, timeout: float = 15.0) -> Record:
+    async def ended(self, request_id: str, timeout: float = HANG_SECONDS) -> Record:
         """A request's record, once it has ended."""
 
         async def has_ended() -> bool:
@@ -369,7 +369,7 @@ class Mesh:
             text += chunk.tokens.text
         return ids, text
 
-    async def tokens(self, request_id: str, count: int, timeout: float = 15.0) -> None:
+    async def tokens(self, request_id: str, count: int, timeout: float = HANG_SECONDS) -> None:
         """Wait until at least ``count`` tokens are logged."""
 
         async def enough() -> bool:
