@@ -3,8 +3,8 @@
 Two corrections of a forecast, one behind the other. What became of requests that are alike gives a
 distribution (``uellm.policy.outcomes``). Its quantiles are then shifted, for each kind of request
 and apart for those that found a slot free, until as many outcomes as promised lie below them
-(``uellm.policy.quotes``). That a promise is broken is known when its time has passed, not only when
-the request ends.
+(``uellm.policy.quantile_tracking``). That a promise is broken is known when its time has passed,
+not only when the request ends.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from uellm.policy.columns import Floats
 from uellm.policy.odds import Odds
 from uellm.policy.outcomes import FEW, FINISH, LATE, PUNCTUAL, START, Outcomes, State, limits_of
 from uellm.policy.prospects import Forecasts, Prospects
-from uellm.policy.quotes import LAG, LEVELS, RATE, shifted, step
+from uellm.policy.quantile_tracking import LAG, LEVELS, RATE, shifted, step
 from uellm.policy.residuals import mixture
 
 PER_LIFE = 32

@@ -17,7 +17,6 @@ from uellm_deployer.budgets import devices_for
 from uellm_deployer.catalog import check_context, checked, declared, resolve
 from uellm_deployer.deployment import Deployment
 from uellm_deployer.discovery import Discovery
-from uellm_deployer.forming import Former
 from uellm_deployer.holders import Holders
 from uellm_deployer.leftovers import Leftovers
 from uellm_deployer.links import Links
@@ -27,6 +26,7 @@ from uellm_deployer.probing import Prober
 from uellm_deployer.replanning import Replanner
 from uellm_deployer.replica import Replica
 from uellm_deployer.settings import DeployerSettings
+from uellm_deployer.stage_calls import StageCalls
 from uellm_deployer.store import Store
 from uellm_deployer.tools import Tools
 from uellm_deployer.upkeep import Upkeep
@@ -75,7 +75,7 @@ class Deployer:
         self._news = asyncio.Event()
         self._reassert_at = self._acting_since = 0.0
         self._tools = self._make_tools()
-        self._leftovers = Leftovers(self._tools.former, context.aside)
+        self._leftovers = Leftovers(self._tools.stage_calls, context.aside)
         self._replanner = Replanner(self._tools, lambda: self._deployments)
         self._upkeep = Upkeep(
             self._discovery, self._store, lambda: self._deployments, context.aside
@@ -86,7 +86,7 @@ class Deployer:
             settings=self._settings,
             store=self._store,
             workers=self.workers,
-            former=Former(self._links, self.workers, self._settings, self._holders),
+            stage_calls=StageCalls(self._links, self.workers, self._settings, self._holders),
             stock=self._holders.stock,
             discovery=self._discovery,
             planning=self._planning,

@@ -35,7 +35,7 @@ async def retire(deployment: Ending, replica: Replica) -> None:
             await tools.store.route(deployment.name, replica.id, replica.epoch, "DRAINING")
         await deployment.publish()
         seconds = tools.settings.undeploy_seconds
-        await tools.former.release(replica.assignments, seconds=seconds)
+        await tools.stage_calls.release(replica.assignments, seconds=seconds)
     except (*UNREACHABLE, UellmError) as error:
         _log.warning("a replica is not gone yet", replica=replica.id, error=str(error))
         replica.phase = Phase.IDLE
@@ -61,7 +61,7 @@ async def end(deployment: Ending) -> None:
         await deployment.publish()
         await _finish(deployment)
         for replica in deployment.replicas:
-            await tools.former.release(replica.assignments)
+            await tools.stage_calls.release(replica.assignments)
         tools.check()
         await tools.store.withdraw(name)
     except (*UNREACHABLE, UellmError) as error:

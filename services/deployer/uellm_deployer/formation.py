@@ -16,10 +16,10 @@ from uellm.v1 import deployer_pb2, worker_pb2
 from uellm_deployer import assigning, planning
 from uellm_deployer.budgets import devices_for
 from uellm_deployer.catalog import ResolvedModel
-from uellm_deployer.forming import StageError
 from uellm_deployer.planning import Planned
 from uellm_deployer.reconcile import SETTLED_SECONDS
 from uellm_deployer.replica import Phase, Replica, backoff, num_devices, worker_of
+from uellm_deployer.stage_calls import StageError
 from uellm_deployer.tools import Tools
 
 _log = logger("formation")
@@ -84,9 +84,9 @@ async def form(
     except UellmError as error:
         lasting = not (isinstance(error, StageError) and error.transient)
         if lasting and attempted:
-            await tools.former.release(replica.assignments)
+            await tools.stage_calls.release(replica.assignments)
         elif lasting:
-            await tools.former.release(before)
+            await tools.stage_calls.release(before)
         _note_failure(deployment, replica, error)
     except UNREACHABLE as error:
         # Nothing is known to have changed; the workers' stages are found again by generation.
@@ -166,13 +166,13 @@ async def _bring_up(
     _log.info("forms", replica=replica.id, generation=generation, plan=planned.plan.explanation)
     await deployment.publish()
     kept = {worker_of(stage) for stage in after}
-    await tools.former.release([stage for stage in before if worker_of(stage) not in kept])
-    rendezvous = await tools.former.prepare(after, _Progress(deployment, replica))
+    await tools.stage_calls.release([stage for stage in before if worker_of(stage) not in kept])
+    rendezvous = await tools.stage_calls.prepare(after, _Progress(deployment, replica))
     replica.message = "joins its stages"
     await deployment.publish()
     tools.check()
     report = assigning.first_report(planned, copy, generation)
-    await tools.former.commit(after, rendezvous, report.cost)
+    await tools.stage_calls.commit(after, rendezvous, report.cost)
     tools.check()
     report.reported_at.CopyFrom(timestamp(tools.now()))
     if not await tools.store.route(deployment.name, replica.id, generation, "READY", report):

@@ -5,8 +5,8 @@ from typing import Any
 
 from uellm.logs import logger
 from uellm_deployer import reconcile
-from uellm_deployer.forming import Former
 from uellm_deployer.replica import Replica
+from uellm_deployer.stage_calls import StageCalls
 
 _log = logger("leftovers")
 AGAIN_SECONDS = 5.0
@@ -16,14 +16,14 @@ class Leftovers:
     """Lets go what is left over, and remembers what it has asked for.
 
     Args:
-        former: calls workers.
+        stages: calls workers for them.
         aside: runs work beside the server.
     """
 
     def __init__(
-        self, former: Former, aside: Callable[[Coroutine[Any, Any, None], str], object]
+        self, stages: StageCalls, aside: Callable[[Coroutine[Any, Any, None], str], object]
     ) -> None:
-        self._former = former
+        self._stages = stages
         self._aside = aside
         self._released: dict[reconcile.Orphan, float] = {}
 
@@ -35,7 +35,7 @@ class Leftovers:
                 continue
             self._released[orphan] = now
             _log.info("a stage is left over", worker=orphan.worker, replica=orphan.replica)
-            release = self._former.release_stage(orphan.worker, orphan.replica, orphan.generation)
+            release = self._stages.release_stage(orphan.worker, orphan.replica, orphan.generation)
             self._aside(release, f"release {orphan.replica}")
         self._released = {
             orphan: at for orphan, at in self._released.items() if now - at < AGAIN_SECONDS

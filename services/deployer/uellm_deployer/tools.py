@@ -9,9 +9,9 @@ from uellm.faults import Faults
 from uellm.placement.views import Stock
 from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.discovery import Discovery
-from uellm_deployer.forming import Former
 from uellm_deployer.replica import Replica
 from uellm_deployer.settings import DeployerSettings
+from uellm_deployer.stage_calls import StageCalls
 from uellm_deployer.store import Store
 from uellm_deployer.workers import Workers
 
@@ -24,7 +24,7 @@ class Tools:
         settings: the deployer's.
         store: Redis.
         workers: who is there.
-        former: calls to them.
+        stage_calls: calls to them for stages of replicas.
         stock: asks them what their hosts have of a model's files.
         discovery: how fast devices and the ways between them are.
         planning: held while a plan is made and noted, so that no two plan the same memory.
@@ -40,7 +40,7 @@ class Tools:
     settings: DeployerSettings
     store: Store
     workers: Workers
-    former: Former
+    stage_calls: StageCalls
     stock: Callable[[ResolvedModel], Awaitable[Stock]]
     discovery: Discovery
     planning: asyncio.Lock

@@ -8,13 +8,13 @@ import grpc
 from uellm.service import Context, serve
 from uellm.v1 import inference_pb2_grpc
 from uellm_gateway.admission import Admission
-from uellm_gateway.answers import Answers
 from uellm_gateway.auth import AuthInterceptor
 from uellm_gateway.calls import Calls
 from uellm_gateway.estimates import Estimates
 from uellm_gateway.models import ModelView
 from uellm_gateway.peers import Peers
 from uellm_gateway.profiling import Profiling
+from uellm_gateway.queues import ModelQueues
 from uellm_gateway.servicer import InferenceServicer
 from uellm_gateway.settings import GatewaySettings
 from uellm_gateway.turned_away import TurnedAway
@@ -38,7 +38,7 @@ class GatewayApplication:
         self._schedulers = Peers(context.registry, "scheduler")
         self._models = ModelView(context.registry)
         self._turned_away = TurnedAway(lambda name: self._models.find(name) is not None)
-        self._answers = Answers(context, self._models, settings.retention_seconds)
+        self._queues = ModelQueues(context, self._models, settings.retention_seconds)
         self._calls = Calls(context, context.identity, settings.stream_interval_seconds)
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -48,7 +48,7 @@ class GatewayApplication:
             self._context,
             self._models,
             Admission(self._context, self._settings, self._models, profiling, self._turned_away),
-            self._answers,
+            self._queues,
             self._calls,
             Estimates(self._schedulers),
             self._settings.buffered_entries,
@@ -62,7 +62,7 @@ class GatewayApplication:
         for name, step in (
             ("models", self._models.poll),
             ("peers", self._poll_peers),
-            ("answers", self._answers.check),
+            ("frames", self._queues.check),
             ("turned away", self._say_turned_away),
         ):
             self._context.spawn(self._context.repeat(step, name), name)
@@ -78,7 +78,7 @@ class GatewayApplication:
     async def _say_turned_away(self) -> None:
         await asyncio.sleep(TURNED_AWAY_SECONDS)
         for model, count in self._turned_away.take().items():
-            await self._answers.queue(model).turn_away(count)
+            await self._queues.queue(model).turn_away(count)
 
     async def drain(self) -> None:
         """Let streams end; requests themselves are durable and go on without this gateway."""
@@ -86,7 +86,7 @@ class GatewayApplication:
 
     async def close(self) -> None:
         """Let go of everything."""
-        await self._answers.close()
+        await self._queues.close()
         await self._models.close()
         await self._profilers.close()
         await self._schedulers.close()

@@ -16,7 +16,6 @@ from uellm.telemetry import span
 from uellm.v1 import common_pb2, inference_pb2, inference_pb2_grpc, scheduler_pb2
 from uellm_gateway.admission import Admission, PreparedRequest
 from uellm_gateway.answer import Answer
-from uellm_gateway.answers import Answers
 from uellm_gateway.auth import Caller, current_caller
 from uellm_gateway.calls import Call, Calls
 from uellm_gateway.cancelling import cancel_request, state_to_proto
@@ -25,6 +24,7 @@ from uellm_gateway.explaining import explain_refused, explain_request
 from uellm_gateway.frames import ModelFrames
 from uellm_gateway.listing import list_models
 from uellm_gateway.models import ModelView
+from uellm_gateway.queues import ModelQueues
 from uellm_gateway.watching import Watcher
 
 ServicerContext = grpc.aio.ServicerContext[Any, Any]
@@ -37,7 +37,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         context: the service's.
         models: what is served.
         admission: makes requests durable.
-        answers: where answers come from.
+        queues: of the models, and where their answers come from.
         calls: the streams in progress.
         estimates: asks the schedulers.
         buffered_entries: most events held for a slow client.
@@ -48,7 +48,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         context: Context,
         models: ModelView,
         admission: Admission,
-        answers: Answers,
+        queues: ModelQueues,
         calls: Calls,
         estimates: Estimates,
         buffered_entries: int,
@@ -56,7 +56,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._context = context
         self._models = models
         self._admission = admission
-        self._answers = answers
+        self._queues = queues
         self._calls = calls
         self._estimates = estimates
         self._buffered_entries = buffered_entries
@@ -86,7 +86,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, call: Call, caller: Caller
     ) -> tuple[PreparedRequest, list[inference_pb2.GenerationEvent]]:
         """Have every choice accepted and watched, or none."""
-        queue = self._answers.queue(request.model)
+        queue = self._queues.queue(request.model)
         async with self._admission.doors.passing(queue, request, caller.tenant):
             return await self._accept_all(request, call, caller)
 
@@ -94,7 +94,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, call: Call, caller: Caller
     ) -> tuple[PreparedRequest, list[inference_pb2.GenerationEvent]]:
         prepared = await self._admission.prepare(request)
-        frames = await self._answers.frames(prepared.model.name)
+        frames = await self._queues.frames(prepared.model.name)
         choices = max(request.sampling.n, 1)
         if choices == 1:
             return prepared, [await self._accept(request, prepared, call, frames, caller, 0)]
@@ -168,7 +168,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._calls.check_open()
         caller = current_caller()
         with span("gateway.submit", **{"gen_ai.request.model": request.request.model}):
-            queue = self._answers.queue(request.request.model)
+            queue = self._queues.queue(request.request.model)
             async with self._admission.doors.passing(queue, request.request, caller.tenant):
                 prepared = await self._admission.prepare(request.request)
                 results = await self._admission.submit(queue, request.request, prepared, caller)
@@ -186,12 +186,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         call = self._calls.begin(context, "gateway.watch")
         tenant = current_caller().tenant
         request_id = request.request_id
-        queue = self._answers.queue_of(request_id)
+        queue = self._queues.queue_of(request_id)
         # Asked first: nothing is opened for a model that nobody heard of.
         (standing,) = await queue.standings([request_id])
         if standing is None:
             raise not_found(request_id)
-        frames = await self._answers.frames(queue.model)
+        frames = await self._queues.frames(queue.model)
         self._watch(
             call, frames, current_caller(), Answer(request_id, 0, request.next_offset), behind=True
         )
@@ -211,7 +211,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.GetResponse:
         """Say where a request stands."""
         del context
-        queue = self._answers.queue_of(request.request_id)
+        queue = self._queues.queue_of(request.request_id)
         record = await queue.record(request.request_id)
         if record.tenant != current_caller().tenant:
             raise not_found(request.request_id)
@@ -236,7 +236,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """End a request."""
         del context
         state = await cancel_request(
-            self._answers.queue_of(request.request_id),
+            self._queues.queue_of(request.request_id),
             request.request_id,
             current_caller().tenant,
             now=self._context.clock.now(),
@@ -249,7 +249,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Say why a request was answered when it was, or was not."""
         del context
         request_id, tenant = request.request_id, current_caller().tenant
-        queue = self._answers.queue_of(request_id)
+        queue = self._queues.queue_of(request_id)
         log = DecisionLog(self._context.redis, queue.model)
         now = self._context.clock.now()
         async with self._explaining:

@@ -44,7 +44,7 @@ class StageError(UellmError):
         return isinstance(self.cause, UnavailableError | AbortedError)
 
 
-class Former:
+class StageCalls:
     """Calls workers for a replica's stages."""
 
     def __init__(

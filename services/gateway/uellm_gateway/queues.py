@@ -1,4 +1,4 @@
-"""Which models' frames this gateway reads."""
+"""The queues of all models as this gateway uses them, and its readers of their frames."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from uellm_gateway.models import ModelView
 from uellm_gateway.watching import AnswerSource
 
 
-class Answers:
+class ModelQueues:
     """Queues and frames by model, opened when a request of the model is seen.
 
     Args:
