@@ -31,7 +31,7 @@ from uellm_worker.engine.plan import Admission, Chunk, StepPlan
 from uellm_worker.engine.runner import Tell
 from uellm_worker.engine.shard import DTYPES, Shard, load_shard
 from uellm_worker.engine.shard_stage import ShardStage
-from uellm_worker.engine.step_timing import LEAST_REPEATS, StepTimer
+from uellm_worker.engine.step_timing import LEAST_REPEATS, StepTimer, TimedSteps, turns
 from uellm_worker.engine.weights import ShardSpec
 
 _CACHED_BYTES = 96 << 20
@@ -180,8 +180,8 @@ class _Subjects:
         self._one, self._many, self._count, self._hidden = one, many, count, hidden
         self.whole: ShardStage | None = None
 
-    def time(self, timer: StepTimer, plan: StepPlan, budget: float) -> tuple[BlockPoint, float]:
-        """What a step takes, and all that was timed for it together."""
+    def timed(self, timer: StepTimer, plan: StepPlan) -> TimedSteps:
+        """A step on all of them."""
         place, dtype = self._one.device.place, self._one.shard.spec.dtype
         activation = torch.randn(plan.rows, self._hidden, device=place).to(dtype)
         steps: list[Callable[[], object]] = [lambda: self._one.compute(plan, activation)]
@@ -190,7 +190,10 @@ class _Subjects:
             steps.append(lambda: many.compute(plan, activation))
         if self.whole is not None:
             steps.append(partial(_compute, self.whole, plan))
-        seconds = timer.seconds(steps, budget)
+        return TimedSteps(timer, steps)
+
+    def point(self, plan: StepPlan, seconds: Sequence[float], share: float) -> BlockPoint:
+        """What a step takes of a layer and besides, by what it took; see ``StepTimer.share``."""
         alone = seconds[0]
         layer = alone
         if self._many is not None:
@@ -198,17 +201,16 @@ class _Subjects:
         layer = min(max(layer, alone / 100), alone)
         ends = max(seconds[-1] - alone, 0.0) if self.whole is not None else 0.0
         decodes = [chunk for chunk in plan.chunks if chunk.count == 1]
-        point = BlockPoint(
+        return BlockPoint(
             tokens=plan.rows,
             context_tokens=sum(chunk.start + 1 for chunk in decodes),
             pairs=sum(
                 chunk.count * (chunk.count + 1) / 2 for chunk in plan.chunks if chunk.count > 1
             ),
-            layer_seconds=layer / timer.share,
-            step_seconds=(alone - layer) / timer.share,
-            ends_seconds=ends / timer.share,
+            layer_seconds=layer / share,
+            step_seconds=(alone - layer) / share,
+            ends_seconds=ends / share,
         )
-        return point, sum(seconds) / timer.share
 
 
 def _compute(stage: ShardStage, plan: StepPlan) -> None:
@@ -218,27 +220,42 @@ def _compute(stage: ShardStage, plan: StepPlan) -> None:
 
 def _points(
     subjects: _Subjects, timer: StepTimer, longest: int, budget_seconds: float
-) -> Iterator[BlockPoint]:
-    """Compositions of steps, small ones first, until the time is over; at least one."""
-    plans = sorted(_plans(longest), key=lambda plan: plan.rows)
-    subjects.time(timer, plans[0], 0.0)  # Kernels are loaded, and memory is touched.
+) -> list[BlockPoint]:
+    """Compositions of steps, as many as the time allows; at least one."""
     begun = time.perf_counter()
-    found: list[tuple[int, float]] = []
+    chosen = _chosen(subjects, timer, longest, budget_seconds)
+    left = begun + budget_seconds - time.perf_counter()
+    for index in turns([timed.turn_seconds for _, timed in chosen], left):
+        chosen[index][1].turn()
+        if time.perf_counter() > begun + _OVERTIME * budget_seconds:
+            break
+    return [subjects.point(plan, timed.seconds, timer.share) for plan, timed in chosen]
+
+
+def _chosen(
+    subjects: _Subjects, timer: StepTimer, longest: int, budget_seconds: float
+) -> list[tuple[StepPlan, TimedSteps]]:
+    """Small ones first, until the time would be over; each has had a turn."""
+    plans = sorted(_plans(longest), key=lambda plan: plan.rows)
+    subjects.timed(timer, plans[0]).turn()  # Kernels are loaded, and memory is touched.
+    spent = 0.0
+    chosen: list[tuple[StepPlan, TimedSteps]] = []
     for left, plan in zip(range(len(plans), 0, -1), plans, strict=True):
-        spent = time.perf_counter() - begun
-        share = max(budget_seconds - spent, 0.0) / left
-        limit = 3 * share
-        if len(found) < _LEAST_POINTS:
+        limit = 3 * max(budget_seconds - spent, 0.0) / left
+        if len(chosen) < _LEAST_POINTS:
             limit = max(limit, _OVERTIME * budget_seconds - spent)
-        if _expected(found, plan.rows) * (LEAST_REPEATS + 1) > limit:
+        found = [(each.rows, timed.turn_seconds) for each, timed in chosen]
+        if _expected(found, plan.rows) * (LEAST_REPEATS + 2) > limit:
             continue
-        point, took = subjects.time(timer, plan, share)
-        found.append((plan.rows, took))
-        yield point
+        timed = subjects.timed(timer, plan)
+        timed.warm_up()
+        spent += (LEAST_REPEATS + 2) * timed.turn_seconds
+        chosen.append((plan, timed))
+    return chosen
 
 
 def _expected(found: Sequence[tuple[int, float]], rows: int) -> float:
-    """Seconds of a step of more rows, as smaller ones grew; of a first one nothing is known."""
+    """Seconds of a turn of more rows, as smaller ones grew; of a first one nothing is known."""
     if not found:
         return 0.0
     most, took = found[-1]

@@ -4,7 +4,8 @@ Two children form a group of two stages, as those of a replica do. The first sen
 different sizes as if they were steps, the second answers each with an empty result. There and back
 again is all that can be timed, as clocks of different hosts differ: the way back is taken to be as
 long as the shortest way there, so that what is found of the longer ones is theirs. Each direction
-takes a probe of its own.
+takes a probe of its own. In between both rest, as stages do while others compute: a hop to one that
+was just awake is several times as short.
 """
 
 import socket
@@ -21,6 +22,7 @@ from uellm_worker.engine.capacity import Capacity, Prepared, Vocabulary
 from uellm_worker.engine.errors import PeerLostError
 from uellm_worker.engine.group import Group, Rendezvous, join
 from uellm_worker.engine.inbox import Inbox, PeerLost, StepAnnounced
+from uellm_worker.engine.rests import REST_SECONDS
 
 _HEADER = struct.Struct("!BI")
 _ACTIVATION, _WIRE, _END = 1, 2, 3
@@ -156,6 +158,7 @@ def _times(work: Callable[[], None], share: float) -> list[float]:
     end = time.perf_counter() + share
     work()
     while len(seconds) < _MOST_REPEATS:
+        time.sleep(REST_SECONDS)
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)
