@@ -95,3 +95,12 @@ def test_the_latest_step_is_shown_until_its_replica_is_gone() -> None:
     found.forget(["m-1"], 0.0)
     assert found.latest("m-0") == ()
     assert found.ratio(step("never", "", 1.0), 0.0) == 0.0
+
+
+def test_what_was_seen_before_a_device_was_measured_again_says_nothing_of_it() -> None:
+    found = seen(step("a", "", 2.5), step("b", "", 2.5))
+    found.measured_anew(["a", "never seen"])
+    assert set(found.learnt(0.0)) == {"b"}
+    assert found.ratio(step("a", "", 1.0), 0.0) == 0.0
+    found.see("m-0", [step("a", "", 1.0)], 0.0)
+    assert found.learnt(0.0)["a"].slowdown == pytest.approx(1.0, rel=0.01)

@@ -309,6 +309,9 @@ class Discovery:
             cost, points = found
             key = BlockKey(device.host, device.name, subject.digest, subject.dtype)
             name = subject.ref.name if subject.ref is not None else ""
+            if self._measurements.block(key) is not None:
+                same = [d for w in self._workers.all for d in self.said(w) if d.host == device.host]
+                self.times.measured_anew([d.id for d in same if d.name == device.name])
             await self._measurements.add_block(key, name, cost, points)
 
     async def _copies(self, worker: Worker) -> None:

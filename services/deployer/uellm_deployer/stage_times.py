@@ -1,6 +1,6 @@
 """What stages that run take, against what was predicted of them. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from uellm.placement.learning import AS_PREDICTED, Comparison, Correction, Evidence
@@ -59,6 +59,12 @@ class StageTimes:
         for device, seen in list(self._evidence.items()):
             if seen.trust(now) < _LEAST_TRUST:
                 del self._evidence[device], self._kinds[device]
+
+    def measured_anew(self, devices: Collection[str]) -> None:
+        """Devices were measured again: what was seen was against the measurement before."""
+        for device in devices:
+            self._evidence.pop(device, None)
+            self._kinds.pop(device, None)
 
     def latest(self, replica: str) -> tuple[StageTime, ...]:
         """The latest step of a replica, in stage order; none before the first."""
