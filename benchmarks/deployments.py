@@ -17,7 +17,8 @@ between them and shares of a core; the mesh over them is the real one, ``uellm u
 
 The machine needs some cores that are free: shares are of its own. Cold predictions rest on what was
 measured before anything was placed; learnt ones, made before each placement, besides on the steps
-of those before it.
+of those before it; those made anew, on layers measured once more right before each placement.
+What these err by is the prediction's; what cold ones err by besides is how the machine was then.
 """
 
 import argparse
@@ -35,10 +36,11 @@ from statistics import mean, median
 from types import FrameType
 from typing import Any, TypeVar
 
-from benchmarks.deployments_shown import say, show_found, show_plan
+from benchmarks.deployments_shown import found_beside_made, say, show_found, show_plan
 from benchmarks.hosts import NoHostsError
 from benchmarks.layouts import Layout, Planner
 from benchmarks.machine import per_token, reference_seconds, spread
+from benchmarks.probed_anew import until_measured
 from benchmarks.scores import scores
 from benchmarks.shaped_client import LOAD, MODEL, Client, write_model
 from benchmarks.shaped_mesh import HostSpec, ShapedMesh, shaped_mesh
@@ -90,16 +92,24 @@ class Experiment:
         # Before its first placement the model's layers are measured, and the ways.
         await self._deploy("--objective", "lr")
         await self._mesh.run("undeploy", MODEL)
+        await until_measured(self._mesh.redis_url, _WAIT_SECONDS)
         planner = await self._planner()
         self._as_probed = await asyncio.to_thread(reference_seconds)
-        found: dict[str, Any] = {"found": self._discovered(planner), "plans": []}
+        found: dict[str, Any] = {
+            "found": found_beside_made(planner, HOSTS, self._mesh.way),
+            "plans": [],
+        }
         show_found(found["found"])
-        for layout in planner.layouts(plans):
+        layouts = planner.layouts(plans)
+        # The first once more at the end: how far the same is from itself no prediction can mend.
+        for layout in [*layouts, *layouts[:1]]:
             found["plans"].append(await self._compare(planner, layout))
             show_plan(found["plans"][-1])
         if plans:
+            found["again"] = found["plans"].pop()
             # One that lost a host for a while was elsewhere meanwhile.
-            found["scores"] = scores([plan for plan in found["plans"] if plan["kept"]])
+            kept = [plan for plan in found["plans"] if plan["kept"]]
+            found["scores"] = scores(kept, found["again"])
             say(json.dumps(found["scores"], indent=1))
         if changes:
             found["what_if"] = await self._changes(planner)
@@ -111,34 +121,6 @@ class Experiment:
         discovered = await discover(self._mesh.redis_url, str(self._model))
         return Planner(discovered, self._model, LOAD, memory)
 
-    def _discovered(self, planner: Planner) -> dict[str, Any]:
-        """What was found of devices and ways, beside how they were made."""
-        times = planner.request(batch=1).layer_times
-        by_host = {device.host: device.id for device in planner.topology.devices}
-        devices = [
-            {
-                "host": spec.name,
-                "cores": spec.cores,
-                "layer_ms": 1e3 * times[by_host[spec.name]].decode[0][1],
-            }
-            for spec in HOSTS
-            if spec.name in by_host
-        ]
-        host = {device: name for name, device in by_host.items()}
-        ways = [
-            {
-                "from": host[link.src],
-                "to": host[link.dst],
-                "made_ms": 1e3 * made.latency_seconds,
-                "found_ms": 1e3 * link.latency_seconds,
-                "made_mb": made.bytes_per_second / 1e6,
-                "found_mb": link.bytes_per_second / 1e6,
-            }
-            for link in planner.topology.links
-            for made in (self._mesh.way(host[link.src], host[link.dst]),)
-        ]
-        return {"devices": devices, "ways": ways}
-
     async def _deploy(self, *how: str) -> None:
         await self._mesh.run(
             *("deploy", f"{MODEL}={self._model}", "--slots", str(LOAD.slots)),
@@ -149,10 +131,11 @@ class Experiment:
     async def _compare(self, planner: Planner, layout: Layout) -> dict[str, Any]:
         """A placement's predictions, and what it does.
 
-        Once by what was measured before anything was placed, once by what was learnt of those
-        before it besides.
+        By what was measured before anything was placed, by what was learnt of those before it
+        besides, and by layers that are measured anew right before.
         """
         learnt = await self._planner()
+        anew = await planner.anew(self._mesh.redis_url)
         file = self._mesh.directory / "plan.json"
         file.write_text(json.dumps({"stages": layout.stages}))
         await self._deploy("--plan", str(file))
@@ -160,6 +143,7 @@ class Experiment:
         told = {
             "cold": planner.predict(layout, deployment["slots"]),
             "learnt": learnt.predict(layout, deployment["slots"]),
+            "anew": anew.predict(layout, deployment["slots"]),
         }
         paces = [await asyncio.to_thread(reference_seconds)]
         begun = self._used()

@@ -243,6 +243,14 @@ class Quota:
         if cores:
             (self.group / "cpu.cfs_quota_us").write_text(str(round(cores * period)))
 
+    def held_seconds(self) -> float:
+        """How long processes that wanted to compute were not let to, so far, all together."""
+        lines = (self.group / "cpu.stat").read_text().splitlines()
+        found = dict(line.split() for line in lines)
+        if "throttled_usec" in found:
+            return float(found["throttled_usec"]) / 1e6
+        return float(found.get("throttled_time", 0)) / 1e9
+
 
 @contextmanager
 def quota(name: str) -> Iterator[Quota]:

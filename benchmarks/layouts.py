@@ -6,6 +6,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.probed_anew import probed_anew
 from uellm.cli.discovered import Discovered
 from uellm.models.profile import read_profile
 from uellm.placement.placers import ObjectivePlacer, improvement, rated
@@ -133,6 +134,11 @@ class Planner:
                 raise SystemExit(f"{layout.name}: a device of it is not there any more")
             found.append(plan.replicas[0])
         return found[0], found[1]
+
+    async def anew(self, redis_url: str) -> "Planner":
+        """The same by layers that are measured now, on workers that are idle."""
+        discovered = await probed_anew(redis_url, self._discovered, self._directory, "float32")
+        return Planner(discovered, self._directory, self.load, self._memory)
 
     def with_change(self, text: str) -> "Planner":
         """The same for a cluster that might be; ``add=ID@HOST`` and ``remove=HOST``."""

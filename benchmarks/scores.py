@@ -1,6 +1,6 @@
 """How well predictions order what was measured. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from statistics import mean, median
 from typing import Any
@@ -44,15 +44,20 @@ def regret(predicted: Sequence[float], measured: Sequence[float]) -> float:
 
 def median_error(predicted: Sequence[float], measured: Sequence[float]) -> float:
     """Median of ``|predicted / measured - 1|``."""
-    return median(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True))
+    return _apart(zip(predicted, measured, strict=True))
 
 
-def scores(plans: list[dict[str, Any]]) -> dict[str, Any]:
-    """How well predictions order plans, and how far off they are: cold ones, and learnt ones."""
+def scores(plans: list[dict[str, Any]], again: dict[str, Any]) -> dict[str, Any]:
+    """How well predictions order plans, and how far off they are.
+
+    Args:
+        plans: as they were predicted, each way, and measured.
+        again: the first of them, later.
+    """
     seconds = [plan["measured_seconds"] for plan in plans]
     slowness = [1 / plan["measured_tokens_per_second"] for plan in plans]
-    found: dict[str, Any] = {"machine": _drift(plans)}
-    for how in ("cold", "learnt"):
+    found: dict[str, Any] = {"machine": _drift(plans, again)}
+    for how in plans[0]["predicted_seconds"]:
         told = [plan["predicted_seconds"][how] for plan in plans]
         rates = [plan["predicted_tokens_per_second"][how] for plan in plans]
         found[how] = {
@@ -71,16 +76,37 @@ def scores(plans: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _drift(plans: list[dict[str, Any]]) -> dict[str, float]:
-    """What is not the prediction's: errors by how the machine was, and repeats that differ."""
-    stages = [(plan["machine"], stage) for plan in plans for stage in plan["stages"]["alone"]]
-    errors = [abs(pace * s["planned_ms"]["cold"] / s["measured_ms"] - 1) for pace, s in stages]
+def _drift(plans: list[dict[str, Any]], again: dict[str, Any]) -> dict[str, Any]:
+    """What is not the prediction's: what differs though it is the same, in the median.
+
+    ``reference`` is a product that is always the same; ``repeats`` of a stage are seconds apart;
+    ``probes`` are those before the first plan against those right before each; ``same_stages`` are
+    the first plan's, measured again behind the last one, by kind of load.
+    """
+    stages = [stage for plan in plans for stage in plan["stages"]["alone"]]
+    first = next((plan for plan in plans if plan["name"] == again["name"]), again)
     return {
-        "median_drift": round(median(abs(plan["machine"] - 1) for plan in plans), 3),
-        "median_spread_of_repeats": round(median(s["spread"] for _, s in stages), 3),
-        "median_error_stages_alone_without_drift": round(median(errors), 3),
-        "within_15_percent": round(sum(e <= 0.15 for e in errors) / len(errors), 2),
+        "reference": round(median(abs(plan["machine"] - 1) for plan in plans), 3),
+        "repeats": round(median(stage["spread"] for stage in stages), 3),
+        "probes": round(
+            _apart((s["planned_ms"]["cold"], s["planned_ms"]["anew"]) for s in stages), 3
+        ),
+        "same_stages": {
+            kind: round(
+                _apart(
+                    (one["measured_ms"], other["measured_ms"])
+                    for one, other in zip(found, again["stages"][kind], strict=False)
+                ),
+                3,
+            )
+            for kind, found in first["stages"].items()
+        },
     }
+
+
+def _apart(pairs: Iterable[tuple[float, float]]) -> float:
+    """Median of ``|one / other - 1|``; 0 of none."""
+    return median([abs(one / other - 1) for one, other in pairs] or [0.0])
 
 
 def _score(predicted: list[float], measured: list[float]) -> dict[str, float]:

@@ -107,8 +107,11 @@ class Member:
         return found
 
     def used_seconds(self) -> dict[str, float]:
-        """Processor time of its workers so far: of agents, and of the engines that compute."""
-        found = {"agent": 0.0, "engine": 0.0}
+        """Processor time of its workers so far: of agents, and of the engines that compute.
+
+        And what their quota held them back.
+        """
+        found = {"agent": 0.0, "engine": 0.0, "held": self.quota.held_seconds()}
         for pid in (self.quota.group / "cgroup.procs").read_text().split():
             with suppress(psutil.Error):
                 process = psutil.Process(int(pid))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from benchmarks.hosts import NoHostsError, Quota, groups
 from benchmarks.layouts import Layout
-from benchmarks.scores import kendall, median_error, ranks, regret, spearman
+from benchmarks.scores import kendall, median_error, ranks, regret, scores, spearman
 from benchmarks.wires import Wires
 from uellm.placement.topology import LinkSpeed
 
@@ -86,3 +86,34 @@ def test_scores_of_orders_that_do_not_agree() -> None:
     assert kendall([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
     assert spearman([1, 2, 3], [5, 5, 5]) == 0
     assert regret([1.0, 2.0, 3.0], [1.5, 1.2, 9.0]) == pytest.approx(0.25)
+
+
+def test_what_is_held_back_is_read_as_either_version_has_it(tmp_path: Path) -> None:
+    (tmp_path / "cpu.stat").write_text("nr_periods 3\nnr_throttled 2\nthrottled_time 1500000000\n")
+    assert Quota(tmp_path).held_seconds() == 1.5
+    (tmp_path / "cpu.stat").write_text("usage_usec 9\nnr_throttled 2\nthrottled_usec 2500000\n")
+    assert Quota(tmp_path).held_seconds() == 2.5
+
+
+def plan(name: str, measured_ms: float, **told_ms: float) -> dict[str, object]:
+    """A plan of one stage, as the benchmark has it."""
+    stage = {"planned_ms": told_ms, "measured_ms": measured_ms, "spread": 0.01}
+    return {
+        "name": name,
+        "machine": 1.1,
+        "measured_seconds": measured_ms / 10,
+        "measured_tokens_per_second": 1 / measured_ms,
+        "predicted_seconds": {how: ms / 10 for how, ms in told_ms.items()},
+        "predicted_tokens_per_second": {how: 1 / ms for how, ms in told_ms.items()},
+        "stages": {"alone": [stage], "full": [stage]},
+    }
+
+
+def test_drift_is_told_from_what_predictions_err_by() -> None:
+    plans = [plan("a", 10.0, cold=5.0, anew=10.0), plan("b", 20.0, cold=10.0, anew=20.0)]
+    found = scores(plans, plan("a", 8.0, cold=5.0, anew=8.0))
+    assert found["machine"]["probes"] == 0.5
+    assert found["machine"]["same_stages"] == {"alone": 0.25, "full": 0.25}
+    assert found["cold"]["stages alone"]["median_error"] == 0.5
+    assert found["anew"]["stages alone"]["median_error"] == 0.0
+    assert found["anew"]["latency"]["spearman"] == 1.0

@@ -164,18 +164,7 @@ class Prober:
             raise error_from(error) from None
         if not answer.points:
             return None
-        samples = [sample_from_proto(point) for point in answer.points]
-        cost = fit_block(
-            samples,
-            answer.weight_bytes,
-            answer.flops_per_token,
-            now,
-            leader_seconds=answer.leader_seconds,
-            agent_seconds=answer.agent_seconds,
-            share=answer.share or 1.0,
-            period_seconds=answer.period_seconds,
-        )
-        return cost, answer.points
+        return block_cost(answer, now), answer.points
 
     async def copies(self, worker: Worker, now: float) -> list[MeasuredLink]:
         """Measure copies between a worker's devices; nothing where they share the host's memory.
@@ -193,6 +182,20 @@ class Prober:
             for copies in answer.copies
             if copies.samples
         ]
+
+
+def block_cost(answer: worker_pb2.ProbeBlockResponse, now: float) -> BlockCost:
+    """The fit to what a worker measured of layers, at one point at least; ``now`` is when."""
+    return fit_block(
+        [sample_from_proto(point) for point in answer.points],
+        answer.weight_bytes,
+        answer.flops_per_token,
+        now,
+        leader_seconds=answer.leader_seconds,
+        agent_seconds=answer.agent_seconds,
+        share=answer.share or 1.0,
+        period_seconds=answer.period_seconds,
+    )
 
 
 def measured_to_proto(measured: MeasuredLink) -> topology_pb2.Link:
