@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path.relative_to(ROOT)
-    for pattern in ("*.md", "docs/**/*.md", "services/*/README.md")
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md", "services/*/README.md")
     for path in ROOT.glob(pattern)
 )
 
