@@ -26,6 +26,7 @@ from uellm import __version__, logs
 from uellm.addresses import bare, is_host
 from uellm.core.errors import ConfigurationError, UnavailableError
 from uellm.embedded import redis_url
+from uellm.mesh.readiness import LIBRARIES_SECONDS
 from uellm.mesh.state import home, runs
 from uellm.mesh.supervision import ServiceSpec, Supervised
 from uellm.rpc import CALL_SECONDS, channel
@@ -35,7 +36,6 @@ from uellm.v1 import deployer_pb2, deployer_pb2_grpc, topology_pb2
 
 SECRET_BYTES = 18
 DRAIN_SECONDS = 25.0
-START_SECONDS = 120.0
 LOST_SECONDS = 300.0
 """A mesh that has not answered for so long is not waited for any more."""
 _POLL_SECONDS = 0.1
@@ -236,7 +236,7 @@ class Guests:
     async def _joined(self) -> list[topology_pb2.Device]:
         """The devices of these workers, once the deployer knows them all."""
         names = {service.spec.service_id for service in self._services}
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + LIBRARIES_SECONDS
         while time.monotonic() < deadline:
             for task in self._tasks:
                 if task.done():
@@ -254,7 +254,7 @@ class Guests:
             await asyncio.sleep(_POLL_SECONDS)
         raise UnavailableError(
             f"the mesh's deployer has not heard of this machine's workers within "
-            f"{START_SECONDS:.0f} s; their logs: {self.directory}"
+            f"{LIBRARIES_SECONDS:.0f} s; their logs: {self.directory}"
         )
 
     async def _workers(self) -> list[deployer_pb2.WorkerStatus]:

@@ -18,6 +18,9 @@ from uellm.streams.registry import Registry
 from uellm.v1 import deployer_pb2, deployer_pb2_grpc, topology_pb2
 
 START_SECONDS = 120.0
+LIBRARIES_SECONDS = 600.0
+"""Longest time until workers that run have loaded what computes models: seconds, but minutes from a
+slow disk or beside other work. One that fails at it is not waited for."""
 _POLL_SECONDS = 0.1
 
 Report = Callable[[str], None]
@@ -107,8 +110,8 @@ def _check_stages(options: MeshOptions, devices: int) -> None:
 
 
 async def _wait_for_workers(stub: Any, options: MeshOptions, report: Report) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    report("waiting for the workers to report their devices")
+    deadline = time.monotonic() + LIBRARIES_SECONDS
+    report("waiting for the workers to report their devices, once they have loaded their libraries")
     while True:
         described = await stub.Describe(deployer_pb2.DescribeRequest(), timeout=CALL_SECONDS)
         if len(described.workers) >= options.workers:
@@ -117,7 +120,8 @@ async def _wait_for_workers(stub: Any, options: MeshOptions, report: Report) -> 
         if time.monotonic() > deadline:
             raise UnavailableError(
                 f"{options.workers} workers were started, and {len(described.workers)} have "
-                f"reported to the deployer within {START_SECONDS:.0f} s"
+                f"reported to the deployer within {LIBRARIES_SECONDS:.0f} s; their logs say what "
+                "they are at"
             )
         await asyncio.sleep(_POLL_SECONDS)
 
