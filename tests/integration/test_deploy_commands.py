@@ -150,6 +150,31 @@ async def test_what_is_deployed_again_is_planned_on_the_room_that_it_has(
         await deployments.deploy(redis_url, other, wait=True)
 
 
+async def test_what_is_for_planning_alone_is_planned_and_not_applied(
+    mesh: Mesh, redis_url: str, tmp_path: Path
+) -> None:
+    await mesh.add_deployer()
+    await mesh.add_worker("w1")
+    await mesh.add_worker("w2")
+    request = wanted(mesh, routing=deployer_pb2.ROUTING_FULL_STAGE)
+    found = (await mesh.call("Plan", request)).plan
+    assert found.replicas
+    assert found.full_stage.tokens_per_second > 0
+    assert found.full_stage.stages[-1].last_layer == 5
+    with pytest.raises(InvalidArgumentError, match="routing: full_stage is for planning alone"):
+        await deployments.deploy(redis_url, request, wait=True)
+    # As is what `uellm plan --routing full_stage --json` wrote.
+    path = tmp_path / "plan.json"
+    stage = {"device_id": "w1/cpu:0", "first_layer": 0, "last_layer": 5}
+    facts = {"replicas": [{"stages": [stage]}], "full_stage": {"stages": []}}
+    path.write_text(json.dumps({"plan": facts}))
+    told = wanted(mesh)
+    deployments.as_told(told, path)
+    with pytest.raises(InvalidArgumentError, match="routing: full_stage is for planning alone"):
+        await deployments.deploy(redis_url, told, wait=True)
+    assert await mesh.published() is None
+
+
 async def test_a_proposal_is_shown_and_approved(
     mesh: Mesh, redis_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

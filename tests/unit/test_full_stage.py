@@ -1,15 +1,19 @@
 """Stages of several devices: flows against enumeration, and links between regions counted."""
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
 from tests.support.clusters import random_request
+from uellm.core.errors import InvalidArgumentError
 from uellm.placement.costs import costs_of
 from uellm.placement.flow import max_flow
 from uellm.placement.full_stage import Server, Stage, plan_full_stage, rating, servers_of
+from uellm.placement.solver import solve
+from uellm.placement.views import Pin
 
 
 def test_a_flow_is_the_smallest_cut() -> None:
@@ -88,6 +92,20 @@ def test_enough_devices_stand_abreast_where_a_link_is_slow() -> None:
     assert rating(every, alone, capacity) == pytest.approx(12)
 
 
+def test_chains_beside_each_other_count_together() -> None:
+    every = servers(("a", 5, (10.0, 5.0)))
+    plan = plan_full_stage(every, 2, np.full((5, 5), 1e9))
+    assert plan is not None
+    # One chain of two does 10; two of them, and nobody's fifth device, 20; or each alone 5.
+    assert plan.chain_tokens_per_second == pytest.approx(25)
+    apart = np.full((5, 5), 1e9)
+    apart[:2, 2:] = apart[2:, :2] = 1e-3
+    across = plan_full_stage(every[:4], 4, apart[:4, :4])
+    assert across is not None
+    # Neither side has room for two chains, and each has room for one.
+    assert across.chain_tokens_per_second == pytest.approx(10)
+
+
 def test_what_does_not_fit_has_no_plan() -> None:
     assert plan_full_stage(servers(("a", 2, (9.0,))), 3, np.full((2, 2), 1e9)) is None
 
@@ -115,3 +133,22 @@ def test_a_request_can_be_planned_in_full_stages() -> None:
     plan = plan_full_stage(every, costs.num_layers, capacity)
     assert plan is not None
     assert plan.tokens_per_second >= plan.chain_tokens_per_second * (1 - 1e-3) > 0
+
+
+def test_a_plan_has_full_stages_beside_its_chains_where_they_are_asked_for() -> None:
+    request = random_request(4, 6)
+    chains = solve(request)
+    assert chains.full_stage is None
+    both = solve(replace(request, routing="full_stage"))
+    assert replace(both, full_stage=None) == chains
+    found = both.full_stage
+    assert found is not None
+    ends = [-1, *(stage.last_layer for stage in found.stages)]
+    assert [stage.first_layer for stage in found.stages] == [end + 1 for end in ends[:-1]]
+    assert ends[-1] == len(request.model.layers) - 1
+    used = [name for stage in found.stages for name in stage.device_ids]
+    assert len(set(used)) == len(used)
+    assert set(used) <= {device.id for device in request.topology.devices}
+    pinned = replace(request, pins=(Pin(used[0]),), routing="full_stage")
+    with pytest.raises(InvalidArgumentError, match="leave out pins and stages"):
+        solve(pinned)

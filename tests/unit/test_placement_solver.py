@@ -1,6 +1,7 @@
 """Plans against full enumeration: exact where they say so, and never better than their bounds."""
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise, permutations
@@ -459,6 +460,28 @@ def test_what_is_missing_is_named_with_the_nearest_choices() -> None:
     for in_flight, fits in ((most, True), (most + 1, False)):
         other = replace(load, in_flight=in_flight)
         assert bool(solve(replace(request, topology=roomy, workload=other)).replicas) == fits
+
+
+def test_what_one_sequence_lacks_is_what_one_more_device_has_to_have() -> None:
+    topology = Topology((device("a/cuda:0", 900 * MIB), device("b/cuda:0", 900 * MIB)))
+    request = PlanRequest(topology, small_model(), Workload(slots=8))
+    reason = solve(request).infeasible_reason
+    # Fewer sequences would be granted, so that it is one that finds no room.
+    assert reason.startswith("the model with 1 sequence of 4096 tokens needs ")
+    (size,) = re.findall(r"one more device with ([\d.]+) GiB free", reason)
+    for gib, fits in ((float(size) + 0.1, True), (float(size) - 0.1, False)):
+        more = Topology((*topology.devices, device("c/cuda:0", round(gib * 1024) * MIB)))
+        assert bool(solve(replace(request, topology=more)).replicas) == fits
+
+
+def test_copies_that_do_not_all_fit_are_told_how_many_do() -> None:
+    topology = Topology(tuple(device(f"{name}/cuda:0", 4000 * MIB) for name in "ab"))
+    request = PlanRequest(topology, small_model(), Workload(replicas=3, slots=2, max_tokens=512))
+    reason = solve(request).infeasible_reason
+    assert reason.startswith("replica 3 of 3 with 1 sequence of 512 tokens needs ")
+    (fewer,) = re.findall(r"it fits with replicas (\d+) or with one more device", reason)
+    again = replace(request, workload=replace(request.workload, replicas=int(fewer)))
+    assert len(solve(again).replicas) == int(fewer) == 2
 
 
 def test_an_slo_that_nothing_keeps_is_named_with_what_would() -> None:

@@ -97,6 +97,31 @@ def test_pins_and_exclusions_are_kept_on_equal_devices_too() -> None:
     assert layers(ObjectivePlacer().place(away)) == [("w2", 6)]
 
 
+def test_an_even_split_keeps_what_is_excluded_and_an_slo_and_is_predicted() -> None:
+    request = PlanRequest(devices(1, 1, 1), MODEL, replace(WANTED, stages=2), "even")  # type: ignore[arg-type]
+    even = placer_of("even")
+    away = replace(request, excluded=frozenset({"h1"}))
+    found = even.place(away)
+    assert layers(found) == [("w0", 3), ("w2", 3)]
+    predicted = found.replicas[0].prediction
+    assert predicted is not None
+    limit = predicted.total_seconds / 2
+    none = even.place(replace(away, workload=replace(away.workload, slo_seconds=limit)))
+    assert not none.replicas
+    slo = float(none.infeasible_reason.rpartition("slo_seconds ")[2])
+    assert even.place(replace(away, workload=replace(away.workload, slo_seconds=slo))).replicas
+    with pytest.raises(InvalidArgumentError, match="'nobody' is no device, worker or host"):
+        even.place(replace(request, excluded=frozenset({"nobody"})))
+    with pytest.raises(InvalidArgumentError, match="leave out the pins, or ask for another"):
+        even.place(replace(request, pins=(Pin("w2/cpu:0"),)))
+
+
+def test_an_even_split_of_a_load_has_room_for_its_batches() -> None:
+    load = replace(WANTED, batch=2, in_flight=3)
+    plan = placer_of("even").place(PlanRequest(devices(1), MODEL, load, "even"))  # type: ignore[arg-type]
+    assert (plan.slots, plan.max_tokens) == (6, 64)
+
+
 def test_a_device_that_computes_for_others_is_slower_for_this_one() -> None:
     fast, slow = devices(1.5, 1).devices
     request = PlanRequest(Topology((fast, slow)), MODEL, WANTED, "lr")

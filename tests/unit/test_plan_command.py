@@ -61,6 +61,34 @@ def test_json_can_be_the_previous_plan(tmp_path: Path) -> None:
     assert after["plan"]["moves"]
 
 
+def test_the_plan_of_another_model_is_not_where_this_one_is(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(planned("--model", "llama-2-13b", *SMALL[2:])))
+    status, out = plan(*SMALL, "--previous", str(path))
+    assert (status, "previous: it ends with layer 39, and the model with 31" in out) == (2, True)
+
+
+def test_full_stages_are_shown_beside_chains() -> None:
+    told = (*SMALL, "--batch", "2", "--in-flight", "4", "--routing", "full_stage")
+    status, out = plan(*told)
+    assert status == 0, out
+    assert "full-stage routing, for planning alone" in out
+    assert re.search(r"[\d.]+ tokens/s with every device always busy; disjoint chains [\d.]+", out)
+    found = planned(*told)["plan"]["full_stage"]
+    # On equal devices they come to the same.
+    assert found["tokens_per_second"] == pytest.approx(found["chain_tokens_per_second"])
+
+
+def test_a_narrow_terminal_has_no_room_for_names_of_devices() -> None:
+    told = ["plan", *SMALL]
+    wide, narrow = (
+        CliRunner().invoke(app, told, env={"COLUMNS": columns}).output for columns in ("200", "60")
+    )
+    assert "RTX 3090" in wide
+    assert "RTX" not in narrow
+    assert narrow.count("\n") == wide.count("\n")
+
+
 def test_how_long_moved_layers_take_to_come_is_said(tmp_path: Path) -> None:
     told = ("--model", "llama-2-7b", "--topology", "mixed12", "--objective", "lr")
     path = tmp_path / "plan.json"
@@ -152,6 +180,11 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
         ((*SMALL, "--what-if", "add=0xT4@new"), "no kind of device '0xT4'"),
         ((*SMALL, "--what-if", "link=box~nowhere"), "no device, worker or host 'nowhere'"),
         ((*SMALL, "--what-if", "link=box"), "link=HOST~HOST*TIMES"),
+        ((*SMALL, "--what-if", "link=box/cuda:1~box/cuda:1"), "a link has two ends"),
+        ((*SMALL, "--trace", "/none.csv"), "trace: /none.csv: No such file"),
+        ((*SMALL, "--routing", "ring"), "routing: 'ring' is none of chain, full_stage"),
+        ((*SMALL, "--routing", "full_stage", "--objective", "even"), "not even"),
+        ((*SMALL, "--routing", "full_stage", "--stages", "2"), "leave out pins and stages"),
     ],
 )
 def test_what_is_wrong_is_named(arguments: tuple[str, ...], says: str) -> None:

@@ -12,7 +12,7 @@ from uellm_deployer.catalog import ResolvedModel, checked
 
 from tests.support.checkpoints import write_checkpoint
 from uellm.convert_topology import planned_to_proto
-from uellm.core.errors import UellmError
+from uellm.core.errors import InvalidArgumentError, UellmError
 from uellm.placement.topology import Device
 from uellm.v1 import common_pb2, deployer_pb2
 
@@ -44,6 +44,36 @@ ASKED = st.fixed_dictionaries(
 def model(tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
     directory: Path = write_checkpoint(tmp_path_factory.mktemp("limits") / "model", layers=4)
     return ResolvedModel(common_pb2.ModelRef(name="m", source=str(directory)), directory)
+
+
+def test_as_many_stages_as_devices_of_all_kinds_let_there_be(model: ResolvedModel) -> None:
+    devices = [
+        Device(f"w{n}/{kind}:0", f"w{n}", f"h{n}", kind, 4 << 30)
+        for n, kind in enumerate(("cuda", "cpu", "cpu"))
+    ]
+    for stages, there in ((9, 3), (2, 2), (1, 1), (0, 1)):
+        request = checked(deployer_pb2.PlanRequest(model=model.ref, stages=stages), 8)
+        found = planning.plan(model, request, devices, 1).plan.replicas[0].stages
+        assert len(found) == there
+        # A CPU among accelerators would set the pace: it is taken where there is no other.
+        assert there > 1 or found[0].device_id == "w0/cuda:0"
+
+
+def test_a_pin_to_what_is_not_there_is_told_all_that_is(model: ResolvedModel) -> None:
+    devices = [
+        Device(f"w{n}/{k}:0", f"w{n}", "h", k, 4 << 30) for n, k in ((0, "cuda"), (1, "cpu"))
+    ]
+    pin = deployer_pb2.DevicePin(device_id="w2/cuda:0")
+    request = checked(deployer_pb2.PlanRequest(model=model.ref, pins=[pin]), 8)
+    with pytest.raises(InvalidArgumentError, match="of w0/cuda:0, w1/cpu:0"):
+        planning.plan(model, request, devices, 1)
+
+
+def test_an_even_split_takes_no_pins(model: ResolvedModel) -> None:
+    pin = deployer_pb2.DevicePin(device_id="w0/cuda:0")
+    wanted = deployer_pb2.PlanRequest(model=model.ref, pins=[pin], objective="even")
+    with pytest.raises(InvalidArgumentError, match="leave out the pins, or ask for another objec"):
+        checked(wanted, 8)
 
 
 @settings(max_examples=60, deadline=None)

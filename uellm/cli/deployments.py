@@ -107,6 +107,9 @@ def as_told(request: deployer_pb2.PlanRequest, path: Path) -> None:
             "as their deployment's objective has it",
             field="plan",
         )
+    if plan.full_stage is not None:
+        # Its chain would run; whoever asked for more hears that it does not.
+        request.routing = deployer_pb2.ROUTING_FULL_STAGE
     request.layout.extend(planned_to_proto(plan.replicas[0]).stages)
     request.slots = request.slots or plan.slots
     request.max_tokens = request.max_tokens or plan.max_tokens

@@ -103,6 +103,13 @@ def plan(
         Path | None,
         typer.Option(metavar="FILE.csv", help="A load to plan for; what is missing for it."),
     ] = None,
+    routing: Annotated[
+        str,
+        typer.Option(
+            help="chain, which is what runs; full_stage: show besides how far stages of several "
+            "devices would come, as in Helix: for planning alone."
+        ),
+    ] = "chain",
     redis: Annotated[
         str, typer.Option(envvar="UELLM_REDIS_URL", help="The mesh's, for `discovered`.")
     ] = "",
@@ -121,8 +128,9 @@ def plan(
     from uellm.cli.drawing import check_plot
     from uellm.cli.mesh_address import redis_url
     from uellm.cli.plan_files import read_plan
-    from uellm.placement.views import EVERYWHERE, Objective, PlanRequest, Workload
+    from uellm.placement.views import EVERYWHERE, Objective, PlanRequest, Routing, Workload
 
+    planning.check_routing(routing, objective)
     if plot is not None:
         check_plot(plot)
     if topology == planning.DISCOVERED:
@@ -163,6 +171,7 @@ def plan(
         costs=dict(read_cost(text) for text in cost or ()),
         layer_times=discovered.layer_times(model, dtype, workload) if discovered else {},
         stock=discovered.stock if discovered else EVERYWHERE,
+        routing=cast("Routing", routing),
     )
     asked = planning.Asked(
         request=request,

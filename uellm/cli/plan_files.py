@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from uellm.core.errors import InvalidArgumentError
-from uellm.placement.views import Plan, PlannedReplica, PlannedStage
+from uellm.placement.views import FullStage, Plan, PlannedReplica, PlannedStage
 
 _MOST_BYTES = 16 << 20
 _MOST = 2**31 - 1
@@ -40,6 +40,7 @@ def read_plan(path: Path, option: str) -> Plan:
             max_tokens=_number(plan, "max_tokens", 0),
             objective=str(plan.get("objective", "")),
             explanation="",
+            full_stage=FullStage((), 0.0, 0.0) if plan.get("full_stage") else None,
         )
     except _UNREADABLE as error:
         raise InvalidArgumentError(

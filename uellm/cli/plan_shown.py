@@ -10,10 +10,12 @@ from rich.table import Table
 from uellm.cli.placements import short
 from uellm.placement.explain import bound_by, size
 from uellm.placement.stock import Fetching, in_words
-from uellm.placement.views import EVERYWHERE, Plan, PlannedReplica, PlanRequest
+from uellm.placement.views import EVERYWHERE, FullStage, Plan, PlannedReplica, PlanRequest
 from uellm.placement.what_if import Figures
 
 _MOST_SHOWN = 8
+_LEAST_NAME = 8
+"""Fewer characters of a device's name say nothing."""
 
 
 def show(request: PlanRequest, plan: Plan, found: Figures, needed: Fetching) -> None:
@@ -46,6 +48,8 @@ def show(request: PlanRequest, plan: Plan, found: Figures, needed: Fetching) -> 
         took = f"; {needed.seconds:.2g} s where files come from those that held them"
         ours = request.stock is EVERYWHERE and 0 < needed.seconds < inf
         console.print(f"moves {layers} layers, {size(moved)}{took if ours else ''}")
+    if request.routing == "full_stage":
+        _show_full_stage(console, plan.full_stage)
     if request.stock is not EVERYWHERE and needed.total_bytes:
         console.print(in_words(needed), soft_wrap=True)
 
@@ -53,22 +57,11 @@ def show(request: PlanRequest, plan: Plan, found: Figures, needed: Fetching) -> 
 def _show_replica(
     console: Console, index: int, replica: PlannedReplica, names: Mapping[str, str]
 ) -> None:
-    table = Table(box=None, title=f"replica {index}", title_justify="left")
-    for column in ("layers", "device", "", "memory", "prefill", "step", "send"):
-        # What a device is called gives way where a terminal is narrow.
-        table.add_column(column, no_wrap=column != "", overflow="fold")
-    for stage in replica.stages:
-        ends = f"{' +embed' if stage.has_embed else ''}{' +head' if stage.has_head else ''}"
-        table.add_row(
-            f"{stage.first_layer}-{stage.last_layer}{ends}",
-            stage.device_id,
-            names.get(stage.device_id, ""),
-            size(stage.memory_bytes),
-            short(stage.prefill_seconds),
-            short(stage.decode_seconds),
-            short(stage.send_seconds) if not stage.has_head else "",
-        )
-    console.print(table)
+    bare = _stages(index, replica, {})
+    # What a device is called gives way where a terminal is narrow.
+    room = console.width - console.measure(bare).maximum - 2
+    named = _stages(index, replica, names, room)
+    console.print(named if room >= _LEAST_NAME else bare)
     if (predicted := replica.prediction) is not None:
         console.print(
             f"first token after {short(predicted.prefill_seconds)}, then "
@@ -78,6 +71,46 @@ def _show_replica(
             f"{bound_by(predicted.bottleneck)}",
             soft_wrap=True,
         )
+
+
+def _show_full_stage(console: Console, found: FullStage | None) -> None:
+    """Stages of several devices, and what chains of the same devices come to."""
+    if found is None:
+        console.print("full-stage routing: no room, with both ends of the model on any device")
+        return
+    console.print("full-stage routing, for planning alone:")
+    table = Table(box=None)
+    table.add_column("layers", no_wrap=True)
+    table.add_column("devices")
+    for stage in found.stages:
+        table.add_row(f"{stage.first_layer}-{stage.last_layer}", " ".join(stage.device_ids))
+    console.print(table)
+    console.print(
+        f"{found.tokens_per_second:.4g} tokens/s with every device always busy; disjoint chains "
+        f"{found.chain_tokens_per_second:.4g} tokens/s",
+        soft_wrap=True,
+    )
+
+
+def _stages(index: int, replica: PlannedReplica, names: Mapping[str, str], most: int = 0) -> Table:
+    """A row for each stage; with devices' names, if there are any, in so many characters."""
+    table = Table(box=None, title=f"replica {index}", title_justify="left")
+    columns = ("layers", "device", *([""] if names else []), "memory", "prefill", "step", "send")
+    for column in columns:
+        most_wide = max(most, 1) if not column else None
+        table.add_column(column, no_wrap=bool(column), overflow="fold", max_width=most_wide)
+    for stage in replica.stages:
+        ends = f"{' +embed' if stage.has_embed else ''}{' +head' if stage.has_head else ''}"
+        table.add_row(
+            f"{stage.first_layer}-{stage.last_layer}{ends}",
+            stage.device_id,
+            *([names.get(stage.device_id, "")] if names else []),
+            size(stage.memory_bytes),
+            short(stage.prefill_seconds),
+            short(stage.decode_seconds),
+            short(stage.send_seconds) if not stage.has_head else "",
+        )
+    return table
 
 
 def _dearest_link(plan: Plan, output_tokens: int) -> str:

@@ -29,6 +29,7 @@ from uellm.placement.topology import Topology
 from uellm.placement.views import (
     EVERYWHERE,
     OBJECTIVES,
+    ROUTINGS,
     Plan,
     PlannedStage,
     PlanRequest,
@@ -110,6 +111,23 @@ def lengths(
     return prompt, output_tokens or max(min(128, context - prompt), 1)
 
 
+def check_routing(routing: str, objective: str) -> None:
+    """Refuse a routing that there is not, or that an objective has no plan for.
+
+    Raises:
+        InvalidArgumentError: naming those that there are.
+    """
+    if routing not in ROUTINGS:
+        raise InvalidArgumentError(
+            f"routing: {routing!r} is none of {', '.join(ROUTINGS)}", field="routing"
+        )
+    if routing != "chain" and objective not in OBJECTIVES:
+        raise InvalidArgumentError(
+            f"routing: {routing} is planned beside {', '.join(OBJECTIVES)}, not {objective}",
+            field="routing",
+        )
+
+
 def check(request: PlanRequest, *, of_trace: bool = False) -> None:
     """Refuse what a mesh would make the best of: a plan for something else than was asked for.
 
@@ -142,6 +160,14 @@ def check(request: PlanRequest, *, of_trace: bool = False) -> None:
             f"do not fit into a context of {context}; give fewer, or another model",
             field="prompt-tokens",
         )
+    before = request.previous.replicas if request.previous else ()
+    reach = max((stage.last_layer for replica in before for stage in replica.stages), default=-1)
+    if before and reach != len(model.layers) - 1:
+        raise InvalidArgumentError(
+            f"previous: it ends with layer {reach}, and the model with {len(model.layers) - 1}: "
+            "give a plan of this model, or leave it out",
+            field="previous",
+        )
     left = [
         device
         for device in request.topology.devices
@@ -165,7 +191,12 @@ def of_trace(path: Path, workload: Workload) -> tuple[Workload, float]:
     Raises:
         InvalidArgumentError: if it cannot be read, or is longer than a year.
     """
-    requests = read_trace(path)
+    try:
+        requests = read_trace(path)
+    except InvalidArgumentError as error:
+        # It names the option by which simulations take a trace.
+        told = error.message.removeprefix("workload: ")
+        raise InvalidArgumentError(f"trace: {told}", field="trace") from None
     prompts = [request.prompt_tokens for request in requests]
     outputs = [request.output_tokens for request in requests]
     at = np.array([request.arrival for request in requests])
@@ -201,7 +232,9 @@ def run(asked: Asked) -> int:
         change = parse_change(text)
         topology = changed(asked.request.topology, change, clusters.kinds())
         times = times_of_added(asked.request.layer_times, topology, change)
-        request = replace(asked.request, topology=topology, layer_times=times, previous=plan)
+        request = replace(
+            asked.request, topology=topology, layer_times=times, previous=plan, routing="chain"
+        )
         other, _ = _solved(asked, request)
         others.append((str(change), other, figures(other, tokens)))
     advice = _advice(asked) if asked.mean_output_tokens else []
@@ -247,7 +280,7 @@ def _advice(asked: Asked) -> list[str]:
     needed = workload.requests_per_second * mean
     # Room and time are for lengths that most requests stay below; the tokens are those of all.
     load = replace(workload, requests_per_second=needed / workload.output_tokens)
-    request = replace(asked.request, objective="goodput", workload=load)
+    request = replace(asked.request, objective="goodput", workload=load, routing="chain")
     share = f"{SERVED_SHARE:.0%} of this trace's minutes"
     has = figures(solve(request), workload.output_tokens)
     rate = (

@@ -7,13 +7,15 @@ layers: they are one stage of it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
-from uellm.placement.explain import explain, explain_infeasible
+from uellm.placement.explain import explain
+from uellm.placement.infeasible import Shortage, lacks_room
 from uellm.placement.memory import USABLE, WORKSPACE_BYTES, Need
 from uellm.placement.partition import Range
 from uellm.placement.rooms import Rooms, neighbours
 from uellm.placement.topology import Device
-from uellm.placement.views import Plan, PlannedReplica, PlannedStage, PlanRequest, Workload
+from uellm.placement.views import Plan, PlannedReplica, PlannedStage, PlanRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,11 @@ class EvenPlacer:
             solver=self.name,
             explanation=explain(planned, need, told, len(everything.devices)),
             kv_tokens=need.cached_tokens,
-            infeasible_reason=_what_is_missing(rooms, least, wanted, planned) if missing else "",
+            infeasible_reason=_what_is_missing(
+                rooms, least, replace(request, workload=wanted), planned
+            )
+            if missing
+            else "",
         )
 
 
@@ -164,12 +170,15 @@ def _most(wanted: int, fits: Callable[[int], bool]) -> int:
 
 
 def _what_is_missing(
-    rooms: Rooms, need: Need, wanted: Workload, planned: Sequence[PlannedReplica]
+    rooms: Rooms, need: Need, request: PlanRequest, planned: Sequence[PlannedReplica]
 ) -> str:
-    def feasible(max_tokens: int, stages: int, extra_bytes: int) -> bool:
-        more = rooms
-        if extra_bytes:
-            more = rooms.plus(Device("one more", "one more", "one more", "other", extra_bytes))
-        return _fresh(more, replace(need, max_tokens=max_tokens), stages) is not None
+    def feasible(other: PlanRequest) -> bool:
+        # Of the rooms those are there already that the others left.
+        more = [d for d in other.topology.devices if rooms.find(d.id) is None and d.healthy]
+        wider = reduce(Rooms.plus, more, rooms)
+        least = replace(need, max_tokens=other.workload.max_tokens)
+        return _fresh(wider, least, other.workload.stages) is not None
 
-    return explain_infeasible(rooms, need, wanted, len(planned), feasible)
+    left = [(device, rooms.left[device.id]) for device in rooms.devices]
+    short = Shortage(request, need, left, len(planned), request.workload.replicas)
+    return lacks_room(short, feasible)

@@ -1,18 +1,10 @@
-"""Plans in plain words: why they look as they do, or what is missing and what would help."""
+"""Plans in plain words: why they look as they do."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from uellm.placement.memory import Need
-from uellm.placement.rooms import Rooms
 from uellm.placement.views import IN_FLIGHT, Certificate, PlannedReplica, PlanRequest, Workload
-
-Feasible = Callable[[int, int, int], bool]
-"""Whether it fits with (max_tokens, stages, bytes of one more device)."""
-
-# Finer than this, a wanted device size is noise.
-_STEP_BYTES = 1 << 20
-_MOST_NAMED = 8
 
 
 def size(num_bytes: float) -> str:
@@ -95,57 +87,6 @@ def explain_plan(
         )
         sentences.append(f"{request.objective}: {how} ({certificate.proof})")
     return "; ".join(sentences)
-
-
-def explain_infeasible(
-    rooms: Rooms, need: Need, wanted: Workload, num_planned: int, feasible: Feasible
-) -> str:
-    """What is missing on which devices, and the nearest choices that fit."""
-    what = f"replica {num_planned + 1} of {wanted.replicas}" if wanted.replicas > 1 else "the model"
-    if not rooms.devices:
-        return f"no device for {what}: start a worker (`uellm serve worker`)"
-    parts = min(wanted.stages or len(rooms.devices), len(rooms.devices), len(need.model.layers))
-    total = need.in_parts(parts)
-    roomiest = sorted(rooms.devices, key=lambda device: (-rooms.left[device.id], device.id))
-    there = ", ".join(
-        f"{device.id} {size(rooms.left[device.id])}" for device in roomiest[:_MOST_NAMED]
-    )
-    if len(roomiest) > _MOST_NAMED:
-        there += f" and {len(roomiest) - _MOST_NAMED} with less"
-    missing = total - sum(rooms.left.values())
-    workers = {device.worker for device in rooms.devices}
-    # One stage of the replica is all that a worker holds.
-    how = ", each worker's devices side by side" if len(workers) < len(rooms.devices) else ""
-    gap = (
-        f"{size(missing)} ({missing} bytes) are missing"
-        if missing > 0
-        else f"no cut between layers fits them{how}"
-    )
-    reason = (
-        f"{what} with one slot of {need.max_tokens} tokens needs {size(total)} in {parts} "
-        f"stage(s); {gap}; usable: {there}"
-    )
-    choices = _nearest(rooms, need, wanted, feasible)
-    return f"{reason}; it fits with {' or with '.join(choices)}" if choices else reason
-
-
-def _nearest(rooms: Rooms, need: Need, wanted: Workload, feasible: Feasible) -> list[str]:
-    choices = []
-    if feasible(1, wanted.stages, 0):
-        tokens = last_that(1, need.max_tokens, lambda n: feasible(n, wanted.stages, 0))
-        choices.append(f"max_tokens {tokens}")
-    if wanted.stages:
-        counts = (n for n in range(1, len(rooms.devices) + 1) if n != wanted.stages)
-        stages = next((n for n in counts if feasible(need.max_tokens, n, 0)), None)
-        if stages is not None:
-            choices.append(f"stages {stages}")
-    most = 2 * need.in_parts(2) // _STEP_BYTES + 1
-    if feasible(need.max_tokens, wanted.stages, most * _STEP_BYTES):
-        steps = most - last_that(
-            0, most, lambda n: feasible(need.max_tokens, wanted.stages, (most - n) * _STEP_BYTES)
-        )
-        choices.append(f"one more device with {size(steps * _STEP_BYTES)} free")
-    return choices
 
 
 def last_that(low: int, high: int, holds: Callable[[int], bool]) -> int:

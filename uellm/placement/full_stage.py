@@ -10,14 +10,16 @@ Where stages of two regions meet, enough devices must stand on both sides that t
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, permutations, product
+from itertools import accumulate, pairwise, permutations, product
 from statistics import median
 
 import numpy as np
 
 from uellm.placement.arrays import Array, Integers
 from uellm.placement.costs import Costs
+from uellm.placement.disjoint import ABOUT, chains_rate
 from uellm.placement.flow import max_flow
+from uellm.placement.views import FullStage, SharedStage
 
 _PROBES = 60
 _CLOSE = 1e-4
@@ -50,13 +52,13 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class FullStage:
+class Flow:
     """A plan.
 
     Attributes:
         stages: in order.
         tokens_per_second: the maximum flow through them.
-        chain_tokens_per_second: of the best single chain, each device a stage, links counted.
+        chain_tokens_per_second: of disjoint chains, each device a stage of one, links counted.
     """
 
     stages: tuple[Stage, ...]
@@ -64,9 +66,26 @@ class FullStage:
     chain_tokens_per_second: float
 
 
-def plan_full_stage(
-    servers: Sequence[Server], num_layers: int, capacity: Array
-) -> FullStage | None:
+def full_stage_of(costs: Costs) -> FullStage | None:
+    """How far stages of several devices would come on what a request may use, always busy.
+
+    None if the layers do not fit.
+    """
+    servers, capacity = servers_of(costs)
+    found = plan_full_stage(servers, costs.num_layers, capacity)
+    if found is None:
+        return None
+    ends = list(accumulate(stage.num_layers for stage in found.stages))
+    stages = tuple(
+        SharedStage(
+            tuple(servers[number].id for number in stage.servers), end - stage.num_layers, end - 1
+        )
+        for stage, end in zip(found.stages, ends, strict=True)
+    )
+    return FullStage(stages, found.tokens_per_second, found.chain_tokens_per_second)
+
+
+def plan_full_stage(servers: Sequence[Server], num_layers: int, capacity: Array) -> Flow | None:
     """The stages with the most throughput that are found; None if the layers do not fit.
 
     Args:
@@ -89,7 +108,9 @@ def plan_full_stage(
             break
     if not best[1]:
         return None
-    return FullStage(best[1], best[0], chain_rate(servers, num_layers, capacity))
+    return Flow(
+        best[1], best[0], chains_rate([each.rates for each in servers], num_layers, capacity)
+    )
 
 
 def servers_of(costs: Costs) -> tuple[list[Server], Array]:
@@ -108,26 +129,6 @@ def servers_of(costs: Costs) -> tuple[list[Server], Array]:
     return servers, capacity
 
 
-def chain_rate(servers: Sequence[Server], num_layers: int, capacity: Array) -> float:
-    """Tokens per second of one chain, whose order keeps to links that are fast enough.
-
-    Only orders that a greedy walk finds are looked at: a figure that can be reached, no bound.
-    """
-    rates = sorted({rate for server in servers for rate in server.rates}, reverse=True)
-    for rate in rates:
-        layers = [sum(each >= rate * (1 - 1e-12) for each in server.rates) for server in servers]
-        usable = [i for i, count in enumerate(layers) if count]
-        if sum(layers) >= num_layers and _walk(usable, layers, num_layers, capacity >= rate):
-            return rate
-    # The slowest link that a chain over all has to cross sets the pace.
-    layers = [len(server.rates) for server in servers]
-    for rate in sorted({float(each) for each in capacity.ravel()}, reverse=True):
-        usable = [i for i, count in enumerate(layers) if count]
-        if _walk(usable, layers, num_layers, capacity >= rate):
-            return min(rate, *(servers[i].rates[layers[i] - 1] for i in usable))
-    return 0.0
-
-
 def rating(servers: Sequence[Server], stages: Sequence[Stage], capacity: Array) -> float:
     """The maximum flow through stages: every device is as fast as its layers let it be."""
     source, sink = -1, -2
@@ -144,29 +145,6 @@ def rating(servers: Sequence[Server], stages: Sequence[Stage], capacity: Array) 
                 for other in stages[index + 1].servers:
                     edges[2 * server + 1, 2 * other] = float(capacity[server, other])
     return max_flow(edges, source, sink)
-
-
-def _walk(
-    usable: Sequence[int],
-    layers: Sequence[int],
-    num_layers: int,
-    fast: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
-) -> bool:
-    """Whether a chain over fast links holds the layers, by going to the most layers each time."""
-    for start in usable:
-        order, held = [start], layers[start]
-        left = set(usable) - {start}
-        while held < num_layers:
-            ways = [d for d in left if fast[order[-1], d]]
-            if not ways:
-                break
-            # Few ways on first: what is hard to reach later is taken now.
-            order.append(max(ways, key=lambda d: (layers[d], -d)))
-            held += layers[order[-1]]
-            left.discard(order[-1])
-        if held >= num_layers:
-            return True
-    return False
 
 
 def _at_rate(
@@ -352,7 +330,7 @@ class _Pool:
             each = np.array([r[count - 1] if len(r) >= count else 0.0 for r in self._rates])
             able = np.array([len(rates) >= count for rates in self._rates])
             hold = (self._states[:, ~able] == 0).all(axis=1)
-            most[hold & (self._states @ each >= self._rate * (1 - 1e-12))] = count
+            most[hold & (self._states @ each >= self._rate * ABOUT)] = count
         most[0] = 0
         return most
 

@@ -8,16 +8,24 @@ from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 
 from uellm.core.errors import InvalidArgumentError
-from uellm.placement.costs import costs_of
+from uellm.placement.costs import costs_of, usable_devices
 from uellm.placement.even import EvenPlacer
 from uellm.placement.explain import explain_plan
+from uellm.placement.infeasible import too_slow
 from uellm.placement.prediction import layout_of, planned
 from uellm.placement.replan import LEAST_GAIN, moves
 from uellm.placement.segments import keeps
 from uellm.placement.solver import solve
 from uellm.placement.stock import least_fetched
 from uellm.placement.topology import Topology
-from uellm.placement.views import OBJECTIVES, Placer, Plan, PlannedReplica, PlanRequest
+from uellm.placement.views import (
+    OBJECTIVES,
+    Placer,
+    Plan,
+    PlannedReplica,
+    PlanRequest,
+    Workload,
+)
 
 EVEN = "even"
 GOODPUT = "goodput"
@@ -38,7 +46,7 @@ def placer_of(objective: str) -> Placer:
         InvalidArgumentError: if there is none of the name, or what it needs is not installed.
     """
     if objective == EVEN:
-        return EvenPlacer()
+        return SplitPlacer()
     if objective in OBJECTIVES:
         return ObjectivePlacer()
     for entry_point in entry_points(group=GROUP, name=objective):
@@ -54,6 +62,38 @@ def placer_of(objective: str) -> Placer:
     raise InvalidArgumentError(
         f"objective: {objective!r} is none of {', '.join(objectives())}", field="objective"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPlacer:
+    """The even split of what may be used, with what is predicted of it."""
+
+    name: str = EVEN
+
+    def place(self, request: PlanRequest) -> Plan:
+        """Plan; see ``uellm.placement.views.Placer``.
+
+        Raises:
+            InvalidArgumentError: if it pins, which equal shares leave no choice for, or names what
+                is not there.
+        """
+        if request.pins or request.layer_pins:
+            raise InvalidArgumentError(
+                "pins: an even split takes devices by their memory alone; leave out the pins, or "
+                "ask for another objective",
+                field="pins",
+            )
+        request = replace(request, workload=_in_slots(request))
+        plan = _split(request)
+        plan = rated(plan, replace(request, topology=shared(request.topology))) or plan
+        limit = request.workload.slo_seconds
+        slowest = max(
+            (r.prediction.total_seconds for r in plan.replicas if r.prediction), default=0
+        )
+        if limit and slowest > limit:
+            reason = too_slow(request, slowest)
+            return replace(plan, replicas=(), explanation="", infeasible_reason=reason)
+        return replace(plan, moves=moves(request.model, plan.replicas, request.previous))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +114,10 @@ class ObjectivePlacer:
         """Plan; see ``uellm.placement.views.Placer``."""
         sought_for = request.objective
         request = replace(_of_a_copy(request), topology=shared(request.topology))
-        plan, even = solve(request), _even(request)
-        if even is not None and not self._better(plan, even, request):
-            plan = _proven(even, plan)
+        sought, even = solve(request), _even(request)
+        plan = sought
+        if even is not None and not self._better(sought, even, request):
+            plan = replace(_proven(even, sought), full_stage=sought.full_stage)
         return replace(least_fetched(plan, request), objective=sought_for)
 
     def _better(self, sought: Plan, even: Plan, request: PlanRequest) -> bool:
@@ -145,14 +186,7 @@ def _of_a_copy(request: PlanRequest) -> PlanRequest:
 
 def _even(request: PlanRequest) -> Plan | None:
     """The even split as the objective sees it; None if it does not keep what is asked for."""
-    allowed = tuple(
-        replace(device, healthy=False)
-        if request.excluded & {device.id, device.worker, device.host}
-        else device
-        for device in request.topology.devices
-    )
-    bare = replace(request, topology=replace(request.topology, devices=allowed))
-    plan = rated(EvenPlacer().place(bare), request)
+    plan = rated(_split(request), request)
     if plan is None or not all(keeps(replica, request) for replica in plan.replicas):
         return None
     costs = costs_of(request, plan.slots)
@@ -162,6 +196,21 @@ def _even(request: PlanRequest) -> Plan | None:
         explanation=explain_plan(plan.replicas, costs.need, request, None),
         moves=moves(request.model, plan.replicas, request.previous),
     )
+
+
+def _split(request: PlanRequest) -> Plan:
+    """The even split over the devices that may be used."""
+    topology = replace(request.topology, devices=usable_devices(request), links=())
+    return EvenPlacer().place(replace(request, topology=topology))
+
+
+def _in_slots(request: PlanRequest) -> Workload:
+    """A load as slots of the context that it takes: an even split knows no batches."""
+    load = request.workload
+    if not load.batch:
+        return load
+    context = max(load.prompt_tokens + load.output_tokens, load.max_tokens)
+    return replace(load, batch=0, slots=load.batch * load.in_flight, max_tokens=context)
 
 
 def _proven(plan: Plan, sought: Plan) -> Plan:

@@ -13,6 +13,7 @@ from uellm.core.errors import InvalidArgumentError
 from uellm.core.model import ModelProfile
 from uellm.placement.costs import costs_of
 from uellm.placement.explain import explain_plan, last_that
+from uellm.placement.infeasible import too_slow
 from uellm.placement.prediction import layout_of, planned
 from uellm.placement.replan import moves
 from uellm.placement.topology import Device
@@ -61,10 +62,7 @@ def solve_pinned(request: PlanRequest, solve: Solve) -> Plan:
         # Each segment was to be cheap, and they are too slow together.
         plan = _plan(replace(request, objective="lr"), segments, solve)
         if _seconds(plan) > limit:
-            reason = (
-                f"no plan with these pins keeps the SLO of {limit:.3g} s: the fastest one found "
-                f"takes {_seconds(plan):.3g} s"
-            )
+            reason = too_slow(request, _seconds(plan), "plan with these pins")
             return replace(plan, replicas=(), explanation="", infeasible_reason=reason)
     return replace(plan, objective=request.objective)
 

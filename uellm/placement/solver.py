@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement import infeasible
@@ -9,6 +10,7 @@ from uellm.placement.arrays import Integers
 from uellm.placement.chain import chain_of
 from uellm.placement.costs import Costs, costs_of
 from uellm.placement.explain import explain_plan, last_that
+from uellm.placement.full_stage import full_stage_of
 from uellm.placement.goodput import spread
 from uellm.placement.judge import Judge
 from uellm.placement.memory import USABLE
@@ -35,6 +37,8 @@ def solve(request: PlanRequest) -> Plan:
             f"objective: {request.objective!r} is none of {', '.join(OBJECTIVES)}",
             field="objective",
         )
+    if request.routing == "full_stage":
+        return _with_full_stage(request)
     if request.layer_pins:
         return solve_pinned(request, solve)
     costs = costs_of(request)
@@ -44,6 +48,10 @@ def solve(request: PlanRequest) -> Plan:
         slots = _most_slots(request, wanted)
         if slots:
             costs = costs_of(request, slots)
+            found = _place_all(request, costs)
+        else:
+            # What is missing is missing for one sequence too.
+            costs = costs_of(request, 1)
             found = _place_all(request, costs)
     replicas = tuple(planned(costs, each.layout) for each in found.placed)
     reason = ""
@@ -62,6 +70,17 @@ def solve(request: PlanRequest) -> Plan:
         candidates=found.placed[0].candidates if found.placed else (),
         moves=moves(request.model, replicas, request.previous),
     )
+
+
+def _with_full_stage(request: PlanRequest) -> Plan:
+    """The plan of chains, and beside it stages of several devices."""
+    if request.pins or request.layer_pins or request.workload.stages:
+        raise InvalidArgumentError(
+            "routing: full_stage spreads the model over all devices; leave out pins and stages",
+            field="routing",
+        )
+    plan = solve(replace(request, routing="chain"))
+    return replace(plan, full_stage=full_stage_of(costs_of(request, plan.slots)))
 
 
 def solve_shared(requests: Sequence[PlanRequest]) -> tuple[Plan, ...]:
@@ -169,12 +188,27 @@ def _what_is_missing(request: PlanRequest, costs: Costs, found: _All) -> str:
         best = fastest_seconds(costs, wish_of(request, costs))
         if best is not None and request.workload.slo_seconds:
             return infeasible.too_slow(request, best)
-    return infeasible.lacks_room(
-        request,
-        found.left,
-        len(found.placed),
-        lambda other: len(found.placed) == 0 and _fits(other, costs_of(other, _slots(other))),
+    left = found.left
+    devices = tuple(
+        # As much as the other copies leave.
+        replace(device, memory_bytes=ceil(max(int(room), 0) / USABLE))
+        for device, room in zip(left.devices, left.room, strict=True)
     )
+    ids = {device.id for device in devices}
+    links = tuple(link for link in request.topology.links if {link.src, link.dst} <= ids)
+    short = infeasible.Shortage(
+        replace(
+            request,
+            topology=replace(request.topology, devices=devices, links=links),
+            excluded=frozenset(),
+            costs={},
+        ),
+        left.need,
+        [(device, int(room)) for device, room in zip(devices, left.room, strict=True)],
+        len(found.placed),
+        max(request.workload.replicas, 1),
+    )
+    return infeasible.lacks_room(short, lambda other: _fits(other, costs_of(other, _slots(other))))
 
 
 def _slots(request: PlanRequest) -> int:

@@ -12,6 +12,11 @@ from uellm.placement.topology import Topology
 Objective = Literal["helr", "he", "lr", "throughput", "goodput"]
 OBJECTIVES: tuple[Objective, ...] = ("helr", "he", "lr", "throughput", "goodput")
 
+Routing = Literal["chain", "full_stage"]
+"""How the tokens of a stage are spread: over one worker, as replicas run; or over several devices,
+any of which sends to any of the next stage's, as in Helix: for planning alone."""
+ROUTINGS: tuple[Routing, ...] = ("chain", "full_stage")
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -254,6 +259,30 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedStage:
+    """Layers that several devices hold, each for a share of the tokens; layers inclusive."""
+
+    device_ids: tuple[str, ...]
+    first_layer: int
+    last_layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class FullStage:
+    """Stages of several devices each.
+
+    Attributes:
+        stages: in order.
+        tokens_per_second: the maximum flow through them.
+        chain_tokens_per_second: of disjoint chains on the same devices, links counted.
+    """
+
+    stages: tuple[SharedStage, ...]
+    tokens_per_second: float
+    chain_tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Where a model goes.
 
@@ -270,6 +299,7 @@ class Plan:
         solve_seconds: how long that took, as measured by whoever asked; 0: not measured.
         candidates: what else was looked at, the best first.
         moves: what differs from the previous plan.
+        full_stage: how far stages of several devices would come, if that was asked for.
     """
 
     replicas: tuple[PlannedReplica, ...]
@@ -284,6 +314,7 @@ class Plan:
     solve_seconds: float = 0.0
     candidates: tuple[Candidate, ...] = ()
     moves: tuple[Move, ...] = ()
+    full_stage: FullStage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +363,7 @@ class PlanRequest:
             in work, not by a clock: equal requests have equal plans.
         seeded: whether baselines are where the search starts; off to compare with them.
         stock: which hosts have the model's files; placers take those of devices that are alike.
+        routing: ``full_stage``: say besides how far stages of several devices would come.
     """
 
     topology: Topology
@@ -348,6 +380,7 @@ class PlanRequest:
     budget_seconds: float = 5.0
     seeded: bool = True
     stock: Stock = EVERYWHERE
+    routing: Routing = "chain"
 
 
 class Placer(Protocol):

@@ -126,6 +126,11 @@ def _faster(
 ) -> Topology:
     """Ways between two groups of devices that are so many times as fast."""
     pairs = {(a.id, b.id) for a in some for b in others if a.id != b.id}
+    if not pairs:
+        raise InvalidArgumentError(
+            f"what-if: link={some[0].id}~{others[0].id} is one device, and a link has two ends",
+            field="what-if",
+        )
     pairs |= {(b, a) for a, b in pairs}
     device = {each.id: each for each in (*some, *others)}
     ways = []

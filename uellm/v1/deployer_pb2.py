@@ -29,7 +29,7 @@ from uellm.v1 import queue_pb2 as uellm_dot_v1_dot_queue__pb2
 from uellm.v1 import topology_pb2 as uellm_dot_v1_dot_topology__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17uellm/v1/deployer.proto\x12\x08uellm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15uellm/v1/common.proto\x1a\x14uellm/v1/queue.proto\x1a\x17uellm/v1/topology.proto\"\x8f\x01\n\x15RegisterWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12!\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x10.uellm.v1.Device\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\x1d\n\x05links\x18\x05 \x03(\x0b\x32\x0e.uellm.v1.Link\"O\n\x16RegisterWorkerResponse\x12\x35\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xf0\x01\n\x0bStageStatus\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x13\n\x0bstage_index\x18\x03 \x01(\r\x12#\n\x05state\x18\x04 \x01(\x0e\x32\x14.uellm.v1.StageState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x07 \x01(\r\x12\x12\n\nlast_layer\x18\x08 \x01(\r\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\x12$\n\x07\x64\x65vices\x18\n \x03(\x0b\x32\x13.uellm.v1.DeviceUse\"\x90\x01\n\x10HeartbeatRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12%\n\x06stages\x18\x03 \x03(\x0b\x32\x15.uellm.v1.StageStatus\x12!\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x10.uellm.v1.Device\x12\r\n\x05going\x18\x05 \x01(\x08\"$\n\x11HeartbeatResponse\x12\x0f\n\x07unknown\x18\x01 \x01(\x08\"=\n\tDevicePin\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x1d\n\x03\x65nd\x18\x02 \x01(\x0e\x32\x10.uellm.v1.PinEnd\"A\n\x08LayerPin\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x12\n\nlast_layer\x18\x03 \x01(\r\"\xab\x04\n\x0bPlanRequest\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.uellm.v1.ModelRef\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\x0e\n\x06stages\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\r\n\x05slots\x18\x05 \x01(\r\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12$\n\x08\x61\x64\x61pters\x18\x07 \x03(\x0b\x32\x12.uellm.v1.ModelRef\x12\x11\n\tkv_tokens\x18\x08 \x01(\x04\x12\x11\n\tobjective\x18\t \x01(\t\x12\x13\n\x0bslo_seconds\x18\n \x01(\x01\x12!\n\x04pins\x18\x0b \x03(\x0b\x32\x13.uellm.v1.DevicePin\x12\x10\n\x08\x65xcluded\x18\x0c \x03(\t\x12\x15\n\rprompt_tokens\x18\r \x01(\r\x12\x15\n\routput_tokens\x18\x0e \x01(\r\x12&\n\x06layout\x18\x0f \x03(\x0b\x32\x16.uellm.v1.PlannedStage\x12\x15\n\rmost_replicas\x18\x10 \x01(\r\x12\x1b\n\x13requests_per_second\x18\x11 \x01(\x01\x12&\n\nlayer_pins\x18\x12 \x03(\x0b\x32\x12.uellm.v1.LayerPin\x12/\n\x05\x63osts\x18\x13 \x03(\x0b\x32 .uellm.v1.PlanRequest.CostsEntry\x1a,\n\nCostsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\",\n\x0cPlanResponse\x12\x1c\n\x04plan\x18\x01 \x01(\x0b\x32\x0e.uellm.v1.Plan\"9\n\x0c\x41pplyRequest\x12)\n\ndeployment\x18\x01 \x01(\x0b\x32\x15.uellm.v1.PlanRequest\"9\n\rApplyResponse\x12(\n\ndeployment\x18\x01 \x01(\x0b\x32\x14.uellm.v1.Deployment\"\x1f\n\x0fUndeployRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x12\n\x10UndeployResponse\"\x1e\n\x0e\x41pproveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x0f\x41pproveResponse\x12(\n\ndeployment\x18\x01 \x01(\x0b\x32\x14.uellm.v1.Deployment\"\x11\n\x0f\x44\x65scribeRequest\"\x8f\x01\n\tStageLive\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x19\n\x11predicted_seconds\x18\x02 \x01(\x01\x12\x18\n\x10measured_seconds\x18\x03 \x01(\x01\x12\r\n\x05ratio\x18\x04 \x01(\x01\x12+\n\x07seen_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"t\n\x0bReplicaLive\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12#\n\x06stages\x18\x02 \x03(\x0b\x32\x13.uellm.v1.StageLive\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12\r\n\x05slots\x18\x05 \x01(\r\"\xa7\x01\n\x0cWorkerStatus\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12!\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x10.uellm.v1.Device\x12%\n\x06stages\x18\x04 \x03(\x0b\x32\x15.uellm.v1.StageStatus\x12,\n\tlast_seen\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x80\x01\n\x0e\x44\x65ploymentLoad\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x07offered\x18\x02 \x01(\x0b\x32\x15.uellm.v1.OfferedLoad\x12$\n\x1c\x63\x61pacity_requests_per_second\x18\x03 \x01(\x01\x12\x12\n\nefficiency\x18\x04 \x01(\x01\"\xdd\x01\n\x10\x44\x65scribeResponse\x12)\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x14.uellm.v1.Deployment\x12\'\n\x07workers\x18\x02 \x03(\x0b\x32\x16.uellm.v1.WorkerStatus\x12#\n\x04live\x18\x03 \x03(\x0b\x32\x15.uellm.v1.ReplicaLive\x12\'\n\x05loads\x18\x04 \x03(\x0b\x32\x18.uellm.v1.DeploymentLoad\x12\'\n\x03now\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"X\n\x12GetTopologyRequest\x12\r\n\x05probe\x18\x01 \x01(\x08\x12\r\n\x05model\x18\x02 \x01(\t\x12$\n\x08\x66iles_of\x18\x03 \x01(\x0b\x32\x12.uellm.v1.ModelRef\"*\n\tHeldFiles\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\r\n\x05parts\x18\x02 \x03(\t\"~\n\rMeasuredBlock\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12!\n\x04\x63ost\x18\x05 \x01(\x0b\x32\x13.uellm.v1.BlockCost\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\"\x9c\x01\n\x13GetTopologyResponse\x12$\n\x08topology\x18\x01 \x01(\x0b\x32\x12.uellm.v1.Topology\x12\'\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x17.uellm.v1.MeasuredBlock\x12\r\n\x05notes\x18\x03 \x03(\t\x12\'\n\nheld_files\x18\x04 \x03(\x0b\x32\x13.uellm.v1.HeldFiles\"\x19\n\x17WatchDeploymentsRequest\"E\n\x18WatchDeploymentsResponse\x12)\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x14.uellm.v1.Deployment*\x8d\x01\n\nStageState\x12\x1b\n\x17STAGE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13STAGE_STATE_LOADING\x10\x01\x12\x18\n\x14STAGE_STATE_PREPARED\x10\x02\x12\x17\n\x13STAGE_STATE_SERVING\x10\x03\x12\x16\n\x12STAGE_STATE_FAILED\x10\x04*F\n\x06PinEnd\x12\x17\n\x13PIN_END_UNSPECIFIED\x10\x00\x12\x11\n\rPIN_END_FIRST\x10\x01\x12\x10\n\x0cPIN_END_LAST\x10\x02\x32\x8c\x05\n\x0f\x44\x65ployerService\x12S\n\x0eRegisterWorker\x12\x1f.uellm.v1.RegisterWorkerRequest\x1a .uellm.v1.RegisterWorkerResponse\x12\x44\n\tHeartbeat\x12\x1a.uellm.v1.HeartbeatRequest\x1a\x1b.uellm.v1.HeartbeatResponse\x12\x35\n\x04Plan\x12\x15.uellm.v1.PlanRequest\x1a\x16.uellm.v1.PlanResponse\x12\x38\n\x05\x41pply\x12\x16.uellm.v1.ApplyRequest\x1a\x17.uellm.v1.ApplyResponse\x12\x41\n\x08Undeploy\x12\x19.uellm.v1.UndeployRequest\x1a\x1a.uellm.v1.UndeployResponse\x12\x41\n\x08\x44\x65scribe\x12\x19.uellm.v1.DescribeRequest\x1a\x1a.uellm.v1.DescribeResponse\x12J\n\x0bGetTopology\x12\x1c.uellm.v1.GetTopologyRequest\x1a\x1d.uellm.v1.GetTopologyResponse\x12>\n\x07\x41pprove\x12\x18.uellm.v1.ApproveRequest\x1a\x19.uellm.v1.ApproveResponse\x12[\n\x10WatchDeployments\x12!.uellm.v1.WatchDeploymentsRequest\x1a\".uellm.v1.WatchDeploymentsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17uellm/v1/deployer.proto\x12\x08uellm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15uellm/v1/common.proto\x1a\x14uellm/v1/queue.proto\x1a\x17uellm/v1/topology.proto\"\x8f\x01\n\x15RegisterWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12!\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x10.uellm.v1.Device\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\x1d\n\x05links\x18\x05 \x03(\x0b\x32\x0e.uellm.v1.Link\"O\n\x16RegisterWorkerResponse\x12\x35\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xf0\x01\n\x0bStageStatus\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x13\n\x0bstage_index\x18\x03 \x01(\r\x12#\n\x05state\x18\x04 \x01(\x0e\x32\x14.uellm.v1.StageState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x07 \x01(\r\x12\x12\n\nlast_layer\x18\x08 \x01(\r\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\x12$\n\x07\x64\x65vices\x18\n \x03(\x0b\x32\x13.uellm.v1.DeviceUse\"\x90\x01\n\x10HeartbeatRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12%\n\x06stages\x18\x03 \x03(\x0b\x32\x15.uellm.v1.StageStatus\x12!\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x10.uellm.v1.Device\x12\r\n\x05going\x18\x05 \x01(\x08\"$\n\x11HeartbeatResponse\x12\x0f\n\x07unknown\x18\x01 \x01(\x08\"=\n\tDevicePin\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x1d\n\x03\x65nd\x18\x02 \x01(\x0e\x32\x10.uellm.v1.PinEnd\"A\n\x08LayerPin\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x12\n\nlast_layer\x18\x03 \x01(\r\"\xcf\x04\n\x0bPlanRequest\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.uellm.v1.ModelRef\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\x0e\n\x06stages\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\r\n\x05slots\x18\x05 \x01(\r\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12$\n\x08\x61\x64\x61pters\x18\x07 \x03(\x0b\x32\x12.uellm.v1.ModelRef\x12\x11\n\tkv_tokens\x18\x08 \x01(\x04\x12\x11\n\tobjective\x18\t \x01(\t\x12\x13\n\x0bslo_seconds\x18\n \x01(\x01\x12!\n\x04pins\x18\x0b \x03(\x0b\x32\x13.uellm.v1.DevicePin\x12\x10\n\x08\x65xcluded\x18\x0c \x03(\t\x12\x15\n\rprompt_tokens\x18\r \x01(\r\x12\x15\n\routput_tokens\x18\x0e \x01(\r\x12&\n\x06layout\x18\x0f \x03(\x0b\x32\x16.uellm.v1.PlannedStage\x12\x15\n\rmost_replicas\x18\x10 \x01(\r\x12\x1b\n\x13requests_per_second\x18\x11 \x01(\x01\x12&\n\nlayer_pins\x18\x12 \x03(\x0b\x32\x12.uellm.v1.LayerPin\x12/\n\x05\x63osts\x18\x13 \x03(\x0b\x32 .uellm.v1.PlanRequest.CostsEntry\x12\"\n\x07routing\x18\x14 \x01(\x0e\x32\x11.uellm.v1.Routing\x1a,\n\nCostsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\",\n\x0cPlanResponse\x12\x1c\n\x04plan\x18\x01 \x01(\x0b\x32\x0e.uellm.v1.Plan\"9\n\x0c\x41pplyRequest\x12)\n\ndeployment\x18\x01 \x01(\x0b\x32\x15.uellm.v1.PlanRequest\"9\n\rApplyResponse\x12(\n\ndeployment\x18\x01 \x01(\x0b\x32\x14.uellm.v1.Deployment\"\x1f\n\x0fUndeployRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x12\n\x10UndeployResponse\"\x1e\n\x0e\x41pproveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x0f\x41pproveResponse\x12(\n\ndeployment\x18\x01 \x01(\x0b\x32\x14.uellm.v1.Deployment\"\x11\n\x0f\x44\x65scribeRequest\"\x8f\x01\n\tStageLive\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x19\n\x11predicted_seconds\x18\x02 \x01(\x01\x12\x18\n\x10measured_seconds\x18\x03 \x01(\x01\x12\r\n\x05ratio\x18\x04 \x01(\x01\x12+\n\x07seen_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"t\n\x0bReplicaLive\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12#\n\x06stages\x18\x02 \x03(\x0b\x32\x13.uellm.v1.StageLive\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12\r\n\x05slots\x18\x05 \x01(\r\"\xa7\x01\n\x0cWorkerStatus\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12!\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x10.uellm.v1.Device\x12%\n\x06stages\x18\x04 \x03(\x0b\x32\x15.uellm.v1.StageStatus\x12,\n\tlast_seen\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x80\x01\n\x0e\x44\x65ploymentLoad\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x07offered\x18\x02 \x01(\x0b\x32\x15.uellm.v1.OfferedLoad\x12$\n\x1c\x63\x61pacity_requests_per_second\x18\x03 \x01(\x01\x12\x12\n\nefficiency\x18\x04 \x01(\x01\"\xdd\x01\n\x10\x44\x65scribeResponse\x12)\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x14.uellm.v1.Deployment\x12\'\n\x07workers\x18\x02 \x03(\x0b\x32\x16.uellm.v1.WorkerStatus\x12#\n\x04live\x18\x03 \x03(\x0b\x32\x15.uellm.v1.ReplicaLive\x12\'\n\x05loads\x18\x04 \x03(\x0b\x32\x18.uellm.v1.DeploymentLoad\x12\'\n\x03now\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"X\n\x12GetTopologyRequest\x12\r\n\x05probe\x18\x01 \x01(\x08\x12\r\n\x05model\x18\x02 \x01(\t\x12$\n\x08\x66iles_of\x18\x03 \x01(\x0b\x32\x12.uellm.v1.ModelRef\"*\n\tHeldFiles\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\r\n\x05parts\x18\x02 \x03(\t\"~\n\rMeasuredBlock\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12!\n\x04\x63ost\x18\x05 \x01(\x0b\x32\x13.uellm.v1.BlockCost\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\"\x9c\x01\n\x13GetTopologyResponse\x12$\n\x08topology\x18\x01 \x01(\x0b\x32\x12.uellm.v1.Topology\x12\'\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x17.uellm.v1.MeasuredBlock\x12\r\n\x05notes\x18\x03 \x03(\t\x12\'\n\nheld_files\x18\x04 \x03(\x0b\x32\x13.uellm.v1.HeldFiles\"\x19\n\x17WatchDeploymentsRequest\"E\n\x18WatchDeploymentsResponse\x12)\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x14.uellm.v1.Deployment*\x8d\x01\n\nStageState\x12\x1b\n\x17STAGE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13STAGE_STATE_LOADING\x10\x01\x12\x18\n\x14STAGE_STATE_PREPARED\x10\x02\x12\x17\n\x13STAGE_STATE_SERVING\x10\x03\x12\x16\n\x12STAGE_STATE_FAILED\x10\x04*F\n\x06PinEnd\x12\x17\n\x13PIN_END_UNSPECIFIED\x10\x00\x12\x11\n\rPIN_END_FIRST\x10\x01\x12\x10\n\x0cPIN_END_LAST\x10\x02*:\n\x07Routing\x12\x17\n\x13ROUTING_UNSPECIFIED\x10\x00\x12\x16\n\x12ROUTING_FULL_STAGE\x10\x01\x32\x8c\x05\n\x0f\x44\x65ployerService\x12S\n\x0eRegisterWorker\x12\x1f.uellm.v1.RegisterWorkerRequest\x1a .uellm.v1.RegisterWorkerResponse\x12\x44\n\tHeartbeat\x12\x1a.uellm.v1.HeartbeatRequest\x1a\x1b.uellm.v1.HeartbeatResponse\x12\x35\n\x04Plan\x12\x15.uellm.v1.PlanRequest\x1a\x16.uellm.v1.PlanResponse\x12\x38\n\x05\x41pply\x12\x16.uellm.v1.ApplyRequest\x1a\x17.uellm.v1.ApplyResponse\x12\x41\n\x08Undeploy\x12\x19.uellm.v1.UndeployRequest\x1a\x1a.uellm.v1.UndeployResponse\x12\x41\n\x08\x44\x65scribe\x12\x19.uellm.v1.DescribeRequest\x1a\x1a.uellm.v1.DescribeResponse\x12J\n\x0bGetTopology\x12\x1c.uellm.v1.GetTopologyRequest\x1a\x1d.uellm.v1.GetTopologyResponse\x12>\n\x07\x41pprove\x12\x18.uellm.v1.ApproveRequest\x1a\x19.uellm.v1.ApproveResponse\x12[\n\x10WatchDeployments\x12!.uellm.v1.WatchDeploymentsRequest\x1a\".uellm.v1.WatchDeploymentsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,10 +38,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PLANREQUEST_COSTSENTRY']._loaded_options = None
   _globals['_PLANREQUEST_COSTSENTRY']._serialized_options = b'8\001'
-  _globals['_STAGESTATE']._serialized_start=3153
-  _globals['_STAGESTATE']._serialized_end=3294
-  _globals['_PINEND']._serialized_start=3296
-  _globals['_PINEND']._serialized_end=3366
+  _globals['_STAGESTATE']._serialized_start=3189
+  _globals['_STAGESTATE']._serialized_end=3330
+  _globals['_PINEND']._serialized_start=3332
+  _globals['_PINEND']._serialized_end=3402
+  _globals['_ROUTING']._serialized_start=3404
+  _globals['_ROUTING']._serialized_end=3462
   _globals['_REGISTERWORKERREQUEST']._serialized_start=173
   _globals['_REGISTERWORKERREQUEST']._serialized_end=316
   _globals['_REGISTERWORKERRESPONSE']._serialized_start=318
@@ -57,47 +59,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LAYERPIN']._serialized_start=890
   _globals['_LAYERPIN']._serialized_end=955
   _globals['_PLANREQUEST']._serialized_start=958
-  _globals['_PLANREQUEST']._serialized_end=1513
-  _globals['_PLANREQUEST_COSTSENTRY']._serialized_start=1469
-  _globals['_PLANREQUEST_COSTSENTRY']._serialized_end=1513
-  _globals['_PLANRESPONSE']._serialized_start=1515
-  _globals['_PLANRESPONSE']._serialized_end=1559
-  _globals['_APPLYREQUEST']._serialized_start=1561
-  _globals['_APPLYREQUEST']._serialized_end=1618
-  _globals['_APPLYRESPONSE']._serialized_start=1620
-  _globals['_APPLYRESPONSE']._serialized_end=1677
-  _globals['_UNDEPLOYREQUEST']._serialized_start=1679
-  _globals['_UNDEPLOYREQUEST']._serialized_end=1710
-  _globals['_UNDEPLOYRESPONSE']._serialized_start=1712
-  _globals['_UNDEPLOYRESPONSE']._serialized_end=1730
-  _globals['_APPROVEREQUEST']._serialized_start=1732
-  _globals['_APPROVEREQUEST']._serialized_end=1762
-  _globals['_APPROVERESPONSE']._serialized_start=1764
-  _globals['_APPROVERESPONSE']._serialized_end=1823
-  _globals['_DESCRIBEREQUEST']._serialized_start=1825
-  _globals['_DESCRIBEREQUEST']._serialized_end=1842
-  _globals['_STAGELIVE']._serialized_start=1845
-  _globals['_STAGELIVE']._serialized_end=1988
-  _globals['_REPLICALIVE']._serialized_start=1990
-  _globals['_REPLICALIVE']._serialized_end=2106
-  _globals['_WORKERSTATUS']._serialized_start=2109
-  _globals['_WORKERSTATUS']._serialized_end=2276
-  _globals['_DEPLOYMENTLOAD']._serialized_start=2279
-  _globals['_DEPLOYMENTLOAD']._serialized_end=2407
-  _globals['_DESCRIBERESPONSE']._serialized_start=2410
-  _globals['_DESCRIBERESPONSE']._serialized_end=2631
-  _globals['_GETTOPOLOGYREQUEST']._serialized_start=2633
-  _globals['_GETTOPOLOGYREQUEST']._serialized_end=2721
-  _globals['_HELDFILES']._serialized_start=2723
-  _globals['_HELDFILES']._serialized_end=2765
-  _globals['_MEASUREDBLOCK']._serialized_start=2767
-  _globals['_MEASUREDBLOCK']._serialized_end=2893
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=2896
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=3052
-  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_start=3054
-  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_end=3079
-  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_start=3081
-  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_end=3150
-  _globals['_DEPLOYERSERVICE']._serialized_start=3369
-  _globals['_DEPLOYERSERVICE']._serialized_end=4021
+  _globals['_PLANREQUEST']._serialized_end=1549
+  _globals['_PLANREQUEST_COSTSENTRY']._serialized_start=1505
+  _globals['_PLANREQUEST_COSTSENTRY']._serialized_end=1549
+  _globals['_PLANRESPONSE']._serialized_start=1551
+  _globals['_PLANRESPONSE']._serialized_end=1595
+  _globals['_APPLYREQUEST']._serialized_start=1597
+  _globals['_APPLYREQUEST']._serialized_end=1654
+  _globals['_APPLYRESPONSE']._serialized_start=1656
+  _globals['_APPLYRESPONSE']._serialized_end=1713
+  _globals['_UNDEPLOYREQUEST']._serialized_start=1715
+  _globals['_UNDEPLOYREQUEST']._serialized_end=1746
+  _globals['_UNDEPLOYRESPONSE']._serialized_start=1748
+  _globals['_UNDEPLOYRESPONSE']._serialized_end=1766
+  _globals['_APPROVEREQUEST']._serialized_start=1768
+  _globals['_APPROVEREQUEST']._serialized_end=1798
+  _globals['_APPROVERESPONSE']._serialized_start=1800
+  _globals['_APPROVERESPONSE']._serialized_end=1859
+  _globals['_DESCRIBEREQUEST']._serialized_start=1861
+  _globals['_DESCRIBEREQUEST']._serialized_end=1878
+  _globals['_STAGELIVE']._serialized_start=1881
+  _globals['_STAGELIVE']._serialized_end=2024
+  _globals['_REPLICALIVE']._serialized_start=2026
+  _globals['_REPLICALIVE']._serialized_end=2142
+  _globals['_WORKERSTATUS']._serialized_start=2145
+  _globals['_WORKERSTATUS']._serialized_end=2312
+  _globals['_DEPLOYMENTLOAD']._serialized_start=2315
+  _globals['_DEPLOYMENTLOAD']._serialized_end=2443
+  _globals['_DESCRIBERESPONSE']._serialized_start=2446
+  _globals['_DESCRIBERESPONSE']._serialized_end=2667
+  _globals['_GETTOPOLOGYREQUEST']._serialized_start=2669
+  _globals['_GETTOPOLOGYREQUEST']._serialized_end=2757
+  _globals['_HELDFILES']._serialized_start=2759
+  _globals['_HELDFILES']._serialized_end=2801
+  _globals['_MEASUREDBLOCK']._serialized_start=2803
+  _globals['_MEASUREDBLOCK']._serialized_end=2929
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=2932
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=3088
+  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_start=3090
+  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_end=3115
+  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_start=3117
+  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_end=3186
+  _globals['_DEPLOYERSERVICE']._serialized_start=3465
+  _globals['_DEPLOYERSERVICE']._serialized_end=4117
 # @@protoc_insertion_point(module_scope)

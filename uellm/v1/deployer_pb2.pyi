@@ -78,6 +78,30 @@ PIN_END_LAST: PinEnd.ValueType  # 2
 """It holds the last layers."""
 Global___PinEnd: _TypeAlias = PinEnd  # noqa: Y015
 
+class _Routing:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RoutingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Routing.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROUTING_UNSPECIFIED: _Routing.ValueType  # 0
+    """A chain: each stage is of one worker. What replicas run."""
+    ROUTING_FULL_STAGE: _Routing.ValueType  # 1
+    """Stages of several devices that share its tokens, each sending to any of the next, as in Helix.
+    For planning alone.
+    """
+
+class Routing(_Routing, metaclass=_RoutingEnumTypeWrapper):
+    """How the tokens of a stage are spread."""
+
+ROUTING_UNSPECIFIED: Routing.ValueType  # 0
+"""A chain: each stage is of one worker. What replicas run."""
+ROUTING_FULL_STAGE: Routing.ValueType  # 1
+"""Stages of several devices that share its tokens, each sending to any of the next, as in Helix.
+For planning alone.
+"""
+Global___Routing: _TypeAlias = Routing  # noqa: Y015
+
 @_typing.final
 class RegisterWorkerRequest(_message.Message):
     """A worker and its devices."""
@@ -369,6 +393,7 @@ class PlanRequest(_message.Message):
     REQUESTS_PER_SECOND_FIELD_NUMBER: _builtins.int
     LAYER_PINS_FIELD_NUMBER: _builtins.int
     COSTS_FIELD_NUMBER: _builtins.int
+    ROUTING_FIELD_NUMBER: _builtins.int
     replicas: _builtins.int
     """Copies; 0: one. With the objective goodput, the fewest."""
     stages: _builtins.int
@@ -393,6 +418,8 @@ class PlanRequest(_message.Message):
     """With the objective goodput: the most copies; 0: as many as there is room for."""
     requests_per_second: _builtins.float
     """With the objective goodput: requests per second that are expected, whatever comes; 0: not known."""
+    routing: Global___Routing.ValueType
+    """Apply takes chains alone, which is the default."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelRef:
         """Directory or hub id."""
@@ -445,10 +472,11 @@ class PlanRequest(_message.Message):
         requests_per_second: _builtins.float = ...,
         layer_pins: _abc.Iterable[Global___LayerPin] | None = ...,
         costs: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        routing: Global___Routing.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "costs", b"costs", "dtype", b"dtype", "excluded", b"excluded", "kv_tokens", b"kv_tokens", "layer_pins", b"layer_pins", "layout", b"layout", "max_tokens", b"max_tokens", "model", b"model", "most_replicas", b"most_replicas", "objective", b"objective", "output_tokens", b"output_tokens", "pins", b"pins", "prompt_tokens", b"prompt_tokens", "replicas", b"replicas", "requests_per_second", b"requests_per_second", "slo_seconds", b"slo_seconds", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "costs", b"costs", "dtype", b"dtype", "excluded", b"excluded", "kv_tokens", b"kv_tokens", "layer_pins", b"layer_pins", "layout", b"layout", "max_tokens", b"max_tokens", "model", b"model", "most_replicas", b"most_replicas", "objective", b"objective", "output_tokens", b"output_tokens", "pins", b"pins", "prompt_tokens", b"prompt_tokens", "replicas", b"replicas", "requests_per_second", b"requests_per_second", "routing", b"routing", "slo_seconds", b"slo_seconds", "slots", b"slots", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1101,6 +1101,70 @@ class PlanCertificate(_message.Message):
 Global___PlanCertificate: _TypeAlias = PlanCertificate  # noqa: Y015
 
 @_typing.final
+class SharedStage(_message.Message):
+    """Layers that several devices hold, each for a share of the tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_IDS_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    LAST_LAYER_FIELD_NUMBER: _builtins.int
+    first_layer: _builtins.int
+    """First layer, inclusive."""
+    last_layer: _builtins.int
+    """Last layer, inclusive."""
+    @_builtins.property
+    def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Which devices."""
+
+    def __init__(
+        self,
+        *,
+        device_ids: _abc.Iterable[_builtins.str] | None = ...,
+        first_layer: _builtins.int = ...,
+        last_layer: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_ids", b"device_ids", "first_layer", b"first_layer", "last_layer", b"last_layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedStage: _TypeAlias = SharedStage  # noqa: Y015
+
+@_typing.final
+class FullStage(_message.Message):
+    """Stages of several devices each, which no replica runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGES_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    CHAIN_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    tokens_per_second: _builtins.float
+    """The maximum flow through them."""
+    chain_tokens_per_second: _builtins.float
+    """Of disjoint chains on the same devices, links counted."""
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___SharedStage]:
+        """In order."""
+
+    def __init__(
+        self,
+        *,
+        stages: _abc.Iterable[Global___SharedStage] | None = ...,
+        tokens_per_second: _builtins.float = ...,
+        chain_tokens_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_tokens_per_second", b"chain_tokens_per_second", "stages", b"stages", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FullStage: _TypeAlias = FullStage  # noqa: Y015
+
+@_typing.final
 class Plan(_message.Message):
     """Where a model goes."""
 
@@ -1118,6 +1182,7 @@ class Plan(_message.Message):
     CERTIFICATE_FIELD_NUMBER: _builtins.int
     FETCH_BYTES_FIELD_NUMBER: _builtins.int
     FETCH_SECONDS_FIELD_NUMBER: _builtins.int
+    FULL_STAGE_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     """Of which model."""
     objective: _builtins.str
@@ -1146,6 +1211,10 @@ class Plan(_message.Message):
     def certificate(self) -> Global___PlanCertificate:
         """How good it is at least; unset where nothing was optimised."""
 
+    @_builtins.property
+    def full_stage(self) -> Global___FullStage:
+        """How far stages of several devices would come, if that was asked for."""
+
     def __init__(
         self,
         *,
@@ -1161,10 +1230,11 @@ class Plan(_message.Message):
         certificate: Global___PlanCertificate | None = ...,
         fetch_bytes: _builtins.int = ...,
         fetch_seconds: _builtins.float = ...,
+        full_stage: Global___FullStage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "full_stage", b"full_stage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "deployment", b"deployment", "dtype", b"dtype", "explanation", b"explanation", "fetch_bytes", b"fetch_bytes", "fetch_seconds", b"fetch_seconds", "infeasible_reason", b"infeasible_reason", "max_tokens", b"max_tokens", "objective", b"objective", "replicas", b"replicas", "slots", b"slots", "solver", b"solver"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "deployment", b"deployment", "dtype", b"dtype", "explanation", b"explanation", "fetch_bytes", b"fetch_bytes", "fetch_seconds", b"fetch_seconds", "full_stage", b"full_stage", "infeasible_reason", b"infeasible_reason", "max_tokens", b"max_tokens", "objective", b"objective", "replicas", b"replicas", "slots", b"slots", "solver", b"solver"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

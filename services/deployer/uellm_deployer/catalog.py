@@ -13,7 +13,7 @@ from uellm.models.adapters import check_names, parse_adapter, resolve_adapter, w
 from uellm.models.adapters import digest as adapter_digest
 from uellm.models.manifest import Manifest, Span, read_manifest
 from uellm.models.profile import DTYPE_BYTES, read_profile
-from uellm.placement.placers import GOODPUT, placer_of
+from uellm.placement.placers import EVEN, GOODPUT, placer_of
 from uellm.placement.views import PlannedStage
 from uellm.streams.keys import MODEL_NAME
 from uellm.v1 import common_pb2, deployer_pb2
@@ -270,6 +270,12 @@ def _check_place(wanted: deployer_pb2.PlanRequest) -> None:
             "out replicas, stages, other pins and other objectives",
             field="pins",
         )
+    if wanted.pins and wanted.objective == EVEN:
+        raise InvalidArgumentError(
+            "pins: an even split takes devices by their memory alone; leave out the pins, or ask "
+            "for another objective",
+            field="pins",
+        )
     if wanted.layout and wanted.objective == GOODPUT:
         raise InvalidArgumentError(
             "layout: it places one copy, and with goodput the load decides on their number; name "
@@ -296,6 +302,19 @@ def check_context(request: deployer_pb2.PlanRequest, model: ResolvedModel) -> No
             f"max_tokens: {request.max_tokens}; at most {most}, the model's own length, or 0 for "
             "just that",
             field="max_tokens",
+        )
+
+
+def check_routing(request: deployer_pb2.PlanRequest) -> None:
+    """Refuse to run what is for planning alone.
+
+    Raises:
+        InvalidArgumentError: naming the remedy.
+    """
+    if request.routing != deployer_pb2.ROUTING_UNSPECIFIED:
+        raise InvalidArgumentError(
+            "routing: full_stage is for planning alone, since replicas are chains; leave it out",
+            field="routing",
         )
 
 

@@ -14,7 +14,7 @@ from uellm.service import Context
 from uellm.v1 import deployer_pb2, topology_pb2
 from uellm_deployer import moving, planning, reconcile
 from uellm_deployer.budgets import devices_for
-from uellm_deployer.catalog import check_context, checked, declared, resolve
+from uellm_deployer.catalog import check_context, check_routing, checked, declared, resolve
 from uellm_deployer.deployment import Deployment
 from uellm_deployer.discovery import Discovery
 from uellm_deployer.holders import Holders
@@ -305,6 +305,7 @@ class Deployer:
             InvalidArgumentError: if the request is wrong.
             ModelFilesError: if the model's files are.
         """
+        check_routing(request)
         request = checked(request, self._settings.slots, self._settings.objective)
         try:
             model = await resolve(request)

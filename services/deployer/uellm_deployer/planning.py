@@ -80,6 +80,8 @@ def plan(
     named = pinned(request, devices) | {stage.device_id for stage in request.layout}
     accelerators = [d for d in devices if d.kind != "cpu" or d.id in named]
     groups = [devices] if len(accelerators) in (0, len(devices)) else [accelerators, devices]
+    if named - {device.id for device in devices}:
+        groups = [devices]  # What is not there is said beside all that is.
     made = []
     for group in groups:
         dtype = request.dtype or dtype_for(group)
@@ -88,14 +90,11 @@ def plan(
         # Files come from whoever has them, be it to be placed on or not.
         there = knowledge.topology(devices, model.ref.digest, dtype)
         made.append(_with_fetching(found, dtype, wanted, there))
-    whole = [
-        one
-        for one in made
-        if not one.plan.infeasible_reason
-        and len(one.plan.replicas[0].stages) >= min(request.stages, len(one.profile.layers))
-    ]
     feasible = [one for one in made if not one.plan.infeasible_reason]
-    return (whole or feasible or made[-1:])[0]
+    if request.stages:
+        # As near to what is wanted as devices and layers let it come.
+        feasible.sort(key=lambda one: -len(one.plan.replicas[0].stages))
+    return (feasible or made[-1:])[0]
 
 
 def pinned(request: deployer_pb2.PlanRequest, devices: Iterable[Device]) -> set[str]:
@@ -157,6 +156,7 @@ def request_for(
         costs={d.id: request.costs[d.id] for d in devices if d.id in request.costs},
         layer_times=knowledge.layer_times(devices, model.ref.digest, dtype, workload),
         stock=stock,
+        routing="full_stage" if request.routing == deployer_pb2.ROUTING_FULL_STAGE else "chain",
     )
 
 
@@ -310,7 +310,7 @@ def as_previous(replica: PlannedReplica | None) -> Plan | None:
 
 def plan_to_proto(name: str, planned: Planned) -> topology_pb2.Plan:
     """A plan for the wire."""
-    proof = planned.plan.certificate
+    proof, shared = planned.plan.certificate, planned.plan.full_stage
     return topology_pb2.Plan(
         deployment=name,
         replicas=[planned_to_proto(replica) for replica in planned.plan.replicas],
@@ -328,4 +328,18 @@ def plan_to_proto(name: str, planned: Planned) -> topology_pb2.Plan:
         else None,
         fetch_bytes=planned.fetching.total_bytes,
         fetch_seconds=planned.fetching.seconds,
+        full_stage=topology_pb2.FullStage(
+            stages=[
+                topology_pb2.SharedStage(
+                    device_ids=stage.device_ids,
+                    first_layer=stage.first_layer,
+                    last_layer=stage.last_layer,
+                )
+                for stage in shared.stages
+            ],
+            tokens_per_second=shared.tokens_per_second,
+            chain_tokens_per_second=shared.chain_tokens_per_second,
+        )
+        if shared is not None
+        else None,
     )
