@@ -1,4 +1,4 @@
-"""What an agent does for a step of the replica that it leads, on steps of none."""
+"""A leader's work for a step, done without requests, so that a probe can time it."""
 
 import time
 
