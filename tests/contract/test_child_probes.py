@@ -52,7 +52,7 @@ async def event_of(events: Any) -> EngineEvent:
 async def block(
     spawner: ChildSpawner,
     directory: str = "",
-    budget_seconds: float = 0.3,
+    budget_seconds: float = 1.0,
     room_bytes: int = 0,
     *,
     stand_in: bool = False,
@@ -130,7 +130,7 @@ async def test_layers_are_timed_without_their_numbers(
 
 
 async def test_a_shape_stands_for_any_model(spawner: ChildSpawner) -> None:
-    probed = (await block(spawner, budget_seconds=1.0)).block_probed
+    probed = (await block(spawner, budget_seconds=3.0)).block_probed
     check(probed)
     samples = [
         BlockSample(p.tokens, p.context_tokens, p.pairs, p.layer_seconds, p.step_seconds)

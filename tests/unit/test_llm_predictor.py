@@ -88,6 +88,14 @@ def tuned(directory: Path) -> LlmPredictor:
     return made
 
 
+@pytest.fixture
+def learner(tuned: LlmPredictor, directory: Path) -> LlmPredictor:
+    """One that was tuned, and learns for one test alone."""
+    found = load_predictor(directory)
+    assert isinstance(found, LlmPredictor)
+    return found
+
+
 def test_it_learns_what_prompts_ask_for(tuned: LlmPredictor) -> None:
     unseen = evaluate(tuned, examples(200, 2))
     lengths = np.array(unseen.lengths)
@@ -142,19 +150,19 @@ def test_what_was_seen_stands_for_the_prompt(tuned: LlmPredictor) -> None:
     assert request.text.encode() not in first.features
 
 
-def test_it_follows_a_model_whose_answers_grow(tuned: LlmPredictor) -> None:
+def test_it_follows_a_model_whose_answers_grow(learner: LlmPredictor) -> None:
     def asked(last: int) -> PredictionRequest:
         text = f"Count from 1 to {last}."
         return PredictionRequest("other", "greedy", 12, 0, text=text)
 
-    (before,) = tuned.predict_batch([asked(50)])
+    (before,) = learner.predict_batch([asked(50)])
     rng = Random(5)  # noqa: S311
     for _ in range(150):
         last = rng.randint(5, 90)
-        (prediction,) = tuned.predict_batch([asked(last)])
+        (prediction,) = learner.predict_batch([asked(last)])
         facts = Example("", 9 * last, 12, "other").facts(prediction.features)
-        tuned.observe(facts)
-    (prediction,) = tuned.predict_batch([asked(50)])
+        learner.observe(facts)
+    (prediction,) = learner.predict_batch([asked(50)])
     assert 300 < prediction.lengths.at(0.5) < 650
     assert prediction.lengths.at(0.5) > 2 * before.lengths.at(0.5)
 
@@ -170,7 +178,7 @@ def test_until_it_is_tuned_it_is_text() -> None:
 
 
 def test_who_is_hurried_is_answered_from_words_alone(
-    tuned: LlmPredictor, monkeypatch: pytest.MonkeyPatch
+    learner: LlmPredictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = [replace(each.request(), hurried=i > 2) for i, each in enumerate(examples(40, 6))]
     read: list[str] = []
@@ -181,17 +189,17 @@ def test_who_is_hurried_is_answered_from_words_alone(
         return say(network, texts)
 
     monkeypatch.setattr(LengthNetwork, "say", listened)
-    found = tuned.predict_batch(asked)
+    found = learner.predict_batch(asked)
     assert read == [request.text for request in asked[:3]]
     assert [prediction.by for prediction in found] == 3 * [""] + 37 * ["text"]
     lengths = np.array([example.output_tokens for example in examples(40, 6)])
     medians = np.array([prediction.lengths.at(0.5) for prediction in found])
     assert np.abs(medians - lengths).mean() < np.abs(lengths - np.median(lengths)).mean()
     # What comes of them is learnt from, whether they were read or not.
-    before = tuned.observations(asked[0].model)
+    before = learner.observations(asked[0].model)
     for example, prediction in zip(examples(40, 6), found, strict=True):
-        tuned.observe(example.facts(prediction.features))
-    assert tuned.observations(asked[0].model) == before + 40
+        learner.observe(example.facts(prediction.features))
+    assert learner.observations(asked[0].model) == before + 40
 
 
 def test_long_prompts_are_read_from_both_ends() -> None:
@@ -209,6 +217,7 @@ def test_an_encoder_is_tuned_too(tmp_path: Path) -> None:
         vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=64, max_position_embeddings=64,
     )  # fmt: skip
+    torch.manual_seed(0)
     BertModel(config).save_pretrained(tmp_path)
     words = {"[PAD]": 0, "[UNK]": 1} | {str(n): n + 2 for n in range(150)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))  # noqa: S106
