@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
+import pytest
 from redis.asyncio import Redis
 from uellm_gateway.app import start
 from uellm_gateway.settings import GatewaySettings
@@ -15,18 +17,23 @@ from tests.support.models import write_tiny_model_files
 from tests.support.waiting import HANG_SECONDS
 from uellm import convert, convert_topology
 from uellm.convert import duration
+from uellm.core import errors
 from uellm.models.profile import read_profile
 from uellm.models.tokenizer import Tokenizer
-from uellm.rpc import channel
+from uellm.rpc import channel, error_from
 from uellm.streams.leader_queue import LeaderQueue
 from uellm.streams.messages import Append, Finish, QueuedEntry, Start
 from uellm.streams.registry import Registry
 from uellm.streams.scheduler_queue import SchedulerQueue
 from uellm.v1 import common_pb2, inference_pb2, queue_pb2, topology_pb2
+from uellm.v1.inference_pb2 import (
+    GenerateRequest,
+)
 from uellm.v1.inference_pb2_grpc import InferenceServiceStub
 
 MODEL = "tiny"
 LEASE_MS = 60_000
+PARTS = ["Once upon", " a time, ", "你好 🙂", " the end.", " And", " more"]
 
 
 @dataclass
@@ -232,3 +239,28 @@ async def read_event(call: Any) -> inference_pb2.GenerationEvent:
     """The next event of a stream, within a time."""
     response = await asyncio.wait_for(anext(aiter(call)), HANG_SECONDS)
     return response.event
+
+
+def request(**fields: Any) -> GenerateRequest:
+    """A request to be told a story, but for what is said otherwise."""
+    return GenerateRequest(**({"model": MODEL, "text": "tell a story"} | fields))
+
+
+async def refusal(call: Any) -> errors.UellmError:
+    """The error that a stream ends with."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async with asyncio.timeout(HANG_SECONDS):
+            async for _ in call:
+                pass
+    return error_from(caught.value)
+
+
+async def refused(call: Any) -> errors.UellmError:
+    """The error that a call ends with."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return error_from(caught.value)
+
+
+async def unfinished(driver: MeshDriver, key: str, count: int) -> bool:
+    return await driver.leader._redis.hget(key, "local") == str(count).encode()
