@@ -160,6 +160,13 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     status, out = plan(*SMALL, "--stages", "3", "--plot", str(path))
     assert status == 0, out
     assert path.read_bytes().startswith(b"\x89PNG")
+    drawn = path.with_suffix(".svg")
+    assert plan(*SMALL, "--stages", "4", "--plot", str(drawn))[0] == 0
+    found = drawn.read_text()
+    # Texts are drawn as shapes, and named beside them.
+    assert re.search(r"helr: 4 of 4 devices, [\d.]+ s a batch, [\d.]+ tokens/s", found)
+    assert len(re.findall(r"layers \d+-\d+ -->", found)) == 4
+    assert len(re.findall(r"ms, [\d.]+ GB/s -->", found)) == 3
 
 
 @pytest.mark.parametrize(

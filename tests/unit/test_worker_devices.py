@@ -149,8 +149,38 @@ def test_another_accelerator_is_described_as_torch_says(monkeypatch: pytest.Monk
     (device,) = Devices("w", "xpu:0", 0).describe(held={"w/xpu:0": 300})
     assert device.kind == topology_pb2.DEVICE_KIND_OTHER
     assert (device.name, device.memory_total_bytes, device.memory_free_bytes) == ("Arc", 1000, 700)
-    with pytest.raises(ConfigurationError, match="how much memory xpu:1 has"):
+    with pytest.raises(ConfigurationError, match=r"how much memory xpu:1 has.* xpu:1:memory=16GiB"):
         Devices("w", "xpu:1", 0)
+    (told,) = Devices("w", "xpu:1:memory=2KiB", 0).describe(held={"w/xpu:1": 48})
+    assert (told.id, told.memory_total_bytes, told.memory_free_bytes) == ("w/xpu:1", 2048, 2000)
+    assert "torch says what it is" in told.notes[0]
+    with pytest.raises(ConfigurationError, match="memory=much: a positive number"):
+        Devices("w", "xpu:1:memory=much", 0)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_what_nvml_does_not_find_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"cuda:0": Accelerator("cuda:0", "AMD Instinct MI300X", 1000)}
+    monkeypatch.setattr("uellm_worker.accelerators._probe", lambda: ("2+rocm", found))
+    (device,) = Devices("w", "cuda:0", 0).describe()
+    assert device.kind == topology_pb2.DEVICE_KIND_OTHER
+    assert (device.id, device.name, device.memory_free_bytes) == (
+        "w/cuda:0",
+        found["cuda:0"].description,
+        1000,
+    )
+    with pytest.raises(ConfigurationError, match=r"NVML finds no device, and torch 2\+rocm finds"):
+        Devices("w", "cuda:1", 0)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    "selection",
+    ["cuda:0,cuda:1,cuda:0", "cpu,cpu:0", "sim:0-2:memory=1GiB,sim:2:memory=2GiB"],
+)
+def test_a_device_that_is_named_twice_is_refused(selection: str) -> None:
+    with pytest.raises(ConfigurationError, match="is named twice; name each device once"):
+        Devices("w", selection, 0)
 
 
 async def test_the_cpu_is_measured_once_for_all_workers_of_a_host(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from uellm.core.errors import ConfigurationError
 
@@ -27,30 +27,37 @@ class Accelerator:
     memory_bytes: int
 
 
-def find_accelerators(names: Sequence[str]) -> list[Accelerator]:
+def find_accelerators(wanted: Mapping[str, int]) -> list[Accelerator]:
     """The accelerators of these names.
+
+    Args:
+        wanted: bytes of memory that each has, by name; 0: as torch says.
 
     Raises:
         ConfigurationError: if one is not there, saying what is.
     """
-    if not names:
+    if not wanted:
         return []
     version, there = _probe()
-    for name in names:
+    found = []
+    for name, told in wanted.items():
         if name not in there:
+            nvml = "NVML finds no device, and " if name.startswith("cuda:") else ""
             raise ConfigurationError(
-                f"UELLM_WORKER_DEVICES: {name} is not there: torch {version} finds "
+                f"UELLM_WORKER_DEVICES: {name} is not there: {nvml}torch {version} finds "
                 f"{', '.join(there) or 'no accelerator'}; install the torch that drives it, or use "
                 "cpu",
                 field="devices",
             )
-        if not there[name].memory_bytes:
+        memory_bytes = told or there[name].memory_bytes
+        if not memory_bytes:
             raise ConfigurationError(
                 f"UELLM_WORKER_DEVICES: torch {version} does not say how much memory {name} has, "
-                "and nothing can be planned without; use cpu",
+                f"and nothing can be planned without; say it, as {name}:memory=16GiB, or use cpu",
                 field="devices",
             )
-    return [there[name] for name in names]
+        found.append(replace(there[name], memory_bytes=memory_bytes))
+    return found
 
 
 def _probe() -> tuple[str, dict[str, Accelerator]]:

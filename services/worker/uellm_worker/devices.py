@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -22,11 +23,11 @@ from uellm_worker.accelerators import find_accelerators
 from uellm_worker.cpu import Cpu
 from uellm_worker.cpu_speed import CpuSpeed, cpu_speed
 from uellm_worker.gpus import Gpus
-from uellm_worker.simulated import parse_simulated
+from uellm_worker.simulated import parse_simulated, quantity
 
 _log = logger("devices")
 _CPU = {"cpu", "cpu:0"}
-_INDEXED = re.compile(r"([a-z]+):(\d+)")
+_INDEXED = re.compile(r"([a-z]+):(\d+)(?::memory=([^:]+))?")
 _NONE: Mapping[str, int] = {}
 
 
@@ -68,20 +69,28 @@ class Devices:
         if automatic:
             names = [f"cuda:{index}" for index in gpus.usable] or ["cpu"]
         simulated = [name for name in names if name.startswith("sim")]
-        indexed = _indexed([name for name in names if name not in {*_CPU, *simulated}])
+        named = _indexed([name for name in names if name not in {*_CPU, *simulated}])
         if not names:
             raise _unknown("is empty")
+        # ROCm's are called so too, and NVML may fail where CUDA does not: torch is asked.
+        by_nvml = [each for each in named if each.kind == "cuda" and len(gpus)]
         self._cpu = Cpu.find(memory_bytes, threads) if _CPU & set(names) else None
         self._cpu_speed: CpuSpeed | None = None
         self._cpu_notes: list[str] = []
-        cuda = _cuda_indices([index for kind, index in indexed if kind == "cuda"], len(gpus))
+        cuda = _cuda_indices(by_nvml, len(gpus))
         # Beside those that are used, MIG instances that another worker may use are shown.
         self._gpus = gpus.chosen([*cuda, *(gpus.others if automatic else ())])
-        self._simulated = {
-            device.name: device for name in simulated for device in parse_simulated(name)
-        }
+        played = [device for name in simulated for device in parse_simulated(name)]
+        self._simulated = {device.name: device for device in played}
+        _check_once(
+            [
+                *("cpu:0" for name in names if name in _CPU),
+                *(each.name for each in named),
+                *(device.name for device in played),
+            ]
+        )
         self._others = find_accelerators(
-            [f"{kind}:{index}" for kind, index in indexed if kind != "cuda"]
+            {each.name: each.memory_bytes for each in named if each not in by_nvml}
         )
 
     def describe(
@@ -179,7 +188,7 @@ class Devices:
     ) -> Iterator[topology_pb2.Device]:
         for device in self._others:
             used = held.get(f"{self._worker}/{device.name}", 0)
-            yield self._device(
+            message = self._device(
                 device.name,
                 topology_pb2.DEVICE_KIND_OTHER,
                 device.description,
@@ -187,6 +196,10 @@ class Devices:
                 max(device.memory_bytes - used, 0),
                 healthy,
             )
+            message.notes.append(
+                "torch says what it is; what others hold of its memory is not known"
+            )
+            yield message
 
     def _describe_simulated(
         self, held: Mapping[str, int], healthy: bool
@@ -266,28 +279,54 @@ def resident_bytes(pid: int) -> int:
 def _unknown(what: str) -> ConfigurationError:
     return ConfigurationError(
         f"UELLM_WORKER_DEVICES {what}; use auto, cpu, cuda:<index>, sim:<index>:memory=<size>, or "
-        "<kind>:<index> of another accelerator that torch drives",
+        "<kind>:<index> of another accelerator that torch drives, with :memory=<size> where torch "
+        "does not say it",
         field="devices",
     )
 
 
-def _indexed(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Kinds and indices of names like ``cuda:0``."""
+def _check_once(names: Sequence[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigurationError(
+            f"UELLM_WORKER_DEVICES: {twice} is named twice; name each device once", field="devices"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A device as settings name it; of how much memory, where they say."""
+
+    kind: str
+    index: int
+    memory_bytes: int
+
+    @property
+    def name(self) -> str:
+        """As the rest of the mesh has it, behind the worker."""
+        return f"{self.kind}:{self.index}"
+
+
+def _indexed(names: Sequence[str]) -> list[_Named]:
+    """Devices named like ``cuda:0``, or ``mps:0:memory=12GiB``."""
     found = []
     for name in names:
         match = _INDEXED.fullmatch(name)
         if match is None:
             raise _unknown(f"{name!r} is no device")
-        found.append((match[1], int(match[2])))
+        told = match[3]
+        if told and match[1] == "cuda":
+            raise _unknown(f"{name!r}: drivers say how much memory these have")
+        found.append(_Named(match[1], int(match[2]), quantity(name, "memory", told) if told else 0))
     return found
 
 
-def _cuda_indices(indices: Sequence[int], count: int) -> Sequence[int]:
-    for index in indices:
-        if index >= count:
+def _cuda_indices(named: Sequence[_Named], count: int) -> Sequence[int]:
+    for each in named:
+        if each.index >= count:
             raise ConfigurationError(
-                f"UELLM_WORKER_DEVICES: cuda:{index} is not there: NVML finds {count} CUDA "
+                f"UELLM_WORKER_DEVICES: {each.name} is not there: NVML finds {count} CUDA "
                 "devices; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use cpu",
                 field="devices",
             )
-    return indices
+    return [each.index for each in named]

@@ -23,7 +23,8 @@ class WorkerSettings(ServiceSettings):
     devices: str = Field(
         "auto",
         description="auto: all CUDA devices, else the CPU; or a list such as cuda:0,cuda:1 or cpu. "
-        "Another accelerator that torch drives as xpu:0. Devices that the CPU plays, for trying "
+        "Another accelerator that torch drives as xpu:0, ROCm's as cuda:0, and with its memory "
+        "where torch does not say it: mps:0:memory=16GiB. Devices that the CPU plays, for trying "
         "placements, as sim:0-3:memory=4GiB, with :flops=1e12:bandwidth=1e11 for planners and "
         ":paced for steps that take as long.",
     )

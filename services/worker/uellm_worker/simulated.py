@@ -57,7 +57,7 @@ def parse_simulated(text: str) -> list[Simulated]:
     return [
         Simulated(
             name=f"sim:{index}",
-            memory_bytes=int(_quantity(text, "memory", facts["memory"])),
+            memory_bytes=quantity(text, "memory", facts["memory"]),
             flops_per_second=_rate(text, "flops", facts.get("flops")),
             memory_bytes_per_second=_rate(text, "bandwidth", facts.get("bandwidth")),
             paced=paced,
@@ -67,10 +67,24 @@ def parse_simulated(text: str) -> list[Simulated]:
 
 
 def _rate(text: str, key: str, value: str | None) -> float:
-    return 0.0 if value is None else _quantity(text, key, value)
+    return 0.0 if value is None else _number(text, key, value)
 
 
-def _quantity(text: str, key: str, value: str) -> float:
+def quantity(text: str, key: str, value: str) -> int:
+    """Bytes, plain or with a unit: 4GiB, 500MB.
+
+    Args:
+        text: that it stands in, for errors.
+        key: likewise.
+        value: to be read.
+
+    Raises:
+        ConfigurationError: if it is none.
+    """
+    return int(_number(text, key, value))
+
+
+def _number(text: str, key: str, value: str) -> float:
     """A positive number, plain or with a unit: 4GiB, 500MB, 1e11."""
     match = _SIZE.fullmatch(value.strip())
     try:
