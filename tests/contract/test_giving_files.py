@@ -272,7 +272,7 @@ async def test_a_busy_worker_rests_between_blocks(
 
 async def test_memory_is_bounded_whatever_the_tensor(tmp_path: Path, host: Host) -> None:
     model = random_checkpoint(tmp_path / "model", layers=1, vocab=33)
-    large = 200 << 20
+    large = 300 << 20
     header = {"model.layers.0.big": {"dtype": "U8", "shape": [large], "data_offsets": [0, large]}}
     raw = json.dumps(header).encode()
     with (model / "model-extra.safetensors").open("wb") as file:
