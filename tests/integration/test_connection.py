@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import HANG_SECONDS
 from uellm.core.errors import ConfigurationError
 from uellm.streams.connection import connect
 
@@ -20,7 +21,7 @@ async def test_a_cancellation_is_never_lost(redis: Any) -> None:
         for _ in range(turns % 25):
             await asyncio.sleep(0)
         task.cancel()
-        done, _ = await asyncio.wait({task}, timeout=5)
+        done, _ = await asyncio.wait({task}, timeout=HANG_SECONDS)
         assert done, f"still running {turns % 25} turns after it was cancelled"
         assert task.cancelled()
     assert await redis.ping()

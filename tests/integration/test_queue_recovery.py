@@ -351,7 +351,7 @@ async def test_what_a_lost_reply_held_is_read_again(sides: Sides) -> None:
 
 
 async def test_what_a_cancelled_read_was_given_is_read_again(sides: Sides) -> None:
-    blocked = asyncio.create_task(sides.scheduler.read_requests(SCHEDULER, 10, 5000))
+    blocked = asyncio.create_task(sides.scheduler.read_requests(SCHEDULER, 10, 60_000))
     await eventually(lambda: _blocked_clients(sides, 1))
     accepted = asyncio.create_task(sides.accept())
     blocked.cancel()
@@ -384,8 +384,8 @@ async def _blocked_clients(sides: Sides, count: int) -> bool:
 
 
 async def test_readers_survive_the_loss_of_all_data(sides: Sides) -> None:
-    requests = asyncio.create_task(sides.scheduler.read_requests(SCHEDULER, 10, 5000))
-    batches = asyncio.create_task(sides.leader.read_batches(REPLICA, 1, 10, 5000))
+    requests = asyncio.create_task(sides.scheduler.read_requests(SCHEDULER, 10, 60_000))
+    batches = asyncio.create_task(sides.leader.read_batches(REPLICA, 1, 10, 60_000))
     await eventually(lambda: _blocked_clients(sides, 2))
     await sides.redis.flushall()
     # What is accepted before the group is there again is not skipped.
@@ -433,7 +433,7 @@ async def test_a_killed_server_comes_back_with_everything(queue_server: Embedded
     async with _own_server(queue_server) as (server, sides):
         held, waiting = await sides.held(key="k"), await sides.queued()
         await sides.say(append(held, 1, 0, [1, 2]))
-        blocked = asyncio.create_task(sides.scheduler.read_requests(SCHEDULER, 10, 5000))
+        blocked = asyncio.create_task(sides.scheduler.read_requests(SCHEDULER, 10, 60_000))
         await eventually(lambda: _blocked_clients(sides, 1))
         server.kill()
         with pytest.raises(UNREACHABLE):

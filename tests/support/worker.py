@@ -45,7 +45,7 @@ REPLICA = "tiny-1"
 TENANT = "local"
 GATEWAY = "gateway-1"
 SCHEDULER = "scheduler-1"
-LEASE_MS = 5000
+LEASE_MS = 60_000
 CALL_SECONDS = HANG_SECONDS
 
 

@@ -96,7 +96,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         )
         assert done.returncode == 0, done.stderr
         spent.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
-    assert min(spent) < 0.6
+    assert min(spent) < 1.0
 
 
 @pytest.mark.parametrize(

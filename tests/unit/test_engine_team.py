@@ -17,7 +17,7 @@ pytest.importorskip("numba")
 from uellm_worker.engine.native import Kernels, kernels  # noqa: E402
 from uellm_worker.engine.team import Program, StepNumbers, Team  # noqa: E402
 
-OPERATIONS, SIZE, LIMIT_SECONDS = 150, 48, 20.0
+OPERATIONS, SIZE, LIMIT_SECONDS = 150, 48, 120.0
 
 
 def loaded() -> Kernels:

@@ -13,6 +13,7 @@ from uellm_worker.engine.inbox import Inbox
 from uellm_worker.engine.instant import InstantEngine
 
 from tests.support.engine_loop import FunctionPolicy, add, make_loop
+from tests.support.waiting import HANG_SECONDS
 from uellm.policy.views import EngineView, StepDecision
 from uellm.v1.engine_pb2 import CommitShard, EngineCommand, EngineEvent, PrepareShard
 from uellm.v1.topology_pb2 import ShardAssignment
@@ -65,7 +66,7 @@ class Running:
         self.inbox.put(EngineCommand(**command))  # type: ignore[arg-type]
 
     def expect(self, kind: str) -> EngineEvent:
-        while (event := self.channel.events.get(timeout=10)).WhichOneof("event") != kind:
+        while (event := self.channel.events.get(timeout=HANG_SECONDS)).WhichOneof("event") != kind:
             pass
         return event
 
@@ -93,7 +94,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     yield found
     found.channel.gone = True
     found.tell(prepare=PrepareShard(assignment=assignment))
-    thread.join(10)
+    thread.join(HANG_SECONDS)
     assert not thread.is_alive()
 
 

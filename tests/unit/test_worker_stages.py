@@ -13,7 +13,7 @@ from uellm_worker.devices import Devices
 from uellm_worker.files.supply import Directories
 from uellm_worker.stages import Stages
 
-from tests.support.waiting import eventually
+from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.core.errors import AbortedError, FailedPreconditionError, ModelFilesError
 from uellm.v1 import deployer_pb2, engine_pb2, topology_pb2, worker_pb2
 
@@ -272,7 +272,7 @@ async def test_a_failed_group_keeps_the_child(bench: Bench) -> None:
     await bench.serve(1)
     bench.stages.changed.clear()
     bench.children[0].say(failed=engine_pb2.ShardFailed(reason="PEER_LOST", message="stage 0"))
-    await asyncio.wait_for(bench.stages.changed.wait(), 5)
+    await asyncio.wait_for(bench.stages.changed.wait(), HANG_SECONDS)
     assert bench.state == (1, FAILED)
     assert bench.stages.held[0].reason == "PEER_LOST: stage 0"
     await bench.serve(2)
