@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 from uellm_deployer.store import DESIRED
 
 from tests.support.checkpoints import write_adapter, write_checkpoint
-from tests.support.deployer import BOTH, MODEL, READY, REPLICA, Mesh, layers
+from tests.support.deployer import BOTH, FAILED, MODEL, READY, REPLICA, Mesh, layers
 from tests.support.waiting import eventually
 from uellm.core.errors import (
     FailedPreconditionError,
@@ -20,8 +20,6 @@ from uellm.core.errors import (
 from uellm.rpc import channel
 from uellm.streams.keys import Keys
 from uellm.v1 import common_pb2, deployer_pb2, deployer_pb2_grpc, topology_pb2
-
-FAILED = topology_pb2.REPLICA_STATE_FAILED
 
 
 @pytest.fixture

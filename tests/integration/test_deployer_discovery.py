@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from tests.integration.test_deployer import MODEL, REPLICA, Mesh
 from tests.support.checkpoints import write_checkpoint
+from tests.support.deployer import MODEL, REPLICA, Mesh
 from tests.support.waiting import eventually
 from tests.support.workers import GIB, RecordingWorker
 from uellm.core.cost import StepCost, chunk_pairs

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from tests.integration.test_deployer import REPLICA, Mesh
 from tests.support.checkpoints import write_adapter, write_checkpoint
+from tests.support.deployer import REPLICA, Mesh
 from tests.support.waiting import eventually
 from tests.support.workers import RecordingWorker
 from uellm.cli.discovered import discover

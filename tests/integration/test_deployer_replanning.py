@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from tests.integration.test_deployer import MODEL, READY, REPLICA, Mesh, layers
 from tests.integration.test_deployer_discovery import COST, MeasuredWorker, add
 from tests.support.checkpoints import write_checkpoint
+from tests.support.deployer import MODEL, READY, REPLICA, Mesh, layers
 from tests.support.waiting import HANG_SECONDS, eventually, stays
 from uellm.core.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from uellm.streams.keys import Keys

@@ -8,9 +8,9 @@ import pytest
 from redis.asyncio import Redis
 from uellm_deployer.store import Store
 
-from tests.integration.test_deployer import MODEL, READY, Mesh
 from tests.integration.test_deployer_discovery import MeasuredWorker, add
 from tests.support.checkpoints import write_checkpoint
+from tests.support.deployer import MODEL, READY, Mesh
 from tests.support.waiting import eventually, stays
 from tests.support.workers import RecordingWorker
 from uellm.core.errors import InvalidArgumentError

@@ -18,6 +18,7 @@ from uellm.streams.registry import Registry
 from uellm.v1 import common_pb2, deployer_pb2, deployer_pb2_grpc, topology_pb2
 
 READY = topology_pb2.REPLICA_STATE_READY
+FAILED = topology_pb2.REPLICA_STATE_FAILED
 MODEL = "org/tiny"
 REPLICA = "org/tiny-0"
 BOTH = [("w1/cpu:0", 0, 2), ("w2/cpu:0", 3, 5)]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.dispatching import NOW, queued, replica
 from tests.support.room import room
-from tests.unit.test_dispatch_policies import NOW, queued, replica
 from uellm.core.cost import StepCost
 from uellm.policy.admissions import Admissions
 from uellm.policy.admitting import AT_ONCE, LISTED, starts

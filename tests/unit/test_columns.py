@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_dispatch_policies import NOW, queued
+from tests.support.dispatching import NOW, queued
 from uellm.policy.columns import Columns, ColumnsCache
 from uellm.policy.due import due_at
 from uellm.policy.views import QueuedView

@@ -11,8 +11,8 @@ from google.protobuf import json_format
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.dispatching import QUEUES, REPLICAS, queued, replica
 from tests.support.policies import engines
-from tests.unit.test_dispatch_policies import QUEUES, REPLICAS, queued, replica
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import LEVELS, QuantileFunction
 from uellm.decisions.codec import TABLES, missing_fields

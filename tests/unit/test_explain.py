@@ -6,9 +6,9 @@ from math import isclose
 
 import pytest
 
+from tests.support.dispatching import queued, replica
 from tests.support.policies import NOW, decoding, engine, sequence
 from tests.support.recorded import crowd, facts_of, recorded_run
-from tests.unit.test_dispatch_policies import queued, replica
 from uellm.core.request import Priority
 from uellm.decisions.ahead import held_up, those_ahead, why_ahead
 from uellm.decisions.counterfactual import admitted_without, promise_without

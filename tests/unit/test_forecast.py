@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.test_dispatch_policies import NOW, QUEUES, queued, replica
+from tests.support.dispatching import NOW, QUEUES, queued, replica
 from uellm.core.cost import StepCost
 from uellm.core.request import QuantileFunction, ResourceProfile
 from uellm.policy.columns import ColumnsCache

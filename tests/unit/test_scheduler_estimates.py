@@ -7,7 +7,7 @@ from typing import Any
 
 from uellm_scheduler.servicer import SchedulerServicer
 
-from tests.unit.test_dispatch_policies import NOW
+from tests.support.dispatching import NOW
 from uellm.core.request import Promise
 from uellm.v1 import common_pb2, scheduler_pb2
 
