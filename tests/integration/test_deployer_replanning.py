@@ -288,6 +288,36 @@ async def test_a_deployer_that_takes_over_in_the_middle_keeps_what_serves(mesh: 
     for worker in mesh.workers.values():
         await worker.turn_to(mesh.addresses)
     after = await eventually(lambda: back_to_one(mesh))
+    # It stays the longer, as it would have with the one before.
+    assert len(after.replicas[0].moved_at) == 1
+    after.replicas[0].ClearField("moved_at")
     assert after.replicas == before.replicas
     assert await mesh.route() == (before.replicas[0].epoch, "READY")
     await eventually(lambda: not fast.stages)
+
+
+async def test_a_deployer_that_takes_over_knows_how_often_it_was_placed_anew(mesh: Mesh) -> None:
+    await mesh.add_deployer(**AT_ONCE)
+    await add(mesh, MeasuredWorker("w1", "slow"), MeasuredWorker("w0", "slower", speed=0.5))
+    await mesh.apply()
+    await mesh.ready()
+    fast = MeasuredWorker("w2", "fast", speed=4.0)
+    fast.hold_prepare.clear()
+    await add(mesh, fast)
+
+    async def times(count: int) -> list[int]:
+        found = await mesh.published()
+        assert found is not None
+        kept = next(replica for replica in found.replicas if replica.id == REPLICA)
+        known = [at.ToNanoseconds() for at in kept.moved_at]
+        return known if len(known) == count else []
+
+    (before,) = await eventually(lambda: times(1))
+    await mesh.stop_deployer(0)
+    await mesh.add_deployer(**AT_ONCE)
+    mesh.addresses.pop(0)
+    for worker in mesh.workers.values():
+        await worker.turn_to(mesh.addresses)
+    first, second = await eventually(lambda: times(2))
+    assert first == before
+    assert second > first

@@ -17,6 +17,8 @@ COOL_DOWN_SECONDS = 60.0
 _LATELY = 60
 """Changes are remembered for so many times the least cool-down."""
 _MOST_DOUBLINGS = 5
+REMEMBERED = _MOST_DOUBLINGS + 1
+"""Changes that are remembered at most: more double nothing."""
 ALIKE = 0.01
 """Share of time by which plans may differ and still be alike: less than predictions err."""
 # Devices that an old order is offered, the fastest of those that it does not have.

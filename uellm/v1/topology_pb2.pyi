@@ -1251,6 +1251,7 @@ class Replica(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
     PLANNED_FIELD_NUMBER: _builtins.int
+    MOVED_AT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its id, stable over generations."""
     epoch: _builtins.int
@@ -1265,6 +1266,12 @@ class Replica(_message.Message):
     def planned(self) -> Global___PlannedReplica:
         """The same as planned, by device, with what was predicted of it."""
 
+    @_builtins.property
+    def moved_at(self) -> _containers.RepeatedCompositeFieldContainer[_timestamp_pb2.Timestamp]:
+        """When it, or what it took over from, was last placed anew without being asked to: the more often,
+        the longer it stays. The deployer that takes over goes on from there.
+        """
+
     def __init__(
         self,
         *,
@@ -1273,10 +1280,11 @@ class Replica(_message.Message):
         state: Global___ReplicaState.ValueType = ...,
         stages: _abc.Iterable[Global___ShardAssignment] | None = ...,
         planned: Global___PlannedReplica | None = ...,
+        moved_at: _abc.Iterable[_timestamp_pb2.Timestamp] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["planned", b"planned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "id", b"id", "planned", b"planned", "stages", b"stages", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "id", b"id", "moved_at", b"moved_at", "planned", b"planned", "stages", b"stages", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from uellm.convert import device_shards
+from uellm.convert import device_shards, seconds
 from uellm.convert_topology import model_from_proto, planned_from_proto
 from uellm.core.model import ModelProfile
 from uellm.placement.memory import Need
@@ -57,6 +57,7 @@ def adopt(
                 trusted_at=now + HANDOVER_SECONDS,
                 since=now,
                 patience_seconds=patience_seconds + HANDOVER_SECONDS,
+                moved_at=tuple(map(seconds, message.moved_at)),
             )
         )
     return found

@@ -9,7 +9,7 @@ from uellm.convert import timestamp
 from uellm.convert_topology import planned_to_proto
 from uellm.core.errors import UellmError
 from uellm.logs import logger
-from uellm.placement.replan import cool_down_after, worth_it
+from uellm.placement.replan import REMEMBERED, cool_down_after, worth_it
 from uellm.placement.topology import Device
 from uellm.streams.connection import UNREACHABLE
 from uellm.v1 import topology_pb2
@@ -102,7 +102,7 @@ class Replanner:
         found = await self._best(deployment, model, replica)
         now = time.monotonic()
         since = float("inf") if approved else now - max(replica.trusted_at, deployment.changed_at)
-        ages = [now - at for at in replica.moved_at]
+        ages = [self._tools.now() - at for at in replica.moved_at]
         rests = cool_down_after(ages, settings.replan_cooldown_seconds)
         wait = 0.0 if settings.approve else rests
         if replica.phase is not Phase.READY or deployment.ending:
@@ -130,7 +130,7 @@ class Replanner:
         change.state = topology_pb2.CHANGE_STATE_UNDER_WAY
         deployment.changes[replica.id] = change
         if not approved:
-            replica.moved_at += (now,)
+            replica.moved_at = (*replica.moved_at, self._tools.now())[-REMEMBERED:]
         self._begin(deployment, replica, planned, change)
         return True
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from uellm.convert import device_shards
+from uellm.convert import device_shards, timestamp
 from uellm.convert_topology import planned_to_proto
 from uellm.placement.views import PlannedReplica
 from uellm.v1 import topology_pb2
@@ -31,7 +31,7 @@ class Phase(Enum):
 
 @dataclass(slots=True)
 class Replica:
-    """One whole copy of a model. Times are monotonic seconds.
+    """One whole copy of a model. Times are monotonic seconds, unless they say otherwise.
 
     Attributes:
         id: stable over generations.
@@ -52,7 +52,8 @@ class Replica:
         message: what it waits for, or why it failed.
         failed: it cannot be formed as things are.
         replaces: the replica that it takes over from once it serves; "": none.
-        moved_at: when it began to be placed anew without being asked to.
+        moved_at: when it was last begun to be placed anew without being asked to, by Redis TIME:
+            the next deployer has it too.
         dismissed: it is to end: another one has taken over, or it is not needed any more.
     """
 
@@ -104,6 +105,7 @@ class Replica:
             state=state,
             stages=self.assignments,
             planned=planned_to_proto(self.planned) if self.planned is not None else None,
+            moved_at=map(timestamp, self.moved_at),
         )
 
 
