@@ -5,7 +5,7 @@ from typing import Annotated, cast
 
 import typer
 
-from uellm.cli.durations import parse_limit
+from uellm.cli.durations import parse_duration, parse_limit
 from uellm.cli.options import Excluded, Json, Pins, finite
 
 MOST_SEQUENCES = 1 << 20
@@ -110,6 +110,14 @@ def plan(
             "devices would come, as in Helix: for planning alone."
         ),
     ] = "chain",
+    budget: Annotated[
+        float,
+        typer.Option(
+            parser=parse_duration,
+            metavar="DURATION",
+            help="Longest time to search where nothing exact is fast enough.",
+        ),
+    ] = "5s",  # type: ignore[assignment]
     redis: Annotated[
         str, typer.Option(envvar="UELLM_REDIS_URL", help="The mesh's, for `discovered`.")
     ] = "",
@@ -121,6 +129,7 @@ def plan(
 ) -> None:
     """Show where a model's layers would go on a cluster, how fast, and how good at least."""
     import asyncio
+    import time
 
     from uellm.cli import planning
     from uellm.cli.device_options import read_cost, read_pins
@@ -170,6 +179,8 @@ def plan(
         excluded=frozenset(exclude or ()),
         costs=dict(read_cost(text) for text in cost or ()),
         layer_times=discovered.layer_times(model, dtype, workload) if discovered else {},
+        budget_seconds=budget,
+        clock=time.monotonic,
         stock=discovered.stock if discovered else EVERYWHERE,
         routing=cast("Routing", routing),
     )

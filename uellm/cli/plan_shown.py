@@ -42,6 +42,12 @@ def show(request: PlanRequest, plan: Plan, found: Figures, needed: Fetching) -> 
             f"({proof.proof})",
             soft_wrap=True,
         )
+    if plan.budget_exhausted:
+        console.print(
+            f"the search ended with its budget of {request.budget_seconds:g} s; more may find "
+            "better (--budget)",
+            soft_wrap=True,
+        )
     if plan.moves:
         moved = sum(move.weight_bytes for move in plan.moves)
         layers = sum(move.last_layer - move.first_layer + 1 for move in plan.moves)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from uellm.placement.arrays import Array
+from uellm.placement.budget import Budget
 from uellm.placement.chain import Chain, Route
 from uellm.placement.hierarchy import Hierarchy, hierarchy
-from uellm.placement.tree import TreeResult, solve_tree
+from uellm.placement.tree import TreeResult, solve_tree, tree_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +25,14 @@ class Bounded:
     routes: tuple[Route, ...]
 
 
-def ascend(chain: Chain, target: float, rounds: int) -> Bounded:
+def ascend(chain: Chain, target: float, rounds: int, budget: Budget) -> Bounded:
     """Lift the tree's bound.
 
     Args:
         chain: the problem.
         target: seconds of the best route known; the bound stays below that of the best there is.
-        rounds: most trees that are solved.
+        rounds: most trees that are solved; one is, whatever the budget.
+        budget: of it.
     """
     n = chain.size
     potential: Array = np.zeros(n)
@@ -42,6 +44,7 @@ def ascend(chain: Chain, target: float, rounds: int) -> Bounded:
         tree = hierarchy(chain, potential)
         priced = _with_potential(chain, potential)
         found = solve_tree(priced, tree)
+        budget.spend(tree_seconds(chain))
         if found is None:
             return Bounded(np.inf, ())
         if found.route is not None:
@@ -54,7 +57,7 @@ def ascend(chain: Chain, target: float, rounds: int) -> Bounded:
             stale += 1
             if stale >= 3:
                 step, stale, potential = step / 2, 0, at_best
-        if best >= target * (1 - 1e-9):
+        if best >= target * (1 - 1e-9) or budget.spent:
             break
         slope = _slope(chain.size, tree, found)
         norm = float(slope @ slope)

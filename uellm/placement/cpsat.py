@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from uellm.placement.arrays import Array, Integers
+from uellm.placement.budget import Budget
 from uellm.placement.chain import Chain, Route, route
 
 MOST_DEVICES = 32
@@ -31,13 +32,13 @@ def available() -> bool:
     return importlib.util.find_spec("ortools") is not None
 
 
-def solve_cpsat(chain: Chain, hint: Route, budget: float) -> CpResult:
+def solve_cpsat(chain: Chain, hint: Route, budget: Budget) -> CpResult:
     """Improve a route, and bound what can be reached.
 
     Args:
         chain: the problem.
         hint: a route of it.
-        budget: deterministic time of the solver, about seconds.
+        budget: deterministic time of the solver is about seconds of it; a clock ends it too.
     """
     from ortools.sat.python import cp_model  # noqa: PLC0415 - an extra, and half a second to import
 
@@ -45,8 +46,13 @@ def solve_cpsat(chain: Chain, hint: Route, budget: float) -> CpResult:
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
-    solver.parameters.max_deterministic_time = budget
+    solver.parameters.max_deterministic_time = budget.left
+    if np.isfinite(budget.clock_left):
+        solver.parameters.max_time_in_seconds = budget.clock_left
     status = solver.solve(circuit.model)
+    budget.spend(solver.deterministic_time)
+    if status != cp_model.OPTIMAL:
+        budget.cut()
     found: Route | None = None
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         found = route(chain, circuit.order(solver))

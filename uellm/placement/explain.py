@@ -61,6 +61,8 @@ def explain_plan(
     need: Need,
     request: PlanRequest,
     certificate: Certificate | None,
+    *,
+    exhausted: bool = False,
 ) -> str:
     """Where the layers went, how fast that will be, and how good it is at least."""
     if not planned:
@@ -86,6 +88,8 @@ def explain_plan(
             else f"at most {certificate.ratio:.4g} times from the best"
         )
         sentences.append(f"{request.objective}: {how} ({certificate.proof})")
+    if exhausted:
+        sentences.append(f"the search ended with its budget of {request.budget_seconds:g} s")
     return "; ".join(sentences)
 
 

@@ -19,9 +19,9 @@ from uellm.placement.prediction import Layout, predict
 from uellm.placement.views import Certificate
 
 _MOST_GROUPS = 64
-# Nominal seconds of placing a group: of all sets of so many devices, or by search.
 _SECONDS_PER_SET = 0.5 / (1 << held_karp.MOST_DEVICES)
-_SECONDS_OF_SEARCH = 0.2
+"""Of placing a group by all sets of its devices."""
+_MOST_OF_SEARCH = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +76,13 @@ def fluid_bound(costs: Costs) -> float:
 class _Search:
     def __init__(self, costs: Costs, wish: Wish, rate: float) -> None:
         self._costs, self._wish, self._rate = costs, wish, rate
-        self._left = wish.budget
         self._known: dict[tuple[int, ...], Placed | None] = {}
         self.best: list[Placed] = []
 
     @property
     def spent(self) -> bool:
         """Whether the budget is."""
-        return self._left <= 0
+        return self._wish.budget.spent
 
     def total(self, replicas: Sequence[Placed]) -> float:
         """Tokens per second of replicas together."""
@@ -184,12 +183,14 @@ class _Search:
     def _place(self, group: Sequence[int]) -> Placed | None:
         key = tuple(sorted(set(group)))
         if key not in self._known:
-            small_enough = len(key) <= held_karp.MOST_DEVICES
-            self._left -= _SECONDS_PER_SET * (1 << len(key)) if small_enough else _SECONDS_OF_SEARCH
+            budget = self._wish.budget
+            if len(key) <= held_karp.MOST_DEVICES:
+                budget.spend(_SECONDS_PER_SET * (1 << len(key)))
             keep = list(key)
             names = {self._costs.devices[d].id for d in keep}
             pins = tuple(pin for pin in self._wish.pins if pin.device_id in names)
-            small = replace(self._wish, pins=pins, budget=min(self._wish.budget / 8, 0.5))
+            part = budget.part(min(budget.seconds / 8, _MOST_OF_SEARCH))
+            small = replace(self._wish, pins=pins, budget=part)
             found = place(self._costs.only(keep), small)
             if found is not None:
                 order = tuple(keep[d] for d in found.layout.order)

@@ -77,6 +77,14 @@ def too_slow(request: PlanRequest, fastest_seconds: float, what: str = "plan") -
     return f"{reason}; it fits with slo_seconds {1.001 * fastest_seconds:.4g}"
 
 
+def no_time(request: PlanRequest) -> str:
+    """That a plan may be there and was not found."""
+    return (
+        f"no plan was found in the {request.budget_seconds:g} s that there were to search; there "
+        "may be one: give it a larger budget_seconds"
+    )
+
+
 def _named(rooms: Sequence[tuple[Device, int]]) -> str:
     roomiest = sorted((-room, device.id) for device, room in rooms)
     there = ", ".join(f"{name} {size(-room)}" for room, name in roomiest[:_MOST_NAMED])

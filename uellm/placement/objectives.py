@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from uellm.placement import held_karp
 from uellm.placement.arrays import Array, Bools
+from uellm.placement.budget import Budget
 from uellm.placement.chain import Chain, Route
 from uellm.placement.search import EXACT, Found, least_cost, longest, search, with_count
 from uellm.placement.views import Certificate
@@ -26,15 +28,22 @@ class Problem:
         chain: layers, devices and links.
         price: [n], cost of using each device.
         stages: devices that a chain must have; 0: any number.
-        budget: nominal seconds where no exact method is fast enough.
+        budget: of the search where no exact method is fast enough.
         seeds: orders to start from where that helps.
     """
 
     chain: Chain
     price: Array
-    stages: int = 0
-    budget: float = 5.0
+    stages: int
+    budget: Budget
     seeds: tuple[tuple[int, ...], ...] = ()
+
+    @cached_property
+    def least(self) -> Found | None:
+        """The least latency, by search."""
+        if self.stages:
+            return with_count(self.chain, self.stages, self.budget, self.seeds)
+        return search(self.chain, self.budget, self.seeds, close=True)
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def fastest(problem: Problem) -> Choice | None:
     """LR: the least latency, and of equal ones the least cost."""
     if problem.chain.size <= held_karp.MOST_DEVICES:
         return _Sets(problem).fastest()
-    found = _least_seconds(problem)
+    found = problem.least
     if found is None:
         return None
     return Choice(found.route, _in_seconds(found), found.solver)
@@ -77,12 +86,6 @@ def cheapest(problem: Problem, limit: float = np.inf) -> Choice | None:
     if problem.chain.size <= held_karp.MOST_DEVICES:
         return _Sets(problem).cheapest(limit)
     return _by_price(problem, limit)
-
-
-def _least_seconds(problem: Problem) -> Found | None:
-    if problem.stages:
-        return with_count(problem.chain, problem.stages, problem.budget, problem.seeds)
-    return search(problem.chain, problem.budget, problem.seeds, close=True)
 
 
 def _in_seconds(found: Found) -> Certificate:
@@ -136,7 +139,7 @@ class _Sets:
 
 
 def _by_price(problem: Problem, limit: float) -> Choice | None:
-    fast = _least_seconds(problem)
+    fast = problem.least
     if fast is None or fast.route.seconds > limit:
         return None
     prices = _Prices(problem, limit, fast)
@@ -164,16 +167,22 @@ class _Prices:
         low, high = seconds / _DEAR / 10, max(_DEAR * seconds, longest(self._problem.chain))
         if self._keeps(high):
             return
-        for _ in range(_PRICES):
+        for looks in range(_PRICES, 0, -1):
+            if self._problem.budget.spent:
+                break
             middle = float(np.sqrt(low * high))
-            low, high = (middle, high) if self._keeps(middle) else (low, middle)
+            low, high = (middle, high) if self._keeps(middle, looks) else (low, middle)
 
-    def _keeps(self, seconds: float) -> bool:
-        """Whether the best chain at a price is within the limit; chain and bound are noted."""
+    def _keeps(self, seconds: float, looks: int = _PRICES) -> bool:
+        """Whether the best chain at a price is within the limit; chain and bound are noted.
+
+        ``looks``: so many are to come, this one included.
+        """
         problem, price = self._problem, self._problem.price
         per_cost = seconds / float(price[price > 0].min(initial=np.inf))
         per_cost = per_cost or seconds  # Where nothing costs anything, any price will do.
-        found = search(problem.chain.priced(per_cost * price), problem.budget / 4, problem.seeds)
+        share = problem.budget.share(looks, problem.budget.seconds / 4)
+        found = search(problem.chain.priced(per_cost * price), share, problem.seeds)
         if found is None:
             return False
         if np.isfinite(self._limit):

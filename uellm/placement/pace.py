@@ -19,7 +19,10 @@ from uellm.placement.objectives import Choice, Problem
 from uellm.placement.search import LIFTED, Found, deepen, search, with_count
 from uellm.placement.views import Certificate
 
-_PROBES = 40
+_LOOKING = 0.6
+"""Of the budget, what looking for chains may take; bounding them has the rest."""
+_DEEPLY = 3
+"""A bound at one pace has such a part of what is left."""
 _CLOSE = 1e-6
 
 
@@ -98,6 +101,9 @@ class _Bisection:
         self._bounds: dict[float, float] = {}
         # Paces at which that is exact.
         self._settled: set[float] = set()
+        self._budget = self._problem.budget
+        self._looking = self._budget.part(_LOOKING * self._budget.left)
+        self._looks = 1
 
     def solve(self) -> Choice | None:
         paces = self._paces()
@@ -109,9 +115,13 @@ class _Bisection:
         if self._keeps(floor):
             return self._choice(floor)
         high, failed = len(paces) - 1, low
+        self._looks = (high - failed).bit_length() + 1
         if not self._keeps(float(paces[high])):
             return self._choice(self._bounds[float(paces[high])])
         while high - failed > 1 and paces[high] > paces[failed] * (1 + _CLOSE):
+            if self._looking.spent:
+                self._looking.cut()
+                break
             middle = (failed + high) // 2
             kept = self._keeps(float(paces[middle]))
             failed, high = (failed, middle) if kept else (middle, high)
@@ -132,7 +142,7 @@ class _Bisection:
 
         bound = max(at(i) for i in range(len(paces) - 1) if float(paces[i]) in self._bounds)
         low, high = max(int(np.searchsorted(paces, bound, side="right")) - 2, -1), failed
-        while searched and high - low > 1:
+        while searched and high - low > 1 and not self._budget.spent:
             middle = (low + high) // 2
             self._deepen(float(paces[middle]), float(paces[middle + 1]))
             bound = max(bound, at(middle))
@@ -145,7 +155,7 @@ class _Bisection:
         Most often nothing, which one look tells; else the rest is searched by bisection as well.
         """
         lost, kept, middle = 0, failed + 1, failed
-        while kept - lost > 1:
+        while kept - lost > 1 and not self._budget.spent:
             if self._deepen(float(paces[middle]), float(paces[middle + 1])):
                 kept = middle
             else:
@@ -160,7 +170,7 @@ class _Bisection:
     def _deepen(self, pace: float, enough: float) -> bool:
         """Bound the rounds of chains within a pace; whether one met on the way keeps it."""
         chain, batches = self._pipeline.at(pace), self._pipeline.in_flight
-        found = deepen(chain, self._problem.budget, enough * batches)
+        found = deepen(chain, self._budget.share(_DEEPLY), enough * batches)
         self._note(pace, found.bound)
         if not found.routes:
             return False
@@ -240,9 +250,11 @@ class _Bisection:
         enough = self._pipeline.limit if latency else pace * self._pipeline.in_flight
         if self._exact:
             return self._by_sets(chain)
+        share = self._looking.share(self._looks, problem.budget.seconds / 4)
+        self._looks = max(self._looks - 1, 1)
         if problem.stages:
-            return with_count(chain, problem.stages, problem.budget, problem.seeds)
-        return search(chain, problem.budget / 4, problem.seeds, enough)
+            return with_count(chain, problem.stages, share, problem.seeds)
+        return search(chain, share, problem.seeds, enough)
 
     def _by_sets(self, chain: Chain) -> Found | None:
         key = chain.link.tobytes()

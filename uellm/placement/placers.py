@@ -215,6 +215,7 @@ def _in_slots(request: PlanRequest) -> Workload:
 
 def _proven(plan: Plan, sought: Plan) -> Plan:
     """A plan with what was proven in looking for a better one."""
+    plan = replace(plan, budget_exhausted=sought.budget_exhausted)
     proof, found = sought.certificate, plan.replicas[0].prediction if plan.replicas else None
     if proof is None or found is None or plan.slots != sought.slots or len(plan.replicas) != 1:
         return plan

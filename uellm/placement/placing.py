@@ -7,6 +7,7 @@ import numpy as np
 
 from uellm.placement.arrays import Integers
 from uellm.placement.baselines import BASELINES
+from uellm.placement.budget import Budget
 from uellm.placement.chain import Chain, Route, chain_of, rounds_of
 from uellm.placement.costs import Costs
 from uellm.placement.fixed_order import best_cut
@@ -35,15 +36,15 @@ class Wish:
         slo_seconds: longest latency; 0: none.
         stages: devices; 0: any number.
         pins: devices that must be used.
-        budget: nominal seconds where no exact method is fast enough.
+        budget: of the search where no exact method is fast enough.
         seeded: whether baselines are where the search starts.
     """
 
     objective: Objective
+    budget: Budget
     slo_seconds: float = 0.0
     stages: int = 0
     pins: tuple[Pin, ...] = ()
-    budget: float = 5.0
     seeded: bool = True
 
 
@@ -66,7 +67,7 @@ class Placed:
     limit: float
 
 
-def wish_of(request: PlanRequest, costs: Costs) -> Wish:
+def wish_of(request: PlanRequest, costs: Costs, budget: Budget) -> Wish:
     """What a request wants of one replica on these devices."""
     there = {device.id for device in costs.devices}
     most = min(len(costs.devices), costs.num_layers)
@@ -75,7 +76,7 @@ def wish_of(request: PlanRequest, costs: Costs) -> Wish:
         slo_seconds=request.workload.slo_seconds,
         stages=min(request.workload.stages, most),
         pins=tuple(pin for pin in request.pins if pin.device_id in there),
-        budget=request.budget_seconds,
+        budget=budget,
         seeded=request.seeded,
     )
 
@@ -112,14 +113,18 @@ def _place_uneven(costs: Costs, wish: Wish, rules: Rules) -> Placed | None:
     chain = _lenient(costs, wish)
     limit, fast = np.inf, None
     if wish.objective not in ("lr", "he"):
-        fast = _place_uneven(costs, replace(wish, objective="lr", slo_seconds=0.0), rules)
+        part = wish.budget.part(wish.budget.left / 4)
+        fast = _place_uneven(
+            costs, replace(wish, objective="lr", slo_seconds=0.0, budget=part), rules
+        )
         if fast is None:
             return None
         limit = wish.slo_seconds or limit
         if wish.objective == "helr" and not wish.slo_seconds:
             limit = (1 + SLACK) * predict(costs, fast.layout).total_seconds
     judge = Judge(costs, chain, wish.objective, limit, wish.stages)
-    choice, found = _as_equal(costs, wish, rules, limit)
+    part = wish.budget.part(wish.budget.left / 2)
+    choice, found = _as_equal(costs, replace(wish, budget=part), rules, limit)
     starts = [found] if found is not None else []
     if wish.seeded:
         starts += _recut(costs, chain, rules)
@@ -128,7 +133,7 @@ def _place_uneven(costs: Costs, wish: Wish, rules: Rules) -> Placed | None:
         layout = fast.layout if fast is not None else _held(costs, chain, wish)
     if layout is None or judge.violation(layout):
         return None
-    layout = improved(judge, layout, wish.budget / 4)
+    layout = improved(judge, layout, wish.budget.part(wish.budget.seconds / 4))
     return _placed(judge, wish, layout, rules, choice, _loose(costs, wish, limit))
 
 
@@ -174,7 +179,7 @@ def _placed(
 ) -> Placed:
     return Placed(
         layout,
-        _valued(judge.costs, wish, layout, certificate),
+        valued(judge.costs, wish, layout, certificate),
         choice.solver if choice is not None else "packing",
         _candidates(judge, layout, rules, choice.others if choice is not None else ()),
         judge.limit,
@@ -278,7 +283,7 @@ def _one_more(units: Integers, layers: Integers) -> Integers:
     return np.where(layers > 0, units + 1, 0)
 
 
-def _valued(
+def valued(
     costs: Costs, wish: Wish, layout: Layout, certificate: Certificate | None
 ) -> Certificate:
     """The certificate of a layout, in the quantity that the objective is about."""

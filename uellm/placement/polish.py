@@ -3,7 +3,18 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from uellm.placement.budget import Budget
 from uellm.placement.chain import Chain, Route, route
+from uellm.placement.exchange import Exchange
+
+_ORDER_SECONDS, _DEVICE_SECONDS = 4e-6, 0.2e-6
+"""What looking at an order takes, and at each device of it."""
+_EXCHANGE_SECONDS = 4e-4
+"""What judging all exchanges of an order takes."""
+_LEAST_EXCHANGED = 5
+"""Devices of an order whose steps are many enough to be judged at once."""
+_ASKED = 64
+"""Orders between two looks at the clock."""
 
 
 class Polisher:
@@ -11,13 +22,15 @@ class Polisher:
 
     Args:
         chain: the problem.
-        budget: most orders that are looked at, over all calls.
+        orders: most orders that are looked at, over all calls.
+        budget: what they are counted in.
         count: devices that a route must have; None: as many as are best.
     """
 
-    def __init__(self, chain: Chain, budget: int, count: int | None = None) -> None:
+    def __init__(self, chain: Chain, orders: int, budget: Budget, count: int | None = None) -> None:
         self._chain = chain
-        self._left = budget
+        self._left = self._counted = orders
+        self._budget = budget
         self._count = count
         # Plain lists: an order is looked at in microseconds.
         self._layer = chain.layer.tolist()
@@ -26,9 +39,13 @@ class Polisher:
         self._back = chain.back.tolist()
         self._middle = chain.middle_cap.tolist()
         self._group = chain.group.tolist()
+        self._shared = len(set(self._group)) < chain.size
+        self._exchange = None if self._shared or count is not None else Exchange(chain)
         rank = sorted(range(chain.size), key=lambda d: (self._layer[d], d))
         self._rank = {device: place for place, device in enumerate(rank)}
         self._required = {d for d in range(chain.size) if chain.required[d]}
+        # Seconds on devices do not depend on the order of those between the ends.
+        self._placed: tuple[tuple[int, int, frozenset[int]], float | None] | None = None
 
     def improve(self, start: Sequence[int]) -> Route | None:
         """The best route that is reached from an order by steps that each make it better."""
@@ -37,16 +54,39 @@ class Polisher:
         if best is None:
             return None
         improved = True
-        while improved and self._left > 0:
+        while improved and self._goes_on(order):
             improved = False
+            order, best = self._exchanged(order, best)
             for candidate in steps(order, self._spare(order), self._count):
                 seconds = self._seconds(candidate)
                 if seconds is not None and seconds < best - 1e-12 * abs(best):
                     order, best, improved = candidate, seconds, True
                     break
-                if self._left <= 0:
+                if self._left % _ASKED == 0 and not self._goes_on(order):
                     break
         return route(self._chain, order)
+
+    def _exchanged(self, order: list[int], best: float) -> tuple[list[int], float]:
+        """The order that exchanges lead to, and what it takes."""
+        while (
+            self._exchange is not None
+            and len(order) >= _LEAST_EXCHANGED
+            and not self._budget.spent
+            and (layers := self._chain.layers(order)) is not None
+        ):
+            self._budget.spend(_EXCHANGE_SECONDS)
+            more, after = self._exchange.best(order, layers)
+            seconds = self._seconds(after) if more < 0 else None
+            if seconds is None or seconds >= best - 1e-12 * abs(best):
+                break
+            order, best = after, seconds
+        return order, best
+
+    def _goes_on(self, order: Sequence[int]) -> bool:
+        """Count what was looked at since this was last asked; whether there may be more."""
+        looked, self._counted = self._counted - self._left, self._left
+        self._budget.spend(looked * (_ORDER_SECONDS + _DEVICE_SECONDS * len(order)))
+        return self._left > 0 and not self._budget.spent
 
     def _spare(self, order: Sequence[int]) -> list[int]:
         used = set(order)
@@ -56,14 +96,27 @@ class Polisher:
     def _seconds(self, order: Sequence[int]) -> float | None:
         """What an order takes; None if it may not be."""
         self._left -= 1
-        chain, n = self._chain, len(order)
-        left = chain.num_layers - n
-        if left < 0 or (self._count is not None and n != self._count):
+        n = len(order)
+        if self._chain.num_layers < n or (self._count is not None and n != self._count):
             return None
+        if self._shared and not self._side_by_side(order):
+            return None
+        key = (order[0], order[-1], frozenset(order))
+        if self._placed is None or self._placed[0] != key:
+            self._placed = key, self._on_devices(order)
+        total = self._placed[1]
+        if total is None:
+            return None
+        for a, b in pairwise(order):
+            total += self._link[a][b]
+        return total
+
+    def _on_devices(self, order: Sequence[int]) -> float | None:
+        """Seconds of an order's layers and ends; None if they do not fit."""
+        chain, n = self._chain, len(order)
         if self._required and not self._required <= set(order):
             return None
-        if not self._side_by_side(order):
-            return None
+        left = chain.num_layers - n
         first, last = order[0], order[-1]
         total: float = float(chain.first[first] + chain.last[last]) + self._back[last][first]
         for device in sorted(order, key=self._rank.__getitem__):
@@ -77,10 +130,7 @@ class Polisher:
             taken = min(left, more)
             left -= taken
             total += self._fixed[device] + (1 + taken) * self._layer[device]
-        if left:
-            return None
-        ways: float = sum(self._link[a][b] for a, b in pairwise(order))
-        return total + ways
+        return None if left else total
 
     def _side_by_side(self, order: Sequence[int]) -> bool:
         seen: set[int] = set()

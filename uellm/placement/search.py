@@ -8,10 +8,11 @@ import numpy as np
 from uellm.placement import cpsat, held_karp
 from uellm.placement.arrays import Array
 from uellm.placement.bound import Bounded, ascend
+from uellm.placement.budget import Budget
 from uellm.placement.chain import Chain, Route, route
 from uellm.placement.hierarchy import hierarchy
 from uellm.placement.polish import Polisher
-from uellm.placement.tree import solve_tree
+from uellm.placement.tree import solve_tree, tree_seconds
 from uellm.placement.walk import lift_walks
 
 EXACT = 1e-9
@@ -19,8 +20,6 @@ EXACT = 1e-9
 
 _ORDERS_PER_SECOND = 30_000
 _TREES_PER_SECOND = 12
-_TREE_DEVICES = 64
-"""Trees of more devices than this take longer, in proportion."""
 _STEPS_PER_SECOND = 1e8
 """Of the walks, from one state to another."""
 _ALIKE = 0.1
@@ -54,7 +53,7 @@ class Found:
 
 def search(
     chain: Chain,
-    budget: float,
+    budget: Budget,
     seeds: Iterable[Sequence[int]] = (),
     enough: float = -np.inf,
     close: bool = False,
@@ -63,7 +62,8 @@ def search(
 
     Args:
         chain: the problem.
-        budget: nominal seconds, counted in work, where no exact method is fast enough.
+        budget: of the search where no exact method is fast enough. Where it is spent, the best so
+            far is what was found, and its bound holds.
         seeds: orders to start from as well.
         enough: seconds that need not be improved upon.
         close: whether the gap is to be closed: by walks on any ways, and by CP-SAT. Else walks are
@@ -73,6 +73,7 @@ def search(
         return _by_sets(chain)
     tree = hierarchy(chain)
     result = solve_tree(chain, tree) if chain.size else None
+    budget.spend(tree_seconds(chain))
     if result is None:
         return None
     if tree.exact and result.route is not None:
@@ -84,9 +85,9 @@ def search(
     return _closed(chain, found, budget)
 
 
-def _closed(chain: Chain, found: Found, budget: float) -> Found:
+def _closed(chain: Chain, found: Found, budget: Budget) -> Found:
     """What CP-SAT makes of it, where it is installed and the cluster is small enough for it."""
-    if chain.size > cpsat.MOST_DEVICES or not cpsat.available():
+    if chain.size > cpsat.MOST_DEVICES or not cpsat.available() or budget.spent:
         return found
     closed = cpsat.solve_cpsat(chain, found.route, budget)
     if closed.bound <= found.bound:
@@ -105,22 +106,22 @@ def _by_sets(chain: Chain) -> Found | None:
 
 def _by_search(
     chain: Chain,
-    budget: float,
+    budget: Budget,
     starts: Sequence[Sequence[int]],
     bound: float,
     enough: float,
     *,
     walks: bool,
 ) -> Found | None:
-    polisher = Polisher(chain, int(_ORDERS_PER_SECOND * budget))
+    polisher = Polisher(chain, int(_ORDERS_PER_SECOND * budget.seconds), budget)
     routes = _improved(polisher, [side_by_side(chain, order) for order in starts])
     proof = "tree of the links"
     for lift, name in [(_by_walks, _WALKS), (deepen, LIFTED)][not walks :]:
         if routes:
             found = Found(routes[0], bound, "polish", proof)
-            if found.proven or found.route.seconds <= enough:
+            if found.proven or found.route.seconds <= enough or budget.spent:
                 return found
-        elif bound == np.inf:
+        elif bound == np.inf or budget.spent:
             return None
         target = routes[0].seconds if routes else 2 * abs(bound) + 1e-9
         lifted = lift(chain, budget, target, polisher)
@@ -130,24 +131,26 @@ def _by_search(
     return Found(routes[0], bound, "polish", proof) if routes else None
 
 
-def _by_walks(chain: Chain, budget: float, target: float, polisher: Polisher) -> Bounded:
+def _by_walks(chain: Chain, budget: Budget, target: float, polisher: Polisher) -> Bounded:
     """A bound by walks, and the routes that are near to those met on the way, best first."""
-    lifted = lift_walks(chain, target, _STEPS_PER_SECOND * budget)
+    lifted = lift_walks(chain, target, _STEPS_PER_SECOND * budget.seconds, budget)
     return Bounded(lifted.bound, tuple(_improved(polisher, _near(lifted))))
 
 
-def deepen(chain: Chain, budget: float, target: float, polisher: Polisher | None = None) -> Bounded:
+def deepen(
+    chain: Chain, budget: Budget, target: float, polisher: Polisher | None = None
+) -> Bounded:
     """A bound by potentials, and the routes that are near to those met on the way, best first.
 
     Args:
         chain: the problem.
-        budget: nominal seconds.
+        budget: of it.
         target: seconds that the bound need not exceed.
         polisher: of the chain; None: a new one, with a quarter of the budget.
     """
-    trees = _TREES_PER_SECOND * budget * min(1.0, _TREE_DEVICES / chain.size)
-    lifted = ascend(chain, target, max(1, int(trees)))
-    polisher = polisher or Polisher(chain, int(_ORDERS_PER_SECOND * budget / 4))
+    trees = max(1, int(_TREES_PER_SECOND * budget.seconds))
+    lifted = ascend(chain, target, trees, budget)
+    polisher = polisher or Polisher(chain, int(_ORDERS_PER_SECOND * budget.seconds / 4), budget)
     return Bounded(lifted.bound, tuple(_improved(polisher, _near(lifted))))
 
 
@@ -169,7 +172,7 @@ def side_by_side(chain: Chain, order: Sequence[int]) -> list[int]:
 
 
 def with_count(
-    chain: Chain, count: int, budget: float, seeds: Iterable[Sequence[int]] = ()
+    chain: Chain, count: int, budget: Budget, seeds: Iterable[Sequence[int]] = ()
 ) -> Found | None:
     """The fastest chain of so many devices, for more devices than sets are looked at.
 
@@ -184,6 +187,7 @@ def with_count(
         price = (low + high) / 2
         priced = chain.priced(price * ones)
         result = solve_tree(priced, hierarchy(priced))
+        budget.spend(tree_seconds(chain))
         if result is None:
             return None
         bound = max(bound, result.bound - price * count)
@@ -191,8 +195,10 @@ def with_count(
         if len(result.order) == count:
             exact = route(chain, side_by_side(chain, result.order))
             break
+        if budget.spent:
+            break
         low, high = (price, high) if len(result.order) > count else (low, price)
-    polisher = Polisher(chain, int(_ORDERS_PER_SECOND * budget), count)
+    polisher = Polisher(chain, int(_ORDERS_PER_SECOND * budget.seconds), budget, count)
     near = sorted(starts, key=lambda order: abs(len(order) - count))[: 2 * _STARTS]
     routes = _improved(polisher, [_resized(chain, order, count) for order in near])
     routes += [exact] if exact else []

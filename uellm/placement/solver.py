@@ -7,6 +7,7 @@ from math import ceil
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement import infeasible
 from uellm.placement.arrays import Integers
+from uellm.placement.budget import Budget
 from uellm.placement.chain import chain_of
 from uellm.placement.costs import Costs, costs_of
 from uellm.placement.explain import explain_plan, last_that
@@ -14,13 +15,15 @@ from uellm.placement.full_stage import full_stage_of
 from uellm.placement.goodput import spread
 from uellm.placement.judge import Judge
 from uellm.placement.memory import USABLE
-from uellm.placement.placing import Placed, fastest_seconds, fits, place, wish_of
+from uellm.placement.placing import Placed, fastest_seconds, fits, place, valued, wish_of
 from uellm.placement.prediction import planned
 from uellm.placement.replan import moves, settle
 from uellm.placement.segments import solve_pinned
 from uellm.placement.views import OBJECTIVES, Certificate, Plan, PlanRequest
 
 _QUICK = 0.2
+_SLOTS_SHARE = 0.25
+"""Of the budget, what may be spent on how many slots fit."""
 
 
 def solve(request: PlanRequest) -> Plan:
@@ -43,32 +46,36 @@ def solve(request: PlanRequest) -> Plan:
         return solve_pinned(request, solve)
     costs = costs_of(request)
     wanted = max(request.workload.replicas, 1)
-    found = _place_all(request, costs)
+    budget = Budget(request.budget_seconds, request.clock)
+    found = _place_all(request, costs, budget)
     if len(found.placed) < wanted and not request.workload.batch and costs.need.slots > 1:
-        slots = _most_slots(request, wanted)
+        slots = _most_slots(request, wanted, budget.part(_SLOTS_SHARE * budget.left))
         if slots:
             costs = costs_of(request, slots)
-            found = _place_all(request, costs)
+            found = _place_all(request, costs, budget)
         else:
             # What is missing is missing for one sequence too.
             costs = costs_of(request, 1)
-            found = _place_all(request, costs)
+            found = _place_all(request, costs, budget)
     replicas = tuple(planned(costs, each.layout) for each in found.placed)
     reason = ""
     if len(found.placed) < wanted:
-        reason = _what_is_missing(request, costs, found)
+        reason = _what_is_missing(request, costs, found, budget)
     return Plan(
         replicas=replicas,
         slots=costs.need.slots,
         max_tokens=costs.need.max_tokens,
         objective=request.objective,
-        explanation=explain_plan(replicas, costs.need, request, found.certificate),
+        explanation=explain_plan(
+            replicas, costs.need, request, found.certificate, exhausted=budget.exhausted
+        ),
         infeasible_reason=reason,
         kv_tokens=costs.need.cached_tokens,
         certificate=found.certificate,
         solver=found.placed[0].solver if found.placed else "",
         candidates=found.placed[0].candidates if found.placed else (),
         moves=moves(request.model, replicas, request.previous),
+        budget_exhausted=budget.exhausted,
     )
 
 
@@ -123,19 +130,22 @@ class _All:
     certificate: Certificate | None
 
 
-def _place_all(request: PlanRequest, costs: Costs) -> _All:
+def _place_all(request: PlanRequest, costs: Costs, budget: Budget) -> _All:
     if request.objective == "goodput":
         tokens = request.workload.requests_per_second * request.workload.output_tokens
-        found = spread(costs, wish_of(request, costs), tokens) if costs.devices else None
+        wish = wish_of(request, costs, budget)
+        found = spread(costs, wish, tokens) if costs.devices else None
         if found is None:
             return _All((), costs, None)
         return _All(found.replicas, costs, found.certificate)
     placed: list[Placed] = []
     room: Integers = costs.room.copy()
     left = costs
-    for index in range(max(request.workload.replicas, 1)):
+    wanted = max(request.workload.replicas, 1)
+    for index in range(wanted):
         left = replace(costs, room=room)
-        one = _next(request, left, placed, index)
+        share = budget.share(wanted - index)
+        one = _next(request, left, placed, index, share)
         if one is None:
             break
         placed.append(one)
@@ -147,7 +157,7 @@ def _place_all(request: PlanRequest, costs: Costs) -> _All:
 
 
 def _next(
-    request: PlanRequest, costs: Costs, placed: Sequence[Placed], index: int
+    request: PlanRequest, costs: Costs, placed: Sequence[Placed], index: int, budget: Budget
 ) -> Placed | None:
     """One more replica: on devices that no other uses, or else beside others."""
     used = {device for each in placed for device in each.layout.order}
@@ -156,38 +166,43 @@ def _next(
     before = request.previous.replicas[index : index + 1] if request.previous else ()
     for keep in [free, every] if used and free else [every]:
         part = costs.only(keep)
-        wish = wish_of(request, part)
+        wish = wish_of(request, part, budget)
         found = place(part, wish)
         if found is None:
             continue
-        layout = found.layout
+        layout, proof = found.layout, found.certificate
         if before:
             chain = chain_of(part, wish.pins)
             judge = Judge(part, chain, wish.objective, found.limit, wish.stages)
             layout = settle(part, judge, layout, before[0], request.move_seconds_per_byte)
+            # The bound is that of all plans, whichever is taken.
+            proof = replace(proof, value=valued(part, wish, layout, None).value)
         order = tuple(keep[device] for device in layout.order)
-        return replace(found, layout=replace(layout, order=order))
+        return replace(found, layout=replace(layout, order=order), certificate=proof)
     return None
 
 
-def _most_slots(request: PlanRequest, wanted: int) -> int:
+def _most_slots(request: PlanRequest, wanted: int, budget: Budget) -> int:
     """The most slots with which all replicas fit; 0: not even one."""
 
     def fits(slots: int) -> bool:
         if wanted == 1:
             return _fits(request, costs_of(request, slots))
-        quick = replace(request, objective="he", budget_seconds=_QUICK, previous=None)
-        return len(_place_all(quick, costs_of(quick, slots)).placed) == wanted
+        quick = replace(request, objective="he", previous=None)
+        found = _place_all(quick, costs_of(quick, slots), budget.part(_QUICK))
+        return len(found.placed) == wanted
 
     top = request.workload.slots
     return last_that(1, top, fits) if top > 1 and fits(1) else 0
 
 
-def _what_is_missing(request: PlanRequest, costs: Costs, found: _All) -> str:
+def _what_is_missing(request: PlanRequest, costs: Costs, found: _All, budget: Budget) -> str:
     if not found.placed and _fits(request, costs):
-        best = fastest_seconds(costs, wish_of(request, costs))
+        best = fastest_seconds(costs, wish_of(request, costs, budget))
         if best is not None and request.workload.slo_seconds:
             return infeasible.too_slow(request, best)
+        if budget.exhausted:
+            return infeasible.no_time(request)
     left = found.left
     devices = tuple(
         # As much as the other copies leave.
@@ -220,5 +235,5 @@ def _fits(request: PlanRequest, costs: Costs) -> bool:
     """Whether a replica fits, whatever it takes."""
     if not costs.devices:
         return False
-    wish = wish_of(request, costs)
+    wish = wish_of(request, costs, Budget(0.0))
     return fits(costs, wish)

@@ -17,6 +17,9 @@ from uellm.placement.arrays import Array, Integers
 from uellm.placement.chain import Chain, Route, route
 from uellm.placement.hierarchy import Hierarchy, Merge
 
+_DEVICE_SECONDS = 1.5e-4
+"""Of each device of a tree."""
+
 # Pieces of the chain that a group offers.
 _NONE, _FIRST, _LAST, _BOTH, _PAIR = range(5)
 # Which pieces are joined: left, right, and what comes of it with how many ways between the groups.
@@ -86,6 +89,11 @@ class TreeResult:
     ways: Integers
     backs: Integers
     route: Route | None
+
+
+def tree_seconds(chain: Chain) -> float:
+    """What making a tree and solving it takes, about, for a ``Budget``."""
+    return _DEVICE_SECONDS * chain.size
 
 
 def solve_tree(chain: Chain, tree: Hierarchy) -> TreeResult | None:

@@ -6,6 +6,7 @@ from itertools import accumulate
 import numpy as np
 
 from uellm.placement.arrays import Integers
+from uellm.placement.budget import Budget
 from uellm.placement.chain import Chain
 from uellm.placement.costs import Costs
 from uellm.placement.fixed_order import best_cut
@@ -23,8 +24,8 @@ _EQUAL = 1e-9
 def holding_order(costs: Costs, chain: Chain, stages: int = 0) -> tuple[int, ...] | None:
     """An order of devices that holds all layers, whatever it takes; None if none was found.
 
-    Of orders of one length those that reach the furthest are kept. Of two orders of the same
-    devices that end alike, the one that reaches further holds whatever the other one does.
+    Of orders of one length those that may end the furthest are kept, with all the ends that they
+    may have: a device that holds no large layer may need the one before it to end early.
 
     Args:
         costs: of the model.
@@ -35,28 +36,41 @@ def holding_order(costs: Costs, chain: Chain, stages: int = 0) -> tuple[int, ...
     kept = max(8, _KEPT * min(n, _MOST_KEPT_DEVICES) // max(n, 1))
     reaches = {ends: _reach(costs, *ends) for ends in _ENDS}
     level: dict[tuple[frozenset[int], int], tuple[int, tuple[int, ...]]] = {}
+    """By devices and the last of them: where it may end, as bits, and the order."""
     for device in range(n):
         alone = chain.only_cap[device] and reaches[True, True][device, 0] == num_layers
         if alone and stages in (0, 1) and chain.allows((device,)):
             return (device,)
         if chain.first_cap[device] and reaches[True, False][device, 0]:
-            level[frozenset([device]), device] = (int(reaches[True, False][device, 0]), (device,))
+            ends = _ends(1, reaches[True, False][device])
+            level[frozenset([device]), device] = (ends, (device,))
     for count in range(2, min(n, num_layers) + 1):
         best = sorted(level.values(), key=lambda each: (-each[0], each[1]))[:kept]
         level = {}
-        for reached, order in best:
-            # A stage has a layer at least.
-            at = min(reached, num_layers - 1)
+        for begins, order in best:
             for device in set(range(n)) - set(order):
                 after = (*order, device)
-                ends = chain.last_cap[device] and reaches[False, True][device, at] == num_layers
-                if ends and stages in (0, count) and chain.allows(after):
-                    return after
-                reach = int(reaches[False, False][device, at])
+                if chain.last_cap[device] and stages in (0, count):
+                    whole = _ends(begins, reaches[False, True][device]) >> num_layers
+                    if whole and chain.allows(after):
+                        return after
+                ends = _ends(begins, reaches[False, False][device])
                 key = (frozenset(after), device)
-                if reach > at and reach > level.get(key, (0,))[0] and _together(chain, after):
-                    level[key] = (reach, after)
+                if ends > level.get(key, (0,))[0] and _together(chain, after):
+                    level[key] = (ends, after)
     return None
+
+
+def _ends(begins: int, reach: Integers) -> int:
+    """Where a device may end that may begin at any of some layers, all as bits; one at least."""
+    ends, at = 0, 0
+    while left := begins >> at:
+        # The next layer to begin with, and all ends up to the furthest from there.
+        at += (left & -left).bit_length() - 1
+        if (to := int(reach[at])) > at:
+            ends |= (2 << to) - (2 << at)
+        at += 1
+    return ends
 
 
 _ENDS = ((True, True), (True, False), (False, True), (False, False))
@@ -76,16 +90,16 @@ def _together(chain: Chain, order: Sequence[int]) -> bool:
     return group == chain.group[order[-2]] or group not in chain.group[list(order[:-1])]
 
 
-def improved(judge: Judge, start: Layout, budget: float) -> Layout:
+def improved(judge: Judge, start: Layout, budget: Budget) -> Layout:
     """The best layout that is reached by steps in the order, each of them cut anew.
 
     Args:
         judge: of layouts.
         start: one that keeps the constraints.
-        budget: nominal seconds, counted in cuts.
+        budget: of it.
     """
     best, key = start, judge.key(start)
-    left = int(_CUTS_PER_SECOND * budget)
+    left = int(_CUTS_PER_SECOND * budget.seconds)
     better = True
     while better and left > 0:
         better = False
@@ -96,7 +110,9 @@ def improved(judge: Judge, start: Layout, budget: float) -> Layout:
                 if found < (key[0] - _EQUAL * abs(key[0]), key[1] - _EQUAL * abs(key[1])):
                     best, key, better = layout, found, True
                     break
-            if left <= 0:
+            budget.spend(1 / _CUTS_PER_SECOND)
+            if left <= 0 or budget.spent:
+                left = 0
                 break
     return best
 

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.model import ModelProfile
+from uellm.placement.budget import Clock
 from uellm.placement.topology import Topology
 
 Objective = Literal["helr", "he", "lr", "throughput", "goodput"]
@@ -300,6 +301,8 @@ class Plan:
         candidates: what else was looked at, the best first.
         moves: what differs from the previous plan.
         full_stage: how far stages of several devices would come, if that was asked for.
+        budget_exhausted: the search ended with its budget, before it was done; the certificate
+            holds nevertheless.
     """
 
     replicas: tuple[PlannedReplica, ...]
@@ -315,6 +318,7 @@ class Plan:
     candidates: tuple[Candidate, ...] = ()
     moves: tuple[Move, ...] = ()
     full_stage: FullStage | None = None
+    budget_exhausted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,8 +363,10 @@ class PlanRequest:
         excluded: ids of devices, workers or hosts that must not be.
         costs: by id of device, instead of the device's own.
         layer_times: measured, by device id or else device name; they override FLOP/s and bandwidth.
-        budget_seconds: nominal time to search where no exact method is fast enough. It is counted
-            in work, not by a clock: equal requests have equal plans.
+        budget_seconds: time to search where no exact method is fast enough; see ``Budget``. Where
+            it was not enough to finish, the plan says so.
+        clock: what it is measured by, besides by work; None: work alone, so that equal requests
+            have equal plans. With a clock they have unless it ended the search.
         seeded: whether baselines are where the search starts; off to compare with them.
         stock: which hosts have the model's files; placers take those of devices that are alike.
         routing: ``full_stage``: say besides how far stages of several devices would come.
@@ -378,6 +384,7 @@ class PlanRequest:
     costs: Mapping[str, float] = field(default_factory=dict)
     layer_times: Mapping[str, LayerTimes] = field(default_factory=dict)
     budget_seconds: float = 5.0
+    clock: Clock | None = None
     seeded: bool = True
     stock: Stock = EVERYWHERE
     routing: Routing = "chain"

@@ -15,12 +15,15 @@ import numpy as np
 
 from uellm.placement.arrays import Array, Integers
 from uellm.placement.bound import Bounded
+from uellm.placement.budget import Budget
 from uellm.placement.chain import Chain, Route, route
 
 _BLOCK = 1 << 18
 """Ways that are looked at in one piece: no more than a processor's cache holds."""
 _CLOSE = 1e-9
 _STALE = 3
+_STATE_SECONDS = 2e-9
+"""What a state takes, about, for a ``Budget``."""
 _LEAST_STEP = 0.02
 
 
@@ -39,13 +42,14 @@ class _Walks:
     orders: tuple[tuple[int, ...], ...]
 
 
-def lift_walks(chain: Chain, target: float, work: float) -> Bounded:
+def lift_walks(chain: Chain, target: float, work: float, budget: Budget) -> Bounded:
     """Lift the bound of the shortest walk, and meet routes on the way.
 
     Args:
         chain: the problem.
         target: seconds of the best route known; the bound stays below that of the best there is.
         work: most states that are looked at from another. -inf bounds where they are too few.
+        budget: of it.
     """
     firsts = np.flatnonzero((chain.first_cap > 0) | (chain.only_cap > 0))
     count, n = len(firsts), chain.size
@@ -57,9 +61,11 @@ def lift_walks(chain: Chain, target: float, work: float) -> Bounded:
     routes: dict[tuple[int, ...], Route] = {}
     while open_.any():
         at = np.flatnonzero(open_)
-        work -= len(at) * _work(chain)
-        if work < 0:
+        states = len(at) * _work(chain)
+        work -= states
+        if work < 0 or budget.spent or _STATE_SECONDS * states > budget.left:
             break
+        budget.spend(_STATE_SECONDS * states)
         walks = _shortest_walks(chain, firsts[at], price[at])
         for found in _chains(chain, walks):
             routes[found.order] = found

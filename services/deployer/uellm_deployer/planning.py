@@ -1,5 +1,6 @@
 """From a request and the workers that are there to a plan, and from a plan to assignments."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -157,6 +158,7 @@ def request_for(
         layer_times=knowledge.layer_times(devices, model.ref.digest, dtype, workload),
         stock=stock,
         routing="full_stage" if request.routing == deployer_pb2.ROUTING_FULL_STAGE else "chain",
+        clock=time.monotonic,
     )
 
 
@@ -342,4 +344,5 @@ def plan_to_proto(name: str, planned: Planned) -> topology_pb2.Plan:
         )
         if shared is not None
         else None,
+        budget_exhausted=planned.plan.budget_exhausted,
     )
