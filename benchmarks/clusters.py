@@ -52,11 +52,17 @@ def mixed(count: int) -> Topology:
     return Topology(tuple(devices), default_link_by_level=links)
 
 
-def geometric(count: int, seed: int) -> Topology:
-    """Single devices at sites on a plane: a wide area, whose links are no tree."""
+def geometric(count: int, seed: int, memory: float = 1.0) -> Topology:
+    """Single devices at sites on a plane: a wide area, whose links are no tree.
+
+    Args:
+        count: devices.
+        seed: of what is drawn.
+        memory: share of their memory that is free: with little of it, chains are long.
+    """
     rng = random.Random(seed)
     devices = tuple(
-        _device(rng.choice(_SITES), f"s{i:03}", 0, ("", f"s{i:03}")) for i in range(count)
+        _device(rng.choice(_SITES), f"s{i:03}", 0, ("", f"s{i:03}"), memory) for i in range(count)
     )
     at = {device.id: complex(rng.random(), rng.random()) for device in devices}
     links = tuple(
@@ -92,6 +98,8 @@ def lopsided(
     return Topology(devices, links)
 
 
-def _device(kind: str, host: str, index: int, path: tuple[str, ...]) -> Device:
+def _device(kind: str, host: str, index: int, path: tuple[str, ...], memory: float = 1.0) -> Device:
     like = clusters.kinds()[kind]
-    return replace(like, id=f"{host}/cuda:{index}", worker=host, host=host, path=path)
+    free = round(memory * like.memory_bytes)
+    name = f"{host}/cuda:{index}"
+    return replace(like, id=name, worker=host, host=host, path=path, memory_bytes=free)

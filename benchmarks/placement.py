@@ -38,6 +38,8 @@ _TOKEN_BYTES = 2 * 8192
 _UNITS = {"mbps": 1e6, "gbps": 1e9, "": 1.0}
 _REPEATS = 7
 _SEEDS = 3
+_LITTLE = 0.2
+"""Of the memory: a layer or few on each device."""
 _PRICES = (("T4", 1.0), ("L4", 2.0), ("A100", 10.0))
 """What renting a device costs, about, in units of the cheapest."""
 
@@ -57,6 +59,7 @@ class Row:
         seconds: modelled latency of a batch.
         tokens_per_second: modelled.
         over: by baseline: times its latency, or its throughput; None: it does not fit.
+        exhausted: the search ended with its time.
     """
 
     cluster: str
@@ -69,6 +72,7 @@ class Row:
     seconds: float
     tokens_per_second: float
     over: dict[str, float | None]
+    exhausted: bool
 
 
 def main() -> None:
@@ -108,6 +112,14 @@ def _random() -> dict[str, tuple[Topology, str]]:
         for count in (10, 14, 16, 32, 64, 128, 256)
         for seed in range(_SEEDS if count <= 64 else 1)
     }
+    long_chains = {
+        f"random wide area of small devices, {count} ({seed})": (
+            geometric(count, count + seed, _LITTLE),
+            "llama-2-13b",
+        )
+        for count in (64, 128, 256)
+        for seed in range(_SEEDS)
+    }
     any_ways = {
         f"random ways, {count} ({seed})": (lopsided(count, count + seed), "llama-2-13b")
         for count in (16, 32, 64)
@@ -127,7 +139,7 @@ def _random() -> dict[str, tuple[Topology, str]]:
         for seed in range(_SEEDS)
     }
     racks = {f"mixed racks, {count}": (mixed(count), "llama-2-70b") for count in (16, 32, 128)}
-    return sites | racks | any_ways | long_ways | many
+    return sites | long_chains | racks | any_ways | long_ways | many
 
 
 def _timed(work: Callable[[], Plan]) -> tuple[Plan, tuple[float, float, float]]:
@@ -143,7 +155,9 @@ def _timed(work: Callable[[], Plan]) -> tuple[Plan, tuple[float, float, float]]:
 
 
 def _measure(name: str, topology: Topology, held: str, objective: Objective) -> Row:
-    request = PlanRequest(topology, model(held), LOAD, objective, seeded=False)
+    request = PlanRequest(
+        topology, model(held), LOAD, objective, seeded=False, clock=time.monotonic
+    )
     plan, seconds = _timed(lambda: solve(request))
     if not plan.replicas:
         raise SystemExit(f"{name}: {plan.infeasible_reason}")
@@ -173,6 +187,7 @@ def _measure(name: str, topology: Topology, held: str, objective: Objective) -> 
         seconds=found.total_seconds,
         tokens_per_second=found.tokens_per_second,
         over=over,
+        exhausted=plan.budget_exhausted,
     )
 
 
@@ -184,7 +199,8 @@ def _show(row: Row) -> None:
     print(
         f"{row.cluster:26} {row.objective:10} solved in {median:6.3f} s "
         f"({least:.3f} to {most:.3f}) "
-        f"by {row.solver:9} ratio {row.ratio:.4f}; {row.stages:3} stages; modelled "
+        f"by {row.solver:9} ratio {row.ratio:.4f}{' (out of time)' if row.exhausted else ''}; "
+        f"{row.stages:3} stages; modelled "
         f"{row.seconds:.3f} s, {row.tokens_per_second:.0f} tokens/s; times over: {over}",
         flush=True,
     )

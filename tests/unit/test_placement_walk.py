@@ -14,6 +14,7 @@ from tests.support.clusters import (
     random_topology,
     small_model,
 )
+from uellm.placement.budget import Budget
 from uellm.placement.chain import Chain, Route, chain_of, route
 from uellm.placement.costs import costs_of
 from uellm.placement.solver import solve
@@ -21,7 +22,7 @@ from uellm.placement.views import Pin, PlanRequest, Workload
 from uellm.placement.walk import lift_walks
 
 CLOSE = 1e-9
-WORK = 1e6
+WORK, TIME = 1e6, 1e6
 
 
 def best_of(chain: Chain) -> Route | None:
@@ -39,9 +40,9 @@ def check(chain: Chain, target: float | None = None, work: float = WORK) -> floa
     """The bound is below the best of all chains; what it is of it (1 where there is none)."""
     best = best_of(chain)
     if best is None:
-        assert not lift_walks(chain, 1.0, WORK).routes
+        assert not lift_walks(chain, 1.0, WORK, Budget(TIME)).routes
         return 1.0
-    found = lift_walks(chain, best.seconds if target is None else target, work)
+    found = lift_walks(chain, best.seconds if target is None else target, work, Budget(TIME))
     assert found.bound <= best.seconds + CLOSE * abs(best.seconds)
     for met in found.routes:
         assert met == route(chain, met.order)
@@ -144,7 +145,7 @@ def test_bounds_of_small_clusters_are_nearly_the_best() -> None:
 
 def test_without_work_there_is_no_bound() -> None:
     chain = chain_of(costs_of(random_request(1, 4)))
-    found = lift_walks(chain, 1.0, 0)
+    found = lift_walks(chain, 1.0, 0, Budget(TIME))
     assert found.bound == -np.inf
     assert not found.routes
 

@@ -44,9 +44,9 @@ def solve(request: PlanRequest) -> Plan:
         return _with_full_stage(request)
     if request.layer_pins:
         return solve_pinned(request, solve)
+    budget = Budget(request.budget_seconds, request.clock)
     costs = costs_of(request)
     wanted = max(request.workload.replicas, 1)
-    budget = Budget(request.budget_seconds, request.clock)
     found = _place_all(request, costs, budget)
     if len(found.placed) < wanted and not request.workload.batch and costs.need.slots > 1:
         slots = _most_slots(request, wanted, budget.part(_SLOTS_SHARE * budget.left))
