@@ -301,8 +301,7 @@ class Plan:
         candidates: what else was looked at, the best first.
         moves: what differs from the previous plan.
         full_stage: how far stages of several devices would come, if that was asked for.
-        budget_exhausted: the search ended with its budget, before it was done; the certificate
-            holds nevertheless.
+        budget_exhausted: the search ended with its budget, and not done; its bound holds.
     """
 
     replicas: tuple[PlannedReplica, ...]
@@ -363,10 +362,8 @@ class PlanRequest:
         excluded: ids of devices, workers or hosts that must not be.
         costs: by id of device, instead of the device's own.
         layer_times: measured, by device id or else device name; they override FLOP/s and bandwidth.
-        budget_seconds: time to search where no exact method is fast enough; see ``Budget``. Where
-            it was not enough to finish, the plan says so.
-        clock: what it is measured by, besides by work; None: work alone, so that equal requests
-            have equal plans. With a clock they have unless it ended the search.
+        budget_seconds: time to search where no exact method is fast enough; see ``Budget``.
+        clock: what ends it, besides work; None: work alone, so that equal requests have equal plans.
         seeded: whether baselines are where the search starts; off to compare with them.
         stock: which hosts have the model's files; placers take those of devices that are alike.
         routing: ``full_stage``: say besides how far stages of several devices would come.
