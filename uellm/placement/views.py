@@ -363,7 +363,7 @@ class PlanRequest:
         costs: by id of device, instead of the device's own.
         layer_times: measured, by device id or else device name; they override FLOP/s and bandwidth.
         budget_seconds: time to search where no exact method is fast enough; see ``Budget``.
-        clock: what ends it, besides work; None: work alone, so that equal requests have equal plans.
+        clock: what ends it besides work; None: nothing, so that equal requests have equal plans.
         seeded: whether baselines are where the search starts; off to compare with them.
         stock: which hosts have the model's files; placers take those of devices that are alike.
         routing: ``full_stage``: say besides how far stages of several devices would come.
