@@ -51,41 +51,37 @@ class _Members:
     Args:
         backlog: of everybody.
         line: who is in.
-        committed: of everybody, who may not be made late.
-        spare: of everybody, seconds that it may wait.
+        minded: how many come before each of those that may not be made late.
+        spare: seconds that each of these may wait.
         sureness: standard deviations of caution.
     """
 
     def __init__(
-        self, backlog: Backlog, line: Places, committed: Flags, spare: Floats, sureness: float
+        self, backlog: Backlog, line: Places, minded: Places, spare: Floats, sureness: float
     ) -> None:
         self._places = max(int(backlog.crew.places), 1)
         self._sureness = sureness
-        busy = backlog.busy[line]
         # The last one is that of who would come behind all.
-        self._starts = starts(busy, self._places)
+        self._starts = starts(backlog.busy[line], self._places)
         self._doubt = np.concatenate([[0.0], np.cumsum(backlog.variance[line])])
-        # Of who need not be minded, any wait will do.
-        self._spare = np.where(committed[line], spare[line], np.inf)
+        self._minded, self._spare = minded, spare
 
     @property
     def free(self) -> bool:
         """There is a slot for everybody, and one more."""
-        return len(self._spare) < self._places
+        return len(self._starts) <= self._places
 
-    def waits(self, place: int, more: float = 0.0, doubt: float = 0.0) -> Floats:
-        """Seconds until each from a place on has a slot, cautiously, with more work ahead."""
-        ahead = np.arange(place, len(self._starts)) + (more > 0)
-        begins = self._starts[place:] + more / self._places
-        vague = self._sureness * np.sqrt(self._doubt[place:] + doubt) / self._places
-        found: Floats = np.where(ahead < self._places, 0.0, np.maximum(begins + vague, 0.0))
-        return found
+    def wait(self, place: int) -> float:
+        """Seconds until who comes behind so many has a slot, cautiously."""
+        return float(self._waits(np.array([place]))[0])
 
     def excess(self, place: int, busy: float, variance: float) -> float:
         """Seconds that one more at a place would make another one late; 0: nobody."""
+        first = np.searchsorted(self._minded, place)
+        behind, spare = self._minded[first:], self._spare[first:]
         # Who would be late already is made no later.
-        limit = np.maximum(self._spare[place:], self.waits(place)[:-1])
-        after = self.waits(place, busy, variance)[:-1]
+        limit = np.maximum(spare, self._waits(behind))
+        after = self._waits(behind, busy, variance)
         return max(float((after - limit).max(initial=0.0)), 0.0)
 
     def insert(self, place: int, busy: float, variance: float, spare: float) -> None:
@@ -94,7 +90,18 @@ class _Members:
             values[place + 1 :] += more
         self._starts = np.insert(self._starts, place + 1, self._starts[place] + busy / self._places)
         self._doubt = np.insert(self._doubt, place + 1, self._doubt[place] + variance)
-        self._spare = np.insert(self._spare, place, spare)
+        first = np.searchsorted(self._minded, place)
+        self._minded[first:] += 1
+        self._minded = np.insert(self._minded, first, place)
+        self._spare = np.insert(self._spare, first, spare)
+
+    def _waits(self, places: Places, more: float = 0.0, doubt: float = 0.0) -> Floats:
+        """Seconds until those behind so many have slots, cautiously, with more work ahead."""
+        ahead = places + (more > 0)
+        begins = self._starts[places] + more / self._places
+        vague = self._sureness * np.sqrt(self._doubt[places] + doubt) / self._places
+        found: Floats = np.where(ahead < self._places, 0.0, np.maximum(begins + vague, 0.0))
+        return found
 
 
 def starts(busy: Floats, places: int) -> Floats:
@@ -156,46 +163,54 @@ def admit(
     """
     newcomers, put_off = newcomers[:AT_ONCE], newcomers[AT_ONCE:]
     sureness = NormalDist().inv_cdf(min(max(least_chance, 0.001), 0.999))
-    own = _own_seconds(everybody, backlog, sureness)
-    first = everybody.prefill * backlog.crew.per_prompt_token + backlog.crew.step
-    spare = np.minimum(
-        (everybody.deadline - now) / (1 + margin) - own,
-        (everybody.first_token - now) / (1 + margin) - first,
-    )
-    new = np.zeros(len(everybody.views), dtype=np.bool_)
-    new[[*newcomers, *put_off]] = True
+    own, spare = _times(everybody, backlog, np.array(newcomers), now, sureness, margin)
     rank = backlog.rank
-    inside = backlog.line[~new[backlog.line]]
-    members = _Members(backlog, inside, committed, spare, sureness)
+    inside = everybody.without([*newcomers, *put_off], backlog.line)
+    minded = np.flatnonzero(committed[inside])
+    _, theirs = _times(everybody, backlog, inside[minded], now, sureness, margin)
+    members = _Members(backlog, inside, minded, theirs, sureness)
     # Before how many of those inside each comes, and of those that were let in meanwhile.
-    before = np.searchsorted(rank[inside], rank[newcomers]).tolist()
+    before = np.searchsorted(rank[inside], rank[newcomers])
     joined: list[int] = []
     let_in: dict[int, float] = {}
     crowded: dict[int, float] = {}
     kept_out: dict[int, Crowded] = {}
-    for i, settled in zip(newcomers, before, strict=True):
+    facts = zip(newcomers, before.tolist(), own.tolist(), spare.tolist(), strict=True)
+    for i, settled, takes, allowed in facts:
         place = settled + bisect_left(joined, rank[i])
         busy, variance = float(backlog.busy[i]), float(backlog.variance[i])
         if not members.free:
-            wait = float(members.waits(place)[0])
-            late = wait - float(spare[i])
+            wait = members.wait(place)
+            late = wait - allowed
             excess = max(late, members.excess(place, busy, variance))
             cheap = passes(everybody.views[i].request_id, busy, price)
             if excess > 0 or not cheap:
-                kept_out[i] = Crowded(place, wait, wait + float(own[i]), excess, others=late <= 0)
+                kept_out[i] = Crowded(place, wait, wait + takes, excess, others=late <= 0)
                 if cheap:
                     crowded[i] = busy
                 continue
             let_in[i] = busy
-        members.insert(place, busy, variance, float(spare[i]))
+        members.insert(place, busy, variance, allowed)
         insort(joined, int(rank[i]))
     return Admission(let_in, crowded, kept_out, put_off)
 
 
-def _own_seconds(everybody: Columns, backlog: Backlog, sureness: float) -> Floats:
-    """What each takes by itself, cautiously."""
-    median = everybody.median
-    beyond = everybody.high - median if sureness > 0 else median - everybody.low
-    tokens = np.maximum(median + beyond * (sureness / Z90), 1.0)
-    seconds: Floats = everybody.prefill * backlog.crew.per_prompt_token + backlog.decoding(tokens)
-    return seconds
+def _times(
+    everybody: Columns,
+    backlog: Backlog,
+    places: Places,
+    now: float,
+    sureness: float,
+    margin: float,
+) -> tuple[Floats, Floats]:
+    """Seconds that each of some takes by itself, cautiously, and that it may wait."""
+    median = everybody.median[places]
+    edge = (everybody.high if sureness > 0 else everybody.low)[places]
+    tokens = np.maximum(median + np.abs(edge - median) * (sureness / Z90), 1.0)
+    prefill = everybody.prefill[places] * backlog.crew.per_prompt_token
+    own = prefill + backlog.decoding(places, tokens)
+    spare = np.minimum(
+        (everybody.deadline[places] - now) / (1 + margin) - own,
+        (everybody.first_token[places] - now) / (1 + margin) - (prefill + backlog.crew.step),
+    )
+    return own, spare

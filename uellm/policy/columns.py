@@ -14,7 +14,7 @@ from uellm.policy.views import QueuedView
 
 __all__ = ["Columns", "ColumnsCache", "Flags", "Floats", "Ids", "Places"]
 
-_COLUMNS = 13
+_COLUMNS = 14
 _TAGS = 1 << 16
 BEGUN = 64
 """Added to the kind of those that have begun: their promises are another matter."""
@@ -114,6 +114,11 @@ class Columns:
         struck: Flags = self.numbers[12] > 0
         return struck
 
+    @property
+    def expires(self) -> Floats:
+        """Until when each may wait whose caller asked to be refused then; infinite: for ever."""
+        return self._column(13)
+
     def _column(self, index: int) -> Floats:
         column: Floats = self.numbers[index]
         return column
@@ -130,6 +135,7 @@ class Columns:
         numbers = self.numbers.copy()
         low, median, high = left
         numbers[2, places], numbers[5, places] = inf, 0.0
+        numbers[13, places] = np.where(numbers[9, places] > 0, numbers[1, places], inf)
         numbers[6:9, places] = left
         # Swanson's rule: the mean of a skewed distribution from three of its quantiles.
         numbers[10, places] = 0.3 * low + 0.4 * median + 0.3 * high
@@ -138,8 +144,17 @@ class Columns:
 
     def some(self, places: Places) -> "Columns":
         """The columns of some of the requests."""
-        views = [self.views[i] for i in places.tolist()]
-        return Columns(views, self.numbers[:, places], self.tags[places])
+        return Columns(_Picked(self.views, places), self.numbers[:, places], self.tags[places])
+
+    def flags(self, places: Places | Sequence[int]) -> Flags:
+        """Of all requests, which are at these places."""
+        flags = np.zeros(len(self.tags), dtype=np.bool_)
+        flags[places] = True
+        return flags
+
+    def without(self, gone: Sequence[int], order: Places) -> Places:
+        """An order without some; the same object if there are none."""
+        return order[~self.flags(gone)[order]] if gone else order
 
     def joined(self, others: "Columns") -> "Columns":
         """These requests, and behind them others."""
@@ -165,10 +180,12 @@ def kind_of(view: QueuedView) -> int:
 def _row(view: QueuedView) -> tuple[float, ...]:
     slo, resume = view.slo, view.resume_tokens
     low, median, high = view.profile.output_tokens.low_median_high
+    deadline = inf if slo.deadline_at is None else slo.deadline_at
+    first_token = inf if slo.ttft_at is None or resume else slo.ttft_at
     return (
         slo.accepted_at,
-        inf if slo.deadline_at is None else slo.deadline_at,
-        inf if slo.ttft_at is None or resume else slo.ttft_at,
+        deadline,
+        first_token,
         slo.accepted_at + PATIENCE_SECONDS[slo.priority],
         slo.priority,
         view.profile.prompt_tokens + resume,
@@ -179,6 +196,7 @@ def _row(view: QueuedView) -> tuple[float, ...]:
         max(view.profile.output_tokens.mean - resume, 1.0),
         kind_of(view),
         view.strikes,
+        min(deadline, first_token) if view.refusable else inf,
     )
 
 
@@ -191,6 +209,25 @@ def rows_of(views: Sequence[QueuedView]) -> tuple[Array, Array]:
 
 def _tag(request_id: str) -> int:
     return hash(request_id) % _TAGS
+
+
+class _Picked(Sequence[QueuedView]):
+    """Some of a list, looked up when they are asked for."""
+
+    def __init__(self, views: Sequence[QueuedView], places: Places) -> None:
+        self._views, self._places = views, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> QueuedView: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[QueuedView]: ...
+    def __getitem__(self, index: int | slice) -> QueuedView | list[QueuedView]:
+        if isinstance(index, slice):
+            return [self._views[i] for i in self._places[index].tolist()]
+        return self._views[int(self._places[index])]
 
 
 class _Joined(Sequence[QueuedView]):

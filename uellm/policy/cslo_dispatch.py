@@ -4,6 +4,7 @@ Small batches leave late, so that whoever comes in the meantime and is more urge
 is urgent may go beyond a replica's free slots: its engine preempts for it.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
@@ -96,7 +97,7 @@ class CsloOdbsDispatch(Dispatcher):
         fastest = fastest_of(replicas)
         if fastest is None or not len(order):
             return order
-        able = int(np.searchsorted(key[order], _DEMOTED / 2))
+        able = bisect_left(order, _DEMOTED / 2, key=key.__getitem__)
         near, beyond, lost = np.split(order, [min(able, self._options.scanned), able])
         near = near[self._turns(near, columns, replicas, fastest, now)]
         late = self._late(near, columns, replicas, fastest, now)
@@ -106,9 +107,10 @@ class CsloOdbsDispatch(Dispatcher):
         elder = self._elder(order, columns, replicas, now)
         if elder is not None:
             order = np.concatenate([[elder], order[order != elder]])
-        if not columns.struck.any():
+        struck = columns.struck
+        if not struck.any():
             return order
-        struck = columns.struck[order]
+        struck = struck[order]
         return np.concatenate([order[struck], order[~struck]])
 
     def _turns(

@@ -15,7 +15,7 @@ import numpy as np
 from uellm.core.request import Promise
 from uellm.core.settings import Settings, setting
 from uellm.policy.admitting import Admission, admit
-from uellm.policy.columns import BEGUN, Columns, ColumnsCache, Floats, Ids, Places
+from uellm.policy.columns import Columns, ColumnsCache, Floats, Ids, Places
 from uellm.policy.estimate import Speed, fastest_of
 from uellm.policy.everybody import Everybody, SentCache, everybody
 from uellm.policy.forecast import Backlog, backlog_of
@@ -152,12 +152,12 @@ class Dispatcher(ABC):
             work = _Work(people, replicas, now, preempts=self.preempts)
             keys = self.keys(people.columns, fastest, now)
             line = people.lined_up(sorted_by(keys))
-            ranked = line[line < people.waiting]
             keys = tuple(key[: people.waiting] for key in keys)
             if hopeless:
                 promiser = self._promiser(queue, work, line)
+                ranked = line[line < people.waiting]
                 refusals += _infeasible(promiser, hopeless, ranked, columns, fastest, now)
-            line = _without(line, out)
+            line = people.columns.without(out, line)
             admission = self._admission(queue, work, line)
             refusals += [
                 crowded_refusal(columns.views[i], why, self.name, now)
@@ -165,24 +165,23 @@ class Dispatcher(ABC):
             ]
             gone = [*admission.kept_out, *admission.put_off]
             out += gone
-            line = _without(line, gone)
+            line = people.columns.without(gone, line)
+            order = line[line < people.waiting]
         else:
             keys = self.keys(columns, fastest, now)
-            ranked = sorted_by(keys)
-        order = self.arranged(_without(ranked, out), keys[0], columns, replicas, now)
+            order = columns.without(out, sorted_by(keys))
+        order = self.arranged(order, keys[0], columns, replicas, now)
         promises: dict[str, Promise] = {}
         if work is not None and line is not None and len(line):
             wanted, positions = _wanted(order, work.people, queue, admission.let_in)
             promiser = self._promiser(queue, work, line)
             promises = promiser.promises(wanted, positions, queue.promised)
         views = columns.views
-        dispatches, gone = self.placed(
-            (views[i] for i in order), replicas, now, suspects=bool(columns.struck[order].any())
-        )
+        struck = columns.struck
+        suspects = bool(struck.any() and struck[order].any())
+        dispatches, gone = self.placed((views[i] for i in order), replicas, now, suspects=suspects)
         rest = np.delete(order, gone) if gone else order
-        expiring = np.where(
-            columns.refusable, np.minimum(columns.deadline, columns.first_token), inf
-        )
+        expiring = columns.expires.copy()
         expiring[[*out, *order[gone].tolist()]] = inf
         again = now if admission.put_off else expiring.min(initial=inf)
         if (at := self.reconsidered(rest, columns, replicas, now)) is not None:
@@ -211,27 +210,27 @@ class Dispatcher(ABC):
 
     def _admission(self, queue: QueueView, work: "_Work", line: Places) -> Admission:
         """Whom to let in of those that are seen for the first time."""
-        columns = work.people.columns
-        inside = np.zeros(len(columns.views), dtype=np.bool_)
-        inside[line] = True
-        asked = np.isfinite(np.minimum(columns.deadline, columns.first_token))
-        committed = columns.refusable & asked & inside
+        people, columns = work.people, work.people.columns
         unseen = columns.among(queue.unpromised)
-        unseen = unseen[committed[unseen] & (unseen < work.people.waiting)]
-        new = [i for i in unseen.tolist() if not columns.views[i].attempt]
+        unseen = unseen[(columns.expires[unseen] < inf) & (unseen < people.waiting)]
+        inside = columns.flags(line)
+        new = [i for i in unseen[inside[unseen]].tolist() if not columns.views[i].attempt]
         if not new:
             return Admission()
-        committed[new] = False
-        committed &= ~lost_ones(columns, fastest_of(work.replicas), work.now)
+        inside[new] = False
+        committed = np.flatnonzero(inside & (columns.expires < inf))
+        lost = lost_ones(columns.some(committed), fastest_of(work.replicas), work.now)
         # Their wish is granted, and puts them behind all others; their work is to be done still.
-        granted = (columns.kind[line] >= BEGUN) & (columns.kind[line] % 4 == 1)
-        if granted.any():
-            line = np.concatenate([line[granted], line[~granted]])
+        begun = np.flatnonzero(people.begun)
+        granted = begun[columns.kind[begun] % 4 == 1]
+        if len(granted):
+            first = columns.flags(granted)[line]
+            line = np.concatenate([line[first], line[~first]])
         return admit(
             columns,
             work.ahead(line),
             new,
-            committed,
+            columns.flags(committed[~lost]),
             work.now,
             least_chance=self._settings.least_chance,
             margin=queue.margin,
@@ -282,8 +281,7 @@ def _infeasible(
     now: float,
 ) -> list[Refusal]:
     """Refusals of those that would be late even if they started at once."""
-    places = np.array(hopeless)
-    positions = np.flatnonzero(np.isin(ranked, places))
+    positions = np.flatnonzero(columns.flags(hopeless)[ranked])
     promises = promiser.promises(ranked[positions], positions, {})
     return [
         infeasible_refusal(columns.views[i], promises[columns.views[i].request_id], fastest, now)
@@ -299,13 +297,12 @@ def _wanted(
     Who was let in is among them wherever it comes: with no promise it would be a newcomer again.
     """
     near = len(order) if queue.horizon is None else queue.horizon
-    concerned = people.columns.among(queue.unpromised | queue.promised.keys())
-    asked = np.zeros(len(people.columns.views), dtype=np.bool_)
-    asked[concerned] = True
-    chosen = asked[order]
+    columns = people.columns
+    concerned = columns.among(queue.unpromised | queue.promised.keys())
+    chosen = columns.flags(concerned)[order]
     chosen[near:] = False
     if let_in:
-        chosen |= np.isin(order, list(let_in))
+        chosen |= columns.flags(list(let_in))[order]
     positions = np.flatnonzero(chosen)
     sent = concerned[concerned >= people.waiting]
     return np.concatenate([order[positions], sent]), np.concatenate([positions, 0 * sent])
@@ -324,8 +321,3 @@ def overdue_first(
 def by_due(columns: Columns, fastest: Speed | None, now: float) -> Floats:
     """When requests are due; those whose deadline is lost after the patience of their priority."""
     return np.where(lost_ones(columns, fastest, now), columns.patience, columns.due(now))
-
-
-def _without(order: Places, gone: Sequence[int]) -> Places:
-    """The order without some; the same object if there are none."""
-    return order[~np.isin(order, gone)] if gone else order

@@ -104,9 +104,10 @@ class Backlog:
         seconds: Floats = np.cumsum(self.prompts[self.line])
         return seconds
 
-    def decoding(self, tokens: Floats) -> Floats:
-        """Seconds of so many tokens, from which those are taken that came since."""
-        seconds: Floats = np.maximum(tokens * self.crew.step - self.since, self.crew.step)
+    def decoding(self, places: Places, tokens: Floats) -> Floats:
+        """Seconds of so many tokens of each of some, from which those are taken that came since."""
+        step = self.crew.step
+        seconds: Floats = np.maximum(tokens * step - self.since[places], step)
         return seconds
 
     def wait(self, ahead: Places, work: Floats) -> Floats:
@@ -143,8 +144,10 @@ def backlog_of(
     left = _left(everybody, line, sent_at, crew, now)
     busy = left * crew.step + everybody.prefill * crew.per_prompt_token
     variance = ((everybody.high - everybody.median) * (crew.step / Z90)) ** 2
-    since = np.where(begun, np.maximum(now - sent_at, 0.0), 0.0)
-    prompts = np.where(begun, 0.0, everybody.prefill * (crew.per_prompt_token / len(replicas)))
+    prompts = everybody.prefill * (crew.per_prompt_token / len(replicas))
+    since = np.zeros(len(sent_at))
+    answered = np.flatnonzero(begun)
+    prompts[answered], since[answered] = 0.0, np.maximum(now - sent_at[answered], 0.0)
     return Backlog(crew, line, sent_at, busy, variance, begun, since, prompts)
 
 
@@ -166,7 +169,7 @@ def forecasts(everybody: Columns, backlog: Backlog, wanted: Places, now: float) 
     vague = Z90 * np.sqrt(doubt[ahead] - variance[wanted]) / crew.places * (wait > 0)
     drain = backlog.wait(np.full(len(wanted), len(line)), np.full(len(wanted), work[-1]))
     prefill = everybody.prefill[wanted] * crew.per_prompt_token
-    decoding = backlog.decoding(everybody.median)[wanted]
+    decoding = backlog.decoding(wanted, everybody.median[wanted])
     own = prefill + decoding
     # Of many that come at once, each has a slot long before its prompt has its turn.
     prompts = np.where(backlog.begun[wanted], 0.0, backlog.prefilled[ahead])
@@ -203,7 +206,7 @@ def forecasts(everybody: Columns, backlog: Backlog, wanted: Places, now: float) 
 
 def _running(line: Places, sent_at: Floats, begun: Flags, crew: _Crew) -> Places:
     """Those that have a slot: who has begun, or was sent first."""
-    sent = line[np.isfinite(sent_at[line])]
+    sent = line[np.isfinite(sent_at)[line]]
     return sent[np.lexsort((sent_at[sent], ~begun[sent]))][: max(int(crew.places), 1)]
 
 
@@ -235,7 +238,7 @@ def _slack(needed: Floats, expected: Floats) -> Floats:
 
 def _left(everybody: Columns, line: Places, sent_at: Floats, crew: _Crew, now: float) -> Floats:
     """Tokens that each has still to generate: the mean, from how long it may have been running."""
-    running = line[np.isfinite(sent_at[line])][: max(int(crew.places), 1)]
+    running = line[np.isfinite(sent_at)[line]][: max(int(crew.places), 1)]
     left = everybody.mean.copy()
     prefill = everybody.prefill[running] * crew.per_prompt_token
     answered = np.maximum(now - sent_at[running] - prefill, 0.0) / crew.step

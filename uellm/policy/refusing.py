@@ -55,16 +55,14 @@ def to_refuse(
 
     Who had none when it was accepted did not expire by waiting, however soon its time is over.
     """
-    refusable = columns.refusable
-    over = refusable & (np.minimum(columns.deadline, columns.first_token) <= now)
+    over = columns.expires <= now
     if fastest is None or not unpromised:
         return np.flatnonzero(over).tolist(), []
     new = columns.among(unpromised)
-    new = new[refusable[new]]
     some = columns.some(new)
     since = np.where(over[new], some.accepted, now)
     without = lost_ones(some, fastest, since) | _late_starters(some, fastest, since)
-    hopeless = new[without]
+    hopeless = new[some.refusable & without]
     over[hopeless] = False
     return np.flatnonzero(over).tolist(), hopeless.tolist()
 
