@@ -132,6 +132,31 @@ def test_a_crowd_is_decided_on_by_and_by() -> None:
     assert SLOTS < len(crowd) <= 2 * SLOTS
 
 
+def test_a_crowd_is_promised_by_and_by_in_the_order() -> None:
+    crowd = [queued(f"q{i}", 30.0 - i) for i in range(10)]
+    waits, told, policy = {view.request_id for view in crowd}, [], EdfDispatch()
+    while waits:
+        queue = QueueView(crowd, unpromised=frozenset(waits), horizon=4)
+        decision = policy.dispatch(queue, [replica(slots=0, in_flight=4)], NOW)
+        told.append(sorted(decision.promises))
+        waits -= decision.promises.keys()
+        # The others are not left until something happens.
+        assert (decision.reconsider_at == NOW) == bool(waits)
+    assert told == [["q6", "q7", "q8", "q9"], ["q2", "q3", "q4", "q5"], ["q0", "q1"]]
+
+
+def test_promises_are_revised_however_many_have_none() -> None:
+    crowd = [queued(f"q{i}", 30.0 + i) for i in range(10)]
+    queue = QueueView(
+        crowd,
+        unpromised=frozenset(view.request_id for view in crowd[:9]),
+        promised={"q9": NOW + 1e6},
+        horizon=4,
+    )
+    decision = EdfDispatch().dispatch(queue, [replica(slots=0, in_flight=4)], NOW)
+    assert set(decision.promises) == {"q0", "q1", "q2", "q3", "q9"}
+
+
 def test_who_was_let_in_is_told_however_far_behind_it_is() -> None:
     crowd = [asked(f"q{i}", 30.0) for i in range(20)]
     queue = QueueView(crowd, unpromised=frozenset(v.request_id for v in crowd), horizon=4)

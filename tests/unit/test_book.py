@@ -2,7 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from uellm_scheduler.book import Book
+from uellm_scheduler.book import REVISED_AT_ONCE, Book
 
 from uellm.core.request import LEVELS
 from uellm.streams.messages import QueuedEntry
@@ -41,3 +41,26 @@ def test_policies_see_who_waits_and_who_has_no_promise(steps: list[tuple[str, st
         assert not book.waiting.keys() & book.in_flight.keys()
         tickets = [*book.waiting.values(), *book.in_flight.values()]
         assert set(book.unpromised()) == {t.request_id for t in tickets if t.promise is None}
+
+
+def test_promises_of_a_crowd_are_revised_in_turns() -> None:
+    book, crowd = Book(), [f"q{i}" for i in range(int(2.5 * REVISED_AT_ONCE))]
+    for name in [*crowd, "sent"]:
+        book.queue(entry(name, 0))
+        book.promised(name, common_pb2.Promise(revision=1), 1.0)
+    book.sent("sent", "r0", 1, 2.0)
+    left, turns = set(crowd), 0
+    while left:
+        turns += 1
+        gone, *rest = sorted(left)
+        book.drop(gone)
+        left = set(rest)
+        promised = book.queue_view(3.0, revise=True, horizon=None).promised
+        assert len(promised) == min(REVISED_AT_ONCE, len(book.waiting)) + 1
+        assert "sent" in promised
+        assert promised.keys() <= {*book.waiting, "sent"}
+        left -= promised.keys()
+    assert turns == 3
+    # Whose promise was revised just now has time.
+    book.promised("sent", common_pb2.Promise(revision=2), 2.5)
+    assert "sent" not in book.queue_view(3.0, revise=True, horizon=None).promised

@@ -34,14 +34,16 @@ class Columns:
     numbers: Floats
     tags: Places
 
-    def among(self, ids: Set[str]) -> Places:
-        """Places of those whose id is one of these; of a long queue few are looked at."""
+    def among(self, ids: Set[str], since: int = 0) -> Places:
+        """Places, from one on, of those whose id is one of these; few are looked at for few."""
         if not ids:
             return np.empty(0, dtype=np.intp)
-        tagged = np.zeros(_TAGS, dtype=np.bool_)
-        tagged[[_tag(name) for name in ids]] = True
-        places = np.flatnonzero(tagged[self.tags])
-        found = [i for i in places.tolist() if self.views[i].request_id in ids]
+        places: Sequence[int] = range(since, len(self.tags))
+        if len(ids) < len(places):
+            tagged = np.zeros(_TAGS, dtype=np.bool_)
+            tagged[[_tag(name) for name in ids]] = True
+            places = (since + np.flatnonzero(tagged[self.tags[since:]])).tolist()
+        found = [i for i in places if self.views[i].request_id in ids]
         return np.array(found, dtype=np.intp)
 
     @property

@@ -142,7 +142,8 @@ class Dispatcher(ABC):
         replicas = self.seen(replicas)
         fastest = fastest_of(replicas)
         columns = self._columns.of(queue.waiting)
-        expired, hopeless = to_refuse(columns, queue.unpromised, fastest, now)
+        new = columns.among(queue.unpromised)
+        expired, hopeless = to_refuse(columns, new, fastest, now)
         out = [*expired, *hopeless]
         refusals = [expired_refusal(columns.views[i], now) for i in expired]
         work, line, admission = None, None, Admission()
@@ -158,7 +159,7 @@ class Dispatcher(ABC):
                 ranked = line[line < people.waiting]
                 refusals += _infeasible(promiser, hopeless, ranked, columns, fastest, now)
             line = people.columns.without(out, line)
-            admission = self._admission(queue, work, line)
+            admission = self._admission(queue, work, line, new)
             refusals += [
                 crowded_refusal(columns.views[i], why, self.name, now)
                 for i, why in admission.kept_out.items()
@@ -172,10 +173,12 @@ class Dispatcher(ABC):
             order = columns.without(out, sorted_by(keys))
         order = self.arranged(order, keys[0], columns, replicas, now)
         promises: dict[str, Promise] = {}
+        put_off = bool(admission.put_off)
         if work is not None and line is not None and len(line):
-            wanted, positions = _wanted(order, work.people, queue, admission.let_in)
+            wanted, positions, more = _wanted(order, work.people, new, queue, admission.let_in)
             promiser = self._promiser(queue, work, line)
             promises = promiser.promises(wanted, positions, queue.promised)
+            put_off |= more
         views = columns.views
         struck = columns.struck
         suspects = bool(struck.any() and struck[order].any())
@@ -183,7 +186,7 @@ class Dispatcher(ABC):
         rest = np.delete(order, gone) if gone else order
         expiring = columns.expires.copy()
         expiring[[*out, *order[gone].tolist()]] = inf
-        again = now if admission.put_off else expiring.min(initial=inf)
+        again = now if put_off else expiring.min(initial=inf)
         if (at := self.reconsidered(rest, columns, replicas, now)) is not None:
             again = min(again, at)
         return DispatchDecision(
@@ -208,11 +211,12 @@ class Dispatcher(ABC):
             work.now,
         )
 
-    def _admission(self, queue: QueueView, work: "_Work", line: Places) -> Admission:
+    def _admission(
+        self, queue: QueueView, work: "_Work", line: Places, unseen: Places
+    ) -> Admission:
         """Whom to let in of those that are seen for the first time."""
         people, columns = work.people, work.people.columns
-        unseen = columns.among(queue.unpromised)
-        unseen = unseen[(columns.expires[unseen] < inf) & (unseen < people.waiting)]
+        unseen = unseen[columns.expires[unseen] < inf]
         inside = columns.flags(line)
         new = [i for i in unseen[inside[unseen]].tolist() if not columns.views[i].attempt]
         if not new:
@@ -290,22 +294,30 @@ def _infeasible(
 
 
 def _wanted(
-    order: Places, people: Everybody, queue: QueueView, let_in: Collection[int]
-) -> tuple[Places, Places]:
-    """Places of those that are to be promised something, and how many come before each.
+    order: Places,
+    people: Everybody,
+    new: Places,
+    queue: QueueView,
+    let_in: Collection[int],
+) -> tuple[Places, Places, bool]:
+    """Who is to be promised something: places, how many come before each, whether there are more.
 
     Who was let in is among them wherever it comes: with no promise it would be a newcomer again.
     """
-    near = len(order) if queue.horizon is None else queue.horizon
     columns = people.columns
-    concerned = columns.among(queue.unpromised | queue.promised.keys())
-    chosen = columns.flags(concerned)[order]
-    chosen[near:] = False
-    if let_in:
-        chosen |= columns.flags(list(let_in))[order]
+    first = np.flatnonzero(columns.flags(new)[order])
+    concerned = columns.among(queue.promised.keys())
+    chosen = columns.flags([*concerned.tolist(), *let_in])[order]
+    chosen[first[: queue.horizon]] = True
     positions = np.flatnonzero(chosen)
     sent = concerned[concerned >= people.waiting]
-    return np.concatenate([order[positions], sent]), np.concatenate([positions, 0 * sent])
+    sent = np.concatenate([columns.among(queue.unpromised, people.waiting), sent])
+    more = queue.horizon is not None and len(first) > queue.horizon
+    return (
+        np.concatenate([order[positions], sent]),
+        np.concatenate([positions, 0 * sent]),
+        more,
+    )
 
 
 def overdue_first(

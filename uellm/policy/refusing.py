@@ -11,7 +11,7 @@ import numpy as np
 
 from uellm.core.request import Promise
 from uellm.policy.admitting import Crowded
-from uellm.policy.columns import Columns, Flags, Floats
+from uellm.policy.columns import Columns, Flags, Floats, Places
 from uellm.policy.estimate import Speed, first_token_seconds, shortest_seconds
 from uellm.policy.views import QueuedView, Refusal
 
@@ -49,16 +49,15 @@ def _late_starters(columns: Columns, fastest: Speed, now: float | Floats) -> Fla
 
 
 def to_refuse(
-    columns: Columns, unpromised: frozenset[str], fastest: Speed | None, now: float
+    columns: Columns, new: Places, fastest: Speed | None, now: float
 ) -> tuple[list[int], list[int]]:
-    """Places of the expired, and of those that have no chance at first sight.
+    """Places of the expired, and of those of the new ones that have no chance at first sight.
 
     Who had none when it was accepted did not expire by waiting, however soon its time is over.
     """
     over = columns.expires <= now
-    if fastest is None or not unpromised:
+    if fastest is None or not len(new):
         return np.flatnonzero(over).tolist(), []
-    new = columns.among(unpromised)
     some = columns.some(new)
     since = np.where(over[new], some.accepted, now)
     without = lost_ones(some, fastest, since) | _late_starters(some, fastest, since)

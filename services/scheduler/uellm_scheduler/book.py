@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 
 from uellm.convert import cost_from_proto, profile_from_proto, seconds, slo_from_proto
 from uellm.policy.views import (
@@ -19,6 +19,8 @@ from uellm_scheduler.sent_prefixes import SentPrefixes
 
 REVISE_SECONDS = 1.0
 """A promise is revised at most this often."""
+REVISED_AT_ONCE = 1000
+"""Promises to those that wait which may be revised in one decision."""
 _REMEMBERED = 4096
 
 
@@ -116,6 +118,8 @@ class Book:
         self._restarts: list[str] = []
         # A dict for its order; a hundred thousand may wait, and turns ask several times.
         self._unpromised: dict[str, None] = {}
+        # Who waits with a promise: whose it is longest ago that a policy could revise it, first.
+        self._revisable: dict[str, None] = {}
         self._progress_at = 0.0
         self._prefixes = SentPrefixes()
         # Two streams are read side by side: an end may be read before the queue entry of a
@@ -133,8 +137,7 @@ class Book:
             ticket.promise, ticket.promised_at = known.promise, known.promised_at
             self.in_flight.pop(request_id, None)
         self.waiting[request_id], self._views[request_id] = ticket, ticket.view
-        if not ticket.promise:
-            self._unpromised[request_id] = None
+        (self._revisable if ticket.promise else self._unpromised)[request_id] = None
         if queued.fruitless:
             self._restarts.append(request_id)
         return True
@@ -171,6 +174,7 @@ class Book:
     def _leaves(self, request_id: str) -> Ticket | None:
         """Have a request wait no longer, if it does."""
         self._views.pop(request_id, None)
+        self._revisable.pop(request_id, None)
         return self.waiting.pop(request_id, None)
 
     def end(self, request_id: str) -> None:
@@ -189,9 +193,12 @@ class Book:
         ticket = self.waiting.get(request_id)
         return ticket.view if ticket is not None else None
 
-    def unpromised(self) -> list[str]:
-        """Ids of requests that have no promise, those included that were sent without one."""
-        return list(self._unpromised)
+    def unpromised(self, most: int | None = None) -> list[str]:
+        """Ids of requests that have no promise, the latest first; ``most``: of so many.
+
+        Those that were sent without one are among them.
+        """
+        return list(islice(reversed(self._unpromised), most))
 
     def promised(self, request_id: str, promise: common_pb2.Promise, now: float = 0.0) -> None:
         """Note the latest promise that a request was given, and when."""
@@ -199,6 +206,8 @@ class Book:
         if ticket is not None:
             ticket.promise, ticket.promised_at = promise, now
             self._unpromised.pop(request_id, None)
+            if request_id in self.waiting:
+                self._revisable[request_id] = None
 
     def ticket(self, request_id: str) -> Ticket | None:
         """A request that waits or was sent."""
@@ -214,18 +223,24 @@ class Book:
     ) -> QueueView:
         """The waiting requests as a policy sees them.
 
-        With ``revise`` it may revise promises, of those too that were sent.
+        With ``revise`` it may revise promises, of those too that were sent; if many wait, of some
+        of them in turn.
         """
         promised = {}
         if revise:
+            turn = list(islice(self._revisable, REVISED_AT_ONCE))
+            for request_id in turn:
+                del self._revisable[request_id]
+                self._revisable[request_id] = None
+            tickets = chain((self.waiting[i] for i in turn), self.in_flight.values())
             promised = {
                 ticket.request_id: seconds(ticket.promise.finish_p50)
-                for ticket in chain(self.waiting.values(), self.in_flight.values())
+                for ticket in tickets
                 if ticket.promise and now - ticket.promised_at >= REVISE_SECONDS
             }
         return QueueView(
             waiting=tuple(self._views.values()),
-            unpromised=frozenset(self.unpromised()),
+            unpromised=frozenset(self._unpromised),
             promised=promised,
             horizon=horizon,
             experience=experience,

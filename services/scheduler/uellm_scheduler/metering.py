@@ -55,13 +55,19 @@ class Meter:
 
     def arrived(self, views: Iterable[QueuedView]) -> None:
         """Requests were accepted; those from before the latest one are known already."""
+        new: deque[QueuedView] = deque(maxlen=LENGTHS_KEPT)
         for view in views:
-            at, lengths = view.slo.accepted_at, view.profile.output_tokens
+            at = view.slo.accepted_at
             if view.attempt or (self._arrivals and at < self._arrivals[-1]):
                 continue
             self._arrivals.append(at)
+            new.append(view)
+        for view in new:
+            lengths = view.profile.output_tokens
             points = tuple(lengths.at(level) for level in _QUANTILES)
-            self._lengths.append((at, view.profile.prompt_tokens, points, lengths.mean))
+            self._lengths.append(
+                (view.slo.accepted_at, view.profile.prompt_tokens, points, lengths.mean)
+            )
 
     def turned_away(self, counts: Iterable[tuple[float, int]]) -> None:
         """So many more were refused by gateways before they were accepted, by when that was said.

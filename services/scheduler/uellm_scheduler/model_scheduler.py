@@ -36,9 +36,9 @@ POLL_SECONDS = 0.25
 DOOR_KEPT_MS = 1500
 """For so long gateways refuse at the door without hearing of it again."""
 HORIZON = 256
-"""While a full round of promises would take too much time, only so many first get theirs."""
-FULL_ROUND_SHARE = 0.2
-"""Share of its time that a scheduler spends on full rounds of promises, at most."""
+"""So many are promised something in one decision, at least: a crowd is by and by."""
+REVISING_SHARE = 0.2
+"""Share of its time that a scheduler spends on decisions that revise promises, at most."""
 LONG_SECONDS = 0.005
 """After a decision that took longer than this, as much time is left to everything else."""
 LOAD_SECONDS = 1.0
@@ -95,7 +95,6 @@ class ModelScheduler:
         self._dooring = Timer(POLL_SECONDS)
         self._following = Timer(POLL_SECONDS)
         self._reconsider_at: float | None = None
-        self._full_round_at = 0.0
         self._revise_at = 0.0
 
     async def run(self) -> None:
@@ -175,7 +174,7 @@ class ModelScheduler:
                     await self._give_up_waiting(effects)
                 await self._say_door()
                 progressed = await self._follow()
-                if book.waiting or book.unpromised() or progressed:
+                if book.waiting or book.unpromised(1) or progressed:
                     await self._decide(effects, inbox)
 
     def _decide_by(self, record: common_pb2.ModelPolicy | None) -> None:
@@ -259,12 +258,11 @@ class ModelScheduler:
 
     async def _decide(self, effects: Effects, inbox: Inbox) -> None:
         book, now, began = self.book, self._context.clock.now(), time.monotonic()
-        near = [*book.unpromised(), *self.order[:HORIZON]]
+        near = [*book.unpromised(HORIZON), *self.order[:HORIZON]]
         replicas = book.replica_views(self.routes, len(self.replicas), near)
-        full = began >= self._full_round_at
-        revise = full and began >= self._revise_at
+        revise = began >= self._revise_at
         room = sum(max(0, view.slots - len(view.in_flight)) for view in replicas)
-        horizon = None if full else max(HORIZON, 2 * room)
+        horizon = max(HORIZON, 2 * room)
         self._keeping.advance(now)
         queue = self._keeping.admissions.seen_by(
             book.queue_view(now, revise=revise, horizon=horizon, experience=self._keeping.record)
@@ -273,10 +271,8 @@ class ModelScheduler:
         self._recorder.note(self.in_force.choice, queue, replicas, now, decision, book.view)
         decided = time.monotonic()
         seconds = decided - began
-        if full:
-            self._full_round_at = began + seconds / FULL_ROUND_SHARE
         if revise:
-            self._revise_at = began + max(REVISE_SECONDS, seconds / FULL_ROUND_SHARE)
+            self._revise_at = began + max(REVISE_SECONDS, seconds / REVISING_SHARE)
         self.order = decision.order
         self._reconsider_at = decision.reconsider_at
         self._keeping.promised(decision.promises.keys() & queue.unpromised, now)
