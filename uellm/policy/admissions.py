@@ -78,8 +78,8 @@ class Admissions:
             refused += overloaded and refusal.request_id in queue.unpromised
         easy = sum(
             (view := find(request_id)) is not None and view.refusable
-            for request_id in decision.promises.keys() & queue.unpromised
-            if request_id not in decision.let_in
+            for request_id in decision.promises
+            if request_id in queue.unpromised and request_id not in decision.let_in
         )
         let_in = len(decision.let_in) + easy
         self.margin.let_in(view for i in decision.let_in if (view := find(i)) is not None)

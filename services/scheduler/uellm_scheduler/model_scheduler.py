@@ -275,7 +275,7 @@ class ModelScheduler:
             self._revise_at = began + max(REVISE_SECONDS, seconds / REVISING_SHARE)
         self.order = decision.order
         self._reconsider_at = decision.reconsider_at
-        self._keeping.promised(decision.promises.keys() & queue.unpromised, now)
+        self._keeping.promised((i for i in decision.promises if i in queue.unpromised), now)
         self._keeping.admissions.decided(queue, decision, book.waiting_view, now)
         if revise:
             self._keeping.seen(book.answered(), now)
