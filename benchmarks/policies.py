@@ -28,6 +28,7 @@ from uellm.policy.views import (
     ReplicaView,
     SequenceView,
 )
+from uellm.policy.waiting import Waiting
 
 COST = StepCost(0.002, 0.018, 0.00007, 1e-7)
 """Its knee is 258: all slots are worth using."""
@@ -160,33 +161,33 @@ def _dispatches(name: str, decisions: int, waiting: int, tenants: int) -> list[f
 
     policy = dispatch_policy(name)
     now = _NOW
-    queue = {r.request_id: r for r in (request(now - 30 * rng.random()) for _ in range(waiting))}
+    queue = Waiting()
+    for _ in range(waiting):
+        queue.add(request(now - 30 * rng.random()))
     sent = [[in_flight(now - 5 * rng.random()) for _ in range(256)] for _ in range(4)]
     found: list[float] = []
     views = list(_replicas(sent))
-    policy.dispatch(QueueView(tuple(queue.values()), horizon=256), views, now)
+    policy.dispatch(QueueView(queue.line(), horizon=256), views, now)
     gc.collect()
     for turn in range(decisions):
         now += 0.01
         replica = sent[turn % 4]
         del replica[rng.randrange(len(replica))]
         fresh = [request(now) for _ in range(2)]
-        queue.update((r.request_id, r) for r in fresh)
-        view = QueueView(
-            tuple(queue.values()),
-            unpromised=frozenset(r.request_id for r in fresh),
-            horizon=256,
-        )
+        for one in fresh:
+            queue.add(one)
+        unpromised = frozenset(one.request_id for one in fresh)
         views = list(_replicas(sent))
         began = time.perf_counter()
+        view = QueueView(queue.line(), unpromised=unpromised, horizon=256)
         decision = policy.dispatch(view, views, now)
         found.append(time.perf_counter() - began)
         for batch in decision.dispatches:
             for request_id in batch.request_ids:
-                del queue[request_id]
+                queue.remove(request_id)
                 sent[int(batch.replica)].append(in_flight(now))
         for refusal in decision.refusals:
-            del queue[refusal.request_id]
+            queue.remove(refusal.request_id)
     return found
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import inf
 from typing import overload
 
@@ -38,12 +39,14 @@ class Columns:
         """Places, from one on, of those whose id is one of these; few are looked at for few."""
         if not ids:
             return np.empty(0, dtype=np.intp)
-        places: Sequence[int] = range(since, len(self.tags))
-        if len(ids) < len(places):
+        if len(ids) < len(self.tags) - since:
             tagged = np.zeros(_TAGS, dtype=np.bool_)
             tagged[[_tag(name) for name in ids]] = True
             places = (since + np.flatnonzero(tagged[self.tags[since:]])).tolist()
-        found = [i for i in places if self.views[i].request_id in ids]
+            found = [i for i in places if self.views[i].request_id in ids]
+        else:
+            some = enumerate(self.views[since:] if since else self.views, since)
+            found = [i for i, view in some if view.request_id in ids]
         return np.array(found, dtype=np.intp)
 
     @property
@@ -146,7 +149,7 @@ class Columns:
 
     def some(self, places: Places) -> "Columns":
         """The columns of some of the requests."""
-        return Columns(_Picked(self.views, places), self.numbers[:, places], self.tags[places])
+        return Columns(Picked(self.views, places), self.numbers[:, places], self.tags[places])
 
     def flags(self, places: Places | Sequence[int]) -> Flags:
         """Of all requests, which are at these places."""
@@ -213,7 +216,7 @@ def _tag(request_id: str) -> int:
     return hash(request_id) % _TAGS
 
 
-class _Picked(Sequence[QueuedView]):
+class Picked(Sequence[QueuedView]):
     """Some of a list, looked up when they are asked for."""
 
     def __init__(self, views: Sequence[QueuedView], places: Places) -> None:
@@ -230,6 +233,9 @@ class _Picked(Sequence[QueuedView]):
         if isinstance(index, slice):
             return [self._views[i] for i in self._places[index].tolist()]
         return self._views[int(self._places[index])]
+
+    def __iter__(self) -> Iterator[QueuedView]:
+        return map(self._views.__getitem__, self._places.tolist())
 
 
 class _Joined(Sequence[QueuedView]):
@@ -249,6 +255,33 @@ class _Joined(Sequence[QueuedView]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return self._first[index] if index < self._border else self._second[index - self._border]
+
+    def __iter__(self) -> Iterator[QueuedView]:
+        return chain(self._first, self._second)
+
+
+class Line(Sequence[QueuedView]):
+    """A queue whose columns are there already.
+
+    Args:
+        columns: of it.
+    """
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns.views)
+
+    @overload
+    def __getitem__(self, index: int) -> QueuedView: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[QueuedView]: ...
+    def __getitem__(self, index: int | slice) -> QueuedView | Sequence[QueuedView]:
+        return self.columns.views[index]
+
+    def __iter__(self) -> Iterator[QueuedView]:
+        return iter(self.columns.views)
 
 
 class Ids(Sequence[str]):
@@ -300,4 +333,6 @@ class ColumnsCache:
 
     def of(self, waiting: Sequence[QueuedView]) -> Columns:
         """The columns of these requests."""
+        if isinstance(waiting, Line):
+            return waiting.columns
         return Columns(waiting, *self._rows.of(waiting))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from uellm.convert import cost_from_proto, profile_from_proto, seconds, slo_from_proto
+from uellm.policy.columns import Line
 from uellm.policy.views import (
     Answered,
     Experience,
@@ -13,6 +14,7 @@ from uellm.policy.views import (
     QueueView,
     ReplicaView,
 )
+from uellm.policy.waiting import Waiting
 from uellm.streams.messages import QueuedEntry, Record, ReplicaRoute
 from uellm.v1 import common_pb2, queue_pb2
 from uellm_scheduler.sent_prefixes import SentPrefixes
@@ -113,8 +115,8 @@ class Book:
     def __init__(self) -> None:
         self.waiting: dict[str, Ticket] = {}
         self.in_flight: dict[str, Ticket] = {}
-        # Views of those that wait, in their order: decisions on a hundred thousand ask for all.
-        self._views: dict[str, QueuedView] = {}
+        # The same as policies see them: decisions on a hundred thousand ask for all.
+        self._line = Waiting()
         self._restarts: list[str] = []
         # A dict for its order; a hundred thousand may wait, and turns ask several times.
         self._unpromised: dict[str, None] = {}
@@ -136,7 +138,9 @@ class Book:
         if known is not None:
             ticket.promise, ticket.promised_at = known.promise, known.promised_at
             self.in_flight.pop(request_id, None)
-        self.waiting[request_id], self._views[request_id] = ticket, ticket.view
+        self.waiting.pop(request_id, None)
+        self.waiting[request_id] = ticket
+        self._line.add(ticket.view)
         (self._revisable if ticket.promise else self._unpromised)[request_id] = None
         if queued.fruitless:
             self._restarts.append(request_id)
@@ -173,7 +177,7 @@ class Book:
 
     def _leaves(self, request_id: str) -> Ticket | None:
         """Have a request wait no longer, if it does."""
-        self._views.pop(request_id, None)
+        self._line.remove(request_id)
         self._revisable.pop(request_id, None)
         return self.waiting.pop(request_id, None)
 
@@ -192,6 +196,10 @@ class Book:
         """The same, if it waits."""
         ticket = self.waiting.get(request_id)
         return ticket.view if ticket is not None else None
+
+    def line(self) -> Line:
+        """Who waits, as policies see them."""
+        return self._line.line()
 
     def unpromised(self, most: int | None = None) -> list[str]:
         """Ids of requests that have no promise, the latest first; ``most``: of so many.
@@ -239,7 +247,7 @@ class Book:
                 if ticket.promise and now - ticket.promised_at >= REVISE_SECONDS
             }
         return QueueView(
-            waiting=tuple(self._views.values()),
+            waiting=self.line(),
             unpromised=frozenset(self._unpromised),
             promised=promised,
             horizon=horizon,

@@ -15,6 +15,7 @@ from uellm.core.errors import AbortedError, UnavailableError
 from uellm.core.request import Promise
 from uellm.faults import pause
 from uellm.policy.views import QueuedView, QueueView, Refusal
+from uellm.policy.waiting import line_of
 from uellm.service import RETRY_SECONDS, Context
 from uellm.streams.decisions import DecisionLog
 from uellm.streams.messages import Door, ReplicaRoute
@@ -312,12 +313,11 @@ class ModelScheduler:
             max_tokens=asked.max_tokens,
             refusable=asked.on_infeasible == common_pb2.ON_INFEASIBLE_REFUSE,
         )
-        waiting = [ticket.view for ticket in self.book.waiting.values()]
         # As before a decision; and what was asked is forgotten, though nobody may come for hours.
         self._keeping.advance(now)
         queue = self._keeping.admissions.seen_by(
             QueueView(
-                [*waiting, view],
+                line_of(self.book.line(), [view]),
                 unpromised=frozenset({view.request_id}),
                 experience=self._keeping.record,
             )
