@@ -222,8 +222,8 @@ class Dispatcher(ABC):
         if not new:
             return Admission()
         inside[new] = False
-        committed = np.flatnonzero(inside & (columns.expires < inf))
-        lost = lost_ones(columns.some(committed), fastest_of(work.replicas), work.now)
+        committed = inside & (columns.expires < inf)
+        committed &= ~lost_ones(columns, fastest_of(work.replicas), work.now)
         # Their wish is granted, and puts them behind all others; their work is to be done still.
         begun = np.flatnonzero(people.begun)
         granted = begun[columns.kind[begun] % 4 == 1]
@@ -234,7 +234,7 @@ class Dispatcher(ABC):
             columns,
             work.ahead(line),
             new,
-            columns.flags(committed[~lost]),
+            committed,
             work.now,
             least_chance=self._settings.least_chance,
             margin=queue.margin,

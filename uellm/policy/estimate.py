@@ -6,7 +6,9 @@ A request takes ``prefill + tokens · step`` seconds. How long it waits for that
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import inf
+from operator import attrgetter
 
 import numpy as np
 
@@ -20,6 +22,9 @@ DEFAULT_STEP_SECONDS = 0.05
 """Assumed until a replica or its deployer says otherwise."""
 Z90 = 1.2816
 """The standard normal's 90 % quantile."""
+
+
+_SENT = attrgetter("dispatched_at", "prompt_tokens", "output_p50", "output_p90")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +88,8 @@ def progress(view: ReplicaView, now: float) -> Floats:
         Tokens that came; tokens that are to come, median and 90 % quantile; shape (3, in flight).
     """
     speed, sent = speed_of(view), view.in_flight
-    facts = [(r.dispatched_at, r.prompt_tokens, r.output_p50, r.output_p90) for r in sent]
-    at, prompt, median, most = np.array(facts, dtype=np.float64).reshape(-1, 4).T
+    facts = np.fromiter(chain.from_iterable(map(_SENT, sent)), np.float64, 4 * len(sent))
+    at, prompt, median, most = facts.reshape(-1, 4).T
     came = np.maximum(now - at - prompt * speed.prefill_per_token, 0.0) / speed.step
     left = np.where(came < most, (most - came) / 2, most / 8)
     left = np.maximum(np.where(came < median, median - came, left), 1.0)

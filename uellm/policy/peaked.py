@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
@@ -9,6 +10,8 @@ from uellm.policy.estimate import progress, speed_of
 from uellm.policy.peak import PeakRoom, peak_room
 from uellm.policy.placing import Room, free_places, has_suspect
 from uellm.policy.views import DispatchSettings, QueuedView, ReplicaView
+
+_PROMPT = attrgetter("prompt_tokens")
 
 
 @dataclass(slots=True)
@@ -87,7 +90,7 @@ def peaked_room(
     """
     peak = None
     if view.kv_tokens_total:
-        prompts = np.array([request.prompt_tokens for request in view.in_flight], dtype=np.float64)
+        prompts = np.fromiter(map(_PROMPT, view.in_flight), np.float64, len(view.in_flight))
         came, median, high = progress(view, now)
         left = median + caution * (high - median)
         peak = peak_room(kv_share * view.kv_tokens_total, prompts + came + 1.0, left)
