@@ -225,3 +225,23 @@ async def test_another_device_of_its_kind_is_measured_where_one_cannot(mesh: Mes
     answer = await topology(mesh)
     assert all(device.flops_per_second > 0 for device in answer.topology.devices)
     assert "layers of w1/cpu:0: it is broken" in answer.notes
+
+
+async def test_a_worker_that_cannot_be_reached_is_said_beside_the_topology(mesh: Mesh) -> None:
+    await mesh.add_deployer()
+    worker = await mesh.add_worker("w1")
+    address = worker.address
+
+    async def reached() -> bool:
+        described = await mesh.call("Describe", deployer_pb2.DescribeRequest())
+        return [found.reachable for found in described.workers] == [True]
+
+    await eventually(reached)
+    await worker.stop()
+    says = f"worker w1 at {address} cannot be reached"
+
+    async def said() -> bool:
+        return says in (await topology(mesh)).notes
+
+    await eventually(said)
+    assert not (await topology(mesh)).topology.devices

@@ -49,7 +49,7 @@ def worker(
             )
             for replica, generation, state in held
         },
-        unreachable=unreachable,
+        reachable=not unreachable,
     )
 
 

@@ -38,6 +38,8 @@ SECRET_BYTES = 18
 DRAIN_SECONDS = 25.0
 LOST_SECONDS = 300.0
 """A mesh that has not answered for so long is not waited for any more."""
+REACH_SECONDS = 10.0
+"""How long a mesh may fail to reach workers before that is said."""
 _POLL_SECONDS = 0.1
 _PING_SECONDS = 1.0
 _log = logs.logger("mesh")
@@ -174,7 +176,7 @@ class Guests:
         """Join; yields the devices that the mesh has gained. Leaves in order afterwards.
 
         Raises:
-            ConfigurationError: if the mesh cannot be reached or the token is not its.
+            ConfigurationError: if one of the two does not reach the other, or the token is not its.
             UnavailableError: if its deployer does not hear of the workers.
         """
         options = self._options
@@ -234,9 +236,10 @@ class Guests:
                 )
 
     async def _joined(self) -> list[topology_pb2.Device]:
-        """The devices of these workers, once the deployer knows them all."""
+        """The devices of these workers, once the deployer knows and reaches them all."""
         names = {service.spec.service_id for service in self._services}
-        deadline = time.monotonic() + LIBRARIES_SECONDS
+        reached = time.monotonic()
+        deadline = reached + LIBRARIES_SECONDS
         while time.monotonic() < deadline:
             for task in self._tasks:
                 if task.done():
@@ -249,7 +252,17 @@ class Guests:
                     f"the mesh at {host} went away while this machine joined ({error}); join again "
                     "with what `uellm up --listen` prints there"
                 ) from None
-            if len(workers) == len(names):
+            away = [w.address for w in workers if w.HasField("reachable") and not w.reachable]
+            if not away:
+                reached = time.monotonic()
+            elif time.monotonic() - reached > REACH_SECONDS:
+                raise ConfigurationError(
+                    f"the mesh at {self._options.host} cannot reach this machine at "
+                    f"{', '.join(away)}; name an address that leads here with --address, and let "
+                    "this machine's firewall let the mesh in, at all ports",
+                    field="address",
+                )
+            if len(workers) == len(names) and all(worker.reachable for worker in workers):
                 return [device for worker in workers for device in worker.devices]
             await asyncio.sleep(_POLL_SECONDS)
         raise UnavailableError(

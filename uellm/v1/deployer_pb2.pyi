@@ -747,10 +747,13 @@ class WorkerStatus(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
     LAST_SEEN_FIELD_NUMBER: _builtins.int
+    REACHABLE_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """Its id."""
     address: _builtins.str
     """Where it is reached."""
+    reachable: _builtins.bool
+    """Whether its address answers; unset while the deployer has not heard."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[_topology_pb2.Device]:
         """What it has."""
@@ -771,12 +774,15 @@ class WorkerStatus(_message.Message):
         devices: _abc.Iterable[_topology_pb2.Device] | None = ...,
         stages: _abc.Iterable[Global___StageStatus] | None = ...,
         last_seen: _duration_pb2.Duration | None = ...,
+        reachable: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_seen", b"last_seen"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_reachable", b"_reachable", "last_seen", b"last_seen", "reachable", b"reachable"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "devices", b"devices", "last_seen", b"last_seen", "stages", b"stages", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reachable", b"_reachable", "address", b"address", "devices", b"devices", "last_seen", b"last_seen", "reachable", b"reachable", "stages", b"stages", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__reachable: _TypeAlias = _typing.Literal["reachable"]  # noqa: Y015
+    _WhichOneofArgType__reachable: _TypeAlias = _typing.Literal["_reachable", b"_reachable"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reachable) -> _WhichOneofReturnType__reachable | None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
 

@@ -177,7 +177,10 @@ class Discovery:
         return deployer_pb2.GetTopologyResponse(
             topology=answer,
             blocks=self._measurements.blocks,
-            notes=self._notes.shown([worker.worker for worker in self._live()]),
+            notes=[
+                *self._notes.shown([worker.worker for worker in self._live()]),
+                *self._workers.absent(time.monotonic(), self._settings.worker_silence_seconds),
+            ],
         )
 
     def _version_of(self, topology: topology_pb2.Topology) -> int:

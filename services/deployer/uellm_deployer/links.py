@@ -38,7 +38,7 @@ class Links:
         return files_pb2_grpc.FilesServiceStub(self._channel(worker.address))
 
     def watch(self, worker: Worker) -> None:
-        """Keep ``worker.unreachable`` up to date from now on."""
+        """Keep ``worker.reachable`` up to date from now on."""
         watched = self._watching.get(worker.worker)
         if watched is not None and watched[0] is worker:
             return
@@ -63,11 +63,8 @@ class Links:
             state = way.get_state(try_to_connect=True)
             if state is grpc.ChannelConnectivity.SHUTDOWN:
                 return
-            unreachable = worker.unreachable
-            if state in (_READY, _FAILING):
-                unreachable = state is _FAILING
-            if unreachable != worker.unreachable:
-                worker.unreachable = unreachable
+            if state in (_READY, _FAILING) and worker.reachable is not (state is _READY):
+                worker.reachable = state is _READY
                 self._changed()
             await way.wait_for_state_change(state)
 

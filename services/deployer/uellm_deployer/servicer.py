@@ -136,4 +136,5 @@ def _status(worker: Worker) -> deployer_pb2.WorkerStatus:
         devices=worker.devices,
         stages=worker.stages.values(),
         last_seen=duration(max(time.monotonic() - worker.seen_at, 0.0)),
+        reachable=worker.reachable,
     )

@@ -168,7 +168,7 @@ class StageCalls:
     ) -> None:
         """Let one stage go, if its worker is there."""
         worker = self._workers.get(name)
-        if worker is None or worker.unreachable:
+        if worker is None or worker.reachable is False:
             return
         request = worker_pb2.ReleaseRequest(
             replica=replica, generation=generation, immediate=not seconds

@@ -25,7 +25,7 @@ class Worker:
         seen_at: its latest message, and later by the time for which nobody was there to hear.
         heard_at: its latest heartbeat, which says how its stages are; None: there was none yet.
         stages: by replica.
-        unreachable: its address does not answer.
+        reachable: whether its address answers; None: nobody has heard yet.
         going: it says that it is about to end.
     """
 
@@ -37,12 +37,12 @@ class Worker:
     heard_at: float | None = None
     stages: Mapping[str, deployer_pb2.StageStatus] = field(default_factory=dict)
     links: Sequence[topology_pb2.Link] = ()
-    unreachable: bool = False
+    reachable: bool | None = None
     going: bool = False
 
     def lost(self, now: float, silence_seconds: float) -> str:
         """Why it counts as lost, or ""."""
-        if self.unreachable:
+        if self.reachable is False:
             return f"worker {self.worker} at {self.address} cannot be reached"
         if now - self.seen_at > silence_seconds:
             return f"worker {self.worker} has not been heard of for {silence_seconds:g} s"
@@ -146,6 +146,11 @@ class Workers:
     def live(self, now: float, silence_seconds: float) -> list[Worker]:
         """Those that are not lost, by id."""
         return [worker for worker in self.all if not worker.lost(now, silence_seconds)]
+
+    def absent(self, now: float, silence_seconds: float) -> list[str]:
+        """Why others count as lost, in words; those that were told to go left in order."""
+        there = [worker for worker in self.all if not worker.going]
+        return [why for worker in there if (why := worker.lost(now, silence_seconds))]
 
     def clear(self) -> None:
         """Forget all of them: they register again with the deployer that acts."""
