@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.traces import TRACES, convert
+from benchmarks.traces import TRACES, convert, is_trace, source_of
 from uellm.policy.views import DispatchSettings
 from uellm.simulator.experiments import Cell, Setup, goodput, simulate
 from uellm.simulator.mesh import MeshSettings
@@ -143,7 +143,9 @@ def main() -> None:
     """Compare all cases that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--platforms", default="a100,r3090,cpu")
-    parser.add_argument("--workloads", default="alpha,tier,loose", help="traces too, with --data")
+    parser.add_argument(
+        "--workloads", default="alpha,tier,loose", help="traces too: a CSV, or with --data a name"
+    )
     parser.add_argument("--data", type=Path, help="directory with traces/")
     parser.add_argument("--cvs", default="1,3")
     parser.add_argument("--policy", default="cslo-odbs")
@@ -177,7 +179,7 @@ def main() -> None:
 
 def _cases(platforms: str, workloads: str, cvs: str) -> list[tuple[str, str, float]]:
     each = product(platforms.split(","), workloads.split(","), map(float, cvs.split(",")))
-    return list(dict.fromkeys((p, w, 1.0 if w in TRACES else cv) for p, w, cv in each))
+    return list(dict.fromkeys((p, w, 1.0 if is_trace(w) else cv) for p, w, cv in each))
 
 
 def _each(
@@ -209,11 +211,10 @@ def compare(
             Setup(on, workload, predictor, most, cv, MeshSettings(promises=False))
             for _ in range(seeds)
         ]
-        if workload in TRACES:
-            assert data is not None  # noqa: S101 - see main
+        if is_trace(workload):
             for seed, setup in enumerate(setups):
                 target = Path(folder) / f"{seed}.csv"
-                convert(data / "traces" / TRACES[workload], target, on, most, seed)
+                convert(source_of(workload, data), target, on, most, seed)
                 setups[seed] = replace(setup, workload=str(target))
         fcfs = served([replace(setup, dispatch=UNHEEDED_KV) for setup in setups], FCFS)
         ours = served(setups, policy)

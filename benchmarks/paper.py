@@ -178,7 +178,8 @@ def _serve(
 
 
 def _figures(platform: Platform, metrics: Metrics) -> dict[str, float]:
-    """The paper's metrics; see ``benchmarks.paper_replay.Replayed``."""
+    """The paper's metrics (``benchmarks.paper_replay.Replayed``), and what a gain may cost."""
+    (each,) = metrics.kinds.values()
     overhead = metrics.steps * platform.cost.overhead
     return {
         "seconds": metrics.seconds,
@@ -188,6 +189,10 @@ def _figures(platform: Platform, metrics: Metrics) -> dict[str, float]:
         "utilisation": metrics.busy - overhead / metrics.seconds,
         "redundant_kv": metrics.padding,
         "recomputed": metrics.wasted,
+        "p99": each.latency_p99 or 0.0,
+        "first_token_p99": each.ttft_p99 or 0.0,
+        "longest_wait": metrics.max_wait,
+        "met_tokens_per_second": metrics.met_tokens_per_second,
     }
 
 

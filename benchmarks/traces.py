@@ -1,6 +1,7 @@
 """Policies on arrivals and lengths of real services, in simulated time.
 
     python -m benchmarks.traces --data DIR [--platform a100] [--load 0.5,0.7,0.9] [--json]
+    python -m benchmarks.traces --trace FILE.csv
 
 Traces say nothing of objectives: requests are given, by chance, those of the three classes of the
 simulator's workload ``tier``. A load is a share of what no policy exceeds at 99 % in time. Requests
@@ -30,7 +31,7 @@ TRACES = {
     "azure-code": "azure2023_code_dev.csv",
     "mooncake": "mooncake_synthetic_trace.csv",
 }
-"""Files under ``traces/``, with ``arrival_s``, ``prompt_tokens`` and ``output_tokens``."""
+"""Files under ``traces/``."""
 POLICIES = ("fcfs:knee_factor=2", "cslo-odbs")
 COLUMNS = (
     "arrival_s",
@@ -43,8 +44,30 @@ COLUMNS = (
 )
 
 
+def is_trace(name: str) -> bool:
+    """Whether a workload is one of ``TRACES`` or a file."""
+    return name in TRACES or name.endswith(".csv")
+
+
+def source_of(name: str, data: Path | None) -> Path:
+    """The file of a trace; ``data`` is needed for one of ``TRACES``."""
+    if name not in TRACES:
+        return Path(name)
+    assert data is not None  # noqa: S101 - commands see to it
+    return data / "traces" / TRACES[name]
+
+
 def convert(source: Path, target: Path, platform: Platform, most: int, seed: int) -> None:
-    """Write the first requests of a trace with objectives, as the simulator reads it."""
+    """Write the first requests of a trace with objectives, as the simulator reads it.
+
+    Args:
+        source: with columns ``arrival_s``, ``prompt_tokens`` (or ``input_tokens``) and
+            ``output_tokens``.
+        target: to be written.
+        platform: requests that its KV room cannot hold are left out.
+        most: so many requests.
+        seed: of the objectives.
+    """
     kinds = WORKLOADS["tier"]
     rng = np.random.default_rng([seed, 3])
     shares = [kind.share for kind in kinds]
@@ -53,7 +76,10 @@ def convert(source: Path, target: Path, platform: Platform, most: int, seed: int
         writer.writerow(COLUMNS)
         written = 0
         for row in csv.DictReader(old):
-            prompt, output = int(row["prompt_tokens"]), int(row["output_tokens"])
+            prompt, output = (
+                int(row.get("prompt_tokens") or row["input_tokens"]),
+                int(row["output_tokens"]),
+            )
             kind = kinds[rng.choice(len(kinds), p=shares)]
             if written == most or not (prompt and output) or prompt + output > platform.kv_tokens:
                 continue
@@ -82,17 +108,20 @@ def compared(
                 "policy": policy.partition(":")[0],
                 "in_time": metrics.attainment,
                 **{f"{kind} p99 s": each.latency_p99 for kind, each in metrics.kinds.items()},
-                "ttft p99 s": metrics.kinds["interactive"].ttft_p99,
+                **{f"{kind} ttft s": each.ttft_p99 for kind, each in metrics.kinds.items()},
                 "max wait s": metrics.max_wait,
                 "wasted": metrics.wasted,
+                "met tokens/s": metrics.met_tokens_per_second,
             }
 
 
 def main() -> None:
     """Compare, and print a table for each trace."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="directory with traces/")
-    parser.add_argument("--trace", choices=TRACES, action="append", help="may be repeated; all")
+    parser.add_argument("--data", type=Path, help="directory with traces/, for those with a name")
+    parser.add_argument(
+        "--trace", action="append", help=f"{', '.join(TRACES)} or a CSV; may be repeated; all"
+    )
     parser.add_argument("--platform", default="a100", help="a100, r3090, cpu, or a TOML file")
     parser.add_argument("--predictor", choices=PREDICTORS, default="b80", help="of lengths")
     parser.add_argument("--load", default="0.5,0.7,0.9", help="of what no policy exceeds")
@@ -104,13 +133,18 @@ def main() -> None:
     platform = find_platform(options.platform)
     names, most, seed = options.trace or list(TRACES), options.requests, options.seed
     loads = [float(load) for load in options.load.split(",")]
+    for name in names:
+        if not is_trace(name):
+            parser.error(f"--trace: {name}: neither one of {', '.join(TRACES)} nor a .csv file")
+        if name in TRACES and options.data is None:
+            parser.error(f"--trace {name} needs --data")
     if options.convert and len(names) != 1:
         parser.error("--convert: name one --trace")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            target = options.convert or Path(folder) / f"{name}.csv"
-            convert(options.data / "traces" / TRACES[name], target, platform, most, seed)
+            target = options.convert or Path(folder) / f"{len(found)}.csv"
+            convert(source_of(name, options.data), target, platform, most, seed)
             if options.convert:
                 return
             found[name] = list(compared(target, platform, loads, options.predictor, most))

@@ -112,6 +112,11 @@ def error_from(rpc_error: Any) -> UellmError:
     return cls(message, reason=reason, field=field, retry_after_seconds=retry, metadata=metadata)
 
 
+def answered(rpc_error: Any) -> bool:
+    """Whether a grpc.aio.AioRpcError is what a service of the mesh said, not only the transport."""
+    return _details(rpc_error) is not None
+
+
 def _details(rpc_error: Any) -> Status | None:
     # Whoever answered may be no part of this mesh: a proxy, another service on the port.
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from uellm.core.errors import UnavailableError
-from uellm.rpc import channel, error_from
+from uellm.rpc import answered, channel, error_from
 from uellm.streams.connection import check, connect
 from uellm.streams.registry import Registry, ServiceAddress
 from uellm.v1 import deployer_pb2_grpc
@@ -34,11 +34,18 @@ async def service(redis_url: str, role: str) -> AsyncIterator[grpc.aio.Channel]:
         await redis.aclose()
     if not found:
         raise UnavailableError(f"there is no {role}; start one with `uellm serve {role}`")
-    async with channel(await _first_that_answers(role, found)) as way:
+    address = await _first_that_answers(role, found)
+    async with channel(address) as way:
         try:
             yield way
         except grpc.aio.AioRpcError as error:
-            raise error_from(error) from None
+            told = error_from(error)
+            if isinstance(told, UnavailableError) and not answered(error):
+                raise UnavailableError(
+                    f"the {role} at {address} stopped answering, and whether it did as asked is "
+                    f"not known: look, and try again ({told.message})"
+                ) from None
+            raise told from None
 
 
 async def _first_that_answers(role: str, found: Sequence[ServiceAddress]) -> str:
