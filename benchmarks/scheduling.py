@@ -104,6 +104,11 @@ class Live:
         """What the only replica said last."""
         return (await self._queue.routes([self._replica]))[self._replica].report
 
+    async def computed(self) -> tuple[int, int]:
+        """Tokens that the replica has computed, and those of them that it had computed before."""
+        report = await self.report()
+        return report.computed_tokens, report.recomputed_tokens
+
     async def platform(self) -> Platform:
         """The replica for the simulator, its step cost as it has learnt it."""
         report = await self.report()
@@ -197,6 +202,7 @@ def summarise(
     pair: int,
     done: Sequence[Answered],
     twin: Sequence[simulated.Record],
+    wasted: float,
 ) -> Run:
     """The numbers of a run, and of the same one simulated."""
     records = [one.record for one in done]
@@ -213,6 +219,7 @@ def summarise(
             (r.finished_at if r.first_token_at is None else r.first_token_at) - r.request.arrival
             for r in records
         ),
+        wasted=wasted,
         met_tokens_per_second=sum(r.request.output_tokens for r in records if r.met) / lasted,
         promised_p90_kept=calibration(records).p90_coverage,
         simulated_attainment=_attainment(twin),
@@ -249,9 +256,12 @@ async def measure(settings: Settings) -> dict[str, Any]:
                     if (pair, policy) in given_up:
                         continue
                     await live.set_policy(policy)
+                    computed, again = await live.computed()
                     done = await live.drive(jobs)
+                    later = await live.computed()
+                    wasted = (later[1] - again) / max(later[0] - computed, 1)
                     twin = simulate(policy, done, await live.platform(), way).records
-                    run = summarise(policy, load, pair, done, twin)
+                    run = summarise(policy, load, pair, done, twin, wasted)
                     runs.append(run)
                     progress(run)
                     if run.attainment < settings.stop_below:

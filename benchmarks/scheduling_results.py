@@ -47,7 +47,11 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What came of one run; see ``uellm.simulator.metrics`` for its numbers."""
+    """What came of one run; see ``uellm.simulator.metrics`` for its numbers.
+
+    ``wasted`` is by the engine's own account: of the computed tokens, the share that had been
+    computed before.
+    """
 
     policy: str
     load: float
@@ -56,6 +60,7 @@ class Run:
     kinds: Mapping[str, KindMetrics]
     latency_mean: float
     max_wait: float
+    wasted: float
     met_tokens_per_second: float
     promised_p90_kept: float | None
     simulated_attainment: float
@@ -142,10 +147,11 @@ def show(result: dict[str, Any]) -> None:
         + " ms"
     )
     names = result["settings"]["policies"]
-    print(f"{'load':>5}  " + "".join(f"{name:>40}" for name in names))
+    print(f"{'load':>5}  " + "".join(f"{name:>46}" for name in names))
     print(
         f"{'':>5}  "
-        + f"{'in time':>10}{'met tok/s':>10}{'wait max':>10}{'p90 kept':>10}" * len(names)
+        + f"{'in time':>8}{'met tok/s':>10}{'wait max':>10}{'wasted':>8}{'p90 kept':>10}"
+        * len(names)
     )
     for load in result["settings"]["loads"]:
         cells = []
@@ -153,6 +159,7 @@ def show(result: dict[str, Any]) -> None:
             runs = [r for r in result["runs"] if (r["policy"], r["load"]) == (name, load)]
             cells.append(_cell(runs))
         print(f"{load:>5.2f}  " + "".join(cells))
+    _show_classes(result)
     for name, values in result["goodput"]["loads"].items():
         print(f"goodput at {SHARE:.0%}: {name} " + " ".join(f"{value:.2f}" for value in values))
     for name, ratio in result["goodput"]["ratios"].items():
@@ -173,12 +180,34 @@ def show(result: dict[str, Any]) -> None:
         )
 
 
+def _show_classes(result: dict[str, Any]) -> None:
+    """Seconds until 99 % had their last token and their first one, the mean over runs."""
+    kinds = dict.fromkeys(kind for run in result["runs"] for kind in run["kinds"])
+    print("p99 of latency, first token: " + ", ".join(kinds))
+    for load in result["settings"]["loads"]:
+        for name in result["settings"]["policies"]:
+            runs = [r for r in result["runs"] if (r["policy"], r["load"]) == (name, load)]
+            cells = [
+                _tails([r["kinds"][kind] for r in runs if kind in r["kinds"]]) for kind in kinds
+            ]
+            print(f"{load:>5.2f}  {name:<12}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+def _tails(kinds: Sequence[Mapping[str, Any]]) -> str:
+    words = []
+    for figure in ("latency_p99", "ttft_p99"):
+        known = [kind[figure] for kind in kinds if kind[figure] is not None]
+        words.append(f"{statistics.mean(known):.2f} s" if known else "-")
+    return ", ".join(words)
+
+
 def _cell(runs: Sequence[Mapping[str, Any]]) -> str:
     if not runs:
-        return f"{'-':>10}" * 4
+        return f"{'-':>8}{'-':>10}{'-':>10}{'-':>8}{'-':>10}"
     in_time = statistics.mean(run["attainment"] for run in runs)
     tokens = statistics.mean(run["met_tokens_per_second"] for run in runs)
     wait = max(run["max_wait"] for run in runs)
+    wasted = statistics.mean(run["wasted"] for run in runs)
     kept = [run["promised_p90_kept"] for run in runs if run["promised_p90_kept"] is not None]
     share = f"{statistics.mean(kept):.0%}" if kept else "-"
-    return f"{in_time:>10.1%}{tokens:>10.0f}{wait:>9.1f}s{share:>10}"
+    return f"{in_time:>8.1%}{tokens:>10.0f}{wait:>9.1f}s{wasted:>8.1%}{share:>10}"

@@ -140,7 +140,7 @@ def main() -> None:
             parser.error(f"--trace {name} needs --data")
     if options.convert and len(names) != 1:
         parser.error("--convert: name one --trace")
-    found = {}
+    found: dict[str, list[dict[str, object]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             target = options.convert or Path(folder) / f"{len(found)}.csv"

@@ -236,6 +236,10 @@ def test_a_preempted_sequence_is_recomputed_and_loses_nothing() -> None:
     loop.add(add("a", max_tokens=12, seed=4))
     tokens, _ = run(loop)
     assert tokens["a"] == expected(4, 12)
+    report = loop.report()
+    # The prompt and two tokens of the answer; the last token is not computed.
+    assert report.recomputed_tokens == 3 + 2
+    assert report.computed_tokens == 3 + 11 + report.recomputed_tokens
 
 
 def test_waiting_sequences_can_be_handed_back() -> None:

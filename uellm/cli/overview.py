@@ -28,6 +28,7 @@ PROBE_SECONDS = 2.0
 _REPORTED = (
     *("running", "waiting", "slots", "kv_tokens_total", "kv_tokens_used", "kv_tokens_reserved"),
     *("kv_tokens_cached", "kv_tokens_committed", "prefix_hit_tokens", "padding_tokens"),
+    *("computed_tokens", "recomputed_tokens"),
 )
 """Of a replica's report, what `uellm health` shows."""
 

@@ -385,6 +385,8 @@ class ReplicaReport(_message.Message):
     PREFILL_STEP_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILL_STEP_PAIRS_FIELD_NUMBER: _builtins.int
     KV_BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The placement it runs under."""
     step: _builtins.int
@@ -439,6 +441,10 @@ class ReplicaReport(_message.Message):
     """Pairs of tokens that attention forms in these, likewise."""
     kv_block_tokens: _builtins.int
     """KV room is given in blocks of so many tokens; 0: not known yet."""
+    computed_tokens: _builtins.int
+    """Tokens that were computed, since it started."""
+    recomputed_tokens: _builtins.int
+    """Of these, those that had been computed before, and were lost by preemption."""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageSeconds]:
         """One per stage."""
@@ -484,10 +490,12 @@ class ReplicaReport(_message.Message):
         prefill_step_tokens: _builtins.float = ...,
         prefill_step_pairs: _builtins.float = ...,
         kv_block_tokens: _builtins.int = ...,
+        computed_tokens: _builtins.int = ...,
+        recomputed_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "reported_at", b"reported_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "cost", b"cost", "decode_sequences", b"decode_sequences", "decode_step_context_tokens", b"decode_step_context_tokens", "decode_step_seconds", b"decode_step_seconds", "decode_step_sequences", b"decode_step_sequences", "decode_steps_in_flight", b"decode_steps_in_flight", "epoch", b"epoch", "execution", b"execution", "kv_block_tokens", b"kv_block_tokens", "kv_tokens_cached", b"kv_tokens_cached", "kv_tokens_committed", b"kv_tokens_committed", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_reserved", b"kv_tokens_reserved", "kv_tokens_total", b"kv_tokens_total", "kv_tokens_used", b"kv_tokens_used", "padding_tokens", b"padding_tokens", "policy", b"policy", "prefill_seconds_per_token", b"prefill_seconds_per_token", "prefill_step_pairs", b"prefill_step_pairs", "prefill_step_tokens", b"prefill_step_tokens", "prefill_tokens", b"prefill_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "reported_at", b"reported_at", "running", b"running", "slots", b"slots", "stages", b"stages", "step", b"step", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_tokens", b"computed_tokens", "context_tokens", b"context_tokens", "cost", b"cost", "decode_sequences", b"decode_sequences", "decode_step_context_tokens", b"decode_step_context_tokens", "decode_step_seconds", b"decode_step_seconds", "decode_step_sequences", b"decode_step_sequences", "decode_steps_in_flight", b"decode_steps_in_flight", "epoch", b"epoch", "execution", b"execution", "kv_block_tokens", b"kv_block_tokens", "kv_tokens_cached", b"kv_tokens_cached", "kv_tokens_committed", b"kv_tokens_committed", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_reserved", b"kv_tokens_reserved", "kv_tokens_total", b"kv_tokens_total", "kv_tokens_used", b"kv_tokens_used", "padding_tokens", b"padding_tokens", "policy", b"policy", "prefill_seconds_per_token", b"prefill_seconds_per_token", "prefill_step_pairs", b"prefill_step_pairs", "prefill_step_tokens", b"prefill_step_tokens", "prefill_tokens", b"prefill_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "recomputed_tokens", b"recomputed_tokens", "reported_at", b"reported_at", "running", b"running", "slots", b"slots", "stages", b"stages", "step", b"step", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -92,6 +92,7 @@ class StepMeter:
         decode_sequences: sequences that decoded in it.
         context_tokens: tokens of context they attended to.
         padding_tokens: computed for the shape of static batches, in all.
+        recomputed_tokens: computed again, in all, because their sequence had lost its slot.
         prefill_seconds_per_token: smoothed; 0 until known.
         decode_step_seconds: smoothed time from one token of a sequence to its next; 0 until known.
         decode_interval_seconds: smoothed interval of steps that only decode; 0 until known.
@@ -115,6 +116,7 @@ class StepMeter:
     decode_sequences: int = 0
     context_tokens: int = 0
     padding_tokens: int = 0
+    recomputed_tokens: int = 0
     prefill_seconds_per_token: float = 0.0
     decode_step_seconds: float = 0.0
     decode_interval_seconds: float = 0.0
@@ -143,6 +145,9 @@ class StepMeter:
         self._last_result_at = now
         padding = flight.plan.rows - sum(share.chunk.count for share in flight.shares)
         self.padding_tokens += padding
+        self.recomputed_tokens += sum(
+            share.sequence.reach(share.chunk.start, share.chunk.count) for share in flight.shares
+        )
         self.prefill_tokens = flight.plan.rows - padding - len(decodes)
         self.decode_sequences = len(decodes)
         self.context_tokens = sum(share.chunk.start + 1 for share in decodes)
@@ -201,6 +206,8 @@ class StepMeter:
             kv_block_tokens=kv.block_tokens,
             prefix_hit_tokens=kv.hit_tokens,
             padding_tokens=self.padding_tokens,
+            computed_tokens=self.cost.ended[0],
+            recomputed_tokens=self.recomputed_tokens,
             stages=[
                 StageSeconds(
                     compute_seconds=seconds,

@@ -55,6 +55,7 @@ class Sequence:
         slot: where its KV cache lies, or -1 while it waits.
         computed_tokens: tokens whose KV is in the cache once the steps under way are computed.
         prefill_tokens: tokens to prefill since it was last given a slot.
+        reached_tokens: most of its tokens that were ever computed.
         preemptions: how often its slot was taken.
         proven: a token was chosen since it was given its slot, from finite logits.
         announced: the agent was told of its first step.
@@ -78,6 +79,7 @@ class Sequence:
     slot: int = -1
     computed_tokens: int = 0
     prefill_tokens: int = 0
+    reached_tokens: int = 0
     preemptions: int = 0
     proven: bool = False
     announced: bool = False
@@ -126,6 +128,12 @@ class Sequence:
         self.slot, self.computed_tokens, self.prefill_tokens = -1, 0, 0
         self.preemptions += 1
         self._waiting_view = None
+
+    def reach(self, first: int, count: int) -> int:
+        """Tokens were computed; returns how many of them had been before."""
+        again = min(first + count, self.reached_tokens) - first
+        self.reached_tokens = max(self.reached_tokens, first + count)
+        return max(again, 0)
 
     def output(
         self,
