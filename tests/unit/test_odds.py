@@ -21,8 +21,13 @@ WEIGHTED = st.lists(st.tuples(SHARES, st.floats(0.1, 100.0)), min_size=1, max_si
 
 def learn(odds: Odds, group: int, said: float, came_true: bool) -> None:
     """An outcome that counts at once."""
-    odds.learn(group, said, came_true, at=0.0)
+    learn_later(odds, group, said, came_true, at=0.0)
     odds.advance(0.0)
+
+
+def learn_later(odds: Odds, group: int, said: float, came_true: bool, at: float) -> None:
+    """An outcome that counts from a time on."""
+    odds.learn(group, said, odds.opinions(group, np.array([said]))[0], came_true, at)
 
 
 def taught(outcomes: list[tuple[int, float, bool]]) -> Odds:
@@ -126,6 +131,34 @@ def test_what_is_learnt_fades_when_the_traffic_changes() -> None:
     assert corrected(odds, WAITS, 0.5) < 0.1
 
 
+def test_a_jam_is_noticed_within_some_dozens() -> None:
+    """Of a thousand seven in ten came true, and now it is one in ten."""
+    rng, odds = np.random.default_rng(5), Odds()
+    for _ in range(1000):
+        learn(odds, WAITS, 0.7, bool(rng.random() < 0.7))
+    for _ in range(80):
+        learn(odds, WAITS, 0.7, bool(rng.random() < 0.1))
+    # One memory of 256 alone says .60.
+    assert corrected(odds, WAITS, 0.7) < 0.42
+
+
+def test_in_calm_times_odds_hold_still() -> None:
+    rng, odds = np.random.default_rng(6), Odds()
+    found = []
+    for _ in range(3000):
+        learn(odds, WAITS, 0.7, bool(rng.random() < 0.7))
+        found.append(corrected(odds, WAITS, 0.7)[0])
+    # By one memory of 32 alone they vary by .033.
+    assert np.std(found[1000:]) < 0.025
+
+
+def test_what_was_kept_of_one_memory_is_learnt_anew() -> None:
+    state = taught([(WAITS, 0.5, True)] * 50).state()
+    odds = Odds()
+    odds.load({"groups": state["groups"], "counts": state["counts"][:, 0]})
+    assert corrected(odds, WAITS, 0.3, 0.7) == pytest.approx([0.3, 0.7])
+
+
 def test_one_kind_leans_on_the_others_until_it_is_known() -> None:
     rng, odds = np.random.default_rng(4), Odds()
     for said in rng.uniform(0.2, 0.5, 400):
@@ -140,7 +173,7 @@ def test_one_kind_leans_on_the_others_until_it_is_known() -> None:
 def test_outcomes_count_when_they_would_be_known_either_way() -> None:
     odds = Odds()
     for i in range(100):
-        odds.learn(WAITS, 0.5, True, at=float(i))
+        learn_later(odds, WAITS, 0.5, True, at=float(i))
     assert corrected(odds, WAITS, 0.5) == pytest.approx(0.5)
     odds.advance(9.5)
     some = corrected(odds, WAITS, 0.5)
@@ -151,9 +184,9 @@ def test_outcomes_count_when_they_would_be_known_either_way() -> None:
 def test_outcomes_that_wait_for_a_day_do_not_keep_out_those_that_wait_for_seconds() -> None:
     odds = Odds()
     for i in range(2 * MOST_PENDING):
-        odds.learn(OTHER_KIND_WAITS, 0.9, True, at=86_400.0 + i)
+        learn_later(odds, OTHER_KIND_WAITS, 0.9, True, at=86_400.0 + i)
     for i in range(200):
-        odds.learn(WAITS, 0.9, False, at=float(i))
+        learn_later(odds, WAITS, 0.9, False, at=float(i))
     odds.advance(1e3)
     assert corrected(odds, WAITS, 0.9) < 0.3
     # Of the others the earliest are learnt from.
@@ -170,14 +203,16 @@ def test_who_finds_a_slot_free_says_nothing_of_those_that_wait() -> None:
     assert corrected(odds, WAITS, 0.7) == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("wrong", ["counts", "groups", "shape", "true"])
+@pytest.mark.parametrize("wrong", ["counts", "groups", "trust", "shape", "true", "impossible"])
 def test_a_state_that_is_none_is_refused(wrong: str) -> None:
     odds = taught([(FREE, 0.5, True)])
     state = odds.state()
     if wrong == "shape":
-        state["counts"] = state["counts"][:, :, 1:]
+        state["counts"] = state["counts"][..., 1:]
     elif wrong == "true":
-        state["counts"][:, 1] += 1
+        state["counts"][:, :, 1] += 1
+    elif wrong == "impossible":
+        state["trust"][:] = -np.inf
     else:
         del state[wrong]
     with pytest.raises((KeyError, ValueError)):

@@ -64,13 +64,15 @@ class _Basis:
         group: whose shifts it was given.
         seconds: promised, by target and level.
         said: see ``Prospects``.
-        in_turn: likewise.
+        opinions: of each memory of odds.
+        in_turn: see ``Prospects``.
     """
 
     forecast: Forecasts
     group: int
     seconds: list[list[float]]
     said: float
+    opinions: Floats
     in_turn: float
 
 
@@ -184,6 +186,7 @@ class TrackRecord:
             found.group,
             found.seconds[row].tolist(),
             float(found.said[row]),
+            self._odds.opinions(found.group, found.said[row : row + 1])[0],
             float(found.in_turn[row]),
         )
         kind, group = found.group // 2, found.group
@@ -283,7 +286,7 @@ class TrackRecord:
         basis, limits = entry.basis, limits_of(entry.forecast)[0]
         if judged and (asked := np.isfinite(limits)).any():
             over = entry.since + float(limits[asked].max()) + self._hearing
-            self._odds.learn(basis.group, basis.said, not late, at=over)
+            self._odds.learn(basis.group, basis.said, basis.opinions, not late, at=over)
         entry.filed = True
         for outcomes, number in entry.places:
             outcomes.file(number, late=late, judged=judged)
