@@ -120,7 +120,10 @@ async def measure(loads: Sequence[float], requests: int, cv: float) -> dict[str,
         "step_seconds": step_seconds,
         "saturated_requests_per_second": rate,
         "predictor": everybody[-1].profile.predictor,
-        "bins": [asdict(each) for each in bins_of([one.record for one in everybody], least=40)],
+        "bins": [
+            asdict(each)
+            for each in bins_of([[one.record for one in everybody]], least=40, block=BLOCK)
+        ],
         "kept": {name: asdict(each) for name, each in found.items()},
     }
 

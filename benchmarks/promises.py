@@ -4,7 +4,8 @@ Runs the policies and the track record of the live service on the simulator. A c
 the promised 90 % quantile of the finish covers 88 to 92 % of each class, and the odds of each bin
 of at least 400 requests are within 5 points of what came true. A class is what a scheduler can
 tell apart: how urgent a request is, and which times it asks for. Intervals are a bootstrap's over
-runs of one seed each: in a run, requests share their queue and their fate.
+runs of one seed each: in a run, requests share their queue and their fate. That of a bin's error
+is over blocks of a thousand requests: those who doubt are few, and come in a few jams.
 
     python -m benchmarks.promises --requests 20000 --seeds 10 --json --plot reliability.png
 
@@ -33,6 +34,8 @@ COVERED = (0.88, 0.92)
 MOST_OFF = 0.05
 LEAST_IN_BIN = 400
 BINS = 10
+BLOCK = 1000
+"""Requests of a run, one after the other, that are drawn together."""
 BOOTSTRAPS = 2000
 
 Floats = npt.NDArray[np.float64]
@@ -75,11 +78,19 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Requests that were told about the same odds."""
+    """Requests that were told about the same odds.
+
+    Attributes:
+        requests: how many.
+        said: in the mean.
+        came_true: share that was in time.
+        off_interval: in 95 of 100 bootstraps over blocks, what came true over what was said.
+    """
 
     requests: int
     said: float
     came_true: float
+    off_interval: tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +117,7 @@ def measure(case: Case, requests: int, seeds: int) -> Result:
     return Result(
         case,
         {name: _kept([[r for r in run if _name(r) == name] for run in runs]) for name in names},
-        bins_of([record for run in runs for record in run]),
+        bins_of(runs),
     )
 
 
@@ -163,22 +174,46 @@ def pinball(late: Floats) -> float:
     return float(np.mean(np.maximum(LEVEL * late, (LEVEL - 1) * late)))
 
 
-def bins_of(records: Sequence[Record], least: int = LEAST_IN_BIN) -> list[Bin]:
-    """Bins of a reliability diagram that have so many requests at least."""
+def bins_of(
+    runs: Sequence[Sequence[Record]], least: int = LEAST_IN_BIN, block: int = BLOCK
+) -> list[Bin]:
+    """Bins of a reliability diagram that have so many requests at least.
+
+    Args:
+        runs: requests of each in the order in which they came.
+        least: requests.
+        block: requests that are drawn together by the bootstrap.
+    """
     told = [
-        (record.promise.p_meet, record.punctual)
-        for record in records
+        (record.promise.p_meet, record.punctual, run, number // block)
+        for run, records in enumerate(runs)
+        for number, record in enumerate(records)
         if record.promise is not None and record.promise.p_meet is not None
     ]
     if not told:
         return []
-    said, true = np.array(told, dtype=np.float64).T
+    said, true, *which = np.array(told, dtype=np.float64).T
+    _, blocks = np.unique(which, axis=1, return_inverse=True)
     places = np.minimum((said * BINS).astype(int), BINS - 1)
     return [
-        Bin(int(some.sum()), float(said[some].mean()), float(true[some].mean()))
+        Bin(
+            int(some.sum()),
+            float(said[some].mean()),
+            float(true[some].mean()),
+            _interval((true - said)[some], blocks[some]),
+        )
         for place in range(BINS)
         if (some := places == place).sum() >= least
     ]
+
+
+def _interval(values: Floats, blocks: npt.NDArray[np.intp]) -> tuple[float, float]:
+    """Where the mean of some values is in 95 of 100 bootstraps over the blocks that have any."""
+    _, blocks = np.unique(blocks, return_inverse=True)
+    sums, sizes = np.bincount(blocks, values), np.bincount(blocks)
+    picks = np.random.default_rng(0).integers(0, len(sizes), (BOOTSTRAPS, len(sizes)))
+    low, most = np.quantile(sums[picks].sum(axis=1) / sizes[picks].sum(axis=1), (0.025, 0.975))
+    return float(low), float(most)
 
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -206,8 +241,13 @@ def _show(result: Result) -> None:
             f"      {kind:20} p50 {kept.p50:.3f} p90 {kept.p90:.3f} ({low:.3f} to {high:.3f}) "
             f"start p90 {kept.start_p90:.3f} width {kept.width:.2f} sharpness {kept.sharpness:.2f}"
         )
-    bins = "  ".join(f"{b.said:.2f}>{b.came_true:.2f} ({b.requests})" for b in result.bins)
-    print(f"      odds {bins}", flush=True)
+    for b in result.bins:
+        low, high = b.off_interval
+        print(
+            f"      odds {b.said:.2f} in time {b.came_true:.2f} of {b.requests} "
+            f"(off by {low:+.2f} to {high:+.2f})",
+            flush=True,
+        )
 
 
 def _draw(path: Path, results: Sequence[Result]) -> None:
