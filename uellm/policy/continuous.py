@@ -27,12 +27,12 @@ class OrderedSettings(Settings):
     )
     knee_factor: float = setting(
         0.0,
-        "Most sequences at once, in knees: batches from which on arithmetic, not the weights, "
-        "sets the pace. 0: as many as there are slots.",
+        "Most sequences at once, in multiples of the knee: the batch from which on arithmetic, not "
+        "reading the weights, sets the pace. 0: as many as there are slots.",
         least=0,
     )
     max_wait_seconds: float = setting(
-        600.0, "Who has waited longer than this is first, by arrival.", above=0
+        600.0, "Requests that have waited longer go first, by arrival.", above=0
     )
 
 

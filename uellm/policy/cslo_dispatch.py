@@ -34,27 +34,29 @@ class CsloOdbsDispatchSettings(CsloSettings):
 
     knee_factor: float = setting(
         1.0,
-        "Most requests of a replica at once, in knees: batches from which on arithmetic, not the "
-        "weights, sets the pace. 0: as many as it has slots.",
+        "Most requests of a replica at once, in multiples of the knee: the batch from which on "
+        "arithmetic, not reading the weights, sets the pace. 0: as many as it has slots.",
         least=0,
     )
     kv_share: float = setting(
         0.98, "Share of a replica's KV room that the predicted peak may take.", above=0
     )
     urgent_steps: float = setting(
-        120.0, "A request is urgent when it has to start within so many steps.", least=0
+        120.0, "A request is urgent when it has to start within this many steps.", least=0
     )
     urgent_beyond: int = setting(
-        64, "So many urgent requests a replica is sent beyond its free places.", least=0
+        64, "Most urgent requests that a replica is sent beyond its free slots.", least=0
     )
     ahead_alone: int = setting(
         512,
-        "So many requests the only replica is sent ahead, whatever its KV room: there is nowhere "
-        "else to go, and its engine sees more.",
+        "Most requests that an only replica is sent ahead, whatever its KV room: there is nowhere "
+        "else to go, and its engine knows more.",
         least=0,
     )
     scanned: int = setting(
-        256, "So many first of the order are judged by whether they are in time together.", least=1
+        256,
+        "Of how many, the first of the order, it is found out who can be in time together.",
+        least=1,
     )
 
 

@@ -48,7 +48,7 @@ class WaitSettings(Settings):
     """Settings of orders that would let some wait for ever."""
 
     max_wait_seconds: float = setting(
-        600.0, "Who has waited longer than this is first, by arrival.", above=0
+        600.0, "Requests that have waited longer go first, by arrival.", above=0
     )
 
 

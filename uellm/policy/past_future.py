@@ -23,10 +23,15 @@ class PastFutureSettings(Settings):
         0.95, "Share of the KV room that the predicted peak may take.", above=0, most=1
     )
     caution: float = setting(
-        0.5, "Lengths are taken so far from their median to their 90 % quantile.", least=0, most=1
+        0.5,
+        "Lengths that the KV peak is predicted with: 0: their medians, 1: their 90 % quantiles.",
+        least=0,
+        most=1,
     )
     knee_factor: float = setting(
-        0.0, "Most sequences at once, in knees; 0: as many as there are slots.", least=0
+        0.0,
+        "Most sequences at once, in multiples of the knee; 0: as many as there are slots.",
+        least=0,
     )
 
 
