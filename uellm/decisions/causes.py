@@ -165,7 +165,7 @@ def _promise_earlier(
         return []
     who = _who(ids, names)
     gain = f"{show_duration(earlier)} earlier, by the policy's estimate"
-    if facts.finished_at is not None and earlier >= facts.finished_at - record.now:
+    if facts.answered_at is not None and earlier >= facts.answered_at - record.now:
         # Nobody can have cost it more than all the time that it took.
         gain = f"promised {show_duration(earlier)} earlier, more than it took in the end"
     text = f"without {who} ahead of it, {gain}"

@@ -57,7 +57,7 @@ def _summary(
     if main is not None and main.seconds is not None:
         sentences.append(f"Mostly ({show_duration(main.seconds)}): {main.text}.")
     # One that promised too late said nothing of what it took in the end.
-    told = (c.text for c in what_if if facts.finished_at is None or c.seconds_earlier < total)
+    told = (c.text for c in what_if if facts.answered_at is None or c.seconds_earlier < total)
     text = next(told, None)
     if text is not None:
         sentences.append(f"{text[0].upper()}{text[1:]}.")

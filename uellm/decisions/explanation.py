@@ -40,6 +40,11 @@ class Facts:
     message: str = ""
     attempts: int = 0
 
+    @property
+    def answered_at(self) -> float | None:
+        """When its whole answer was there; None: it is not, or it ended without one."""
+        return self.finished_at if self.state == "DONE" else None
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:
