@@ -38,7 +38,7 @@ def up(
         ),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")] = 1,
-    stages: Annotated[int, typer.Option(min=0, help="Stages per replica; 0: as few as fit.")] = 0,
+    stages: Annotated[int, typer.Option(min=0, help="Stages per copy; 0: what is best.")] = 0,
     replicas: Annotated[
         int, typer.Option(min=1, help="Copies of each model; with --objective goodput the fewest.")
     ] = 1,

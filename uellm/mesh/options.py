@@ -104,7 +104,7 @@ class MeshOptions:
         models: what to serve.
         workers: how many worker processes.
         devices: what each worker may use, as UELLM_WORKER_DEVICES takes it; "": all it finds.
-        stages: stages per replica; 0: as few as fit.
+        stages: stages per replica; 0: as many as the objective is best with.
         replicas: copies of each model; with the objective goodput the fewest.
         objective: what placements seek; "": as the deployer is set.
         dtype: compute dtype; "": float32 on CPU, bfloat16 elsewhere.

@@ -1398,7 +1398,7 @@ class Deployment(_message.Message):
     wanted_replicas: _builtins.int
     """Copies wanted now; with the objective goodput as many as the load needs."""
     wanted_stages: _builtins.int
-    """Stages wanted per copy; 0: as few as fit."""
+    """Stages wanted per copy; 0: as many as the objective is best with."""
     dtype: _builtins.str
     """Compute dtype."""
     slots: _builtins.int

@@ -36,8 +36,8 @@ class SchedulerSettings(ServiceSettings):
         gt=0,
         lt=1,
         description="A request whose caller prefers a refusal to being late is let in beside "
-        "others only if it is in time even with an answer as long as this share of such answers "
-        "at most is. Lower: more are let in, and more of them are late.",
+        "others only if it would be in time even with an answer as long as this quantile of its "
+        "predicted length. Lower: more are let in, and more of them are late.",
     )
     most_strikes: int = Field(
         3,
