@@ -5,7 +5,7 @@ device needs no more than its id and what is to be said of it; links that are na
 whatever was measured or declared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,8 @@ def read_topology(path: Path) -> topology_pb2.Topology:
         raise _wrong(
             path, f"{' '.join(str(error).split())}; see protos/uellm/v1/topology.proto"
         ) from None
-    for device in message.devices:
-        if not device.id:
-            raise _wrong(path, "devices: one has no id, <worker>/<kind>:<index>")
+    for device, said in zip(message.devices, (content or {}).get("devices") or (), strict=True):
+        _check_said(path, device, said)
     for link in message.links:
         link.source = link.source or SOURCE
     return message
@@ -83,9 +82,18 @@ def complete(
 
 
 def to_yaml(message: topology_pb2.Topology) -> str:
-    """A topology as a file; what a file cannot know, such as processes, is left out."""
+    """A topology as a file; what a file cannot know, such as processes, is left out.
+
+    So are devices that cannot be used now.
+    """
     copied = topology_pb2.Topology()
     copied.CopyFrom(message)
+    usable = [device for device in message.devices if device.healthy]
+    ids = {device.id for device in usable}
+    links = [link for link in message.links if {link.src, link.dst} <= ids]
+    del copied.devices[:], copied.links[:]
+    copied.devices.extend(usable)
+    copied.links.extend(links)
     for device in copied.devices:
         for name in ("processes", "notes", "utilisation", "throttled_by", "pcie", "measured_at"):
             device.ClearField(name)
@@ -97,6 +105,24 @@ def to_yaml(message: topology_pb2.Topology) -> str:
                 device[name] = int(device[name])
     facts.pop("version", None)
     return str(yaml.safe_dump(facts, sort_keys=False))
+
+
+def _check_said(path: Path, device: topology_pb2.Device, said: Mapping[str, Any]) -> None:
+    if not device.id:
+        raise _wrong(path, "devices: one has no id, <worker>/<kind>:<index>")
+    if said.get("healthy") is False:
+        # A field that is not there says the same: files say nothing of it.
+        raise _wrong(
+            path,
+            f"devices: {device.id}: healthy: false; leave it out to plan without it, or exclude it "
+            "(--exclude)",
+        )
+    total, free = device.memory_total_bytes, device.memory_free_bytes
+    if total and free > total:
+        raise _wrong(
+            path,
+            f"devices: {device.id}: memory_free_bytes: {free}; at most memory_total_bytes, {total}",
+        )
 
 
 def _set_defaults(device: topology_pb2.Device) -> None:

@@ -38,12 +38,18 @@ def test_a_whole_topology_is_what_planners_take(tmp_path: Path) -> None:
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     message = read_topology(write(tmp_path, WHOLE))
     message.version = 7
+    for device in message.devices:
+        device.healthy = True
+    unwell = message.devices.add(id="c/cuda:0", memory_total_bytes=5)
+    message.links.add(src="a/cuda:0", dst=unwell.id, bytes_per_second=1)
     message.devices[0].notes.append("a note")
     message.devices[0].processes.add(pid=1)
     again = read_topology(write(tmp_path, to_yaml(message)))
     assert not again.devices[0].notes
     assert not again.devices[0].processes
-    assert again.links == message.links
+    # What cannot be used now is not planned with later.
+    assert [device.id for device in again.devices] == ["a/cuda:0", "b/cuda:0"]
+    assert again.links == message.links[:1]
     assert again.devices[1] == message.devices[1]
     assert load_topology(tmp_path / "topology.yaml").devices[0].flops_per_second == 3e14
 
@@ -75,6 +81,12 @@ def test_a_file_completes_what_was_discovered(tmp_path: Path) -> None:
         ("links: [{src: x, dst: y, bytes_per_second: 1}]", "no device 'x'"),
         ("default_links: [{level: galaxy, bytes_per_second: 1}]", "galaxy"),
         ("devices: [{id: a/cpu:0, memory_total_bytes: lots}]", "memory_total_bytes"),
+        ("devices: [{id: a, memory_total_bytes: 5}]", "an id is <worker>/<kind>:<index>"),
+        ("devices: [{id: a/cpu:0, healthy: false}]", r"healthy: false; leave it out .*--exclude"),
+        (
+            "devices: [{id: a/cpu:0, memory_total_bytes: 5, memory_free_bytes: 6}]",
+            "memory_free_bytes: 6; at most memory_total_bytes, 5",
+        ),
         ("- a list", "topology file"),
         ("\t{", "topology file"),
     ],

@@ -184,7 +184,11 @@ def _rank(link: Link) -> tuple[bool, float]:
 def _check_device(device: Device) -> None:
     name = f"device {device.id!r}"
     if not device.id or not device.worker:
-        _refuse("devices", f"{name} of worker {device.worker!r}: id and worker must not be empty")
+        _refuse(
+            "devices",
+            f"{name} of worker {device.worker!r}: id and worker must not be empty; an id is "
+            "<worker>/<kind>:<index>",
+        )
     for what in ("memory_bytes", "flops_per_second", "memory_bytes_per_second", "launch_seconds"):
         value = getattr(device, what)
         if not (math.isfinite(value) and value >= 0):
