@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 from uellm_deployer.probing import BLOCK_SECONDS, CALL_SECONDS, block_cost
 
 from uellm.cli.discovered import Discovered, discover
@@ -52,7 +53,7 @@ async def probed_anew(
         dtype: to compute in.
 
     Raises:
-        grpc.aio.AioRpcError: what a worker says against it.
+        grpc.aio.AioRpcError: what a worker says against it, for a while.
     """
     redis = connect(redis_url)
     try:
@@ -69,9 +70,7 @@ async def probed_anew(
     blocks: dict[BlockKey, BlockCost] = {}
     for device in discovered.topology.devices:
         request.device_id = device.id
-        async with channel(addresses[device.worker]) as way:
-            stub: Any = worker_pb2_grpc.WorkerServiceStub(way)
-            answer = await stub.ProbeBlock(request, timeout=CALL_SECONDS)
+        answer = await _measured(addresses[device.worker], request)
         key = BlockKey(device.host, device.name, digest, dtype)
         blocks[key] = block_cost(answer, 0.0)
     devices = tuple(learnt(device, AS_PREDICTED) for device in discovered.topology.devices)
@@ -80,3 +79,18 @@ async def probed_anew(
         topology=replace(discovered.topology, devices=devices),
         layers=Knowledge({**discovered.layers.blocks, **blocks}),
     )
+
+
+async def _measured(address: str, request: worker_pb2.ProbeBlockRequest) -> Any:
+    """A worker's answer, when it has let go of what it did before."""
+    deadline = time.monotonic() + CALL_SECONDS
+    async with channel(address) as way:
+        stub: Any = worker_pb2_grpc.WorkerServiceStub(way)
+        while True:
+            try:
+                return await stub.ProbeBlock(request, timeout=CALL_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                busy = error.code() == grpc.StatusCode.FAILED_PRECONDITION
+                if not busy or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_LOOK_SECONDS)
