@@ -1,6 +1,8 @@
 """One way to reach Redis, with the settings that the queue protocol needs."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from redis.asyncio import Redis
@@ -10,7 +12,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from uellm.core.errors import ConfigurationError
+from uellm.core.errors import ConfigurationError, ResourceExhaustedError
 
 # redis-py types every reply as the union of all its modes; this project uses one (bytes).
 RedisClient: TypeAlias = Any
@@ -20,8 +22,11 @@ SOCKET_TIMEOUT_SECONDS = 10.0
 BLOCK_MS = 2000
 
 UNREACHABLE = (
-    *(RedisConnectionError, RedisTimeoutError, OSError),
-    *(OutOfMemoryError, ReadOnlyError),
+    RedisConnectionError,
+    RedisTimeoutError,
+    OSError,
+    OutOfMemoryError,
+    ReadOnlyError,
 )
 """What a call raises when Redis is away, or there and taking no writes: to be tried again later.
 
@@ -87,6 +92,23 @@ def connect(url: str) -> RedisClient:
     pool = client.connection_pool
     pool.connection_class = type("Connection", (_Connection, pool.connection_class), {})
     return client
+
+
+@contextmanager
+def refused_if_full() -> Iterator[None]:
+    """Writes in it that Redis has no memory for are errors that callers understand.
+
+    Raises:
+        ResourceExhaustedError: in place of Redis' own.
+    """
+    try:
+        yield
+    except OutOfMemoryError:
+        raise ResourceExhaustedError(
+            "Redis is at its memory limit; waiting requests free some as they end",
+            reason="QUEUE_MEMORY",
+            retry_after_seconds=5.0,
+        ) from None
 
 
 async def check(redis: RedisClient, url: str) -> None:

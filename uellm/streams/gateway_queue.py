@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from redis.exceptions import OutOfMemoryError
 
-from uellm.core.errors import ResourceExhaustedError
+from uellm.streams.connection import refused_if_full
 from uellm.streams.messages import (
     AcceptResult,
     Door,
@@ -34,16 +34,10 @@ class GatewayQueue(ModelQueue):
         Raises:
             ResourceExhaustedError: if Redis has no memory left for it.
         """
-        try:
+        with refused_if_full():
             status, request_id, accepted_ms, door = await self._run(
                 "accept", *_accept_arguments(request, limits)
             )
-        except OutOfMemoryError:
-            raise ResourceExhaustedError(
-                "Redis is at its memory limit; waiting requests free some as they end",
-                reason="QUEUE_MEMORY",
-                retry_after_seconds=5.0,
-            ) from None
         return AcceptResult(
             status.decode(), request_id.decode(), accepted_ms / 1000, parse_door(door)
         )

@@ -7,9 +7,8 @@ from typing import Any
 from redis.exceptions import OutOfMemoryError
 
 from uellm.convert import load_to_proto
-from uellm.core.errors import ResourceExhaustedError
 from uellm.core.load import OfferedLoad
-from uellm.streams.connection import RedisClient
+from uellm.streams.connection import RedisClient, refused_if_full
 from uellm.streams.messages import (
     REFUSED_RETENTION_SECONDS,
     RETENTION_SECONDS,
@@ -69,14 +68,8 @@ class SchedulerQueue(ModelQueue):
         if policy is None:
             await self._redis.delete(self.keys.policy)
             return
-        try:
+        with refused_if_full():
             await self._redis.set(self.keys.policy, policy.SerializeToString(deterministic=True))
-        except OutOfMemoryError:
-            raise ResourceExhaustedError(
-                "Redis is at its memory limit; waiting requests free some as they end",
-                reason="QUEUE_MEMORY",
-                retry_after_seconds=5.0,
-            ) from None
 
     async def track_record(self) -> bytes:
         """How the model's promises were kept, as an owner left it; empty: none did."""
