@@ -16,7 +16,7 @@ from typing import Self
 from uellm.addresses import bare, from_here, joined, listening
 from uellm.core.errors import ConfigurationError
 
-START_SECONDS = 10.0
+START_SECONDS = 60.0
 
 
 def find_server() -> str:

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -85,6 +86,14 @@ async def has_versions(up: Up) -> bool:
     return status == 0 and bool(json.loads(out))
 
 
+async def healthy(up: Up) -> dict[str, Any]:
+    """What `uellm health` says once all services have answered in time."""
+    status, out, _ = await up.run("health", "--json")
+    assert status == exits.OK, out
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
 async def answers(up: Up) -> bool:
     status, _, err = await up.run("generate", "Hello again", "--max-tokens", "8")
     # Where a gateway takes longer to start again than a client is patient.
@@ -125,9 +134,7 @@ async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
     assert [(v["number"], v["predictor"]) for v in json.loads(out)] == [(1, "text")]
     status, _, err = await up.run("profiler", "rollback", "7")
     assert (status, "no earlier version" in err) == (2, True), err
-    status, out, _ = await up.run("health", "--json")
-    health = json.loads(out)
-    assert status == 0, out
+    health = await eventually(lambda: healthy(up))
     assert {service["status"] for service in health["services"]} == {"SERVING"}
     assert health["deployments"][0]["replicas"][0]["state"] == "READY"
 
@@ -181,9 +188,7 @@ async def test_it_answers_heals_and_drains(up: Up, tmp_path: Path) -> None:
 async def test_a_model_is_spread_over_the_devices_of_one_worker(up: Up, engine: str) -> None:
     up.environment["UELLM_WORKER_ENGINE"] = engine
     await up.start("--devices", "sim:0-2:memory=1GiB", "--stages", "3")
-    status, out, _ = await up.run("health", "--json")
-    assert status == 0, out
-    (deployment,) = json.loads(out)["deployments"]
+    (deployment,) = (await eventually(lambda: healthy(up)))["deployments"]
     assert deployment["replicas"][0]["stages"] == [
         "worker-1/sim:0:0-2",
         "worker-1/sim:1:3-5",

