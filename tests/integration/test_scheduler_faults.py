@@ -8,6 +8,8 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 from uellm_scheduler.book import Book
 from uellm_scheduler.effects import Effects
+from uellm_scheduler.settings import SchedulerSettings
+from uellm_scheduler.upkeep import Upkeep
 
 from tests.support.packages import package
 from tests.support.scheduling import MODEL, Mesh, scheduler
@@ -255,6 +257,27 @@ async def test_it_goes_on_after_redis_lost_everything(mesh: Mesh, redis_url: str
         request_id = await mesh.accept()
         (entry,) = await mesh.received("r0", 1)
         assert entry.request_id == request_id
+
+
+async def test_who_is_missed_is_forgotten_only_when_it_is_missed_again(
+    mesh: Mesh, redis_url: str
+) -> None:
+    """After a pause of the scheduler its completion is there, and has not been read yet."""
+    book, queue = Book(), SchedulerQueue(mesh.redis, MODEL)
+    token = await queue.own("s", 60_000)
+    await queue.ensure_requests_group()
+    effects = Effects(queue, book, token=token, batch_names=iter(()), lease_ms=1000)
+    settings = SchedulerSettings(redis_url=redis_url, service_id="s", lease_seconds=1e-9)
+    upkeep = Upkeep(queue, book, effects, token, settings)
+    request_id = await mesh.accept()
+    (queued,) = await queue.read_requests("s", 10, None)
+    book.queue(queued)
+    book.sent(request_id, "r0", 1, now=0.0)  # Redis does not know of it.
+
+    await upkeep.tend(100.0)
+    assert list(book.in_flight) == [request_id]
+    await upkeep.tend(100.0)
+    assert not book.in_flight
 
 
 async def test_a_request_that_moved_on_as_it_was_given_up_comes_back(mesh: Mesh) -> None:

@@ -58,6 +58,7 @@ class Upkeep:
         self.reaping = Timer(settings.renew_seconds)
         self._reconciling = Timer(settings.lease_seconds)
         self._reconciling.due()
+        self._missed: set[str] = set()
 
     async def tend(self, now: float) -> None:
         """Do what is due.
@@ -113,9 +114,17 @@ class Upkeep:
         return ticket_of(queued_of(record)) if record is not None else None
 
     async def _reconcile(self, now: float) -> None:
-        """Forget what left its holder unnoticed: its completion was trimmed before it was read."""
+        """Forget what left its holder unnoticed: its completion was trimmed before it was read.
+
+        Not what was missed for the first time: after a pause of this process its completion may be
+        there to be read, and its promise is to be judged by that.
+        """
         held = set(await self._queue.dispatched())
+        missed = set()
         for request_id, ticket in list(self._book.in_flight.items()):
             sent_at = ticket.in_flight.dispatched_at if ticket.in_flight else now
             if request_id not in held and now - sent_at > self._settings.lease_seconds:
-                self._book.drop(request_id)
+                missed.add(request_id)
+        for request_id in missed & self._missed:
+            self._book.drop(request_id)
+        self._missed = missed
