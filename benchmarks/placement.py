@@ -13,7 +13,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from configparser import ConfigParser
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +32,8 @@ from uellm.placement.topology import Topology
 from uellm.placement.views import Objective, Plan, PlanRequest, Workload
 
 LOAD = Workload(batch=4, in_flight=32, prompt_tokens=512, output_tokens=128)
+_SINGLE = Workload(batch=1, in_flight=64, prompt_tokens=512, output_tokens=64)
+"""So many short batches that hardly any stage waits for another's prompts."""
 # Helix's clusters serve a model of 80 layers and width 8192; its files count megabytes a second.
 _HELIX_LAYERS = 80
 _TOKEN_BYTES = 2 * 8192
@@ -87,11 +89,10 @@ def main() -> None:
     if options.random:
         clusters |= _random()
     rows = []
-    for name in (name for name in clusters if options.only in name):
-        for objective in ("lr", "throughput"):
-            rows.append(_measure(name, *clusters[name], objective))
-            if not options.json:
-                _show(rows[-1])
+    for row in _rows(clusters, options.only):
+        rows.append(row)
+        if not options.json:
+            _show(row)
     figures: dict[str, dict[str, float]] = {}
     if not options.only:
         for name in ("3090x4, chatglm2-6b", "mixed24, llama-2-70b"):
@@ -103,6 +104,16 @@ def main() -> None:
         return
     for name, found in figures.items():
         print(f"{name}: {found}")
+
+
+def _rows(clusters: dict[str, tuple[Topology, str]], only: str) -> Iterator[Row]:
+    """A plan for each cluster whose name has this in it, and each objective."""
+    for name in (name for name in clusters if only in name):
+        for objective in ("lr", "throughput"):
+            yield _measure(name, *clusters[name], objective)
+    for cluster in ("mixed12, llama-2-70b", "mixed24, llama-2-70b"):
+        if only in (name := f"{cluster}, 64 x 1 x 512+64"):
+            yield _measure(name, *clusters[cluster], "throughput", _SINGLE)
 
 
 def _random() -> dict[str, tuple[Topology, str]]:
@@ -154,9 +165,11 @@ def _timed(work: Callable[[], Plan]) -> tuple[Plan, tuple[float, float, float]]:
     return plan, (statistics.median(times), min(times), max(times))
 
 
-def _measure(name: str, topology: Topology, held: str, objective: Objective) -> Row:
+def _measure(
+    name: str, topology: Topology, held: str, objective: Objective, load: Workload = LOAD
+) -> Row:
     request = PlanRequest(
-        topology, model(held), LOAD, objective, seeded=False, clock=time.monotonic
+        topology, model(held), load, objective, seeded=False, clock=time.monotonic
     )
     plan, seconds = _timed(lambda: solve(request))
     if not plan.replicas:

@@ -124,7 +124,7 @@ def test_as_much_work_is_done_as_there_is_time_for(
     request = PlanRequest(topology, model("llama-2-13b"), LOAD, objective, budget_seconds=0.4)
     plan = solver.solve(request)
     assert plan.replicas
-    assert plan.budget_exhausted == (objective != "lr")
+    assert plan.budget_exhausted
     assert budgets[0].left >= -0.2 * 0.4
 
 

@@ -10,8 +10,10 @@ import pytest
 
 from benchmarks.clusters import model
 from tests.support.clusters import MIB, cuts, odd_request, small_model, wide_area
+from uellm import clusters
 from uellm.core.model import LayerProfile
 from uellm.placement import cpsat, held_karp, pace
+from uellm.placement.baselines import BASELINES
 from uellm.placement.bound import Bounded
 from uellm.placement.chain import chain_of
 from uellm.placement.costs import Costs, costs_of
@@ -145,6 +147,33 @@ def test_one_large_layer_goes_where_it_fits() -> None:
         request = PlanRequest(Topology(devices), model, load, objective)
         assert solve(request).replicas
         assert list(everything(costs_of(request)))
+
+
+def test_a_device_for_small_layers_alone_gets_one_of_them() -> None:
+    small, large = LayerProfile(MIB, 0, 1.0), LayerProfile(2000 * MIB, 0, 1.0)
+    held = replace(small_model(embed=0), layers=(large, small, large))
+    devices = tuple(
+        Device(f"w/cuda:{i}", "w", "w", "cuda", room * MIB)
+        for i, room in enumerate((9000, 600, 9000))
+    )
+    load = Workload(batch=1, prompt_tokens=16, output_tokens=16, stages=3)
+    for objective in OBJECTIVES[:4]:
+        plan = solve(PlanRequest(Topology(devices), held, load, objective))
+        (replica,) = plan.replicas
+        assert [stage.device_id for stage in replica.stages][1] == "w/cuda:1"
+
+
+@pytest.mark.parametrize(("batch", "in_flight"), [(4, 4), (4, 8), (8, 8)])
+def test_few_batches_are_placed_by_what_is_predicted_of_them(batch: int, in_flight: int) -> None:
+    load = Workload(batch=batch, in_flight=in_flight, prompt_tokens=512, output_tokens=128)
+    topology = clusters.cluster("mixed12")
+    request = PlanRequest(topology, model("llama-2-70b"), load, "throughput", seeded=False)
+    found, costs = solve(request).replicas[0].prediction, costs_of(request)
+    assert found is not None
+    for rule in BASELINES.values():
+        layout = rule(costs)
+        if layout is not None and not shortages(costs, layout):
+            assert found.tokens_per_second >= predict(costs, layout).tokens_per_second * 0.999
 
 
 @pytest.mark.parametrize("count", [18, 20])

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from tests.support.clusters import MIB, random_request, small_model
 from uellm.placement.costs import costs_of
 from uellm.placement.replan import (
@@ -12,7 +14,7 @@ from uellm.placement.replan import (
 )
 from uellm.placement.solver import solve, solve_shared
 from uellm.placement.topology import Device, LinkSpeed, Topology
-from uellm.placement.views import Plan, PlanRequest, Workload
+from uellm.placement.views import Objective, Plan, PlanRequest, Workload
 
 LOAD = Workload(batch=1, prompt_tokens=64, output_tokens=16, in_flight=8)
 
@@ -118,3 +120,21 @@ def test_replicas_beside_each_other_fit_together() -> None:
             held[stage.device_id] = held.get(stage.device_id, 0) + stage.memory_bytes
     rooms = costs_of(request).room
     assert all(held[d.id] <= room for d, room in zip(topology.devices, rooms, strict=True))
+
+
+@pytest.mark.parametrize("objective", ["lr", "throughput"])
+def test_the_proof_is_of_the_plan_that_is_kept(objective: Objective) -> None:
+    kept = 0
+    for seed in range(30):
+        request = random_request(seed, 5, objective)
+        before = solve(replace(request, objective="he"))
+        if not before.replicas:
+            continue
+        plan = solve(replace(request, previous=before, move_seconds_per_byte=1e-6))
+        found, proof = plan.replicas[0].prediction, plan.certificate
+        assert found is not None
+        assert proof is not None
+        shown = found.total_seconds if objective == "lr" else found.tokens_per_second
+        assert proof.value == pytest.approx(shown, rel=1e-9)
+        kept += plan.replicas[0].stages != solve(request).replicas[0].stages
+    assert kept

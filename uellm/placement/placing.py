@@ -22,6 +22,8 @@ from uellm.placement.views import Candidate, Certificate, Objective, Pin, PlanRe
 # Where layers differ, sizes to take them for, from the mean to the largest.
 _SIZES = 4
 _NEXT_BEST = 12
+_CLOSED = 0.01
+"""A gap to the bound that is too small to look for more."""
 
 Rules = Mapping[str, Layout | None]
 """Baselines' layouts, by name."""
@@ -97,6 +99,12 @@ def place(costs: Costs, wish: Wish) -> Placed | None:
     if limit is None or choice is None:
         return None
     judge = Judge(costs, chain, wish.objective, limit, wish.stages)
+    return _chosen(judge, wish, rules, choice)
+
+
+def _chosen(judge: Judge, wish: Wish, rules: Rules, choice: Choice) -> Placed | None:
+    """The best layout near to what was chosen."""
+    costs, chain = judge.costs, judge.chain
     layout = Layout(choice.route.order, choice.route.layers)
     near = [Layout(route.order, route.layers) for route in choice.others]
     if wish.seeded:
@@ -104,8 +112,12 @@ def place(costs: Costs, wish: Wish) -> Placed | None:
     best = judge.best([layout, *near])
     if best is None:
         return None
-    layout = best
-    return _placed(judge, wish, layout, rules, choice, choice.certificate)
+    found = _placed(judge, wish, best, rules, choice, choice.certificate)
+    if wish.objective != "throughput" or found.certificate.ratio <= 1 + _CLOSED:
+        return found
+    # What is predicted is more than the rounds that were searched by.
+    best = improved(judge, best, wish.budget.part(wish.budget.seconds / 4))
+    return _placed(judge, wish, best, rules, choice, choice.certificate)
 
 
 def _place_uneven(costs: Costs, wish: Wish, rules: Rules) -> Placed | None:

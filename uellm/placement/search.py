@@ -19,7 +19,9 @@ EXACT = 1e-9
 """Within this of its bound a route is taken to be the best."""
 
 _ORDERS_PER_SECOND = 30_000
-_TREES_PER_SECOND = 12
+_TREES_PER_SECOND = 36
+_TREES_SHARE = 0.6
+"""Of the time for a bound by trees, what they may take; what they lead to has the rest."""
 _STEPS_PER_SECOND = 1e8
 """Of the walks, from one state to another."""
 _ALIKE = 0.1
@@ -148,8 +150,8 @@ def deepen(
         target: seconds that the bound need not exceed.
         polisher: of the chain; None: a new one, with a quarter of the budget.
     """
-    trees = max(1, int(_TREES_PER_SECOND * budget.seconds))
-    lifted = ascend(chain, target, trees, budget)
+    trees = min(_TREES_PER_SECOND, _TREES_SHARE / tree_seconds(chain)) * budget.seconds
+    lifted = ascend(chain, target, max(1, int(trees)), budget)
     polisher = polisher or Polisher(chain, int(_ORDERS_PER_SECOND * budget.seconds / 4), budget)
     return Bounded(lifted.bound, tuple(_improved(polisher, _near(lifted))))
 
