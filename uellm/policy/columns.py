@@ -39,7 +39,7 @@ class Columns:
         """Places, from one on, of those whose id is one of these; few are looked at for few."""
         if not ids:
             return np.empty(0, dtype=np.intp)
-        if len(ids) < len(self.tags) - since:
+        if 8 * len(ids) < len(self.tags) - since:
             tagged = np.zeros(_TAGS, dtype=np.bool_)
             tagged[[_tag(name) for name in ids]] = True
             places = (since + np.flatnonzero(tagged[self.tags[since:]])).tolist()

@@ -176,9 +176,10 @@ class Dispatcher(ABC):
         put_off = bool(admission.put_off)
         if work is not None and line is not None and len(line):
             wanted, positions, more = _wanted(order, work.people, new, queue, admission.let_in)
-            promiser = self._promiser(queue, work, line)
-            promises = promiser.promises(wanted, positions, queue.promised)
             put_off |= more
+            if len(wanted):
+                promiser = self._promiser(queue, work, line)
+                promises = promiser.promises(wanted, positions, queue.promised)
         views = columns.views
         struck = columns.struck
         suspects = bool(struck.any() and struck[order].any())
