@@ -102,7 +102,8 @@ async def test_a_slow_wire_is_found_to_be_as_slow_as_it_is(
             assert links[ends].bytes_per_second == pytest.approx(rate, rel=0.2)
             # A row of activations is on its way for as long as its bytes take, besides.
             assert links[ends].wire_seconds == pytest.approx(latency, rel=0.2)
-            assert links[ends].latency_seconds == pytest.approx(latency, rel=0.2)
+            # The software of a hop to who has waited is in it, some tenths of a millisecond.
+            assert 0.8 * latency <= links[ends].latency_seconds <= 1.6 * latency
 
 
 async def test_half_the_processor_is_found_to_be_half_as_fast() -> None:
