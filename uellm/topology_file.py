@@ -36,7 +36,7 @@ def read_topology(path: Path) -> topology_pb2.Topology:
     message = topology_pb2.Topology()
     try:
         json_format.ParseDict(content or {}, message)
-    except (json_format.ParseError, AttributeError, TypeError) as error:
+    except (json_format.ParseError, AttributeError, TypeError, OverflowError) as error:
         raise _wrong(
             path, f"{' '.join(str(error).split())}; see protos/uellm/v1/topology.proto"
         ) from None
