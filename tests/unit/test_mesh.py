@@ -126,6 +126,25 @@ def test_of_several_meshes_the_last_one_that_runs_is_found(tmp_path: Path) -> No
     assert find_mesh(tmp_path) == first
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            MeshOptions(models=(), host="127.0.0.1:80", listens=True),
+            "--listen: '127.0.0.1:80' is no",
+        ),
+        (MeshOptions(models=(), host="[::1]:80"), "--host: '\\[::1]:80' is no name or address"),
+        (MeshOptions(models=(), host="192.0.2.1", listens=True), "; correct --listen or --port"),
+    ],
+)
+async def test_an_address_that_cannot_be_listened_at_is_named_by_its_option(
+    options: MeshOptions, says: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        async with Mesh(options).running():
+            pass
+
+
 async def test_logs_of_meshes_that_run_are_kept() -> None:
     runs = [home() / "logs" / f"2020010{day}-000000-1" for day in range(1, 9)]
     for run in runs:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from uellm_deployer.settings import DeployerSettings
 
-from uellm.core.errors import InvalidArgumentError
+from uellm.core.errors import ConfigurationError, InvalidArgumentError
 from uellm.topology_file import complete, load_topology, read_topology, to_yaml
 from uellm.v1 import topology_pb2
 
@@ -100,3 +101,10 @@ def test_what_cannot_be_is_refused_by_name(text: str, word: str, tmp_path: Path)
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r"nowhere\.yaml"):
         read_topology(tmp_path / "nowhere.yaml")
+
+
+def test_a_deployer_names_the_setting_that_names_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "devices: [{slowdown: 2}]")
+    assert not DeployerSettings().said_topology.devices
+    with pytest.raises(ConfigurationError, match=r"UELLM_DEPLOYER_TOPOLOGY_FILE: .* one has no id"):
+        _ = DeployerSettings(topology_file=str(path)).said_topology

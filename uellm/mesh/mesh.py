@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from uellm import logs
-from uellm.addresses import bare, from_here, is_anywhere, joined, listening
+from uellm.addresses import bare, from_here, is_anywhere, is_host, joined, listening
 from uellm.core.errors import ConfigurationError
 from uellm.embedded import EmbeddedRedis, free_port
 from uellm.mesh.joining import Token, new_secret
@@ -173,6 +173,13 @@ class Mesh:
         await wait_for_gateway(self.address, self.options)
 
     def _check_port(self) -> None:
+        option = "--listen" if self.options.listens else "--host"
+        if not is_host(self.options.host):
+            raise ConfigurationError(
+                f"{option}: {self.options.host!r} is no name or address of a machine; its port is "
+                "told by --port",
+                field="host",
+            )
         try:
             listening(self.options.host, self.options.port).close()
         except OSError as error:
@@ -180,7 +187,7 @@ class Mesh:
             remedy = (
                 "choose another with --port, or stop what is there"
                 if taken
-                else "correct --host or --port"
+                else f"correct {option} or --port"
             )
             raise ConfigurationError(
                 f"cannot listen on {joined(self.options.host, self.options.port)} "

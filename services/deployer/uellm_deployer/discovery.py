@@ -10,7 +10,6 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from uellm.convert import timestamp
 from uellm.convert_topology import device_from_proto, link_from_proto, link_to_proto
@@ -28,7 +27,7 @@ from uellm.placement.discovery import (
 )
 from uellm.placement.topology import LinkSpeed
 from uellm.streams.connection import UNREACHABLE
-from uellm.topology_file import complete, read_topology
+from uellm.topology_file import complete
 from uellm.v1 import common_pb2, deployer_pb2, queue_pb2, topology_pb2
 from uellm_deployer.catalog import ResolvedModel
 from uellm_deployer.live_steps import reported, stage_times
@@ -105,8 +104,7 @@ class Discovery:
         self.times = StageTimes()
         self._version = 0
         self._last = b""
-        path = settings.topology_file
-        self._file = read_topology(Path(path)) if path else topology_pb2.Topology()
+        self._file = settings.said_topology
 
     async def load(self) -> None:
         """Read what was measured before."""

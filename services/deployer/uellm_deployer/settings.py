@@ -1,15 +1,18 @@
 """What a deployer is told."""
 
 import json
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
 from uellm.config import ServiceSettings
-from uellm.core.errors import InvalidArgumentError
+from uellm.core.errors import ConfigurationError, InvalidArgumentError
 from uellm.placement.demand import Targets
 from uellm.placement.placers import placer_of
+from uellm.topology_file import read_topology
+from uellm.v1 import topology_pb2
 
 
 class DeployerSettings(ServiceSettings):
@@ -145,6 +148,22 @@ class DeployerSettings(ServiceSettings):
     def targets(self) -> Targets:
         """What the objective goodput aims at."""
         return Targets(self.utilisation, self.attainment, self.keep_seconds)
+
+    @property
+    def said_topology(self) -> topology_pb2.Topology:
+        """What the topology file says; nothing without one.
+
+        Raises:
+            ConfigurationError: if it cannot be read.
+        """
+        if not self.topology_file:
+            return topology_pb2.Topology()
+        try:
+            return read_topology(Path(self.topology_file))
+        except InvalidArgumentError as error:
+            raise ConfigurationError(
+                f"UELLM_DEPLOYER_TOPOLOGY_FILE: {error.message}", field="topology_file"
+            ) from None
 
     @field_validator("models", "adapters", mode="before")
     @classmethod
