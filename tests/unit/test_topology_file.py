@@ -82,7 +82,7 @@ def test_a_file_completes_what_was_discovered(tmp_path: Path) -> None:
         ("links: [{src: x, dst: y, bytes_per_second: 1}]", "no device 'x'"),
         ("default_links: [{level: galaxy, bytes_per_second: 1}]", "galaxy"),
         ("devices: [{id: a/cpu:0, memory_total_bytes: lots}]", "memory_total_bytes"),
-        ("devices: [{id: a/cpu:0, memory_total_bytes: .inf}]", "cannot convert float infinity"),
+        ("devices: [{id: a/cpu:0, kind: .inf}]", "cannot convert float infinity"),
         ("devices: [{id: a, memory_total_bytes: 5}]", "an id is <worker>/<kind>:<index>"),
         ("devices: [{id: a/cpu:0, healthy: false}]", r"healthy: false; leave it out .*--exclude"),
         (
