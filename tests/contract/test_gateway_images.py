@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from tests.contract.test_gateway_peers import Scheduler, serving
 from tests.support.gateway import MODEL, Gateway, MeshDriver, refusal, refused, running_gateway
+from tests.support.gateway_peers import Scheduler, serving
 from tests.support.vision import picture, write_vision_model_files
 from tests.support.waiting import HANG_SECONDS, eventually
 from uellm import convert_topology

@@ -1,18 +1,17 @@
 """ProfilerService: predictions that every profiler learns alike."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import pytest
 
-from tests.support.scheduling import MODEL, Mesh, Running, completion, profiler
-from tests.support.waiting import HANG_SECONDS, eventually
+from tests.support.profiler import learnt, profile_request, stub_of, teach
+from tests.support.scheduling import Mesh, profiler
+from tests.support.waiting import HANG_SECONDS
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import LEVELS
-from uellm.rpc import channel, error_from
-from uellm.v1 import common_pb2, profiler_pb2, profiler_pb2_grpc
+from uellm.rpc import error_from
+from uellm.v1 import common_pb2, profiler_pb2
 
 
 @pytest.fixture
@@ -20,39 +19,6 @@ async def mesh(redis: Any) -> Mesh:
     mesh = Mesh(redis)
     await mesh.deploy("r0", slots=100)
     return mesh
-
-
-@asynccontextmanager
-async def stub_of(service: Running) -> AsyncIterator[Any]:
-    async with channel(service.address) as open_channel:
-        yield profiler_pb2_grpc.ProfilerServiceStub(open_channel)
-
-
-async def teach(mesh: Mesh, count: int, **fields: Any) -> None:
-    """Completions, as the scripts write them."""
-    async with mesh.redis.pipeline(transaction=False) as pipeline:
-        for _ in range(count):
-            event = completion(mesh.model, **fields)
-            pipeline.xadd(mesh.gateway.keys.completions, {"payload": event.SerializeToString()})
-        await pipeline.execute()
-
-
-async def learnt(stub: Any, count: int) -> profiler_pb2.DescribeModelResponse:
-    """A model's description once so many completions have been learnt from."""
-
-    async def description() -> profiler_pb2.DescribeModelResponse | None:
-        request = profiler_pb2.DescribeModelRequest(model=MODEL)
-        answer = await stub.DescribeModel(request, timeout=HANG_SECONDS)
-        assert answer.observations <= count
-        return answer if answer.observations == count else None
-
-    return await eventually(description)  # type: ignore[return-value]
-
-
-def profile_request(**fields: Any) -> profiler_pb2.ProfileRequest:
-    chosen = {"model": MODEL, "sampling_regime": "greedy", "prompt_tokens": 3, "max_tokens": 500}
-    item = profiler_pb2.ProfileItem(**{**chosen, **fields})
-    return profiler_pb2.ProfileRequest(items=[item])
 
 
 async def test_the_first_request_gets_an_honest_profile(mesh: Mesh, redis_url: str) -> None:

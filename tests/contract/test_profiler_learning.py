@@ -18,8 +18,8 @@ from uellm_profiler import learning
 from uellm_profiler.serving import MOST_WAITING, Serving
 from uellm_profiler.store import PREFIX, Store
 
-from tests.contract.test_profiler import learnt, profile_request, stub_of, teach
 from tests.support.predictors import DUE, UNFITTED, Guess, Slow
+from tests.support.profiler import learnt, profile_request, stub_of, teach
 from tests.support.scheduling import MODEL, Mesh, profiler
 from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.core.errors import ConfigurationError, InvalidArgumentError, ResourceExhaustedError

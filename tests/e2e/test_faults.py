@@ -11,6 +11,7 @@ import pytest
 import uellm.demo
 from tests.support.checkpoints import write_adapter
 from tests.support.fleet import Fleet, Service, fleet
+from tests.support.mesh_answers import PROMPTS, collect
 from uellm.client import Client, new_request
 from uellm.embedded import free_port
 from uellm.v1.inference_pb2 import GenerationEvent
@@ -19,14 +20,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 MODEL = "demo"
 MODEL_DIR = Path(uellm.demo.__file__).parent / "model"
-PROMPTS = (
-    "Count from 1 to 40.",
-    "Tell me a story of 9 sentences.",
-    "Repeat the word tree 30 times.",
-)
 ADAPTER, ADAPTED = "twist", PROMPTS[2]
 """The adapter that answers one of them."""
-ANSWER_SECONDS = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -66,33 +61,6 @@ async def client(mesh: Fleet) -> AsyncIterator[Client]:
 def answer(client: Client, prompt: str) -> AsyncIterator[GenerationEvent]:
     adapter = ADAPTER if prompt == ADAPTED else ""
     return client.generate(new_request(MODEL, prompt, adapter=adapter, max_tokens=300))
-
-
-async def collect(
-    events: AsyncIterator[GenerationEvent],
-    fault: Callable[[], Awaitable[None]] | None = None,
-    after_tokens: int = 12,
-) -> tuple[list[int], str]:
-    """Tokens and text of an answer; ``fault`` strikes once, in the middle of it."""
-    ids: list[int] = []
-    text = ""
-    finished = 0
-    async with asyncio.timeout(ANSWER_SECONDS):
-        async for event in events:
-            kind = event.WhichOneof("event")
-            if kind == "tokens":
-                assert event.tokens.offset == len(ids), "a token twice, or missing"
-                ids += event.tokens.ids
-                text += event.tokens.text
-            elif kind == "finished":
-                finished += 1
-                assert event.finished.usage.output_tokens == len(ids)
-            if fault is not None and len(ids) >= after_tokens:
-                strike, fault = fault, None
-                await strike()
-    assert finished == 1
-    assert fault is None, "the answer ended before the fault"
-    return ids, text
 
 
 async def ask_all_during(

@@ -1,18 +1,14 @@
 """A device that is slower than it says loses layers while answers stream: no answer is lost."""
 
 import asyncio
-import json
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import uellm.demo
-from tests.e2e.test_faults import PROMPTS, collect
-from tests.support.fleet import Fleet, fleet
+from tests.support.fleet import MODEL, Fleet, fleet, status
+from tests.support.mesh_answers import PROMPTS, collect
 from tests.support.waiting import eventually
 from uellm.client import Client, new_request
 from uellm.embedded import free_port
@@ -20,7 +16,6 @@ from uellm.v1 import topology_pb2
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
-MODEL = "demo"
 MODEL_DIR = Path(uellm.demo.__file__).parent / "model"
 DEVICE = "sim:0:memory={}:flops=1e12:bandwidth={}:paced"
 BESIDE, INSTEAD = "2GiB", "400MiB"
@@ -47,20 +42,6 @@ def mesh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleet]:
         running.add("scheduler", 1)
         running.add("gateway", 1, port=str(free_port()))
         yield running
-
-
-async def status(mesh: Fleet, model: str = MODEL) -> dict[str, Any]:
-    """What `uellm status` says of a model."""
-    process = await asyncio.create_subprocess_exec(
-        str(Path(sys.executable).parent / "uellm"),
-        *("status", model, "--json", "--redis", mesh.redis.url),
-        stdout=asyncio.subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if not name.startswith("UELLM_")},
-    )
-    said, _ = await process.communicate()
-    assert process.returncode == 0
-    (deployment,) = json.loads(said)["deployments"]
-    return dict(deployment)
 
 
 async def test_a_slow_device_gives_its_layers_away_under_load(

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 import uellm.demo
-from tests.e2e.test_faults import PROMPTS, collect
-from tests.e2e.test_replanning import status
-from tests.support.fleet import Fleet, fleet
+from tests.support.fleet import Fleet, fleet, status
+from tests.support.mesh_answers import PROMPTS, collect
 from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.client import Client, new_request
 from uellm.embedded import free_port

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from tests.integration.test_deployer_discovery import MeasuredWorker, add
-from tests.integration.test_deployer_replanning import AT_ONCE, PROPOSED, change, steps
 from tests.support.checkpoints import write_checkpoint
-from tests.support.deployer import MODEL, REPLICA, Mesh, layers
+from tests.support.deployer import MODEL, REPLICA, MeasuredWorker, Mesh, add, layers
+from tests.support.replanning import AT_ONCE, PROPOSED, change, steps
 from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.cli import deployments, exits
 from uellm.core.errors import (

@@ -1,74 +1,15 @@
 """When the deployer has devices measured, and what becomes of it; workers answer as told."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
 from tests.support.checkpoints import write_checkpoint
-from tests.support.deployer import MODEL, REPLICA, Mesh
+from tests.support.deployer import COST, MODEL, REPLICA, MeasuredWorker, Mesh, add
 from tests.support.waiting import eventually
-from tests.support.workers import GIB, RecordingWorker
-from uellm.core.cost import StepCost, chunk_pairs
-from uellm.core.errors import FailedPreconditionError
-from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2, worker_pb2
-
-COST = StepCost(1e-4, 1e-3, 1e-4, 1e-8, 1e-9)
-
-
-class MeasuredWorker(RecordingWorker):
-    """Answers probes of layers at once, or not at all.
-
-    Attributes:
-        kind: its device's name.
-        speed: of its device, against others.
-        probes: what was asked for.
-        hangs: probes never end.
-        fails: probes fail.
-    """
-
-    def __init__(
-        self, name: str, kind: str, speed: float = 1.0, memory_bytes: int = 2 * GIB
-    ) -> None:
-        super().__init__(name, memory_bytes)
-        self.kind = kind
-        self.speed = speed
-        self.probes: list[worker_pb2.ProbeBlockRequest] = []
-        self.hangs = self.fails = False
-
-    async def ProbeBlock(
-        self, request: worker_pb2.ProbeBlockRequest, context: Any
-    ) -> worker_pb2.ProbeBlockResponse:
-        self.probes.append(request)
-        self.calls.append(("probe", "", 0))
-        if self.fails:
-            raise FailedPreconditionError("it is broken")
-        if self.hangs:
-            await asyncio.Event().wait()
-        steps = [(n, 0, chunk_pairs(0, n)) for n in (16, 64, 256)]
-        steps += [(n, n * c, 0.0) for n, c in ((1, 64), (1, 1024), (16, 512), (32, 128))]
-        return worker_pb2.ProbeBlockResponse(
-            points=[
-                topology_pb2.BlockPoint(
-                    tokens=tokens,
-                    context_tokens=context_tokens,
-                    pairs=pairs,
-                    layer_seconds=COST.seconds(tokens, context_tokens, pairs) / self.speed,
-                )
-                for tokens, context_tokens, pairs in steps
-            ],
-            weight_bytes=1_000_000,
-            flops_per_token=500_000,
-        )
-
-    @property
-    def devices(self) -> list[topology_pb2.Device]:
-        (device,) = super().devices
-        device.name = self.kind
-        return [device]
+from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
 
 
 @pytest.fixture
@@ -76,13 +17,6 @@ async def mesh(redis: Redis, redis_url: str, tmp_path: Path) -> AsyncIterator[Me
     mesh = Mesh(redis, redis_url, write_checkpoint(tmp_path / "model", layers=6))
     yield mesh
     await mesh.close()
-
-
-async def add(mesh: Mesh, *workers: MeasuredWorker) -> None:
-    for worker in workers:
-        mesh.workers[worker.name] = worker
-        await worker.start(mesh.addresses)
-        await eventually(lambda name=worker.name: mesh.knows(name))  # type: ignore[misc]
 
 
 async def topology(mesh: Mesh, deployer: int = 0) -> deployer_pb2.GetTopologyResponse:

@@ -7,10 +7,10 @@ import pytest
 from redis.asyncio import Redis
 from uellm_deployer import guard, reconcile, scaling
 
-from tests.integration.test_deployer_scaling import AT_ONCE, OTHER, Loaded, workers
 from tests.support.checkpoints import write_checkpoint
 from tests.support.deployer import FAILED, MODEL, READY
 from tests.support.packages import package
+from tests.support.scaling import AT_ONCE, OTHER, Loaded, workers
 from tests.support.waiting import eventually
 from uellm.core.errors import ModelFilesError
 from uellm.v1 import common_pb2, deployer_pb2, topology_pb2

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,15 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from tests.integration.test_deployer_discovery import COST, MeasuredWorker, add
 from tests.support.checkpoints import write_checkpoint
-from tests.support.deployer import MODEL, READY, REPLICA, Mesh, layers
+from tests.support.deployer import MODEL, READY, REPLICA, MeasuredWorker, Mesh, add, layers
+from tests.support.replanning import AT_ONCE, DONE, PROPOSED, change, steps
 from tests.support.waiting import HANG_SECONDS, eventually, stays
 from uellm.core.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from uellm.streams.keys import Keys
-from uellm.v1 import deployer_pb2, queue_pb2, topology_pb2
+from uellm.v1 import deployer_pb2, topology_pb2
 
 DRAINING = topology_pb2.REPLICA_STATE_DRAINING
-DONE, PROPOSED = topology_pb2.CHANGE_STATE_DONE, topology_pb2.CHANGE_STATE_PROPOSED
-AT_ONCE = {"probe_seconds": 5.0, "replan_seconds": 0.1, "replan_cooldown_seconds": 0.0}
 TAKES_OVER = "org/tiny-1"
 
 
@@ -31,47 +29,12 @@ async def mesh(redis: Redis, redis_url: str, tmp_path: Path) -> AsyncIterator[Me
     await mesh.close()
 
 
-async def change(mesh: Mesh, state: int) -> topology_pb2.PlacementChange | None:
-    deployment = await mesh.published()
-    for found in deployment.changes if deployment else ():
-        if found.state == state:
-            return found
-    return None
-
-
 async def alone(mesh: Mesh, replica: str) -> topology_pb2.Deployment | None:
     """The deployment once it consists of one replica that serves, and the change is over."""
     found = await mesh.published()
     if found is None or [(r.id, r.state) for r in found.replicas] != [(replica, READY)]:
         return None
     return found if [c.state for c in found.changes] == [DONE] else None
-
-
-def steps(
-    mesh: Mesh, replica: topology_pb2.Replica, ratios: list[float], **sequences: int
-) -> Callable[[], Any]:
-    """Reports of a replica whose stages take so many times what their layers should."""
-    step = 0
-
-    async def report() -> None:
-        nonlocal step
-        step += 1
-        counts = [stage.last_layer - stage.first_layer + 1 for stage in replica.stages]
-        seconds = [
-            queue_pb2.StageSeconds(decode_seconds=ratio * count * COST.seconds(2, 100))
-            for ratio, count in zip(ratios, counts, strict=True)
-        ]
-        message = queue_pb2.ReplicaReport(
-            epoch=replica.epoch,
-            step=step,
-            decode_step_sequences=2,
-            decode_step_context_tokens=100,
-            stages=seconds,
-            **sequences,
-        )
-        await mesh.queue.route(replica.id, replica.epoch, "READY", message)
-
-    return report
 
 
 async def test_a_faster_worker_takes_over_while_the_old_one_serves(mesh: Mesh) -> None:

@@ -6,7 +6,7 @@ from uellm_deployer.measurements import BLOCKS, KEPT_SECONDS, LINKS, Measurement
 from uellm_deployer.probing import PROBE, MeasuredLink
 from uellm_deployer.stage_times import HALF_LIFE_SECONDS
 
-from tests.integration.test_deployer_discovery import COST
+from tests.support.deployer import COST
 from uellm.placement.discovery import BlockKey, LinkKey
 from uellm.placement.learning import Correction
 from uellm.placement.measuring import BlockCost

@@ -8,62 +8,23 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from redis.asyncio import Redis
-from uellm_deployer.app import start as start_deployer
 from uellm_deployer.measurements import LINKS
-from uellm_deployer.settings import DeployerSettings
 
+from tests.support.probes import deployer_at, see, topology
 from tests.support.waiting import HANG_SECONDS, eventually
 from tests.support.worker import worker_at
 from uellm.convert_topology import topology_from_proto
 from uellm.core.errors import NotFoundError, UellmError
-from uellm.rpc import channel, error_from
 from uellm.streams.registry import Registry, ServiceAddress
 from uellm.topology_file import load_topology
-from uellm.v1 import deployer_pb2, deployer_pb2_grpc, topology_pb2, worker_pb2
-
-
-@asynccontextmanager
-async def deployer_at(redis_url: str, **settings: Any) -> AsyncIterator[Any]:
-    """A deployer that acts, and a stub for it."""
-    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    stop = asyncio.Event()
-    chosen = {"redis_url": redis_url, "host": "127.0.0.1", "service_id": "deployer-1"} | settings
-    told = DeployerSettings(**chosen)
-    task = asyncio.create_task(start_deployer(told, stop=stop, ready=ready.set_result))
-    await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
-    if task.done():
-        await task
-    try:
-        async with channel(ready.result()) as way:
-            yield deployer_pb2_grpc.DeployerServiceStub(way)
-    finally:
-        stop.set()
-        await task
-
-
-async def topology(stub: Any, timeout: float = HANG_SECONDS, **wanted: Any) -> Any:
-    try:
-        return await stub.GetTopology(deployer_pb2.GetTopologyRequest(**wanted), timeout=timeout)
-    except grpc.aio.AioRpcError as error:
-        raise error_from(error) from None
-
-
-async def see(stub: Any, workers: Sequence[str], timeout: float = HANG_SECONDS) -> None:
-    """Wait until the deployer knows these workers."""
-
-    async def there() -> bool:
-        described = await stub.Describe(deployer_pb2.DescribeRequest(), timeout=HANG_SECONDS)
-        return {worker.worker for worker in described.workers} == set(workers)
-
-    await eventually(there, timeout)
+from uellm.v1 import topology_pb2, worker_pb2
 
 
 async def test_ways_between_workers_are_measured_and_kept(redis_url: str, redis: Any) -> None:

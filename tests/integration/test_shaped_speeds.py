@@ -13,7 +13,7 @@ import pytest
 from uellm_worker.children import ChildSpawner
 
 from benchmarks.hosts import OUTSIDE, Host, NoHostsError, Quota, network, quota
-from tests.integration.test_probes import deployer_at, see, topology
+from tests.support.probes import deployer_at, see, topology
 from uellm.embedded import EmbeddedRedis
 from uellm.placement.topology import LinkSpeed
 from uellm.v1.engine_pb2 import EngineCommand, PrepareShard, ProbeBlock

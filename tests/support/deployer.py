@@ -11,11 +11,19 @@ from uellm_deployer.app import start
 from uellm_deployer.settings import DeployerSettings
 
 from tests.support.waiting import HANG_SECONDS, eventually
-from tests.support.workers import RecordingWorker
+from tests.support.workers import GIB, RecordingWorker
+from uellm.core.cost import StepCost, chunk_pairs
+from uellm.core.errors import FailedPreconditionError
 from uellm.rpc import channel, error_from
 from uellm.streams.queue import ModelQueue
 from uellm.streams.registry import Registry
-from uellm.v1 import common_pb2, deployer_pb2, deployer_pb2_grpc, topology_pb2
+from uellm.v1 import (
+    common_pb2,
+    deployer_pb2,
+    deployer_pb2_grpc,
+    topology_pb2,
+    worker_pb2,
+)
 
 READY = topology_pb2.REPLICA_STATE_READY
 FAILED = topology_pb2.REPLICA_STATE_FAILED
@@ -146,3 +154,65 @@ def layers(deployment: topology_pb2.Deployment, replica: int = 0) -> list[tuple[
 
 async def gone(mesh: Mesh) -> bool:
     return await mesh.published() is None
+
+
+COST = StepCost(1e-4, 1e-3, 1e-4, 1e-8, 1e-9)
+
+
+class MeasuredWorker(RecordingWorker):
+    """Answers probes of layers at once, or not at all.
+
+    Attributes:
+        kind: its device's name.
+        speed: of its device, against others.
+        probes: what was asked for.
+        hangs: probes never end.
+        fails: probes fail.
+    """
+
+    def __init__(
+        self, name: str, kind: str, speed: float = 1.0, memory_bytes: int = 2 * GIB
+    ) -> None:
+        super().__init__(name, memory_bytes)
+        self.kind = kind
+        self.speed = speed
+        self.probes: list[worker_pb2.ProbeBlockRequest] = []
+        self.hangs = self.fails = False
+
+    async def ProbeBlock(
+        self, request: worker_pb2.ProbeBlockRequest, context: Any
+    ) -> worker_pb2.ProbeBlockResponse:
+        self.probes.append(request)
+        self.calls.append(("probe", "", 0))
+        if self.fails:
+            raise FailedPreconditionError("it is broken")
+        if self.hangs:
+            await asyncio.Event().wait()
+        steps = [(n, 0, chunk_pairs(0, n)) for n in (16, 64, 256)]
+        steps += [(n, n * c, 0.0) for n, c in ((1, 64), (1, 1024), (16, 512), (32, 128))]
+        return worker_pb2.ProbeBlockResponse(
+            points=[
+                topology_pb2.BlockPoint(
+                    tokens=tokens,
+                    context_tokens=context_tokens,
+                    pairs=pairs,
+                    layer_seconds=COST.seconds(tokens, context_tokens, pairs) / self.speed,
+                )
+                for tokens, context_tokens, pairs in steps
+            ],
+            weight_bytes=1_000_000,
+            flops_per_token=500_000,
+        )
+
+    @property
+    def devices(self) -> list[topology_pb2.Device]:
+        (device,) = super().devices
+        device.name = self.kind
+        return [device]
+
+
+async def add(mesh: Mesh, *workers: MeasuredWorker) -> None:
+    for worker in workers:
+        mesh.workers[worker.name] = worker
+        await worker.start(mesh.addresses)
+        await eventually(lambda name=worker.name: mesh.knows(name))  # type: ignore[misc]

@@ -1,5 +1,7 @@
 """A mesh of separate processes, each started alone with only an address of Redis, to be killed."""
 
+import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.support.waiting import HANG_SECONDS, eventually
 from uellm.embedded import EmbeddedRedis
@@ -205,3 +208,20 @@ def fleet(directory: Path) -> Iterator[Fleet]:
             yield mesh
         finally:
             mesh.stop()
+
+
+MODEL = "demo"
+
+
+async def status(mesh: Fleet, model: str = MODEL) -> dict[str, Any]:
+    """What `uellm status` says of a model."""
+    process = await asyncio.create_subprocess_exec(
+        str(Path(sys.executable).parent / "uellm"),
+        *("status", model, "--json", "--redis", mesh.redis.url),
+        stdout=asyncio.subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if not name.startswith("UELLM_")},
+    )
+    said, _ = await process.communicate()
+    assert process.returncode == 0
+    (deployment,) = json.loads(said)["deployments"]
+    return dict(deployment)

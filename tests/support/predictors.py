@@ -9,6 +9,7 @@ from threading import Event
 from typing import Any, ClassVar
 
 import numpy as np
+from hypothesis import strategies as st
 
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import LEVELS, QuantileFunction
@@ -141,3 +142,22 @@ class Slow(Guess):
         self.observing.set()
         assert self.may.wait(20)
         super().observe(facts)
+
+
+def request(prompt_tokens: int = 100, max_tokens: int = 0, **facts: str) -> PredictionRequest:
+    return PredictionRequest(
+        model=facts.get("model", "m"),
+        regime=facts.get("regime", "greedy"),
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+    )
+
+
+FACTS = st.builds(
+    CompletionFacts,
+    model=st.sampled_from(["m", "n"]),
+    regime=st.sampled_from(["greedy", "sampled"]),
+    prompt_tokens=st.integers(0, 20_000),
+    output_tokens=st.integers(0, 9_000),
+    censored=st.booleans(),
+)

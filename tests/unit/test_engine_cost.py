@@ -1,67 +1,21 @@
 """What the engine loop learns of its steps' cost, in time that the runner counts."""
 
-from collections import deque
-
 import pytest
 from uellm_worker.engine.capacity import Capacity, Vocabulary
 from uellm_worker.engine.loop import EngineLoop
-from uellm_worker.engine.plan import StepPlan, StepResult
 
-from tests.support.engine_loop import VOCAB, FunctionPolicy, Recorder, add
+from tests.support.engine_loop import (
+    GUESS,
+    STAGE,
+    VOCAB,
+    FunctionPolicy,
+    Timed,
+    add,
+    timed_loop,
+)
 from uellm.convert import cost_from_proto
-from uellm.core.cost import StepCost, chunk_pairs
 from uellm.policy.views import EngineView, StepDecision
 from uellm.v1.engine_pb2 import StepReport
-
-STAGE = StepCost(0.001, 0.008, 0.0005, 1e-6, 2e-7)
-"""Of one stage, whatever the number of them."""
-GUESS = StepCost(0.0, 0.1, 0.01)
-
-
-class Timed(Recorder):
-    """A pipeline in time of its own: every stage computes one step after the other."""
-
-    def __init__(self, depth: int = 1) -> None:
-        super().__init__(depth)
-        self.seconds = 0.0
-        self._free_at = [0.0] * depth
-        self._ends: deque[float] = deque()
-
-    def submit(self, plan: StepPlan) -> None:
-        super().submit(plan)
-        decodes = [chunk for chunk in plan.chunks if chunk.count == 1 and chunk.start]
-        prompts = [chunk for chunk in plan.chunks if chunk not in decodes]
-        took = STAGE.seconds(
-            plan.rows,
-            sum(chunk.start + 1 for chunk in decodes),
-            sum(chunk_pairs(chunk.start, chunk.count) for chunk in prompts),
-        )
-        at = self.seconds
-        for stage, free_at in enumerate(self._free_at):
-            at = self._free_at[stage] = max(at, free_at) + took
-        self._ends.append(at)
-
-    def collect(self, *, patient: bool = True) -> StepResult | None:
-        self.seconds = self._ends.popleft()
-        return super().collect(patient=patient)
-
-
-def timed_loop(runner: Timed, slots: int = 64) -> EngineLoop:
-    def admit(view: EngineView) -> StepDecision:
-        seen.append(view)
-        names = tuple(s.request_id for s in view.waiting)
-        return StepDecision(admit=names, chunk_tokens=view.max_chunk_tokens)
-
-    seen: list[EngineView] = []
-    return EngineLoop(
-        runner,
-        FunctionPolicy(admit),
-        Capacity(slots, 2048, slots * 2048),
-        Vocabulary(VOCAB),
-        now=lambda: runner.seconds,
-        timer=lambda: runner.seconds,
-        cost=GUESS,
-    )
 
 
 def serve(loop: EngineLoop, runner: Timed, rounds: int = 300) -> dict[str, list[float]]:

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 from uellm_worker.engine.plan import StepPlan, StepResult
 
-from tests.support.engine_loop import add
-from tests.unit.test_engine_cost import STAGE, Timed, timed_loop
+from tests.support.engine_loop import STAGE, Timed, add, timed_loop
 from uellm.v1.queue_pb2 import ReplicaReport
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tests.unit.test_text_predictor import prompts
+from tests.support.prompts import prompts
 from uellm.cli.app import app
 from uellm.core.errors import ConfigurationError
 from uellm.core.request import LEVELS, QuantileFunction

@@ -10,30 +10,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from uellm_deployer.settings import DeployerSettings
 
-from tests.support.clusters import MIB, random_topology, small_model
+from tests.support.clusters import random_topology, small_model
 from tests.support.packages import package
+from tests.support.placed import WANTED, devices
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement.even import EvenPlacer
 from uellm.placement.placers import ObjectivePlacer, gain, objectives, placer_of, rated
-from uellm.placement.topology import Device, Topology
+from uellm.placement.topology import Topology
 from uellm.placement.views import Objective, Pin, Plan, PlanRequest, Workload
 
 MODEL = small_model()
-WANTED = Workload(slots=2, max_tokens=64, prompt_tokens=32, output_tokens=16)
-
-
-def devices(*speeds: float, memory: int = 4000 * MIB) -> Topology:
-    """One device for each speed, of a worker and host of its own."""
-    return Topology(
-        tuple(
-            Device(
-                *(f"w{n}/cpu:0", f"w{n}", f"h{n}", "cpu", memory),
-                flops_per_second=1e12 * speed,
-                memory_bytes_per_second=1e11 * speed,
-            )
-            for n, speed in enumerate(speeds)
-        )
-    )
 
 
 def layers(plan: Plan) -> list[tuple[str, int]]:

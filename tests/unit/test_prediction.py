@@ -5,37 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.predictors import FACTS, request
 from uellm.core.model import LayerProfile, ModelProfile
 from uellm.core.request import LEVELS, QuantileFunction
 from uellm.prediction import prior
-from uellm.prediction.interface import CompletionFacts, PredictionRequest, Predictor
+from uellm.prediction.interface import CompletionFacts, Predictor
 from uellm.prediction.prior import Prior
 from uellm.prediction.resources import bucket_of, build_profile, flops, kv_bytes
-
-
-def request(prompt_tokens: int = 100, max_tokens: int = 0, **facts: str) -> PredictionRequest:
-    return PredictionRequest(
-        model=facts.get("model", "m"),
-        regime=facts.get("regime", "greedy"),
-        prompt_tokens=prompt_tokens,
-        max_tokens=max_tokens,
-    )
 
 
 def completion(
     output_tokens: int, prompt_tokens: int = 100, *, censored: bool = False, model: str = "m"
 ) -> CompletionFacts:
     return CompletionFacts(model, "greedy", prompt_tokens, output_tokens, censored)
-
-
-FACTS = st.builds(
-    CompletionFacts,
-    model=st.sampled_from(["m", "n"]),
-    regime=st.sampled_from(["greedy", "sampled"]),
-    prompt_tokens=st.integers(0, 20_000),
-    output_tokens=st.integers(0, 9_000),
-    censored=st.booleans(),
-)
 
 
 @given(st.lists(FACTS, max_size=60), st.integers(0, 20_000), st.integers(0, 500))

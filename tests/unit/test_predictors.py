@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.test_prediction import FACTS, request
+from tests.support.predictors import FACTS, request
 from uellm.core.errors import InvalidArgumentError
 from uellm.prediction import registry
 from uellm.prediction.interface import CompletionFacts, Predictor

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.simulated import AT_ONCE, TINY, UNBOUND, simulate
 from uellm.core.cost import StepCost
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import Priority
@@ -20,15 +21,11 @@ from uellm.policy.views import (
     ReplicaView,
     StepDecision,
 )
-from uellm.simulator.mesh import Execution, Mesh, MeshSettings, Outcome, Run
+from uellm.simulator.mesh import Execution, MeshSettings, Outcome, Run
 from uellm.simulator.platforms import PLATFORMS, Platform
-from uellm.simulator.predictors import profiler
 from uellm.simulator.requests import Request
 
-TINY = Platform("tiny", StepCost(0.001, 0.004, 0.001, 1e-5, 1e-6), 120, 6, 16)
 BLOCKS = replace(TINY, block_tokens=8)
-AT_ONCE = MeshSettings(dispatch_seconds=0.0, completion_seconds=0.0)
-UNBOUND = DispatchSettings(lookahead_requests=100, kv_headroom=100.0)
 
 
 class Careless:
@@ -68,20 +65,6 @@ REQUESTS = st.lists(
         for i, (*lengths, arrival) in enumerate(sorted(facts, key=lambda fact: fact[2]))
     ]
 )
-
-
-def simulate(
-    requests: list[Request],
-    platform: Platform = TINY,
-    mesh: MeshSettings = AT_ONCE,
-    *,
-    predictor: str = "b80",
-    step: object = None,
-    dispatch: object = None,
-) -> Run:
-    known = profiler(predictor, requests, np.random.default_rng(7))
-    policy = dispatch or FcfsDispatch(UNBOUND)
-    return Mesh(platform, policy, lambda: step or FcfsStep(), mesh).run(requests, known)  # type: ignore[arg-type, return-value]
 
 
 def check(run: Run, requests: list[Request], platform: Platform = TINY) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tests.unit.test_simulator_engine import simulate as serve
+from tests.support.simulated import simulate as serve
 from uellm.cli.app import app
 from uellm.core.cost import StepCost
 from uellm.core.errors import InvalidArgumentError

@@ -14,6 +14,7 @@ from uellm_profiler.text.predictor import TextPredictor
 from uellm_profiler.text.record import see, unpacked
 from uellm_profiler.text.trees import grow
 
+from tests.support.prompts import NOUNS, medians, prompts, request
 from uellm.core.errors import InvalidArgumentError
 from uellm.core.request import LEVELS
 from uellm.prediction.interface import (
@@ -23,29 +24,6 @@ from uellm.prediction.interface import (
     Predictor,
     State,
 )
-
-TASKS = {
-    "Is it true that {} {}? Answer yes or no.": 4.0,
-    "Translate the following into French: the {} {}.": 15.0,
-    "Give me a list of five {} for a {}.": 60.0,
-    "Describe the {} of a {} in detail.": 180.0,
-    "Write an essay about {} and {}.": 500.0,
-}
-NOUNS = ("house", "river", "teacher", "engine", "winter", "market", "song", "window", "dog", "law")
-
-
-def prompts(count: int, seed: int) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """Prompts, and lengths of answers that depend on what they ask for."""
-    rng = np.random.default_rng(seed)
-    tasks = rng.integers(len(TASKS), size=count)
-    names = list(TASKS)
-    texts = [names[task].format(*rng.choice(NOUNS, 2, replace=False)) for task in tasks]
-    medians = np.array(list(TASKS.values()))[tasks]
-    return texts, np.maximum(np.round(medians * rng.lognormal(0, 0.2, count)), 1)
-
-
-def request(text: str, model: str = "m", max_tokens: int = 0) -> PredictionRequest:
-    return PredictionRequest(model, "greedy", max(len(text) // 4, 1), max_tokens, text=text)
 
 
 def teach(
@@ -97,11 +75,6 @@ def fitted() -> TextPredictor:
     predictor = TextPredictor()
     predictor.load(state_of_learnt())
     return predictor
-
-
-def medians(predictor: Predictor, texts: Iterable[str], model: str = "m") -> Any:
-    asked = [request(text, model) for text in texts]
-    return np.array([each.lengths.at(0.5) for each in predictor.predict_batch(asked)])
 
 
 def test_it_learns_what_prompts_ask_for(fitted: TextPredictor) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.clusters import MIB, small_model
-from tests.unit.test_placers import WANTED, devices
+from tests.support.placed import WANTED, devices
 from uellm.cli.plan_files import read_plan
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement.placers import rated

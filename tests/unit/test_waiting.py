@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_dispatch_policies import NOW, queued, replica
+from tests.support.dispatching import NOW, queued, replica
 from uellm.policy import registry
 from uellm.policy.columns import ColumnsCache, Line
 from uellm.policy.views import QueuedView, QueueView
