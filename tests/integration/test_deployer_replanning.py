@@ -98,17 +98,15 @@ async def test_where_both_do_not_fit_it_is_drained_first(mesh: Mesh) -> None:
     await mesh.redis.zadd(Keys(MODEL).leases, {"someone": 1})
     report = steps(mesh, before.replicas[0], [1.0, 6.0])
 
-    async def drains() -> bool:
+    async def drains() -> topology_pb2.Deployment | None:
         deployment = await mesh.published()
         if deployment is not None and deployment.replicas[0].state == DRAINING:
-            return True
+            assert "requests wait meanwhile" in deployment.status
+            return deployment
         await report()
-        return False
+        return None
 
-    await eventually(drains, interval=0.2)
-    found = await mesh.published()
-    assert found is not None
-    assert "requests wait meanwhile" in found.status
+    found = await eventually(drains, interval=0.2)
     assert not found.changes[0].make_before_break
     assert not any(call[2] > before.replicas[0].epoch for w in workers for call in w.calls)
     await mesh.redis.delete(Keys(MODEL).leases)
