@@ -1,6 +1,7 @@
 """Time to search: it is kept, and whatever ends a search leaves a plan and a bound that hold."""
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from benchmarks.clusters import model
 from tests.support.clusters import random_topology, small_model, wide_area
 from uellm.cli.app import app
-from uellm.placement import cpsat, held_karp, solver
+from uellm.placement import cpsat, held_karp, placing, solver
 from uellm.placement.baselines import BASELINES
 from uellm.placement.budget import Budget
 from uellm.placement.chain import Chain, chain_of
@@ -139,6 +140,33 @@ def test_without_a_plan_in_time_that_is_said_and_not_that_there_is_none(
     plan = solver.solve(sites("lr"))
     assert not plan.replicas
     assert "larger budget_seconds" in plan.infeasible_reason
+
+
+def test_what_the_fastest_one_found_takes_is_said_besides() -> None:
+    request = sites("throughput")
+    load = replace(request.workload, slo_seconds=1e-3)
+    plan = solver.solve(replace(request, workload=load, clock=after(1)))
+    assert not plan.replicas
+    assert plan.infeasible_reason.startswith("no plan that keeps the SLO of 0.001 s was found in")
+    slo = float(re.findall(r"slo_seconds (\S+),", plan.infeasible_reason)[0])
+    load = replace(load, slo_seconds=slo)
+    assert solver.solve(replace(request, workload=load, clock=after(1))).replicas
+
+
+def test_a_search_that_finds_none_within_the_slo_leaves_the_fastest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fastest = sought("lr").replicas[0].prediction
+    assert fastest is not None
+    request = sites("throughput")
+    load = replace(request.workload, slo_seconds=1.001 * fastest.total_seconds)
+    best = solver.solve(replace(request, workload=load)).certificate
+    monkeypatch.setattr(placing, "quickest", lambda pipeline: None)
+    plan = solver.solve(replace(request, workload=load))
+    assert plan.replicas
+    assert plan.certificate is not None
+    assert best is not None
+    assert plan.certificate.bound >= best.value
 
 
 def test_a_part_spends_what_it_is_part_of() -> None:

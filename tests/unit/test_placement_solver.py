@@ -495,6 +495,20 @@ def test_an_slo_that_nothing_keeps_is_named_with_what_would() -> None:
     assert solve(again).replicas
 
 
+@pytest.mark.parametrize("objective", ["lr", "he"])
+def test_who_does_not_look_at_an_slo_says_that_it_is_missed(objective: Objective) -> None:
+    topology = Topology((device("a/cuda:0", 8000 * MIB),))
+    request = PlanRequest(topology, small_model(), Workload(batch=1), objective)
+    plan = solve(request)
+    seconds = plan.replicas[0].prediction.total_seconds  # type: ignore[union-attr]
+    for slo, missed in ((0.0, False), (0.99 * seconds, True), (seconds, False)):
+        load = replace(request.workload, slo_seconds=slo)
+        found = solve(replace(request, workload=load))
+        assert found.replicas == plan.replicas
+        assert found.slo_missed == missed
+        assert ("misses the SLO" in found.explanation) == missed
+
+
 def test_no_device_says_how_to_get_one() -> None:
     plan = solve(PlanRequest(Topology(()), small_model()))
     assert "start a worker" in plan.infeasible_reason

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from uellm import clusters
 from uellm.cli.app import app
+from uellm.cli.options import in_flags
 from uellm.topology_file import load_topology
 
 SMALL = ("--model", "llama-2-7b", "--topology", "3090x4", "--max-model-len", "1024")
@@ -243,3 +244,25 @@ def test_a_limit_is_a_duration_and_0_is_none() -> None:
     status, out = plan(*SMALL, "--slo", "10ms")
     assert (status, "no plan keeps the SLO of 0.01 s" in out) == (1, True), out
     assert plan(*SMALL, "--slo", "0")[0] == plan(*SMALL, "--slo", "1m")[0] == 0
+
+
+def test_a_plan_that_misses_the_slo_says_so() -> None:
+    for objective, missed in (("lr", True), ("throughput", False)):
+        status, out = plan(*SMALL, "--objective", objective, "--slo", "10ms" if missed else "1m")
+        assert (status, f"this misses --slo, which {objective}" in out) == (0, missed), out
+    status, out = plan(*SMALL, "--objective", "he", "--slo", "10ms", "--json")
+    assert (status, json.loads(out)["plan"]["slo_missed"]) == (0, True)
+
+
+def test_reasons_name_flags_in_place_of_fields() -> None:
+    _, out = plan(*SMALL, "--slo", "10ms")
+    flag, told = out.split()[-2:]
+    assert flag == "--slo"
+    assert plan(*SMALL, flag, told)[0] == 0
+    assert in_flags(
+        "replica 3 with 1 sequence of 5 tokens needs 2 stage(s); it fits with max_tokens 5 or with "
+        "replicas 2 or with stages 3 or with one more device with 2.0 GiB free"
+    ) == (
+        "replica 3 with 1 sequence of 5 tokens needs 2 stage(s); it fits with --max-model-len 5 or "
+        "with --replicas 2 or with --stages 3 or with one more device with 2.0 GiB free"
+    )

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from uellm.cli import exits
 from uellm.cli.device_options import read_cost, read_pins
+from uellm.cli.options import in_flags, slo_missed
 from uellm.cli.placements import changed, deployment_table, fetched, plan_table, predicted
 from uellm.cli.plan_files import read_plan
 from uellm.cli.service_calls import deployer
@@ -138,7 +139,8 @@ async def deploy(
             plan = None  # Its files are not here yet: what is applied says so, or fetches them.
         if plan is not None:
             if plan.infeasible_reason:
-                raise FailedPreconditionError(f"{name} cannot be placed: {plan.infeasible_reason}")
+                reason = in_flags(plan.infeasible_reason)
+                raise FailedPreconditionError(f"{name} cannot be placed: {reason}")
             if not grow:
                 _check_stages(request, plan)
             await _note_absent(console, stub, request)
@@ -253,6 +255,8 @@ def _print_plan(console: Console, plan: topology_pb2.Plan) -> None:
         f"{plan.objective}: {plan.slots} sequences of up to {plan.max_tokens} tokens, {plan.dtype}",
         soft_wrap=True,
     )
+    if plan.slo_missed:
+        console.print(slo_missed(plan.objective), soft_wrap=True)
     if plan.fetch_bytes:
         console.print(fetched(plan.fetch_bytes, plan.fetch_seconds), soft_wrap=True)
 
@@ -316,9 +320,10 @@ async def _follow(
                 console.print(f"{name} takes requests")
                 return exits.OK
             if topology_pb2.REPLICA_STATE_FAILED in states:
+                why = in_flags(deployment.status)
                 raise FailedPreconditionError(
-                    f"{name}: {deployment.status}; it goes on being tried: `uellm status {name}` "
-                    f"shows it, `uellm undeploy {name}` ends it"
+                    f"{name}: {why}; it goes on being tried: `uellm status {name}` shows it, "
+                    f"`uellm undeploy {name}` ends it"
                 )
             line.update(f"{name}: {deployment.status or 'is placed'}")
     raise NotFoundError(f"{name} was undeployed meanwhile")

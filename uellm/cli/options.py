@@ -1,5 +1,6 @@
 """Options that several commands have."""
 
+import re
 from math import isfinite
 from typing import Annotated
 
@@ -45,3 +46,24 @@ Excluded = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Device, worker or host not to use; repeatable."),
 ]
+
+
+def slo_missed(objective: str) -> str:
+    """What is to be said of a plan that takes longer than the SLO."""
+    return f"this misses --slo, which {objective} does not look at; --objective helr does"
+
+
+_FLAGS = {
+    "budget_seconds": "--budget",
+    "in_flight": "--in-flight",
+    "max_tokens": "--max-model-len",
+    "output_tokens": "--output-tokens",
+    "slo_seconds": "--slo",
+}
+"""Of `plan` and `deploy`, for fields that are named otherwise."""
+_FIELD = re.compile(rf"\b(?:{'|'.join(_FLAGS)})\b|(?<= with )(?:batch|replicas|stages)(?= \d)")
+
+
+def in_flags(reason: str) -> str:
+    """Why there is no plan, with the flags in place of the fields that a planner names."""
+    return _FIELD.sub(lambda field: _FLAGS.get(field[0], f"--{field[0]}"), reason)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from uellm.cli.durations import ago
+from uellm.cli.options import in_flags
 from uellm.convert import seconds
 from uellm.placement.explain import bound_by, size
 from uellm.v1 import deployer_pb2, topology_pb2
@@ -138,7 +139,7 @@ def deployment_table(
         if replica.planned.HasField("prediction"):
             console.print(predicted(replica.planned.prediction), soft_wrap=True)
     if deployment.status:
-        console.print(f"{deployment.status}", soft_wrap=True, markup=False)
+        console.print(in_flags(deployment.status), soft_wrap=True, markup=False)
     for change in deployment.changes:
         console.print(changed(change, now), soft_wrap=True, markup=False)
         if change.state == topology_pb2.CHANGE_STATE_PROPOSED:

@@ -7,6 +7,7 @@ from math import inf, isfinite
 from rich.console import Console
 from rich.table import Table
 
+from uellm.cli.options import in_flags, slo_missed
 from uellm.cli.placements import short
 from uellm.placement.explain import bound_by, size
 from uellm.placement.stock import Fetching, in_words
@@ -23,7 +24,8 @@ def show(request: PlanRequest, plan: Plan, found: Figures, needed: Fetching) -> 
     console = Console()
     names = {device.id: device.name for device in request.topology.devices}
     if plan.infeasible_reason:
-        console.print(f"cannot be placed: {plan.infeasible_reason}", soft_wrap=True)
+        reason = in_flags(plan.infeasible_reason)
+        console.print(f"cannot be placed: {reason}", soft_wrap=True, markup=False)
     for index, replica in enumerate(plan.replicas):
         _show_replica(console, index, replica, names)
     if plan.replicas:
@@ -33,6 +35,8 @@ def show(request: PlanRequest, plan: Plan, found: Figures, needed: Fetching) -> 
             f"{_dearest_link(plan, request.workload.output_tokens)}",
             soft_wrap=True,
         )
+    if plan.slo_missed:
+        console.print(slo_missed(plan.objective), soft_wrap=True)
     if plan.certificate is not None:
         proof = plan.certificate
         exact = proof.ratio <= 1 + 1e-9

@@ -88,9 +88,24 @@ def explain_plan(
             else f"at most {certificate.ratio:.4g} times from the best"
         )
         sentences.append(f"{request.objective}: {how} ({certificate.proof})")
+    if slo_missed(planned, request):
+        sentences.append(
+            f"this misses the SLO of {wanted.slo_seconds:.3g} s, which {request.objective} does "
+            "not look at: ask for helr"
+        )
     if exhausted:
         sentences.append(f"the search ended with its budget of {request.budget_seconds:g} s")
     return "; ".join(sentences)
+
+
+def slo_missed(planned: Sequence[PlannedReplica], request: PlanRequest) -> bool:
+    """Whether a copy takes longer than the SLO that was asked for."""
+    # As much longer as the two ways to add up its seconds differ by is none.
+    limit = request.workload.slo_seconds * (1 + 1e-6)
+    return limit > 0 and any(
+        replica.prediction is not None and replica.prediction.total_seconds > limit
+        for replica in planned
+    )
 
 
 def last_that(low: int, high: int, holds: Callable[[int], bool]) -> int:

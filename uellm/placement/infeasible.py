@@ -77,11 +77,16 @@ def too_slow(request: PlanRequest, fastest_seconds: float, what: str = "plan") -
     return f"{reason}; it fits with slo_seconds {1.001 * fastest_seconds:.4g}"
 
 
-def no_time(request: PlanRequest) -> str:
-    """That a plan may be there and was not found."""
+def no_time(request: PlanRequest, fastest_seconds: float | None = None) -> str:
+    """That a plan may be there and was not found; and which latency was the least that was."""
+    limit = request.workload.slo_seconds
+    what, remedy = "no plan", ""
+    if fastest_seconds is not None:
+        what = f"no plan that keeps the SLO of {limit:.3g} s"
+        remedy = f", or slo_seconds {1.001 * fastest_seconds:.4g}, which the fastest found keeps"
     return (
-        f"no plan was found in the {request.budget_seconds:g} s that there were to search; there "
-        "may be one: give it a larger budget_seconds"
+        f"{what} was found in the {request.budget_seconds:g} s that there were to search; there "
+        f"may be one: give it a larger budget_seconds{remedy}"
     )
 
 

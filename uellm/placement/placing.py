@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from uellm.placement import held_karp
 from uellm.placement.arrays import Integers
 from uellm.placement.baselines import BASELINES
 from uellm.placement.budget import Budget
@@ -95,8 +96,10 @@ def place(costs: Costs, wish: Wish) -> Placed | None:
         return None
     problem = Problem(chain, costs.price, wish.stages, wish.budget, _seeds(wish, rules))
     limit = _limit(problem, wish)
-    choice = None if limit is None else _choose(problem, costs, wish, limit)
-    if limit is None or choice is None:
+    if limit is None:
+        return None
+    choice = _choose(problem, costs, wish, limit) or _fast_enough(problem, limit)
+    if choice is None:
         return None
     judge = Judge(costs, chain, wish.objective, limit, wish.stages)
     return _chosen(judge, wish, rules, choice)
@@ -230,6 +233,17 @@ def _choose(
         return cheapest(problem, limit)
     rounds = rounds_of(costs, problem.chain, least=least)
     return quickest(Pipeline(problem, rounds, costs.busy, costs.in_flight, limit))
+
+
+def _fast_enough(problem: Problem, limit: float) -> Choice | None:
+    """The fastest chain, if it keeps the limit, where a search for a better one found none."""
+    if problem.chain.size <= held_karp.MOST_DEVICES or not np.isfinite(limit):
+        return None
+    found = fastest(problem)
+    if found is None or found.route.seconds > limit:
+        return None
+    # What bounds its latency bounds nothing else.
+    return replace(found, certificate=Certificate("seconds", found.route.seconds, 0.0, "none"))
 
 
 def _layout(costs: Costs, route: Route) -> Layout | None:

@@ -10,7 +10,7 @@ from uellm.placement.arrays import Integers
 from uellm.placement.budget import Budget
 from uellm.placement.chain import chain_of
 from uellm.placement.costs import Costs, costs_of
-from uellm.placement.explain import explain_plan, last_that
+from uellm.placement.explain import explain_plan, last_that, slo_missed
 from uellm.placement.full_stage import full_stage_of
 from uellm.placement.goodput import spread
 from uellm.placement.judge import Judge
@@ -76,6 +76,7 @@ def solve(request: PlanRequest) -> Plan:
         candidates=found.placed[0].candidates if found.placed else (),
         moves=moves(request.model, replicas, request.previous),
         budget_exhausted=budget.exhausted,
+        slo_missed=slo_missed(replicas, request),
     )
 
 
@@ -199,10 +200,11 @@ def _most_slots(request: PlanRequest, wanted: int, budget: Budget) -> int:
 def _what_is_missing(request: PlanRequest, costs: Costs, found: _All, budget: Budget) -> str:
     if not found.placed and _fits(request, costs):
         best = fastest_seconds(costs, wish_of(request, costs, budget))
-        if best is not None and request.workload.slo_seconds:
-            return infeasible.too_slow(request, best)
+        slow = best is not None and best > request.workload.slo_seconds > 0
         if budget.exhausted:
-            return infeasible.no_time(request)
+            return infeasible.no_time(request, best if slow else None)
+        if best is not None and slow:
+            return infeasible.too_slow(request, best)
     left = found.left
     devices = tuple(
         # As much as the other copies leave.

@@ -302,6 +302,7 @@ class Plan:
         moves: what differs from the previous plan.
         full_stage: how far stages of several devices would come, if that was asked for.
         budget_exhausted: the search ended with its budget, and not done; its bound holds.
+        slo_missed: it takes longer than the SLO, which ``he`` and ``lr`` do not look at.
     """
 
     replicas: tuple[PlannedReplica, ...]
@@ -318,6 +319,7 @@ class Plan:
     moves: tuple[Move, ...] = ()
     full_stage: FullStage | None = None
     budget_exhausted: bool = False
+    slo_missed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1184,6 +1184,7 @@ class Plan(_message.Message):
     FETCH_SECONDS_FIELD_NUMBER: _builtins.int
     FULL_STAGE_FIELD_NUMBER: _builtins.int
     BUDGET_EXHAUSTED_FIELD_NUMBER: _builtins.int
+    SLO_MISSED_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     """Of which model."""
     objective: _builtins.str
@@ -1206,6 +1207,8 @@ class Plan(_message.Message):
     """How long that takes by the ways between them, in seconds."""
     budget_exhausted: _builtins.bool
     """The search ended with its time, before it was done; the certificate holds nevertheless."""
+    slo_missed: _builtins.bool
+    """It takes longer than the SLO that was asked for, which objectives he and lr do not look at."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedReplica]:
         """Its copies."""
@@ -1235,10 +1238,11 @@ class Plan(_message.Message):
         fetch_seconds: _builtins.float = ...,
         full_stage: Global___FullStage | None = ...,
         budget_exhausted: _builtins.bool = ...,
+        slo_missed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "full_stage", b"full_stage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_exhausted", b"budget_exhausted", "certificate", b"certificate", "deployment", b"deployment", "dtype", b"dtype", "explanation", b"explanation", "fetch_bytes", b"fetch_bytes", "fetch_seconds", b"fetch_seconds", "full_stage", b"full_stage", "infeasible_reason", b"infeasible_reason", "max_tokens", b"max_tokens", "objective", b"objective", "replicas", b"replicas", "slots", b"slots", "solver", b"solver"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_exhausted", b"budget_exhausted", "certificate", b"certificate", "deployment", b"deployment", "dtype", b"dtype", "explanation", b"explanation", "fetch_bytes", b"fetch_bytes", "fetch_seconds", b"fetch_seconds", "full_stage", b"full_stage", "infeasible_reason", b"infeasible_reason", "max_tokens", b"max_tokens", "objective", b"objective", "replicas", b"replicas", "slo_missed", b"slo_missed", "slots", b"slots", "solver", b"solver"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

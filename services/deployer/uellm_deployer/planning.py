@@ -345,4 +345,5 @@ def plan_to_proto(name: str, planned: Planned) -> topology_pb2.Plan:
         if shared is not None
         else None,
         budget_exhausted=planned.plan.budget_exhausted,
+        slo_missed=planned.plan.slo_missed,
     )
