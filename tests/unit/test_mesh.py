@@ -16,6 +16,7 @@ from tests.support.waiting import eventually
 from uellm.core.errors import ConfigurationError, UnavailableError
 from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import DRAIN_ORDER, MeshOptions, ModelSource, parse_models
+from uellm.mesh.readiness import LIBRARIES_SECONDS, START_SECONDS, patience
 from uellm.mesh.state import MeshState, find_mesh, home, read_state
 from uellm.mesh.supervision import Backoff, ServiceSpec, Supervised
 
@@ -59,6 +60,18 @@ async def test_a_dead_service_is_started_again(tmp_path: Path) -> None:
     await service.stop(5)
     await running
     assert not psutil.pid_exists(second)
+
+
+async def test_workers_that_end_are_named_and_not_waited_for_as_long(tmp_path: Path) -> None:
+    service = supervised(tmp_path, "import time; time.sleep(60)", good_seconds=0)
+    assert (patience([service]), service.ended) == (LIBRARIES_SECONDS, "")
+    running = asyncio.create_task(service.run())
+    for ended in ("worker-1 ended (killed by SIGKILL)", "worker-1 ended 2 times, last (killed"):
+        os.kill(await eventually(lambda: service.pid), signal.SIGKILL)
+        await eventually(lambda words=ended: service.ended.startswith(words))
+        assert patience([service]) == START_SECONDS
+    await service.stop(5)
+    await running
 
 
 async def test_it_is_given_up_with_its_last_words(tmp_path: Path) -> None:

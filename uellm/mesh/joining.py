@@ -26,7 +26,7 @@ from uellm import __version__, logs
 from uellm.addresses import bare, is_host
 from uellm.core.errors import ConfigurationError, UnavailableError
 from uellm.embedded import redis_url
-from uellm.mesh.readiness import LIBRARIES_SECONDS
+from uellm.mesh.readiness import patience
 from uellm.mesh.state import home, runs
 from uellm.mesh.supervision import ServiceSpec, Supervised
 from uellm.rpc import CALL_SECONDS, channel
@@ -238,9 +238,8 @@ class Guests:
     async def _joined(self) -> list[topology_pb2.Device]:
         """The devices of these workers, once the deployer knows and reaches them all."""
         names = {service.spec.service_id for service in self._services}
-        reached = time.monotonic()
-        deadline = reached + LIBRARIES_SECONDS
-        while time.monotonic() < deadline:
+        began = reached = time.monotonic()
+        while time.monotonic() - began < patience(self._services):
             for task in self._tasks:
                 if task.done():
                     task.result()
@@ -267,7 +266,9 @@ class Guests:
             await asyncio.sleep(_POLL_SECONDS)
         raise UnavailableError(
             f"the mesh's deployer has not heard of this machine's workers within "
-            f"{LIBRARIES_SECONDS:.0f} s; their logs: {self.directory}"
+            f"{patience(self._services):.0f} s; "
+            f"{'; '.join(filter(None, (s.ended for s in self._services))) or 'none has ended'}; "
+            f"their logs: {self.directory}"
         )
 
     async def _workers(self) -> list[deployer_pb2.WorkerStatus]:

@@ -169,7 +169,7 @@ class Mesh:
     async def _make_ready(self) -> None:
         registry = Registry(self._redis)
         await wait_for_services(registry, self._services, self._report)
-        await deploy(registry, self.options, self._report)
+        await deploy(registry, self.options, self._services, self._report)
         await wait_for_gateway(self.address, self.options)
 
     def _check_port(self) -> None:

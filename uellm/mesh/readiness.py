@@ -78,7 +78,17 @@ async def wait_for_services(
         await asyncio.sleep(_POLL_SECONDS)
 
 
-async def deploy(registry: Registry, options: MeshOptions, report: Report) -> None:
+def patience(workers: Collection[Supervised]) -> float:
+    """Seconds that workers are waited for until they have loaded their libraries.
+
+    One that ended meanwhile may do so for ever: that is no reason to wait for longer.
+    """
+    return START_SECONDS if any(worker.restarts for worker in workers) else LIBRARIES_SECONDS
+
+
+async def deploy(
+    registry: Registry, options: MeshOptions, services: Collection[Supervised], report: Report
+) -> None:
     """Have the deployer place all models, and wait until each takes requests.
 
     Raises:
@@ -88,7 +98,7 @@ async def deploy(registry: Registry, options: MeshOptions, report: Report) -> No
     async with channel(deployer.address) as connection:
         stub: Any = deployer_pb2_grpc.DeployerServiceStub(connection)
         try:
-            await _wait_for_workers(stub, options, report)
+            await _wait_for_workers(stub, options, services, report)
             for model in options.models:
                 report(f"placing {model.name}")
                 request = deployer_pb2.ApplyRequest(deployment=options.plan_request(model))
@@ -109,19 +119,26 @@ def _check_stages(options: MeshOptions, devices: int) -> None:
         )
 
 
-async def _wait_for_workers(stub: Any, options: MeshOptions, report: Report) -> None:
-    deadline = time.monotonic() + LIBRARIES_SECONDS
-    report("waiting for the workers to report their devices, once they have loaded their libraries")
+async def _wait_for_workers(
+    stub: Any, options: MeshOptions, services: Collection[Supervised], report: Report
+) -> None:
+    began, told = time.monotonic(), ""
+    workers = [service for service in services if service.spec.role == "worker"]
     while True:
+        words = "waiting for the workers to report their devices, once they have loaded their "
+        words += "libraries" + "".join(f"; {ended}" for w in workers if (ended := w.ended))
+        if words != told:
+            report(told := words)
         described = await stub.Describe(deployer_pb2.DescribeRequest(), timeout=CALL_SECONDS)
         if len(described.workers) >= options.workers:
             _check_stages(options, sum(len(worker.devices) for worker in described.workers))
             return
-        if time.monotonic() > deadline:
+        if time.monotonic() - began > (most := patience(workers)):
             raise UnavailableError(
                 f"{options.workers} workers were started, and {len(described.workers)} have "
-                f"reported to the deployer within {LIBRARIES_SECONDS:.0f} s; their logs say what "
-                "they are at"
+                f"reported to the deployer within {most:.0f} s; "
+                f"{'; '.join(filter(None, (w.ended for w in workers))) or 'none has ended'}; their "
+                "logs say what they are at"
             )
         await asyncio.sleep(_POLL_SECONDS)
 

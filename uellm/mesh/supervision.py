@@ -72,6 +72,10 @@ class Supervised:
     Args:
         spec: how to start it.
         changed: called after every start, with its new process id known.
+
+    Attributes:
+        restarts: how often it ended, and was started again.
+        ended: that in words; "": never.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Supervised:
     ) -> None:
         self.spec = spec
         self.restarts = 0
+        self.ended = ""
         self._changed = changed
         self._backoff = backoff or Backoff()
         self._process: asyncio.subprocess.Process | None = None
@@ -116,8 +121,10 @@ class Supervised:
                     f"{self.spec.service_id} dies again and again ({_meaning(code)}); the end of "
                     f"{self.spec.log}:\n{self._last_words(8)}"
                 )
-            await asyncio.sleep(pause)
             self.restarts += 1
+            times = f"{self.restarts} times, last " if self.restarts > 1 else ""
+            self.ended = f"{self.spec.service_id} ended {times}({_meaning(code)})"
+            await asyncio.sleep(pause)
 
     async def _start(self) -> asyncio.subprocess.Process:
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
