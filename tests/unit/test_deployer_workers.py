@@ -39,3 +39,12 @@ def test_a_deployer_that_was_held_up_takes_nobody_for_silent() -> None:
     # What the worker was silent for before counts, and what it is from now on.
     assert workers.live(700.0 + SILENCE - 9 * LISTEN_SECONDS, SILENCE)
     assert not workers.live(700.0 + SILENCE - 7 * LISTEN_SECONDS, SILENCE)
+
+
+def test_who_was_heard_while_the_deployer_was_held_up_has_no_more_time_than_others() -> None:
+    workers, heard = registered(100.0), deployer_pb2.HeartbeatRequest(worker="a", incarnation=1)
+    # Its message is read before the deployer finds out that it was held up.
+    workers.hear(heard, 700.0)
+    workers.listen(700.0)
+    assert workers.live(700.0 + SILENCE, SILENCE)
+    assert not workers.live(700.1 + SILENCE, SILENCE)

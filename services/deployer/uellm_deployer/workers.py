@@ -131,7 +131,7 @@ class Workers:
         late = now - self._listened_at - LISTEN_SECONDS
         if late > LISTEN_SECONDS:
             for worker in self._workers.values():
-                worker.seen_at += late
+                worker.seen_at = min(worker.seen_at + late, now)
         self._listened_at = now
 
     def get(self, worker: str) -> Worker | None:
