@@ -72,6 +72,8 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         assert request.on_disconnect == inference_pb2.ON_DISCONNECT_CONTINUE
+        if request.model == "dropped":
+            await context.abort(grpc.StatusCode.CANCELLED)
         if request.model == "unknown":
             raise InvalidArgumentError("model: no such model", field="model", reason="NO_MODEL")
         request_id, existing = self.mesh.accept(request.idempotency_key)
@@ -212,6 +214,13 @@ async def test_refusals_are_raised_as_they_are() -> None:
         with pytest.raises(InvalidArgumentError, match="no such model") as caught:
             await collect(client, "unknown")
     assert (caught.value.field, caught.value.reason) == ("model", "NO_MODEL")
+
+
+async def test_calls_that_a_busy_gateway_drops_are_said_with_the_remedy() -> None:
+    gateway = Gateway(Mesh(), [])
+    async with running(gateway) as address, Client(address, connect_seconds=0.3) as client:
+        with pytest.raises(UnavailableError, match=r"dropped unread.*more gateways"):
+            await collect(client, "dropped")
 
 
 Ask = Callable[[Client], Any]

@@ -4,6 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from uellm_scheduler.model_scheduler import HORIZON
 
 from tests.support.scheduling import MODEL, Mesh, scheduler
 from tests.support.waiting import eventually
@@ -67,6 +68,18 @@ async def test_every_request_is_promised(mesh: Mesh, redis_url: str) -> None:
         assert promise.start_p50.ToNanoseconds() <= promise.start_p90.ToNanoseconds()
         assert promise.finish_p50.ToNanoseconds() < promise.finish_p90.ToNanoseconds()
         assert promise.output_tokens_p50 == 100
+
+
+async def test_of_a_crowd_that_is_sent_at_once_everybody_is_promised(
+    mesh: Mesh, redis_url: str
+) -> None:
+    await mesh.deploy("r0", slots=64)
+    ids = [await mesh.accept() for _ in range(HORIZON + 64)]
+    async with scheduler(redis_url, policy="cslo-odbs", lease_seconds=60.0):
+        # More than are promised something in the decision that sends them all.
+        assert len(await mesh.received("r0", len(ids))) == len(ids)
+        for request_id in ids:
+            await mesh.promised(request_id)
 
 
 async def test_a_promise_that_no_longer_holds_is_revised(mesh: Mesh, redis_url: str) -> None:

@@ -50,6 +50,8 @@ def same(line: Line, views: list[QueuedView]) -> bool:
         len(line) == len(views)
         and all(one is other for one, other in zip(line, views, strict=True))
         and all(line[place] is view for place, view in enumerate(views))
+        and all(line[place - len(views)] is view for place, view in enumerate(views))
+        and list(line[-2:]) == views[-2:]
         and np.array_equal(line.columns.numbers, anew.numbers)
         and np.array_equal(line.columns.tags, anew.tags)
     )

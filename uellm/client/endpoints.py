@@ -113,6 +113,12 @@ class Endpoints:
     def unreachable(self, error: grpc.aio.AioRpcError) -> UellmError:
         """What a broken call comes to when nothing more is tried."""
         known = error_from(error)
+        if error.code() is grpc.StatusCode.CANCELLED:
+            # gRPC's server drops some of those that it has not read once there are a thousand.
+            return UnavailableError(
+                f"calls of {', '.join(self.addresses)} are dropped unread: more come at once than "
+                "are read, or the gateway ends; try again, ask less at once, or run more gateways"
+            )
         if known.reason != UnavailableError.default_reason:
             return known
         return UnavailableError(

@@ -254,7 +254,8 @@ class _Joined(Sequence[QueuedView]):
     def __getitem__(self, index: int | slice) -> QueuedView | list[QueuedView]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._first[index] if index < self._border else self._second[index - self._border]
+        place = range(len(self))[index]
+        return self._first[place] if place < self._border else self._second[place - self._border]
 
     def __iter__(self) -> Iterator[QueuedView]:
         return chain(self._first, self._second)

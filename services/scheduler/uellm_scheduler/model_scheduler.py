@@ -187,7 +187,8 @@ class ModelScheduler:
         seconds = min(upkeep.reaping.seconds_left, self._saying.seconds_left)
         if self.book.in_flight:
             seconds = min(seconds, self._following.seconds_left)
-        if self.book.waiting:
+        # Who was sent without a promise is to be given one as well.
+        if self.book.waiting or self.book.unpromised(1):
             seconds = min(seconds, self._polling.seconds_left)
             if self._reconsider_at is not None:
                 seconds = min(seconds, self._reconsider_at - self._context.clock.now())
