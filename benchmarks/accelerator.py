@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import count, parser_of
+
 SHAPES: dict[str, dict[str, int]] = {
     "8b": {
         "vocab_size": 128_256,
@@ -163,14 +165,20 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(prog="benchmarks.accelerator", description=__doc__)
+    parser = parser_of("accelerator", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--threads", type=count, help="as torch has them, else")
+    parser.add_argument("--repeats", type=count, default=20)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    import torch
+
+    try:
+        torch.empty(0, device=arguments.device)
+    except (AssertionError, RuntimeError) as error:
+        parser.error(f"--device: {arguments.device}: {error}")
     with tempfile.TemporaryDirectory() as scratch:
         write_model(arguments.shape, arguments.device, arguments.dtype, Path(scratch))
         result = measure(arguments, Path(scratch))

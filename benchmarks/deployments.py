@@ -36,6 +36,7 @@ from statistics import mean, median
 from types import FrameType
 from typing import Any, TypeVar
 
+from benchmarks.arguments import count, count_or_none, parser_of
 from benchmarks.deployments_shown import found_beside_made, say, show_found, show_plan
 from benchmarks.hosts import NoHostsError
 from benchmarks.layouts import Layout, Planner
@@ -352,9 +353,9 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="benchmarks.deployments", description=__doc__)
-    parser.add_argument("--plans", type=int, default=12, help="placements at most")
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement")
+    parser = parser_of("deployments", __doc__)
+    parser.add_argument("--plans", type=count_or_none, default=12, help="placements at most")
+    parser.add_argument("--repeats", type=count, default=5, help="of each measurement")
     parser.add_argument(
         "--changes",
         action=argparse.BooleanOptionalAction,

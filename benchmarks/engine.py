@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import count, directory, one_of, parser_of, several
 from benchmarks.jobs import LONGEST_ANSWER, LONGEST_PROMPT, Job, Run, Setup, check, make_jobs
 from benchmarks.peers import OWN_INTERPRETER, PEERS
 
@@ -208,14 +209,14 @@ def compare(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(prog="benchmarks.engine", description=__doc__)
+    parser = parser_of("engine", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", type=Path)
+    source.add_argument("--model", type=directory, help="of a checkpoint")
     source.add_argument("--random", choices=RANDOM)
     parser.add_argument("--stored", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--engines", type=lambda text: text.split(","), default=DEFAULT)
+    parser.add_argument("--engines", type=several(one_of(ENGINES)), default=DEFAULT)
     for name, default in (("threads", 1), ("slots", 16), ("requests", 48), ("repeats", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=count, default=default)
     parser.add_argument("--device", default="cpu", help="as torch names it, for instance cuda:0")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--peers", type=Path, default=Path(".peers"))
@@ -223,8 +224,6 @@ def main() -> None:
     parser.add_argument("--one", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if unknown := {*arguments.engines} - {*ENGINES}:
-        parser.error(f"no such engines: {', '.join(unknown)}; there are {', '.join(ENGINES)}")
     if arguments.one:
         stay_on(arguments.threads)
         setup = Setup(

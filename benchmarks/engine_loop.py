@@ -6,7 +6,6 @@ The steps are those of the instant engine, which computes nothing. Each figure i
 several loops.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -16,6 +15,7 @@ from uellm_worker.engine.capacity import Capacity, Vocabulary
 from uellm_worker.engine.instant import InstantRunner
 from uellm_worker.engine.loop import EngineLoop
 
+from benchmarks.arguments import known_to, parser_of, several
 from uellm.policy.latency import LatencyModel
 from uellm.policy.registry import step_policy
 from uellm.v1.common_pb2 import Sampling
@@ -68,8 +68,10 @@ def microseconds_per_observation(count: int = 4096) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--policies", default="fcfs,edf,past-future,cslo-odbs")
+    parser = parser_of("engine_loop", __doc__)
+    parser.add_argument(
+        "--policies", type=several(known_to(step_policy)), default="fcfs,edf,past-future,cslo-odbs"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     rows = [
@@ -82,7 +84,7 @@ def main() -> None:
             ),
         }
         for running, waiting in SIZES
-        for policy in options.policies.split(",")
+        for policy in options.policies
     ]
     learning = median(microseconds_per_observation() for _ in range(LOOPS))
     if options.json:

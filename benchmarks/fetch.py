@@ -4,10 +4,9 @@ One process gives files out as a worker does, another fetches them all as one do
 cache. Beside that: digests alone, and checking what was fetched, as after another start. TMPDIR
 says where files are; on a disk its speed counts.
 
-    python -m benchmarks.fetch [--megabytes 1024] [--layers 8] [--sources 1] [--json FILE]
+    python -m benchmarks.fetch [--megabytes 1024] [--layers 8] [--sources 1] [--json]
 """
 
-import argparse
 import asyncio
 import json
 import multiprocessing
@@ -32,6 +31,7 @@ from uellm_worker.files.host import HostFiles
 from uellm_worker.files.sending import Sender
 from uellm_worker.files.servicer import FilesServicer
 
+from benchmarks.arguments import count, parser_of
 from uellm.core.errors import ModelFilesError
 from uellm.models import files
 from uellm.models.blocks import BLOCK_BYTES, block_digest
@@ -183,15 +183,16 @@ def _asked(pipes: list[tuple[Any, Any]]) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, default=1024, help="of the model")
-    parser.add_argument("--layers", type=int, default=8, help="parts that it comes in")
-    parser.add_argument("--sources", type=int, default=1, help="workers that have it")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser = parser_of("fetch", __doc__)
+    parser.add_argument("--megabytes", type=count, default=1024, help="of the model")
+    parser.add_argument("--layers", type=count, default=8, help="parts that it comes in")
+    parser.add_argument("--sources", type=count, default=1, help="workers that have it")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     found = measure(options.megabytes, options.layers, options.sources)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return
     for name, value in found.items():
         sys.stdout.write(f"{name:30} {value}\n")
 

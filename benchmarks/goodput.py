@@ -14,7 +14,6 @@ Traces (``benchmarks.traces``) have loads that are multiples of their own pace; 
 in objectives only, and they are run once, whatever the variations asked for.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -31,12 +30,15 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.arguments import count, directory, known_to, parser_of, positive, several
 from benchmarks.traces import TRACES, convert, is_trace, source_of
 from uellm.policy.views import DispatchSettings
-from uellm.simulator.experiments import Cell, Setup, goodput, simulate
+from uellm.simulator.experiments import Cell, Setup, goodput, pair_of, simulate
 from uellm.simulator.mesh import MeshSettings
 from uellm.simulator.metrics import KindMetrics, Metrics
 from uellm.simulator.platforms import find_platform
+from uellm.simulator.predictors import check_predictor
+from uellm.simulator.workloads import find_workload
 
 ATTAINMENTS = (0.9, 0.95, 0.99)
 FINENESS = 1.1
@@ -141,18 +143,23 @@ def _finite(ratio: float) -> float | None:
 
 def main() -> None:
     """Compare all cases that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--platforms", default="a100,r3090,cpu")
+    parser = parser_of("goodput", __doc__)
     parser.add_argument(
-        "--workloads", default="alpha,tier,loose", help="traces too: a CSV, or with --data a name"
+        "--platforms", type=several(known_to(find_platform)), default="a100,r3090,cpu"
     )
-    parser.add_argument("--data", type=Path, help="directory with traces/")
-    parser.add_argument("--cvs", default="1,3")
-    parser.add_argument("--policy", default="cslo-odbs")
-    parser.add_argument("--predictor", default="b80")
-    parser.add_argument("--requests", type=int, help="of a run; by platform, else")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument(
+        "--workloads",
+        type=several(_workload),
+        default="alpha,tier,loose",
+        help="traces too: a CSV, or with --data a name",
+    )
+    parser.add_argument("--data", type=directory, help="directory with traces/")
+    parser.add_argument("--cvs", type=several(positive), default="1,3")
+    parser.add_argument("--policy", type=known_to(pair_of), default="cslo-odbs")
+    parser.add_argument("--predictor", type=known_to(check_predictor), default="b80")
+    parser.add_argument("--requests", type=count, help="of a run; by platform, else")
+    parser.add_argument("--seeds", type=count, default=1)
+    parser.add_argument("--jobs", type=count, default=1, help="processes")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     cases = _cases(options.platforms, options.workloads, options.cvs)
@@ -177,8 +184,14 @@ def main() -> None:
         print(f"below {NEVER_BELOW:.0%} of FCFS at 99 %: {below} of {len(found)} cases")
 
 
-def _cases(platforms: str, workloads: str, cvs: str) -> list[tuple[str, str, float]]:
-    each = product(platforms.split(","), workloads.split(","), map(float, cvs.split(",")))
+def _workload(name: str) -> str:
+    return name if is_trace(name) else known_to(find_workload)(name)
+
+
+def _cases(
+    platforms: Sequence[str], workloads: Sequence[str], cvs: Sequence[float]
+) -> list[tuple[str, str, float]]:
+    each = product(platforms, workloads, cvs)
     return list(dict.fromkeys((p, w, 1.0 if is_trace(w) else cv) for p, w, cv in each))
 
 

@@ -10,7 +10,6 @@ other, for they share their queue and their fate. Sharpness is as in ``benchmark
 UELLM_PROFILER_PREDICTOR=prior shows what promises are worth without a learning predictor.
 """
 
-import argparse
 import asyncio
 import json
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.arguments import count, parser_of, positive, several
 from benchmarks.promises import bins_of, pinball
 from benchmarks.scheduling import Live, live_mesh
 from benchmarks.scheduling_results import Settings
@@ -142,14 +142,13 @@ async def _step_seconds(live: Live) -> tuple[float, list[Answered]]:
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--loads", default="0.5,0.7,0.9")
-    parser.add_argument("--requests", type=int, default=400, help="at each load")
-    parser.add_argument("--cv", type=float, default=2.0, help="variation of gaps")
+    parser = parser_of("live_promises", __doc__)
+    parser.add_argument("--loads", type=several(positive), default="0.5,0.7,0.9")
+    parser.add_argument("--requests", type=count, default=400, help="at each load")
+    parser.add_argument("--cv", type=positive, default=2.0, help="variation of gaps")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    loads = [float(load) for load in options.loads.split(",")]
-    result = asyncio.run(measure(loads, options.requests, options.cv))
+    result = asyncio.run(measure(options.loads, options.requests, options.cv))
     if options.json:
         print(json.dumps(result, indent=2))
         return

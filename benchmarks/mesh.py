@@ -13,7 +13,6 @@ Goals: gateway at most 650 µs a request and 20 µs a token; added time to first
 at the median.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import uellm.demo
+from benchmarks.arguments import count, parser_of, positive
 from benchmarks.costs import cpu_seconds, medians, spent, split_costs
 from benchmarks.load import closed_loop, poisson, wait_ready
 from uellm.mesh.mesh import Mesh
@@ -191,14 +191,16 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of("mesh", __doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--requests", type=int, default=1000, help="requests per run")
+    parser.add_argument("--requests", type=count, default=1000, help="requests per run")
     parser.add_argument("--tokens", type=int, default=65, help="tokens of the longer requests")
-    parser.add_argument("--concurrency", type=int, default=64, help="requests under way")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind")
-    parser.add_argument("--latency-seconds", type=float, default=10.0, help="per latency run")
+    parser.add_argument("--concurrency", type=count, default=64, help="requests under way")
+    parser.add_argument("--repeats", type=count, default=3, help="runs of each kind")
+    parser.add_argument("--latency-seconds", type=positive, default=10.0, help="per latency run")
     arguments = parser.parse_args()
+    if arguments.tokens < 2:
+        parser.error("--tokens: at least 2; the difference from one is what a token costs")
     result = asyncio.run(
         run(
             Settings(

@@ -12,7 +12,6 @@ Goals: goodput at least 95 % of its peak, 95 % of those let in keep their deadli
 of the time.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -27,6 +26,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.arguments import count, parser_of, positive
 from benchmarks.costs import cpu_seconds, spent
 from benchmarks.crowd import Asking, Crowd, Told, crowd
 from benchmarks.load import wait_ready
@@ -238,8 +238,8 @@ def show(result: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--factor", type=float, default=10.0, help="times the capacity")
+    parser = parser_of("overload", __doc__)
+    parser.add_argument("--factor", type=positive, default=10.0, help="times the capacity")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long")
     parser.add_argument(
         "--peak-seconds",
@@ -248,9 +248,13 @@ def main() -> None:
         help="of each load that the peak is sought at; of 20 s the best of three is 2 %% of luck",
     )
     parser.add_argument("--policy", default="", help="by default the service's own")
-    parser.add_argument("--clients", type=int, default=2, help="client processes")
+    parser.add_argument("--clients", type=count, default=2, help="client processes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
+    if min(arguments.seconds, arguments.peak_seconds) <= FILLING_SECONDS:
+        parser.error(
+            f"--seconds, --peak-seconds: more than {FILLING_SECONDS:g}, for as long a load begins"
+        )
     result = asyncio.run(
         measure(
             arguments.factor,

@@ -17,7 +17,6 @@ told those of the reference answers, and Vicuna-7B's are what the model answers.
 through the paper's claims.
 """
 
-import argparse
 import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.arguments import count, directory, known_to, parser_of
 from benchmarks.paper_replay import METHODS, Task, objectives, replay, their_platform
 from uellm.policy.views import DispatchSettings
 from uellm.simulator.experiments import pair_of
@@ -263,14 +263,20 @@ def _show(rows: Sequence[Row]) -> None:
 
 def main() -> None:
     """Run the parts that are asked for, and print their tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of("paper", __doc__)
     parser.add_argument("--part", choices=PARTS, action="append", help="may be repeated; all")
-    parser.add_argument("--count", type=int, default=100, help="requests of a closed batch")
-    parser.add_argument("--timed", type=int, default=400, help="requests of a timed run")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each case; means are shown")
-    parser.add_argument("--platform", help="of the corrected parts: a name or a file; the paper's")
+    parser.add_argument("--count", type=count, default=100, help="requests of a closed batch")
+    parser.add_argument("--timed", type=count, default=400, help="requests of a timed run")
+    parser.add_argument("--seeds", type=count, default=5, help="runs of each case; means are shown")
+    parser.add_argument(
+        "--platform",
+        type=known_to(find_platform),
+        help="of the corrected parts: a name or a file; the paper's",
+    )
     parser.add_argument("--predictor", choices=PREDICTORS, default="b80", help="of lengths")
-    parser.add_argument("--data", type=Path, help="directory with prompts/alpaca52k_dev.jsonl.gz")
+    parser.add_argument(
+        "--data", type=directory, help="directory with prompts/alpaca52k_dev.jsonl.gz"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     platform = find_platform(options.platform) if options.platform else their_platform()

@@ -26,6 +26,7 @@ from typing import Any
 
 from uellm_worker.children import ChildSpawner
 
+from benchmarks.arguments import count, directory, parser_of
 from benchmarks.engine import RANDOM, write_random
 from benchmarks.hop import measure_hops
 from benchmarks.replicas import Load, measured_split, replica
@@ -120,17 +121,21 @@ def summarise(loads: dict[str, list[Load]]) -> dict[str, Any]:
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(prog="benchmarks.pipeline", description=__doc__)
+    parser = parser_of("pipeline", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", type=Path)
+    source.add_argument("--model", type=directory, help="of a checkpoint")
     source.add_argument("--random", choices=RANDOM)
     source.add_argument("--hop", action="store_true")
     for name, default in (("rows", 16), ("tokens", 128), ("repeats", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=count, default=default)
     parser.add_argument("--split", type=_numbers, help="layers of each stage")
-    parser.add_argument("--cores", type=_numbers, default=(2, 3), help="of both stages")
+    parser.add_argument("--cores", type=_numbers, help="of both stages; the last two, else")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    mine = sorted(os.sched_getaffinity(0))
+    arguments.cores = arguments.cores or tuple(mine[-2:])
+    if not arguments.hop and not (len({*arguments.cores}) == 2 and {*arguments.cores} <= {*mine}):
+        parser.error(f"--cores: two of {', '.join(map(str, mine))} are needed")
     if arguments.hop:
         result = measure_hops()
     else:
@@ -145,7 +150,10 @@ def main() -> None:
 
 
 def _numbers(text: str) -> tuple[int, int]:
-    first, second = map(int, text.split(","))
+    try:
+        first, second = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: two whole numbers are needed") from None
     return first, second
 
 

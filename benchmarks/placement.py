@@ -8,7 +8,6 @@ many batches in flight. ``--data``: a directory with Helix's tables, for its clu
 figures.
 """
 
-import argparse
 import json
 import re
 import statistics
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.arguments import directory, parser_of
 from benchmarks.clusters import geometric, lopsided, mixed, model, named
 from uellm.placement.baselines import BASELINES
 from uellm.placement.costs import costs_of
@@ -79,8 +79,8 @@ class Row:
 
 def main() -> None:
     """Measure what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="directory with gpu/helix_tables.json")
+    parser = parser_of("placement", __doc__)
+    parser.add_argument("--data", type=directory, help="directory with gpu/helix_tables.json")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--random", action="store_true", help="random clusters as well")
     parser.add_argument("--only", default="", help="clusters whose name has this in it")
@@ -88,6 +88,8 @@ def main() -> None:
     clusters = named()
     if options.random:
         clusters |= _random()
+    if not any(options.only in name for name in clusters):
+        parser.error(f"--only: {options.only!r} is in none of {'; '.join(clusters)}")
     rows = []
     for row in _rows(clusters, options.only):
         rows.append(row)

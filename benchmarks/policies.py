@@ -8,7 +8,6 @@ have to be made room for each time, a dozen at once under cslo-odbs. Level one: 
 four replicas with 256 slots, promises to 256; between two decisions a few finish and a few come.
 """
 
-import argparse
 import gc
 import json
 import random
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from benchmarks.arguments import count, one_of, parser_of
 from uellm.core.cost import StepCost
 from uellm.core.request import LEVELS, Priority, QuantileFunction, ResourceProfile, Slo
 from uellm.heap import keep_freed_memory
@@ -37,11 +37,16 @@ _NOW = 1e6
 
 def main() -> None:
     """Measure what is asked for, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--policy", action="append", help="may be given several times; all")
-    parser.add_argument("--decisions", type=int, default=300, help="measured; of each policy")
-    parser.add_argument("--waiting", type=int, default=100_000, help="at level one")
-    parser.add_argument("--tenants", type=int, default=1)
+    parser = parser_of("policies", __doc__)
+    parser.add_argument(
+        "--policy",
+        type=one_of(dispatch_policies()),
+        action="append",
+        help="may be given several times; all",
+    )
+    parser.add_argument("--decisions", type=count, default=300, help="measured; of each policy")
+    parser.add_argument("--waiting", type=count, default=100_000, help="at level one")
+    parser.add_argument("--tenants", type=count, default=1)
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     keep_freed_memory()  # As a scheduler does.

@@ -9,7 +9,6 @@ described until they are probed. Medians; errors are relative to what was measur
 """
 # ruff: noqa: PLC0415 - model libraries are loaded once the number of threads is set.
 
-import argparse
 import json
 import os
 import statistics
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from uellm_worker.cores import WAITING
 
+from benchmarks.arguments import count, directory, parser_of
 from benchmarks.engine import RANDOM, write_random
 
 if TYPE_CHECKING:
@@ -141,21 +141,19 @@ def measure(directory: Path, threads: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of("probes", __doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--random", choices=sorted(RANDOM))
-    which.add_argument("--model", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
+    which.add_argument("--model", type=directory, help="of a checkpoint")
+    parser.add_argument("--threads", type=count, default=1)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     os.environ.update({**WAITING, **dict.fromkeys(names, str(arguments.threads))})
     with tempfile.TemporaryDirectory() as made:
-        directory = arguments.model
-        if directory is None:
-            directory = Path(made)
-            write_random(arguments.random, directory)
-        found = measure(directory, arguments.threads)
+        if arguments.random:
+            write_random(arguments.random, Path(made))
+        found = measure(arguments.model or Path(made), arguments.threads)
     if arguments.json:
         print(json.dumps(found))
         return

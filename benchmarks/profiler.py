@@ -19,7 +19,6 @@ examples. It begins with what it was tuned to, so that ``online`` and ``new-mode
 with nothing, are without it.
 """
 
-import argparse
 import json
 import random
 import time
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from benchmarks.arguments import count, directory, one_of, parser_of, several
 from benchmarks.profiler_baselines import BASELINES, with_errors
 from benchmarks.profiler_data import DAVINCI, VICUNA, Data, read_data
 from uellm.learning.examples import Example
@@ -39,7 +39,7 @@ from uellm.learning.store import Manifest, load_predictor
 from uellm.learning.training import digest, evaluate, teach, train
 from uellm.prediction.interface import Predictor
 from uellm.prediction.metrics import scores
-from uellm.prediction.registry import predictor
+from uellm.prediction.registry import predictor, predictors
 
 PARTS = ("accuracy", "online", "new-model", "drift", "speed")
 KNOWN = 200
@@ -57,21 +57,30 @@ MOST_TIMED = 4096
 
 def main() -> None:
     """Measure what is asked for, and print it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="prompts with lengths")
-    parser.add_argument("--train", type=Path, help="what is learnt from; by default 4/5 of --data")
-    parser.add_argument("--backends", default="prior,text", help="by commas")
-    parser.add_argument("--parts", default=",".join(PARTS), help="by commas")
-    parser.add_argument("--changes", type=int, default=50, help="of drift, each with its seed")
-    parser.add_argument("--models", type=int, default=15, help="new ones, of each table")
-    parser.add_argument("--llm-base", type=Path, help="a model that llm is tuned from")
+    parser = parser_of("profiler", __doc__)
+    parser.add_argument("--data", type=directory, required=True, help="prompts with lengths")
+    parser.add_argument(
+        "--train", type=directory, help="what is learnt from; by default 4/5 of --data"
+    )
+    parser.add_argument(
+        "--backends",
+        type=several(one_of([name for name in predictors() if name != LLM])),
+        default="prior,text",
+        help="by commas",
+    )
+    parser.add_argument(
+        "--parts", type=several(one_of(PARTS)), default=",".join(PARTS), help="by commas"
+    )
+    parser.add_argument("--changes", type=count, default=50, help="of drift, each with its seed")
+    parser.add_argument("--models", type=count, default=15, help="new ones, of each table")
+    parser.add_argument("--llm-base", type=directory, help="a model that llm is tuned from")
     parser.add_argument("--llm-out", type=Path, help="where llm is kept; by default nowhere")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     data = read_data(options.data)
     known = read_data(options.train) if options.train else data.part(held=False)
     test = data if options.train else data.part(held=True)
-    backends, parts = options.backends.split(","), options.parts.split(",")
+    backends, parts = options.backends, options.parts
     with threadpool_limits(1):
         trained = {name: learnt(name, known.alpaca) for name in backends} if known.alpaca else {}
         if options.llm_base and known.alpaca:

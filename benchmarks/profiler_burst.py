@@ -10,7 +10,6 @@ its limit (``UELLM_GATEWAY_PROFILE_BUDGET_SECONDS``, 100 ms). Milliseconds are t
 call to an answer.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.arguments import count, directory, parser_of, several
 from benchmarks.load import wait_ready
 from uellm.client import Client, new_request
 from uellm.demo.tasks import generate_task
@@ -88,14 +88,15 @@ def summarise(size: int, told: list[list[tuple[str, float]]]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--pretrained", type=Path, required=True, help="a tuned llm")
-    parser.add_argument("--sizes", default="1,8,32,64,200", help="of bursts, by commas")
-    parser.add_argument("--rounds", type=int, default=5, help="bursts of each size")
+    parser = parser_of("profiler_burst", __doc__)
+    parser.add_argument("--pretrained", type=directory, required=True, help="a tuned llm")
+    parser.add_argument(
+        "--sizes", type=several(count), default="1,8,32,64,200", help="of bursts, by commas"
+    )
+    parser.add_argument("--rounds", type=count, default=5, help="bursts of each size")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
-    sizes = [int(size) for size in options.sizes.split(",")]
-    found = asyncio.run(measure(options.pretrained.resolve(), sizes, options.rounds))
+    found = asyncio.run(measure(options.pretrained.resolve(), options.sizes, options.rounds))
     if options.json:
         sys.stdout.write(json.dumps({"cores": os.cpu_count(), "bursts": found}, indent=2) + "\n")
         return

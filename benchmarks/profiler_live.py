@@ -11,7 +11,6 @@ the mesh is not told, and the running quantiles of the predictor ``prior``.
 Goal: after 500 requests the mean absolute error is at most half that of the kind's mean.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.arguments import count, parser_of
 from benchmarks.load import wait_ready
 from uellm import convert
 from uellm.cli.promises import ANSWERED
@@ -138,14 +138,15 @@ def errors_of(outcomes: Sequence[Outcome]) -> Floats:
     return errors
 
 
-def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Mean absolute errors, in windows and once it has settled."""
+def summarise(outcomes: Sequence[Outcome], settled_after: int) -> dict[str, Any]:
+    """Mean absolute errors, in windows and after so many requests."""
     errors = errors_of(outcomes)
     kinds = np.array([each.kind for each in outcomes])
-    settled = errors[SETTLED:]
+    settled = errors[settled_after:]
     means = settled.mean(axis=0)
     return {
         "requests": len(outcomes),
+        "settled_after": settled_after,
         "fallbacks": sum(each.fallback for each in outcomes),
         "windows": [
             {
@@ -157,9 +158,9 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         ],
         "settled": _named(means),
         "settled_by_kind": {
-            kind: _named(settled[kinds[SETTLED:] == kind].mean(axis=0))
+            kind: _named(settled[kinds[settled_after:] == kind].mean(axis=0))
             for kind in KINDS
-            if (kinds[SETTLED:] == kind).any()
+            if (kinds[settled_after:] == kind).any()
         },
         "ratio": round(float(means[0] / means[1]), 3),
         "goal": GOAL,
@@ -187,14 +188,17 @@ def show(result: dict[str, Any]) -> None:
     print(f"{'requests':>12}" + "".join(f"{name:>18}" for name in NAMES))
     for window in result["windows"]:
         print(f"{window['from']:>9} on" + "".join(f"{window[name]:>18}" for name in NAMES))
-    print(f"{'after ' + str(SETTLED):>12}" + "".join(f"{result['settled'][n]:>18}" for n in NAMES))
+    print(
+        f"{'after ' + str(result['settled_after']):>12}"
+        + "".join(f"{result['settled'][n]:>18}" for n in NAMES)
+    )
     for kind, means in result["settled_by_kind"].items():
         print(f"{kind:>12}" + "".join(f"{means[name]:>18}" for name in NAMES))
     verdict = "met" if result["met"] else "missed"
     print(f"error over that of the kind's mean: {result['ratio']} (goal {GOAL}): {verdict}")
 
 
-def draw(path: Path, outcomes: Sequence[Outcome]) -> None:
+def draw(path: Path, outcomes: Sequence[Outcome], settled_after: int) -> None:
     """Mean absolute error of the latest requests against requests seen."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, uellm[simulate]
 
@@ -204,7 +208,7 @@ def draw(path: Path, outcomes: Sequence[Outcome]) -> None:
     for name, column in zip(NAMES, errors.T, strict=True):
         running = np.convolve(column, np.full(WINDOW, 1 / WINDOW), "valid")
         axes.plot(np.arange(WINDOW, len(column) + 1), running, label=name)
-    axes.axvline(SETTLED, color="grey", linewidth=1)
+    axes.axvline(settled_after, color="grey", linewidth=1)
     axes.set(xlabel="requests seen", ylabel=f"mean absolute error of the latest {WINDOW} (tokens)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -214,19 +218,22 @@ def draw(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--requests", type=int, default=1500)
-    parser.add_argument("--concurrency", type=int, default=4, help="requests under way")
+    parser = parser_of("profiler_live", __doc__)
+    parser.add_argument("--requests", type=count, default=1500)
+    parser.add_argument("--concurrency", type=count, default=4, help="requests under way")
+    parser.add_argument(
+        "--settled", type=count, default=SETTLED, help="requests before those that are judged"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the tasks")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw error against requests")
     options = parser.parse_args()
-    if options.requests <= SETTLED:
-        parser.error(f"--requests: {options.requests}; more than {SETTLED}, which are not judged")
+    if options.requests <= options.settled:
+        parser.error(f"--requests: more than --settled, {options.settled}, which are not judged")
     outcomes = asyncio.run(measure(options.requests, options.concurrency, options.seed))
     if options.plot is not None:
-        draw(options.plot, outcomes)
-    result = summarise(outcomes)
+        draw(options.plot, outcomes, options.settled)
+    result = summarise(outcomes, options.settled)
     if options.json:
         machine = {"cores": os.cpu_count(), "processor": platform.machine()}
         facts = {"when": time.strftime("%Y-%m-%d"), "machine": machine, **result}

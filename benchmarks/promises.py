@@ -24,10 +24,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.arguments import count, known_to, parser_of, positive, several
 from uellm.core.request import Priority
-from uellm.simulator.experiments import Cell, Setup, serve
+from uellm.simulator.experiments import Cell, Setup, pair_of, serve
 from uellm.simulator.mesh import Outcome, Record
 from uellm.simulator.platforms import find_platform
+from uellm.simulator.predictors import check_predictor
+from uellm.simulator.workloads import find_workload
 
 LEVEL = 0.9
 COVERED = (0.88, 0.92)
@@ -218,14 +221,14 @@ def _interval(values: Floats, blocks: npt.NDArray[np.intp]) -> tuple[float, floa
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
     for platform, workload, policy, predictor, load, cv in product(
-        options.platforms.split(","),
-        options.workloads.split(","),
-        options.policies.split(","),
-        options.predictors.split(","),
-        options.loads.split(","),
-        options.cvs.split(","),
+        options.platforms,
+        options.workloads,
+        options.policies,
+        options.predictors,
+        options.loads,
+        options.cvs,
     ):
-        yield Case(platform, workload, policy, predictor, float(load), float(cv))
+        yield Case(platform, workload, policy, predictor, load, cv)
 
 
 def _show(result: Result) -> None:
@@ -271,15 +274,15 @@ def _draw(path: Path, results: Sequence[Result]) -> None:
 
 def main() -> None:
     """Measure, and say how many cases pass."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--platforms", default="a100,r3090")
-    parser.add_argument("--workloads", default="tier")
-    parser.add_argument("--policies", default="cslo-odbs,fcfs,edf")
-    parser.add_argument("--predictors", default="prior")
-    parser.add_argument("--loads", default="0.5,0.8,1.0,1.2")
-    parser.add_argument("--cvs", default="1,3")
-    parser.add_argument("--requests", type=int, default=5000, help="of a run")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser = parser_of("promises", __doc__)
+    parser.add_argument("--platforms", type=several(known_to(find_platform)), default="a100,r3090")
+    parser.add_argument("--workloads", type=several(known_to(find_workload)), default="tier")
+    parser.add_argument("--policies", type=several(known_to(pair_of)), default="cslo-odbs,fcfs,edf")
+    parser.add_argument("--predictors", type=several(known_to(check_predictor)), default="prior")
+    parser.add_argument("--loads", type=several(positive), default="0.5,0.8,1.0,1.2")
+    parser.add_argument("--cvs", type=several(positive), default="1,3")
+    parser.add_argument("--requests", type=count, default=5000, help="of a run")
+    parser.add_argument("--seeds", type=count, default=1)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", type=Path, help="a .png for the reliability diagram")
     options = parser.parse_args()

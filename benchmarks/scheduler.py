@@ -10,7 +10,6 @@ heard of. What others take of the machine changes the rate, hardly the CPU time 
 Goal: 3,000 requests a second.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 
 from uellm_gateway.batching import BatchedScripts
 
+from benchmarks.arguments import count, parser_of
 from benchmarks.costs import cpu_seconds, medians, spent
 from benchmarks.load import closed_loop
 from benchmarks.mesh import MODEL, warm_mesh
@@ -78,7 +78,7 @@ async def feed(mesh: Mesh, requests: int, waiting: int) -> dict[str, Any]:
     before, began = cpu_seconds(mesh), time.perf_counter()
     while copies:
         room = waiting - await unfinished(queue, redis)
-        if room < AT_ONCE:
+        if room < min(AT_ONCE, waiting):
             await asyncio.sleep(POLL_SECONDS)
             continue
         some, copies = copies[:room], copies[room:]
@@ -115,10 +115,10 @@ async def measure(requests: int, waiting: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=5000, help="per run")
-    parser.add_argument("--waiting", type=int, default=512, help="unfinished at a time")
-    parser.add_argument("--repeats", type=int, default=3, help="runs")
+    parser = parser_of("scheduler", __doc__)
+    parser.add_argument("--requests", type=count, default=5000, help="per run")
+    parser.add_argument("--waiting", type=count, default=512, help="unfinished at a time")
+    parser.add_argument("--repeats", type=count, default=3, help="runs")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     result = asyncio.run(measure(arguments.requests, arguments.waiting, arguments.repeats))

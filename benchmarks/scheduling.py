@@ -14,7 +14,6 @@ itself, what requests that were alone took on their way to the engine and back, 
 were predicted live: what it says besides what was measured is its error.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -28,6 +27,7 @@ from typing import Any
 
 import grpc
 
+from benchmarks.arguments import count, one_of, parser_of, positive, several
 from benchmarks.load import wait_ready
 from benchmarks.scheduling_results import Run, Settings, goodputs, progress, show, simulator_errors
 from benchmarks.tiers import Answered, Clock, Job, draw, drive
@@ -35,6 +35,7 @@ from uellm.client import Client
 from uellm.convert import cost_from_proto, seconds
 from uellm.mesh.mesh import Mesh
 from uellm.mesh.options import DEMO_MODEL, MeshOptions, ModelSource
+from uellm.policy.registry import dispatch_policies
 from uellm.policy.views import DispatchSettings
 from uellm.rpc import channel
 from uellm.simulator import mesh as simulated
@@ -283,21 +284,31 @@ async def measure(settings: Settings) -> dict[str, Any]:
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--policies", default="cslo-odbs,fcfs", help="the last is compared with")
+    parser = parser_of("scheduling", __doc__)
     parser.add_argument(
-        "--loads", default=",".join(f"{x / 100:g}" for x in range(30, 151, 15)), help="ascending"
+        "--policies",
+        type=several(one_of(dispatch_policies())),
+        default="cslo-odbs,fcfs",
+        help="the last is compared with",
     )
-    parser.add_argument("--pairs", type=int, default=5, help="runs of each policy and load")
-    parser.add_argument("--requests", type=int, default=600, help="in each run")
-    parser.add_argument("--cv", type=float, default=3.0, help="variation of the gaps; 1: Poisson")
-    parser.add_argument("--slots", type=int, default=64, help="sequences at once")
-    parser.add_argument("--kv-tokens", type=int, default=1536, help="room of the KV cache")
+    parser.add_argument(
+        "--loads",
+        type=several(positive),
+        default=",".join(f"{x / 100:g}" for x in range(30, 151, 15)),
+        help="ascending",
+    )
+    parser.add_argument("--pairs", type=count, default=5, help="runs of each policy and load")
+    parser.add_argument("--requests", type=count, default=600, help="in each run")
+    parser.add_argument(
+        "--cv", type=positive, default=3.0, help="variation of the gaps; 1: Poisson"
+    )
+    parser.add_argument("--slots", type=count, default=64, help="sequences at once")
+    parser.add_argument("--kv-tokens", type=count, default=1536, help="room of the KV cache")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     settings = Settings(
-        tuple(arguments.policies.split(",")),
-        tuple(float(load) for load in arguments.loads.split(",")),
+        tuple(arguments.policies),
+        tuple(arguments.loads),
         arguments.pairs,
         arguments.requests,
         arguments.cv,

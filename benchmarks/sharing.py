@@ -1,6 +1,6 @@
 """How well several models share a cluster as their load shifts, how fast, and what moves.
 
-    python -m benchmarks.sharing [--json] [--seeds N] [--cluster NAME]
+    python -m benchmarks.sharing [--json] [--seeds N] [--cluster mixed12]
 
 Three models begin with a copy each. Their loads are drawn so that together they need about what the
 cluster does, then drawn again. ``share_out`` follows, from what serves; beside it a fresh plan by
@@ -9,7 +9,6 @@ the costs that plans are made with: the share of its load that each model is ser
 the mean of them), layers that have to be loaded after the shift, and the time to decide.
 """
 
-import argparse
 import json
 import random
 import statistics
@@ -17,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
+from benchmarks.arguments import count, one_of, parser_of
 from benchmarks.clusters import model
 from uellm import clusters
 from uellm.placement.sharing import Copy, Step, Tenant, capacity, share_out
@@ -51,10 +51,15 @@ class Row:
 
 def main() -> None:
     """Measure what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of("sharing", __doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--cluster", action="append", help="by default mixed12, mixed24, dc64")
+    parser.add_argument("--seeds", type=count, default=5)
+    parser.add_argument(
+        "--cluster",
+        type=one_of(clusters.names()),
+        action="append",
+        help="by default mixed12, mixed24, dc64",
+    )
     options = parser.parse_args()
     rows = []
     for name in options.cluster or ("mixed12", "mixed24", "dc64"):

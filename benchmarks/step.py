@@ -10,7 +10,6 @@ over the steps are given.
 """
 # ruff: noqa: PLC0415 - model libraries are loaded once the number of threads is set.
 
-import argparse
 import json
 import os
 import statistics
@@ -25,6 +24,7 @@ from unittest.mock import patch
 
 from uellm_worker.cores import WAITING
 
+from benchmarks.arguments import count, directory, parser_of
 from benchmarks.engine import RANDOM, write_random
 
 PARTS = ("products", "attention", "other", "sampling", "loop")
@@ -212,13 +212,13 @@ def measure(directory: Path, slots: int, context: int, steps: int) -> dict[str, 
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__)
+    parser = parser_of("step", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", type=Path)
+    source.add_argument("--model", type=directory, help="of a checkpoint")
     source.add_argument("--random", choices=RANDOM)
     parser.add_argument("--stored", choices=("float32", "bfloat16", "float16"), default="float32")
     for name, default in (("threads", 1), ("slots", 8), ("context", 128), ("steps", 60)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=count, default=default)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     os.environ |= {**WAITING, **os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
@@ -228,8 +228,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         if arguments.random:
             write_random(arguments.random, Path(scratch), arguments.stored)
-        directory = arguments.model or Path(scratch)
-        result = measure(directory, arguments.slots, arguments.context, arguments.steps)
+        model = arguments.model or Path(scratch)
+        result = measure(model, arguments.slots, arguments.context, arguments.steps)
     if arguments.json:
         print(json.dumps(result, indent=2))
         return

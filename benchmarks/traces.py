@@ -9,7 +9,6 @@ that the platform's KV room cannot hold are left out. ``--convert FILE`` writes 
 for ``uellm simulate --workload FILE``.
 """
 
-import argparse
 import csv
 import json
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.arguments import count, directory, known_to, parser_of, positive, several
 from uellm.policy.views import DispatchSettings
 from uellm.simulator.experiments import Cell, Setup, simulate
 from uellm.simulator.mesh import MeshSettings
@@ -117,22 +117,30 @@ def compared(
 
 def main() -> None:
     """Compare, and print a table for each trace."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="directory with traces/, for those with a name")
+    parser = parser_of("traces", __doc__)
+    parser.add_argument(
+        "--data", type=directory, help="directory with traces/, for those with a name"
+    )
     parser.add_argument(
         "--trace", action="append", help=f"{', '.join(TRACES)} or a CSV; may be repeated; all"
     )
-    parser.add_argument("--platform", default="a100", help="a100, r3090, cpu, or a TOML file")
+    parser.add_argument(
+        "--platform",
+        type=known_to(find_platform),
+        default="a100",
+        help="a100, r3090, cpu, or a TOML file",
+    )
     parser.add_argument("--predictor", choices=PREDICTORS, default="b80", help="of lengths")
-    parser.add_argument("--load", default="0.5,0.7,0.9", help="of what no policy exceeds")
-    parser.add_argument("--requests", type=int, default=3000, help="first of a trace")
+    parser.add_argument(
+        "--load", type=several(positive), default="0.5,0.7,0.9", help="of what no policy exceeds"
+    )
+    parser.add_argument("--requests", type=count, default=3000, help="first of a trace")
     parser.add_argument("--seed", type=int, default=0, help="of the objectives")
     parser.add_argument("--convert", type=Path, help="write the only --trace to this CSV, and end")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     platform = find_platform(options.platform)
     names, most, seed = options.trace or list(TRACES), options.requests, options.seed
-    loads = [float(load) for load in options.load.split(",")]
     for name in names:
         if not is_trace(name):
             parser.error(f"--trace: {name}: neither one of {', '.join(TRACES)} nor a .csv file")
@@ -147,7 +155,7 @@ def main() -> None:
             convert(source_of(name, options.data), target, platform, most, seed)
             if options.convert:
                 return
-            found[name] = list(compared(target, platform, loads, options.predictor, most))
+            found[name] = list(compared(target, platform, options.load, options.predictor, most))
     if options.json:
         print(json.dumps({"platform": asdict(platform), "traces": found}, indent=2))
         return

@@ -7,7 +7,6 @@ promise, as where a crowd came at once: ``crowd``. Then all have one: ``calm``. 
 revise promises.
 """
 
-import argparse
 import json
 import time
 from collections import defaultdict
@@ -17,6 +16,7 @@ from typing import TypeVar
 from uellm_scheduler.book import Book
 from uellm_scheduler.model_scheduler import HORIZON
 
+from benchmarks.arguments import count, parser_of
 from uellm.convert import duration, promise_to_proto
 from uellm.core.request import LEVELS
 from uellm.heap import keep_freed_memory
@@ -134,9 +134,9 @@ def measure(waiting: int, turns: int) -> dict[str, dict[str, dict[str, float]]]:
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--waiting", type=int, default=100_000, help="requests that wait")
-    parser.add_argument("--turns", type=int, default=60, help="measured; of each kind")
+    parser = parser_of("turns", __doc__)
+    parser.add_argument("--waiting", type=count, default=100_000, help="requests that wait")
+    parser.add_argument("--turns", type=count, default=60, help="measured; of each kind")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     keep_freed_memory()  # As a scheduler does.

@@ -10,7 +10,6 @@ and how many times those of float32 a step takes.
 """
 # ruff: noqa: PLC0415 - model libraries are loaded once the number of threads is set.
 
-import argparse
 import json
 import os
 import statistics
@@ -22,6 +21,7 @@ from typing import Any
 
 from uellm_worker.cores import WAITING
 
+from benchmarks.arguments import count, one_of, parser_of, several
 from benchmarks.engine import RANDOM, VOCAB, write_random
 
 QUANTIZED = {"int8": (8, 0), "int8-128": (8, 128), "int4-128": (4, 128)}
@@ -214,18 +214,14 @@ def measure(
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(prog="benchmarks.variants", description=__doc__)
+    parser = parser_of("variants", __doc__)
     parser.add_argument("--random", choices=RANDOM, default="small")
-    parser.add_argument("--variants", type=lambda text: text.split(","), default=list(VARIANTS))
-    parser.add_argument(
-        "--batches", type=lambda text: [*map(int, text.split(","))], default=[1, 8, 16]
-    )
+    parser.add_argument("--variants", type=several(one_of(VARIANTS)), default=list(VARIANTS))
+    parser.add_argument("--batches", type=several(count), default=[1, 8, 16])
     for name, default in (("threads", 1), ("steps", 40), ("repeats", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=count, default=default)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if unknown := {*arguments.variants} - {*VARIANTS}:
-        parser.error(f"no such variants: {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
     os.environ |= {**WAITING, **os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     import torch
 

@@ -21,12 +21,13 @@ from itertools import product
 
 import numpy as np
 
+from benchmarks.arguments import count, known_to, parser_of, positive, several
 from benchmarks.promises import pinball
 from uellm.policy.views import DispatchSettings
 from uellm.simulator.experiments import REFERENCE_RATES, pair_of
 from uellm.simulator.mesh import Mesh, MeshSettings, Record
 from uellm.simulator.platforms import Platform, find_platform
-from uellm.simulator.predictors import profiler
+from uellm.simulator.predictors import check_predictor, profiler
 from uellm.simulator.requests import Request
 from uellm.simulator.workloads import Arrivals, find_workload, generate
 
@@ -142,12 +143,12 @@ def _row(run: Sequence[Record]) -> tuple[float, ...]:
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
     for platform, workload, predictor, pace in product(
-        options.platforms.split(","),
-        options.workloads.split(","),
-        options.predictors.split(","),
-        options.pace.split(","),
+        options.platforms,
+        options.workloads,
+        options.predictors,
+        options.pace,
     ):
-        yield Case(platform, workload, predictor, float(pace))
+        yield Case(platform, workload, predictor, pace)
 
 
 def _show(case: Case, phases: dict[str, Kept]) -> None:
@@ -163,14 +164,18 @@ def _show(case: Case, phases: dict[str, Kept]) -> None:
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--platforms", default="a100,r3090,cpu")
-    parser.add_argument("--workloads", default="tier,alpha")
-    parser.add_argument("--predictors", default="prior")
-    parser.add_argument("--pace", default="1", help="steps as believed, over what they are")
-    parser.add_argument("--first", type=int, default=60, help="requests before the crowd")
-    parser.add_argument("--crowd", type=int, default=200, help="requests at once")
-    parser.add_argument("--seeds", type=int, default=3, help="meshes of each kind")
+    parser = parser_of("young_promises", __doc__)
+    parser.add_argument(
+        "--platforms", type=several(known_to(find_platform)), default="a100,r3090,cpu"
+    )
+    parser.add_argument("--workloads", type=several(known_to(find_workload)), default="tier,alpha")
+    parser.add_argument("--predictors", type=several(known_to(check_predictor)), default="prior")
+    parser.add_argument(
+        "--pace", type=several(positive), default="1", help="steps as believed, over what they are"
+    )
+    parser.add_argument("--first", type=count, default=60, help="requests before the crowd")
+    parser.add_argument("--crowd", type=count, default=200, help="requests at once")
+    parser.add_argument("--seeds", type=count, default=3, help="meshes of each kind")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     results = []
