@@ -16,6 +16,7 @@ from uellm.mesh.options import DEMO_MODEL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(700)]
 ROOT = Path(__file__).parents[2]
+UELLM = "from uellm.cli import main; main()"
 PATIENCE_SECONDS = 600.0
 """Of a hang. On a machine with nothing else to do most take seconds, the longest two minutes."""
 
@@ -54,7 +55,7 @@ SMALLEST: Mapping[str, str] = {
 def run(*command: str) -> str:
     """What a process prints, once it has ended well."""
     done = subprocess.run(
-        [sys.executable, "-m", *command],
+        [sys.executable, *command],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -103,25 +104,15 @@ def test_it_ends_with_figures(name: str, given: Mapping[str, Path]) -> None:
     if name == "pipeline" and len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two cores are needed")
     if name == "profiler_burst":
-        tuning = [
-            "profiler",
-            "train",
-            "--backend",
-            "llm",
-            "--set",
-            "epochs=1",
-            "--set",
-            "rank=4",
-            "--base-model",
-        ]
-        files = ("--data", str(given["EXAMPLES"]), "--out", str(given["PRETRAINED"]))
-        run("uellm.cli", *tuning, str(DEMO_MODEL), *files)
+        files = ["--data", given["EXAMPLES"], "--out", given["PRETRAINED"]]
+        tuning = ["--backend", "llm", "--base-model", DEMO_MODEL, "--set", "epochs=1"]
+        run("-c", UELLM, "profiler", "train", *map(str, [*tuning, *files]))
     arguments = [str(given.get(word, word)) for word in SMALLEST[name].split()]
-    assert figures(run(f"benchmarks.{name}", *arguments, "--json"))
+    assert figures(run("-m", f"benchmarks.{name}", *arguments, "--json"))
 
 
 def test_a_hop_between_stages_is_measured() -> None:
-    assert figures(run("benchmarks.pipeline", "--hop", "--json"))
+    assert figures(run("-m", "benchmarks.pipeline", "--hop", "--json"))
 
 
 def test_what_is_not_installed_is_said(tmp_path: Path) -> None:
@@ -139,7 +130,6 @@ def test_what_is_not_installed_is_said(tmp_path: Path) -> None:
 
 
 def test_none_is_forgotten() -> None:
-    measuring = [
-        p.stem for p in (ROOT / "benchmarks").glob("*.py") if "parser_of(" in p.read_text()
-    ]
-    assert {*SMALLEST} == {*measuring} - {"arguments"}
+    modules = (ROOT / "benchmarks").glob("*.py")
+    measuring = {path.stem for path in modules if "parser_of(" in path.read_text()}
+    assert {*SMALLEST} == measuring - {"arguments"}
