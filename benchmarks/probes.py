@@ -2,10 +2,11 @@
 
 Usage: ``python -m benchmarks.probes --random small|large | --model DIR [--threads N] [--json]``
 
-A model's layers are probed as workers do it, in a second. Then all of its layers are timed at
-compositions of steps that the probe did not see, and compared with what the fit says, and with what
-a roofline says whose arithmetic and bandwidth are measured apart from any model, as devices are
-described until they are probed. Medians; errors are relative to what was measured.
+A model's layers are probed as workers do it, for as long as deployers have them. Then all of its
+layers are timed at compositions of steps that the probe did not see, and compared with what the fit
+says, and with what a roofline says whose arithmetic and bandwidth are measured apart from any
+model, as devices are described until they are probed. Medians; errors are relative to what was
+measured.
 """
 # ruff: noqa: PLC0415 - model libraries are loaded once the number of threads is set.
 
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uellm_deployer.probing import BLOCK_SECONDS
 from uellm_worker.cores import WAITING
 
 from benchmarks.arguments import count, directory, parser_of
@@ -44,7 +46,7 @@ def probe(directory: Path, threads: int) -> "BlockCost":
 
     assignment = ShardAssignment(device_ids=["w/cpu:0"], dtype="float32")
     shard = PrepareShard(assignment=assignment, model_dir=str(directory), threads=threads)
-    probed = probe_block(ProbeBlock(shard=shard, budget_seconds=1.0), lambda report: None)
+    probed = probe_block(ProbeBlock(shard=shard, budget_seconds=BLOCK_SECONDS), lambda report: None)
     samples = [
         BlockSample(p.tokens, p.context_tokens, p.pairs, p.layer_seconds, p.step_seconds)
         for p in probed.points
