@@ -171,6 +171,18 @@ def test_what_nvml_does_not_find_is_asked_of_torch(monkeypatch: pytest.MonkeyPat
     )
     with pytest.raises(ConfigurationError, match=r"NVML finds no device, and torch 2\+rocm finds"):
         Devices("w", "cuda:1", 0)
+    # Not every torch says how much memory it has, and NVML does not either.
+    found["cuda:0"] = Accelerator("cuda:0", "AMD Instinct MI300X", 0)
+    with pytest.raises(ConfigurationError, match="say it, as cuda:0:memory=16GiB"):
+        Devices("w", "cuda:0", 0)
+    (told,) = Devices("w", "cuda:0:memory=16GiB", 0).describe()
+    assert told.memory_total_bytes == 16 << 30
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_memory_that_nvml_says_is_not_to_be_told() -> None:
+    with pytest.raises(ConfigurationError, match=r"how much memory cuda:1 has, which NVML does"):
+        Devices("w", "cuda:1:memory=16GiB", 0)
 
 
 @pytest.mark.usefixtures("two_gpus")

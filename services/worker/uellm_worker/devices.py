@@ -315,14 +315,14 @@ def _indexed(names: Sequence[str]) -> list[_Named]:
         if match is None:
             raise _unknown(f"{name!r} is no device")
         told = match[3]
-        if told and match[1] == "cuda":
-            raise _unknown(f"{name!r}: drivers say how much memory these have")
         found.append(_Named(match[1], int(match[2]), quantity(name, "memory", told) if told else 0))
     return found
 
 
 def _cuda_indices(named: Sequence[_Named], count: int) -> Sequence[int]:
     for each in named:
+        if each.memory_bytes:
+            raise _unknown(f"says how much memory {each.name} has, which NVML does")
         if each.index >= count:
             raise ConfigurationError(
                 f"UELLM_WORKER_DEVICES: {each.name} is not there: NVML finds {count} CUDA "
