@@ -495,6 +495,29 @@ def test_an_slo_that_nothing_keeps_is_named_with_what_would() -> None:
     assert solve(again).replicas
 
 
+@pytest.mark.parametrize("objective", ["helr", "throughput"])
+def test_as_many_slots_as_keep_the_slo_are_named(objective: Objective) -> None:
+    topology = Topology((device("a/cuda:0", 8000 * MIB),))
+    request = PlanRequest(topology, small_model(), Workload(slots=8, max_tokens=512), objective)
+
+    def seconds(slots: int, slo: float = 0.0) -> float:
+        load = replace(request.workload, slots=slots, slo_seconds=slo)
+        (copy,) = solve(replace(request, workload=load)).replicas
+        assert copy.prediction is not None
+        return copy.prediction.total_seconds
+
+    slo = (seconds(5) + seconds(6)) / 2
+    plan = solve(replace(request, workload=replace(request.workload, slo_seconds=slo)))
+    assert not plan.replicas
+    (named,) = re.findall(r"it fits with slots (\d+) or with slo_seconds", plan.infeasible_reason)
+    assert int(named) == 5
+    assert seconds(5, slo) <= slo
+    # All of them fit the memory: one fewer is no plan for the SLO, and none is made of it.
+    between = (seconds(7) + seconds(8)) / 2
+    plan = solve(replace(request, workload=replace(request.workload, slo_seconds=between)))
+    assert "it fits with slots 7 or" in plan.infeasible_reason
+
+
 @pytest.mark.parametrize("objective", ["lr", "he"])
 def test_who_does_not_look_at_an_slo_says_that_it_is_missed(objective: Objective) -> None:
     topology = Topology((device("a/cuda:0", 8000 * MIB),))

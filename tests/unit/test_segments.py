@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.support.clusters import MIB, random_request, small_model
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement.placers import improvement, placer_of
+from uellm.placement.segments import solve_pinned
 from uellm.placement.solver import solve
 from uellm.placement.topology import Device, Topology
 from uellm.placement.views import LayerPin, Pin, Plan, PlanRequest, Workload
@@ -50,6 +51,19 @@ def test_ranges_in_the_middle_and_several_of_them() -> None:
     plan = solve(asked(LayerPin("c/cuda:1", 2, 3), LayerPin("b", 6, 7)))
     # There is no worker left for layers 4 and 5.
     assert stages(plan) == [("a/cuda:0", 0, 1), ("c/cuda:1", 2, 3), ("b/cuda:0", 4, 7)]
+
+
+def test_segments_share_the_time_and_say_if_it_ended_any_search() -> None:
+    budgets: list[float] = []
+
+    def cut(request: PlanRequest) -> Plan:
+        budgets.append(request.budget_seconds)
+        return replace(solve(request), budget_exhausted=len(budgets) == 1)
+
+    plan = solve_pinned(asked(LayerPin("host-a", 0, 3), budget_seconds=2.0), cut)
+    assert budgets == [1.0, 1.0]
+    assert plan.budget_exhausted
+    assert "the search ended with its budget of 2 s" in plan.explanation
 
 
 def test_slots_are_as_many_as_fit_beside_the_pins() -> None:

@@ -61,7 +61,9 @@ _FLAGS = {
     "slo_seconds": "--slo",
 }
 """Of `plan` and `deploy`, for fields that are named otherwise."""
-_FIELD = re.compile(rf"\b(?:{'|'.join(_FLAGS)})\b|(?<= with )(?:batch|replicas|stages)(?= \d)")
+_FIELD = re.compile(
+    rf"\b(?:{'|'.join(_FLAGS)})\b|(?<= with )(?:batch|replicas|slots|stages)(?= \d)"
+)
 
 
 def in_flags(reason: str) -> str:

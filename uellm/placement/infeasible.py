@@ -67,14 +67,17 @@ def lacks_room(short: Shortage, feasible: Feasible) -> str:
     return f"{reason}; it fits with {choices}" if choices else reason
 
 
-def too_slow(request: PlanRequest, fastest_seconds: float, what: str = "plan") -> str:
-    """Which latency is the least there is, and what keeps the SLO."""
+def too_slow(
+    request: PlanRequest, fastest_seconds: float, what: str = "plan", slots: int = 0
+) -> str:
+    """Which latency is the least there is, and what keeps the SLO; fewer ``slots`` if any do."""
     limit = request.workload.slo_seconds
     reason = (
         f"no {what} keeps the SLO of {limit:.3g} s: the fastest one found takes "
         f"{fastest_seconds:.4g} s"
     )
-    return f"{reason}; it fits with slo_seconds {1.001 * fastest_seconds:.4g}"
+    fewer = f"slots {slots} or with " if slots else ""
+    return f"{reason}; it fits with {fewer}slo_seconds {1.001 * fastest_seconds:.4g}"
 
 
 def no_time(request: PlanRequest, fastest_seconds: float | None = None) -> str:

@@ -43,6 +43,7 @@ class _Placed:
     stages: tuple[PlannedStage, ...]
     slots: int
     missing: str = ""
+    exhausted: bool = False
 
 
 def solve_pinned(request: PlanRequest, solve: Solve) -> Plan:
@@ -158,11 +159,12 @@ def _plan(request: PlanRequest, segments: Sequence[_Segment], solve: Solve) -> P
         slots=costs.need.slots,
         max_tokens=costs.need.max_tokens,
         objective=request.objective,
-        explanation=explain_plan(copies, costs.need, bare, None),
+        explanation=explain_plan(copies, costs.need, bare, None, exhausted=found.exhausted),
         infeasible_reason=found.missing,
         kv_tokens=costs.need.cached_tokens,
         solver=SOLVER,
         moves=moves(request.model, copies, request.previous),
+        budget_exhausted=found.exhausted,
     )
 
 
@@ -172,13 +174,16 @@ def _place(request: PlanRequest, segments: Sequence[_Segment], slots: int, solve
     pinned = [segment.name for segment in segments if segment.name]
     used = {d.worker for d in usable if any(on(d, name) for name in pinned)}
     stages: list[PlannedStage] = []
+    exhausted = False
     for index, segment in enumerate(segments):
         mine = [
             device
             for device in usable
             if (on(device, segment.name) if segment.name else device.worker not in used)
         ]
-        plan = solve(_part(request, segment, mine, slots))
+        part = _part(request, segment, mine, slots)
+        plan = solve(replace(part, budget_seconds=request.budget_seconds / len(segments)))
+        exhausted = exhausted or plan.budget_exhausted
         fewer = plan.slots < slots and not request.workload.batch
         if fewer or not plan.replicas:
             for merged in _merged(segments, index):
@@ -192,7 +197,7 @@ def _place(request: PlanRequest, segments: Sequence[_Segment], slots: int, solve
             stages.append(replace(stage, first_layer=first, last_layer=last))
         taken = {stage.device_id for stage in plan.replicas[0].stages}
         used |= {device.worker for device in mine if device.id in taken}
-    return _Placed(tuple(stages), slots)
+    return _Placed(tuple(stages), slots, exhausted=exhausted)
 
 
 def _merged(segments: Sequence[_Segment], index: int) -> Iterator[list[_Segment]]:

@@ -48,7 +48,7 @@ def solve(request: PlanRequest) -> Plan:
     costs = costs_of(request)
     wanted = max(request.workload.replicas, 1)
     found = _place_all(request, costs, budget)
-    if len(found.placed) < wanted and not request.workload.batch and costs.need.slots > 1:
+    if len(found.placed) < wanted and _lacks_slots(request, costs):
         slots = _most_slots(request, wanted, budget.part(_SLOTS_SHARE * budget.left))
         if slots:
             costs = costs_of(request, slots)
@@ -183,6 +183,13 @@ def _next(
     return None
 
 
+def _lacks_slots(request: PlanRequest, costs: Costs) -> bool:
+    """Whether fewer slots may be what is wanting; where one copy fits it is the SLO instead."""
+    if request.workload.batch or costs.need.slots == 1:
+        return False
+    return request.workload.replicas > 1 or not _fits(request, costs)
+
+
 def _most_slots(request: PlanRequest, wanted: int, budget: Budget) -> int:
     """The most slots with which all replicas fit; 0: not even one."""
 
@@ -204,7 +211,7 @@ def _what_is_missing(request: PlanRequest, costs: Costs, found: _All, budget: Bu
         if budget.exhausted:
             return infeasible.no_time(request, best if slow else None)
         if best is not None and slow:
-            return infeasible.too_slow(request, best)
+            return infeasible.too_slow(request, best, slots=_slots_in_time(request, costs, budget))
     left = found.left
     devices = tuple(
         # As much as the other copies leave.
@@ -226,6 +233,18 @@ def _what_is_missing(request: PlanRequest, costs: Costs, found: _All, budget: Bu
         max(request.workload.replicas, 1),
     )
     return infeasible.lacks_room(short, lambda other: _fits(other, costs_of(other, _slots(other))))
+
+
+def _slots_in_time(request: PlanRequest, costs: Costs, budget: Budget) -> int:
+    """The most slots with which the SLO is kept, fewer than there are; 0: not even one."""
+
+    def keeps(slots: int) -> bool:
+        fewer = costs_of(request, slots)
+        best = fastest_seconds(fewer, wish_of(request, fewer, budget.part(_QUICK)))
+        return best is not None and best <= request.workload.slo_seconds
+
+    top = 0 if request.workload.batch else costs.need.slots
+    return last_that(1, top, keeps) if top > 1 and keeps(1) else 0
 
 
 def _slots(request: PlanRequest) -> int:
