@@ -12,9 +12,9 @@ from uellm.placement.costs import costs_of, usable_devices
 from uellm.placement.even import EvenPlacer
 from uellm.placement.explain import explain_plan
 from uellm.placement.infeasible import too_slow
+from uellm.placement.layer_pins import keeps
 from uellm.placement.prediction import layout_of, planned
 from uellm.placement.replan import LEAST_GAIN, moves
-from uellm.placement.segments import keeps
 from uellm.placement.solver import solve
 from uellm.placement.stock import least_fetched
 from uellm.placement.topology import Topology

@@ -15,10 +15,10 @@ from uellm.placement.full_stage import full_stage_of
 from uellm.placement.goodput import spread
 from uellm.placement.judge import Judge
 from uellm.placement.memory import USABLE
+from uellm.placement.pinned import solve_pinned
 from uellm.placement.placing import Placed, fastest_seconds, fits, place, valued, wish_of
 from uellm.placement.prediction import planned
 from uellm.placement.replan import moves, settle
-from uellm.placement.segments import solve_pinned
 from uellm.placement.views import OBJECTIVES, Certificate, Plan, PlanRequest
 
 _QUICK = 0.2

@@ -8,8 +8,8 @@ from math import inf
 from uellm.core.errors import InvalidArgumentError
 from uellm.placement.costs import usable_devices
 from uellm.placement.explain import size
+from uellm.placement.layer_pins import keeps
 from uellm.placement.replan import ALIKE
-from uellm.placement.segments import keeps
 from uellm.placement.told import ToldPlacer
 from uellm.placement.topology import Topology
 from uellm.placement.views import Plan, PlannedReplica, PlannedStage, PlanRequest, Stock

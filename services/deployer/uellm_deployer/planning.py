@@ -9,9 +9,9 @@ from uellm.convert_topology import planned_from_proto, planned_to_proto
 from uellm.core.model import ModelProfile
 from uellm.placement.costs import costs_of
 from uellm.placement.discovery import Knowledge
+from uellm.placement.layer_pins import on
 from uellm.placement.placers import EVEN, improvement, placer_of
 from uellm.placement.prediction import StageParts, layout_of, parts
-from uellm.placement.segments import on
 from uellm.placement.stock import NOTHING_LACKING, Fetching, fetching, in_words
 from uellm.placement.told import ToldPlacer
 from uellm.placement.topology import Device, Topology
