@@ -97,7 +97,7 @@ def test_slots_are_as_many_as_fit_beside_the_pins() -> None:
     assert not solve(asked(LayerPin("a", 0, 2), topology=tight)).replicas
 
 
-def test_an_slo_that_cheap_segments_miss_is_kept_by_fast_ones() -> None:
+def test_an_slo_is_kept_or_the_least_that_can_be_is_named() -> None:
     pin = LayerPin("a", 0, 1)
     fast = solve(asked(pin)).replicas[0].prediction
     cheap = solve(asked(pin, objective="he", excluded=frozenset({"b"}))).replicas[0].prediction

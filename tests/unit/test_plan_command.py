@@ -119,6 +119,29 @@ def test_pins_costs_and_what_if() -> None:
     assert fewer["figures"]["tokens_per_second"] < now <= more["figures"]["tokens_per_second"]
 
 
+def test_layers_are_pinned_to_a_host() -> None:
+    told = ("--model", "llama-2-13b", "--topology", "mixed12", "--objective", "lr")
+    free, pinned = planned(*told), planned(*told, "--pin", "4-11=t4-0", "--pin", "30-39=l4-1")
+    (replica,) = pinned["plan"]["replicas"]
+    on = {
+        layer: stage["device_id"].partition("/")[0]
+        for stage in replica["stages"]
+        for layer in range(stage["first_layer"], stage["last_layer"] + 1)
+    }
+    assert {on[layer] for layer in range(4, 12)} == {"t4-0"}
+    assert {on[layer] for layer in range(30, 40)} == {"l4-1"}
+    proof = pinned["plan"]["certificate"]
+    assert proof["value"] == pytest.approx(proof["bound"])
+    assert proof["value"] > free["plan"]["certificate"]["value"]
+    status, out = plan(*told, "--pin", "0-39=t4-0")
+    assert status == 1
+    assert "layers 0 to 39 on t4-0" in out
+    assert "are missing" in out
+    status, out = plan(*told, "--pin", "0-0=t4-0", "--pin", "2-2=l4-0", "--pin", "4-4=t4-0")
+    assert status == 1
+    assert "layers 0 to 0 on t4-0 and layers 2 to 2 on l4-0 and layers 4 to 4 on t4-0" in out
+
+
 def test_what_does_not_fit_says_what_is_missing() -> None:
     status, out = plan("--model", "llama-2-70b", "--topology", "laptops", "--max-model-len", "512")
     assert status == 1

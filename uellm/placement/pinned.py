@@ -7,6 +7,7 @@ from uellm.placement.budget import Budget
 from uellm.placement.chain import chain_of
 from uellm.placement.costs import Costs, costs_of
 from uellm.placement.explain import explain_plan, last_that, size
+from uellm.placement.held_karp import MOST_DEVICES
 from uellm.placement.infeasible import no_time, too_slow
 from uellm.placement.judge import Judge
 from uellm.placement.layer_pins import allowed, check, in_words, on
@@ -136,8 +137,9 @@ def _what_is_missing(request: PlanRequest, costs: Costs, solve: Solve) -> str:
         if not possible(others):
             bad = others
     if len(bad) > 1:
+        known = "there is" if len(costs.devices) <= MOST_DEVICES else "there was found"
         return (
-            f"{in_words(bad)}: there is no order of devices that holds all layers and has each "
+            f"{in_words(bad)}: {known} no order of devices that holds all layers and has each "
             "worker's side by side; it fits without any one of them"
         )
     (pin,) = bad
