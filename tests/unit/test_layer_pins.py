@@ -290,6 +290,10 @@ def test_many_devices_keep_pins_and_their_bound_is_that_of_free_plans(objective:
     assert unbound is not None
     assert proof.proof.startswith("plans without the pins: ")
     assert 1 <= proof.ratio <= 3
+    hurried = solve(replace(request, layer_pins=pins, budget_seconds=0.001))
+    assert hurried.replicas
+    assert hurried.budget_exhausted
+    assert "the search ended with its budget of 0.001 s" in hurried.explanation
     if objective == "throughput":
         assert proof.bound >= unbound.value
     else:

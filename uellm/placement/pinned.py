@@ -101,6 +101,8 @@ def _certificate(bare: PlanRequest, problem: Pinned, choice: Choice, solve: Solv
         load = replace(load, slo_seconds=choice.limit)
     share = max(budget.left, _BOUND_SHARE * budget.seconds)
     free = solve(replace(bare, workload=load, previous=None, budget_seconds=share))
+    if free.budget_exhausted:
+        budget.cut()
     if free.certificate is None:
         return mine
     better = max if mine.quantity == "tokens per second" else min
