@@ -171,7 +171,7 @@ async def measure(
             busy = {name: each / seconds for name, each in spent(used, cpu_seconds(mesh)).items()}
     over = summarise(told, seconds)
     reached = {
-        "goodput_of_peak": over["goodput_per_second"] / best,
+        "goodput_of_peak": over["goodput_per_second"] / best if best else None,
         "kept": over["kept"],
         "refused_p99_ms": over["refused_ms"]["p99"],
         "memory_growth": max(grown.values()),

@@ -32,6 +32,8 @@ from benchmarks.hop import measure_hops
 from benchmarks.replicas import Load, measured_split, replica
 
 PROMPT = 16
+WARM_UP = 32
+"""Tokens."""
 
 
 async def compare(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -43,14 +45,15 @@ async def compare(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     loads: dict[str, list[Load]] = {name: [] for name in ("whole", "twice", "both", "pipeline")}
     try:
         split = arguments.split or await measured_split(spawner, model, cores=cores, rows=rows)
-        whole, room = (sum(split),), {"slots": 2 * rows, "max_tokens": PROMPT + tokens}
+        whole = (sum(split),)
+        room = {"slots": 2 * rows, "max_tokens": PROMPT + max(tokens, WARM_UP)}
         async with (
             replica(spawner, model, whole, cores=cores[:1], **room) as one,
             replica(spawner, model, whole, cores=cores[1:], **room) as other,
             replica(spawner, model, split, cores=cores, **room) as pipeline,
         ):
             for repeat in range(arguments.repeats + 1):
-                length = tokens if repeat else 8
+                length = tokens if repeat else WARM_UP
                 done = {
                     "whole": await one.load(rows, PROMPT, length),
                     "twice": await one.load(2 * rows, PROMPT, length),

@@ -3,14 +3,14 @@
     python -m benchmarks.profiler --data DIR [--train DIR] [--backends prior,text] [--json]
         [--llm-base DIR [--llm-out DIR]]
 
-DIR holds prompts with lengths, as ``benchmarks.profiler_data`` says. A fifth of the prompts is kept
-from all that learns, or, with ``--train``, all of DIR is. ``accuracy``: every backend and every
-baseline on instructions that none has seen; the backends have learnt from all models at once, the
-baselines from the one that is predicted. ``online``: from nothing, each outcome learnt after it was
-predicted, fits taken at once; outcomes 2,000 to 4,000. ``new-model``: a model of which
-200 outcomes are known, other models' answers to the same prompts being known, and alone. ``drift``:
-coverage of the 90 % quantile 300 to 1,000 outcomes after the model or the task changed. ``speed``:
-one core.
+DIR holds prompts with lengths, as ``benchmarks.profiler_data`` says; what it has too few of is left
+out. A fifth of the prompts is kept from all that learns, or, with ``--train``, all of DIR is.
+``accuracy``: every backend and every baseline on instructions that none has seen; the backends have
+learnt from all models at once, the baselines from the one that is predicted. ``online``: from
+nothing, each outcome learnt after it was predicted, fits taken at once; outcomes 2,000 to 4,000.
+``new-model``: a model of which 200 outcomes are known, other models' answers to the same prompts
+being known, and alone. ``drift``: coverage of the 90 % quantile 300 to 1,000 outcomes after the
+model or the task changed. ``speed``: one core.
 
 ``--llm-base`` puts ``llm`` beside the others, tuned from that model to the same examples: some
 twenty minutes on two cores for a model of 22 million weights. It is kept in ``--llm-out``, from
@@ -103,9 +103,9 @@ def main() -> None:
         if "speed" in parts and trained:
             asked = [each for each in test.alpaca if each.model == DAVINCI]
             found["speed"] = {name: speed(made, asked) for name, made in trained.items()}
-        if "drift" in parts and trained:
+        if "drift" in parts and trained and len(sources := kinds(test)) > 1:
             found["drift"] = {
-                name: drift(made, _maker(name, options.llm_base), test, options.changes)
+                name: drift(made, _maker(name, options.llm_base), sources, options.changes)
                 for name, made in trained.items()
             }
     if options.json:
@@ -223,18 +223,25 @@ def _maker(name: str, base: Path | None) -> Callable[[], Predictor]:
     return lambda: predictor(name, {**room, **model})
 
 
-def drift(
-    learner: Predictor, make: Callable[[], Predictor], test: Data, changes: int
-) -> dict[str, Any]:
-    """Coverage of the 90 % quantile after abrupt changes of what is served under one name."""
-    state = learner.state()
+def kinds(test: Data) -> dict[str, list[Example]]:
+    """What may be served under one name, each with enough examples to change to it."""
     sources = {
         "davinci, plain": [e for e in test.of(DAVINCI) if "\n" not in e.prompt],
         "davinci, with input": [e for e in test.of(DAVINCI) if "\n" in e.prompt],
         "vicuna": [e for e in test.of(VICUNA) if not e.censored],
         **{f"flask, {model}": examples for model, examples in test.flask.items()},
     }
-    sources = {key: rows for key, rows in sources.items() if len(rows) >= _FEWEST_ROWS}
+    return {key: rows for key, rows in sources.items() if len(rows) >= _FEWEST_ROWS}
+
+
+def drift(
+    learner: Predictor,
+    make: Callable[[], Predictor],
+    sources: Mapping[str, Sequence[Example]],
+    changes: int,
+) -> dict[str, Any]:
+    """Coverage of the 90 % quantile after abrupt changes of what is served under one name."""
+    state = learner.state()
     prompts = list({e.prompt: e.request() for rows in sources.values() for e in rows}.values())
     seen = {
         asked.text: said.features

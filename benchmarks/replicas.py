@@ -27,7 +27,8 @@ class Load:
 
     Attributes:
         tokens_per_second: of output, from the first sequence's arrival to the last one's end.
-        step_seconds: from one result to the next while all decode, mean.
+        step_seconds: from one result to the next while all decode, mean; of a load in which they
+            hardly ever did, of all steps.
         stage_seconds: what each stage computes of such a step.
         tokens_per_cpu_second: of the stage that took most; others who use the machine change it
             least.
@@ -80,7 +81,11 @@ class Replica:
             await self._expect(index, "serving")
 
     async def load(self, sequences: int, prompt: int, tokens: int) -> Load:
-        """Have so many sequences answered at once, all with as many tokens."""
+        """Have so many sequences answered at once, all with as many tokens.
+
+        Raises:
+            SystemExit: if these are too few to time a step.
+        """
         self._loads += 1
         cpu, started = self._cpu_seconds(), time.perf_counter()
         for index in range(sequences):
@@ -95,21 +100,28 @@ class Replica:
             )
             await self._stages[0].send(EngineCommand(add=add))
         left, begun = sequences, set[str]()
+        steps: list[tuple[float, int, tuple[float, ...]]] = []
         steady: list[tuple[float, int, tuple[float, ...]]] = []
         while left:
             step = (await self._expect(0, "step")).step
             now = time.perf_counter()
             begun |= {output.request_id for output in step.outputs}
             finished = sum(output.finish != 0 for output in step.outputs)
-            if len(begun) == sequences and left == sequences and not finished:
-                seconds = tuple(stage.compute_seconds for stage in step.report.stages)
-                steady.append((now, step.report.step, seconds))
+            seconds = tuple(stage.compute_seconds for stage in step.report.stages)
+            if seconds:  # The first steps say nothing of them yet.
+                steps.append((now, step.report.step, seconds))
+                if len(begun) == sequences and left == sequences and not finished:
+                    steady.append(steps[-1])
             left -= finished
         rate = sequences * tokens / (time.perf_counter() - started)
         busiest = max(map(sub, self._cpu_seconds(), cpu))
-        (began, first, _), (ended, last, _) = steady[0], steady[-1]
+        # The first of few tokens may have ended before the last was begun.
+        counted = steady if len(steady) > 1 else steps
+        if len(counted) < 2:
+            raise SystemExit(f"{tokens} tokens are too few steps to time: ask for more")
+        (began, first, _), (ended, last, _) = counted[0], counted[-1]
         # The reports are smoothed; their mean is more so.
-        seconds = tuple(map(mean, zip(*(found for _, _, found in steady), strict=True)))
+        seconds = tuple(map(mean, zip(*(found for _, _, found in counted), strict=True)))
         return Load(rate, (ended - began) / (last - first), seconds, sequences * tokens / busiest)
 
     def _cpu_seconds(self) -> list[float]:
@@ -161,7 +173,7 @@ async def measured_split(
     halves = (layers // 2, layers - layers // 2)
     room = {"slots": 2 * rows, "max_tokens": 64}
     async with replica(spawner, model, halves, cores=cores, **room) as pipeline:
-        await pipeline.load(2 * rows, 8, 8)
+        await pipeline.load(2 * rows, 8, 32)
         first, last = (await pipeline.load(2 * rows, 8, 48)).stage_seconds
     layer = first / halves[0]
     head = max(last - layer * halves[1], 0.0)

@@ -27,11 +27,11 @@ SMALLEST: Mapping[str, str] = {
     "engine_loop": "--policies fcfs",
     "fetch": "--megabytes 16 --layers 2",
     "goodput": "--platforms r3090 --workloads tier --cvs 3 --requests 200",
-    "live_promises": "--loads 0.5 --requests 20",
+    "live_promises": "--loads 0.5 --requests 40",
     "mesh": "--requests 32 --tokens 4 --concurrency 8 --repeats 1 --latency-seconds 1",
     "overload": "--seconds 5 --peak-seconds 5 --factor 2 --clients 1",
     "paper": "--count 20 --timed 20 --seeds 1",
-    "pipeline": "--random small --rows 2 --tokens 8 --repeats 1",
+    "pipeline": "--random small --rows 2 --tokens 32 --repeats 1",
     "placement": "--only 3090x4",
     "policies": "--decisions 5 --waiting 500",
     "probes": "--random small",
@@ -42,7 +42,7 @@ SMALLEST: Mapping[str, str] = {
     "queue_scripts": "--requests 64",
     "recording": "--requests 100 --pairs 1 --waiting 32",
     "scheduler": "--requests 200 --waiting 32 --repeats 1",
-    "scheduling": "--pairs 1 --loads 0.5 --requests 20",
+    "scheduling": "--pairs 1 --loads 0.5 --requests 30",
     "sharing": "--cluster mixed12 --seeds 1",
     "step": "--random small --slots 2 --context 32 --steps 4",
     "traces": "--trace TRACE --requests 100 --load 0.5",
@@ -89,6 +89,15 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
             for prompt, length in rows
         )
     )
+    prompts = [f"Explain {n} in {rng.randint(2, 90)} words." for n in range(1200)]
+    (data / "flask_prompts.jsonl").write_text(
+        "\n".join(
+            json.dumps({"id": number, "instruction": prompt, "prompt_tokens": 8})
+            for number, prompt in enumerate(prompts)
+        )
+    )
+    table = [f"{number},{rng.randint(5, 99)},{rng.randint(50, 400)},90" for number in range(1200)]
+    (data / "flask_lengths.csv").write_text("\n".join(["id,short,long,even", *table]))
     examples.write_text(
         "\n".join(json.dumps({"prompt": prompt, "output_tokens": n}) for prompt, n in rows[:96])
     )

@@ -88,6 +88,7 @@ def test_every_benchmark_can_print_json_and_says_what_is_wrong(
     needed = NEEDED.get(module, [])
     assert parsed(monkeypatch, module, [*needed, "--json"]).json is True
     monkeypatch.undo()
+    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "argv", [module, *needed, "--no-such-option"])
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(f"benchmarks.{module}").main()
