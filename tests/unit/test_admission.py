@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 from tests.support.dispatching import NOW, queued, replica
 from tests.support.room import room
 from uellm.core.cost import StepCost
+from uellm.core.request import Priority
+from uellm.policy import registry
 from uellm.policy.admissions import Admissions
 from uellm.policy.admitting import AT_ONCE, LISTED, starts
 from uellm.policy.cslo_dispatch import CsloOdbsDispatch
 from uellm.policy.cslo_odbs import CsloOdbsStep
+from uellm.policy.dispatching import OLDEST
 from uellm.policy.edf import EdfDispatch
+from uellm.policy.fcfs import FcfsDispatch
 from uellm.policy.margin import FIRST, KEPT, LEAST, MOST, Margin
 from uellm.policy.price import Price, passes
 from uellm.policy.selection import Fluid, Job, late_ones
@@ -143,6 +147,44 @@ def test_a_crowd_is_promised_by_and_by_in_the_order() -> None:
         # The others are not left until something happens.
         assert (decision.reconsider_at == NOW) == bool(waits)
     assert told == [["q6", "q7", "q8", "q9"], ["q2", "q3", "q4", "q5"], ["q0", "q1"]]
+
+
+def test_who_is_refused_is_not_told_that_it_would_have_been_in_time() -> None:
+    crowd = [queued(f"q{i}") for i in range(6)]
+    refused = []
+    for tenths in range(5, 60):
+        queue = QueueView(
+            [*crowd, asked("asks", tenths / 10)], unpromised=frozenset({"asks"}), margin=0.5
+        )
+        decision = FcfsDispatch().dispatch(queue, [replica(slots=SLOTS)], NOW)
+        for refusal in decision.refusals:
+            assert refusal.promise is not None
+            feasible = refusal.promise.earliest_feasible_finish
+            assert feasible is not None and feasible > NOW + tenths / 10
+        refused.append(bool(decision.refusals))
+    assert sorted(refused, reverse=True) == refused
+    assert {*refused} == {True, False}
+
+
+@pytest.mark.parametrize("name", ["cslo-odbs", "edf", "fcfs", "priority", "sjf"])
+def test_nobody_waits_for_a_promise_for_ever_while_others_come(name: str) -> None:
+    policy, turns = registry.dispatch_policy(name), 0
+    crowd = [queued(f"old{i}", tokens=500.0, priority=Priority.BATCH) for i in range(20)]
+    waits = {view.request_id for view in crowd}
+    while any(view.request_id in waits for view in crowd[:20]):
+        # More come, and go before these, than are told in each decision.
+        come = [
+            queued(f"new{turns}-{i}", 20.0, tokens=5.0, priority=Priority.INTERACTIVE)
+            for i in range(60)
+        ]
+        crowd, turns = [*crowd, *come], turns + 1
+        waits |= {view.request_id for view in come}
+        queue = QueueView(crowd, unpromised=frozenset(waits), horizon=5 * OLDEST)
+        decision = policy.dispatch(queue, [replica(slots=1, in_flight=1)], NOW)
+        assert decision.reconsider_at == NOW
+        assert len(decision.promises) <= 5 * OLDEST + 5
+        waits -= decision.promises.keys()
+        assert turns <= 4
 
 
 def test_promises_are_revised_however_many_have_none() -> None:

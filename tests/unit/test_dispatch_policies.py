@@ -62,7 +62,9 @@ def test_no_request_is_lost_or_decided_twice(
             assert new
             assert refusal.promise is not None
             assert refusal.promise.earliest_feasible_finish is not None
-            assert refusal.promise.earliest_feasible_finish > request.slo.deadline_at
+            # Where it is others that would be late, it may come sooner than it has to.
+            others = "make requests late" in refusal.message
+            assert others or refusal.promise.earliest_feasible_finish > request.slo.deadline_at
     if replicas and new:
         assert decision.promises.keys() == set(ids) - set(refused)
     else:

@@ -40,6 +40,9 @@ from uellm.policy.views import (
     ReplicaView,
 )
 
+OLDEST = 8
+"""Beside so many that are first in the order, the oldest one without a promise is given one."""
+
 Placed = tuple[tuple[Dispatch, ...], list[int]]
 
 
@@ -304,20 +307,24 @@ def _wanted(
     """Who is to be promised something: places, how many come before each, whether there are more.
 
     Who was let in is among them wherever it comes: with no promise it would be a newcomer again.
+    And the oldest are: however many come that go before them, nobody waits for ever to be told.
     """
     columns = people.columns
-    first = np.flatnonzero(columns.flags(new)[order])
+    unheard = columns.flags(new)[order]
+    first = np.flatnonzero(unheard)
     concerned = columns.among(queue.promised.keys())
     chosen = columns.flags([*concerned.tolist(), *let_in])[order]
     chosen[first[: queue.horizon]] = True
+    if queue.horizon is not None and len(first) > queue.horizon:
+        oldest = new[columns.flags(order)[new]][: queue.horizon // OLDEST]
+        chosen |= columns.flags(oldest)[order]
     positions = np.flatnonzero(chosen)
     sent = concerned[concerned >= people.waiting]
     sent = np.concatenate([columns.among(queue.unpromised, people.waiting), sent])
-    more = queue.horizon is not None and len(first) > queue.horizon
     return (
         np.concatenate([order[positions], sent]),
         np.concatenate([positions, 0 * sent]),
-        more,
+        bool((unheard & ~chosen).any()),
     )
 
 

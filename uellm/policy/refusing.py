@@ -136,6 +136,8 @@ def crowded_refusal(request: QueuedView, why: Crowded, policy: str, now: float) 
         f"{late:.3g} s, allow {limit - accepted + late:.3g} s, or {BEST_EFFORT}"
     )
     finish = now + why.finish + (late if why.others else 0.0)
+    # What is let in has some time to spare, so that it may be refused what it would just reach.
+    feasible = finish if why.others else max(finish, limit + late)
     _, median, high = request.profile.output_tokens.low_median_high
     promise = Promise(
         start_p50=now + why.wait,
@@ -148,6 +150,6 @@ def crowded_refusal(request: QueuedView, why: Crowded, policy: str, now: float) 
         reason="refused: too much work ahead",
         output_tokens_p50=round(median),
         output_tokens_p90=round(high),
-        earliest_feasible_finish=finish,
+        earliest_feasible_finish=feasible,
     )
     return Refusal(request.request_id, False, message, promise, retry_after_seconds=late)

@@ -64,8 +64,9 @@ class QueueView:
             before their promise could be recorded.
         promised: the latest promise's median finish of those whose promise may be revised now,
             whether they wait or were sent.
-        horizon: of those that have no promise so many are given one at most, the first of the
-            order, and those that are let in; the others are for the next decisions. None: all.
+        horizon: of those that have no promise so many are given one, the first of the order, and
+            beside them some of the oldest and those that are let in; the others are for the next
+            decisions. None: all.
         margin: so much longer than forecast, as a share, those may take that are let in; see
             ``uellm.policy.margin``.
         price: what one of those may cost; see ``uellm.policy.price``.
