@@ -484,14 +484,16 @@ def test_copies_that_do_not_all_fit_are_told_how_many_do() -> None:
     assert len(solve(again).replicas) == int(fewer) == 2
 
 
-def test_an_slo_that_nothing_keeps_is_named_with_what_would() -> None:
+@pytest.mark.parametrize("output_tokens", [128, 10**9])
+def test_an_slo_that_nothing_keeps_is_named_with_what_would(output_tokens: int) -> None:
     topology = Topology((device("a/cuda:0", 8000 * MIB),))
-    load = Workload(batch=1, slo_seconds=1e-6)
+    load = Workload(batch=1, slo_seconds=1e-6, output_tokens=output_tokens)
     plan = solve(PlanRequest(topology, small_model(), load, "helr"))
     assert not plan.replicas
     assert "no plan keeps the SLO of 1e-06 s" in plan.infeasible_reason
-    slo = float(plan.infeasible_reason.rpartition("slo_seconds ")[2])
-    again = PlanRequest(topology, small_model(), replace(load, slo_seconds=slo), "helr")
+    named = plan.infeasible_reason.rpartition("slo_seconds ")[2]
+    assert "e" not in named, "an option takes digits"
+    again = PlanRequest(topology, small_model(), replace(load, slo_seconds=float(named)), "helr")
     assert solve(again).replicas
 
 

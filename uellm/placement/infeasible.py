@@ -77,7 +77,7 @@ def too_slow(
         f"{fastest_seconds:.4g} s"
     )
     fewer = f"slots {slots} or with " if slots else ""
-    return f"{reason}; it fits with {fewer}slo_seconds {1.001 * fastest_seconds:.4g}"
+    return f"{reason}; it fits with {fewer}slo_seconds {_enough(fastest_seconds)}"
 
 
 def no_time(request: PlanRequest, fastest_seconds: float | None = None) -> str:
@@ -86,11 +86,16 @@ def no_time(request: PlanRequest, fastest_seconds: float | None = None) -> str:
     what, remedy = "no plan", ""
     if fastest_seconds is not None:
         what = f"no plan that keeps the SLO of {limit:.3g} s"
-        remedy = f", or slo_seconds {1.001 * fastest_seconds:.4g}, which the fastest found keeps"
+        remedy = f", or slo_seconds {_enough(fastest_seconds)}, which the fastest found keeps"
     return (
         f"{what} was found in the {request.budget_seconds:g} s that there were to search; there "
         f"may be one: give it a larger budget_seconds{remedy}"
     )
+
+
+def _enough(seconds: float) -> str:
+    """An SLO that ``seconds`` keep, rounded up a little, in digits that can be typed."""
+    return f"{1.001 * seconds:.4g}" if seconds < 9_000 else f"{1.001 * seconds:.0f}"
 
 
 def _named(rooms: Sequence[tuple[Device, int]]) -> str:
