@@ -188,9 +188,14 @@ async def _keep_registered(context: Context, role: str) -> None:
 def _interceptors(telemetry: Telemetry) -> list[grpc.aio.ServerInterceptor]:
     interceptors: list[grpc.aio.ServerInterceptor] = [ClosingInterceptor(), ErrorInterceptor()]
     if telemetry.enabled:
-        from opentelemetry.instrumentation.grpc import aio_server_interceptor  # noqa: PLC0415
+        from opentelemetry.instrumentation.grpc import (  # noqa: PLC0415
+            aio_server_interceptor,
+            filters,
+        )
 
-        interceptors.insert(1, aio_server_interceptor())
+        # Who asks whether it lives asks for ever: a trace each would bury the others.
+        traced = filters.negate(filters.health_check())
+        interceptors.insert(1, aio_server_interceptor(filter_=traced))
     return interceptors
 
 
