@@ -15,6 +15,7 @@ from tests.support import history as histories
 from tests.support.actors import Odds, World
 from tests.support.chaos import Mesh
 from tests.support.queues import LEASE_MS, MODEL, REPLICA, TENANT, Sides, append, finish
+from tests.support.servers import MakeServer
 from tests.support.waiting import HANG_SECONDS
 from uellm.embedded import EmbeddedRedis
 from uellm.streams import reading, scheduler_queue
@@ -30,9 +31,9 @@ async def _history_of(
     settle: float = HANG_SECONDS,
     odds: Odds | None = None,
     make_scripts: Callable[[RedisClient], Scripts] = Scripts,
-    binary: str | None = None,
+    make_server: MakeServer = EmbeddedRedis,
 ) -> tuple[World, histories.Remains]:
-    with EmbeddedRedis(binary=binary) as server:
+    with make_server() as server:
         world = World(server, random.Random(seed), odds or Odds(), make_scripts)  # noqa: S311
         await Mesh(world).run(requests=requests, gateways=3, seconds=seconds, settle=settle)
         client = connect(server.url)
@@ -42,8 +43,8 @@ async def _history_of(
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-async def test_faults_leave_a_good_history(seed: int, queue_server: EmbeddedRedis) -> None:
-    world, remains = await _history_of(seed, seconds=2.5, requests=90, binary=queue_server.binary)
+async def test_faults_leave_a_good_history(seed: int, make_server: MakeServer) -> None:
+    world, remains = await _history_of(seed, seconds=2.5, requests=90, make_server=make_server)
     assert histories.violations(world.history, remains) == []
     states = [record.state for record in remains.records.values()]
     assert states.count("DONE") > len(states) / 4

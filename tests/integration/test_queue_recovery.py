@@ -18,9 +18,9 @@ from tests.support.queues import (
     append,
     finish,
 )
+from tests.support.servers import MakeServer, Server
 from tests.support.waiting import eventually
 from uellm.core.errors import NotFoundError
-from uellm.embedded import EmbeddedRedis
 from uellm.streams.connection import UNREACHABLE, connect
 from uellm.streams.messages import Start
 from uellm.streams.reading import GroupReader
@@ -420,8 +420,8 @@ async def test_a_restarted_leader_reads_all_that_it_had_read(sides: Sides) -> No
 
 
 @asynccontextmanager
-async def _own_server(kind_of: EmbeddedRedis) -> AsyncIterator[tuple[EmbeddedRedis, Sides]]:
-    with EmbeddedRedis(binary=kind_of.binary) as server:
+async def _own_server(make_server: MakeServer) -> AsyncIterator[tuple[Server, Sides]]:
+    with make_server() as server:
         client = connect(server.url)
         sides = Sides(client)
         await sides.open()
@@ -429,8 +429,8 @@ async def _own_server(kind_of: EmbeddedRedis) -> AsyncIterator[tuple[EmbeddedRed
         await client.aclose()
 
 
-async def test_a_killed_server_comes_back_with_everything(queue_server: EmbeddedRedis) -> None:
-    async with _own_server(queue_server) as (server, sides):
+async def test_a_killed_server_comes_back_with_everything(make_server: MakeServer) -> None:
+    async with _own_server(make_server) as (server, sides):
         held, waiting = await sides.held(key="k"), await sides.queued()
         await sides.say(append(held, 1, 0, [1, 2]))
         blocked = asyncio.create_task(sides.scheduler.read_requests(SCHEDULER, 10, 60_000))

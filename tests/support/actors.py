@@ -19,8 +19,8 @@ from tests.support.history import (
     state_of,
 )
 from tests.support.queues import MODEL, finish, finished_message, new_request
+from tests.support.servers import Server
 from uellm.core.errors import AbortedError, NotFoundError
-from uellm.embedded import EmbeddedRedis
 from uellm.streams.connection import UNREACHABLE, RedisClient, connect
 from uellm.streams.gateway_queue import GatewayQueue
 from uellm.streams.leader_queue import LeaderQueue
@@ -58,7 +58,7 @@ class Odds:
 class World:
     """One mesh of actors on one server."""
 
-    server: EmbeddedRedis
+    server: Server
     rng: random.Random
     odds: Odds
     make_scripts: MakeScripts = Scripts
