@@ -484,10 +484,10 @@ def test_copies_that_do_not_all_fit_are_told_how_many_do() -> None:
     assert len(solve(again).replicas) == int(fewer) == 2
 
 
-@pytest.mark.parametrize("output_tokens", [128, 10**9])
-def test_an_slo_that_nothing_keeps_is_named_with_what_would(output_tokens: int) -> None:
-    topology = Topology((device("a/cuda:0", 8000 * MIB),))
-    load = Workload(batch=1, slo_seconds=1e-6, output_tokens=output_tokens)
+@pytest.mark.parametrize("flops_per_second", [1e14, 1e6])
+def test_an_slo_that_nothing_keeps_is_named_with_what_would(flops_per_second: float) -> None:
+    one = device("a/cuda:0", 8000 * MIB, flops_per_second=flops_per_second)
+    topology, load = Topology((one,)), Workload(batch=1, slo_seconds=1e-6)
     plan = solve(PlanRequest(topology, small_model(), load, "helr"))
     assert not plan.replicas
     assert "no plan keeps the SLO of 1e-06 s" in plan.infeasible_reason
