@@ -11,9 +11,9 @@ ARG PIP_ARGS=""
 RUN useradd --create-home uellm
 # What is needed, before the code: a change of code builds none of it anew. All roles share a layer.
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml LICENSE ./
 COPY uellm/__init__.py uellm/
-RUN pip install --no-cache-dir ${PIP_ARGS} .
+RUN touch README.md && pip install --no-cache-dir ${PIP_ARGS} .
 ARG ROLE
 RUN pip install --no-cache-dir ${PIP_ARGS} ".[${ROLE:?--build-arg ROLE=... names the service}]"
 COPY --from=code /code /usr/local
