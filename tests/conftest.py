@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +19,19 @@ UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 settings.register_profile("uellm", UNHURRIED, derandomize=True)
 settings.register_profile("search", UNHURRIED)
 settings.load_profile("uellm")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep Hypothesis from mixing constants of whatever modules are loaded into its examples.
+
+    With them other examples are drawn after every edit, and in another order of tests. It has no
+    setting for that; a release without this name only draws as it does by itself.
+    """
+    if config.getoption("hypothesis_profile", None) != "search":
+        with suppress(ImportError, AttributeError):
+            pytest.MonkeyPatch().setattr(
+                "hypothesis.internal.conjecture.providers.is_local_module_file", lambda _: False
+            )
 
 
 @pytest.fixture(autouse=True)
