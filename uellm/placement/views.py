@@ -14,8 +14,7 @@ Objective = Literal["helr", "he", "lr", "throughput", "goodput"]
 OBJECTIVES: tuple[Objective, ...] = ("helr", "he", "lr", "throughput", "goodput")
 
 Routing = Literal["chain", "full_stage"]
-"""How the tokens of a stage are spread: over one worker, as replicas run; or over several devices,
-any of which sends to any of the next stage's, as in Helix: for planning alone."""
+"""Each stage on one worker, as replicas run; or on several devices, as in Helix: to plan only."""
 ROUTINGS: tuple[Routing, ...] = ("chain", "full_stage")
 
 
@@ -115,12 +114,10 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class LayerPin:
-    """Layers that must be on certain devices.
+    """Layers that must be on certain devices; layers inclusive.
 
     Attributes:
         name: a device, a worker or a host.
-        first_layer: inclusive.
-        last_layer: inclusive.
     """
 
     name: str
